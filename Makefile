@@ -1,0 +1,35 @@
+# Every target sets up .venv itself: a fresh machine needs Python 3.11 or newer and this file.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint bench floors clean
+
+demo: .venv/done  ## The main job: train one small student four ways, compare, export, load back.
+	$(RUN) benchmarks/demo.py --output runs/demo
+
+test: .venv/done  ## The whole suite.
+	$(RUN) -m pytest
+
+lint: .venv/done  ## Style and types.
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/done  ## What the README claims, measured again on this machine.
+	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/demo.py --seeds 5
+
+floors:  ## The suite on the lowest versions that pyproject.toml admits.
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/pip install --quiet uv
+	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct --editable . --group dev
+	.venv-floors/bin/python -m pytest
+
+.venv/done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade "pip>=25.1"
+	$(RUN) -m pip install --quiet --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floors runs

@@ -1,0 +1,67 @@
+"""Multi-Granularity Distillation for timm: any timm model teaches any timm model.
+
+Names load on first use, so that importing the package alone is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mgd_timm._version import __version__
+
+if TYPE_CHECKING:
+    from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
+    from mgd_timm.distiller import Distiller, Teacher
+    from mgd_timm.export import export
+    from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
+    from mgd_timm.granularity import MAG, MAS, Granularity, GranularityHeads, HeadFitting
+    from mgd_timm.recipe import Data, Heads, Optim, Recipe
+    from mgd_timm.run import distill, evaluate, train
+
+_HOMES = {
+    "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
+    "mgd_timm.distiller": ("Distiller", "Teacher"),
+    "mgd_timm.export": ("export",),
+    "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
+    "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
+    "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
+    "mgd_timm.run": ("distill", "evaluate", "train"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CRITERIA",
+    "MAG",
+    "MAS",
+    "Batch",
+    "Criterion",
+    "Data",
+    "Distiller",
+    "FeatureTap",
+    "Features",
+    "Granularity",
+    "GranularityHeads",
+    "HeadFitting",
+    "Heads",
+    "Objective",
+    "Optim",
+    "Pair",
+    "Recipe",
+    "Shapes",
+    "Teacher",
+    "__version__",
+    "distill",
+    "evaluate",
+    "export",
+    "kl_divergence",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mgd_timm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,179 @@
+"""A run's state as safetensors and JSON with a digest manifest: committed whole, or not at all.
+
+A checkpoint is a folder `00000123/` (the number of updates done). It is written aside, every file and the folder are flushed to disk,
+then it is renamed. The manifest holds every file's sha256; the newest checkpoint that matches its manifest is the one that is resumed.
+No pickle is written or read.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_ASIDE = ".writing-"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs to go on as if it had never stopped: tensors by group and name, and JSON values."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    values: Mapping[str, Any]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, with the reason."""
+
+
+def file_mode() -> int:
+    """The mode that the umask gives to a new file; safetensors itself writes 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make a file or folder appear whole: `fill` writes it under a temporary name beside it, then it is flushed and renamed.
+
+    Args:
+        target: Where it appears. A file is replaced; a folder must not exist.
+        fill: Writes the file or folder of the path that it is given.
+
+    Raises:
+        OSError: Nothing was left behind; a full disk is named as such.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
+    try:
+        draft = aside / target.name
+        fill(draft)
+        for path in [draft, *draft.rglob("*")]:
+            if path.is_file():
+                path.chmod(file_mode())
+            flush(path)
+        draft.rename(target) if draft.is_dir() else draft.replace(target)
+        flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            text in str(error) for text in ("No space left", "File too large", "os error 28", "os error 27")
+        )
+        if full:
+            raise OSError(
+                errno.ENOSPC, f"no room to write {target}: nothing was changed there. Free some space and go on with --resume"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write left behind."""
+    for stray in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(stray, ignore_errors=True)
+
+
+def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
+    """Write checkpoint `number`; older ones than the newest `keep` go once the new one has been read back and matches.
+
+    Args:
+        folder: Folder of all checkpoints.
+        number: Updates done.
+        state: Tensors (any device and memory format) and JSON values.
+        keep: How many checkpoints stay, 1 or more.
+
+    Raises:
+        OSError: A full disk or another fault while writing; older checkpoints are as they were.
+        CheckpointError: The new checkpoint does not read back as written.
+    """
+    target = folder / f"{number:08d}"
+    if target.exists():  # a run resumed here and stopped at once: its state is a function of the recipe and this number
+        try:
+            verify(target)
+            return target
+        except CheckpointError:
+            shutil.rmtree(target)
+
+    def fill(draft: Path) -> None:
+        draft.mkdir()
+        for group, tensors in state.tensors.items():
+            plain = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
+            save_file(plain, draft / f"{group}.safetensors")
+        (draft / "state.json").write_text(json.dumps(state.values))
+        sums = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+        (draft / MANIFEST).write_text(json.dumps(sums, indent=1))
+
+    write_whole(target, fill)
+    verify(target)
+    for old in _numbered(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise CheckpointError unless every file is there and has the digest of the manifest."""
+    try:
+        sums = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: its manifest cannot be read ({error})") from error
+    if not isinstance(sums, dict) or "state.json" not in sums:
+        raise CheckpointError(f"{checkpoint}: its manifest is not one")
+    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    if present != set(sums):
+        raise CheckpointError(f"{checkpoint}: files {sorted(present ^ set(sums))} are missing or foreign")
+    for name, expected in sums.items():
+        if sha256(checkpoint / name) != expected:
+            raise CheckpointError(f"{checkpoint}: {name} does not match its sha256")
+
+
+def load(checkpoint: Path) -> State:
+    """Read a checkpoint after verifying it.
+
+    Raises:
+        CheckpointError: A file is missing, foreign, truncated or changed.
+    """
+    verify(checkpoint)
+    tensors = {path.stem: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    return State(tensors, json.loads((checkpoint / "state.json").read_text()))
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> State | None:
+    """The newest checkpoint that is whole; None where there is none. What is skipped is said."""
+    sweep(folder)
+    for checkpoint in _numbered(folder):
+        try:
+            return load(checkpoint)
+        except CheckpointError as error:
+            say(f"skipped a damaged checkpoint: {error}")
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("*") if path.is_dir() and path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)

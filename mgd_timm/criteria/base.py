@@ -1,0 +1,95 @@
+"""The contract of a criterion, and the one KL divergence that everything uses."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.features import Batch, Features, Pair
+
+Need = Literal["logits", "embedding", "maps"]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision widened, float32 and float64 unchanged: T^2 would magnify the rounding of a half-precision softmax."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def kl_divergence(
+    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
+) -> Float[Tensor, ""]:
+    """Temperature-scaled Kullback-Leibler divergence of the student from the teacher, mean over the batch.
+
+    T^2 / B * sum_b sum_k p_t(b, k) (log p_t(b, k) - log p_s(b, k)), with p = softmax(logits / T).
+
+    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2.
+
+    Args:
+        student_logits: Raw scores of the learner; any float dtype, at least float32 inside.
+        teacher_logits: Raw scores of the target, of the same shape. Gradients flow to both; detach what is fixed.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, 0 where both are equal, in nats times T^2.
+    """
+    student = torch.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
+    per_sample = (teacher.exp() * (teacher - student)).sum(-1)
+    return per_sample.mean() * temperature**2
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature itself; ValueError unless it is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: expected a positive, finite number.")
+    return temperature
+
+
+class Criterion(nn.Module):
+    """One distillation method: a scalar from the features of student and teacher.
+
+    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features. `weight` is the method's usual weight,
+    `needs` names the parts of the teacher's features that it reads.
+    """
+
+    weight: ClassVar[float]
+    needs: ClassVar[frozenset[Need]]
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """The unweighted loss, at least float32."""
+        raise NotImplementedError  # pragma: no cover - the contract only
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+
+
+class Objective(nn.Module):
+    """Named, weighted criteria; the loss is their sum.
+
+    Args:
+        **terms: name=(weight, criterion). The name is the one in logs.
+
+    Raises:
+        ValueError: No term at all, or a negative or non-finite weight.
+    """
+
+    def __init__(self, **terms: tuple[float, Criterion]) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("Objective() has no term: give at least one, such as task=(1.0, CrossEntropy(pair)).")
+        for name, (weight, _) in terms.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"weight of {name!r} is {weight}: expected a finite number, 0 or more.")
+        self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
+        # A criterion of weight 0 is left out: its adapters would never see a gradient.
+        self.criteria = nn.ModuleDict({name: criterion for name, (weight, criterion) in terms.items() if weight})
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """The weighted scalars by name, without the terms of weight 0."""
+        return {name: self.weights[name] * term(student, teacher, batch) for name, term in self.criteria.items()}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The parts of the teacher's features that terms with a weight read."""
+        return frozenset[Need]().union(*(c.needs for c in self.criteria.values() if isinstance(c, Criterion)))

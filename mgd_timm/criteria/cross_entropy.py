@@ -1,0 +1,39 @@
+"""Cross-entropy with the labels: the task itself."""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.features import Batch, Features, Pair
+
+
+class CrossEntropy(Criterion):
+    """Cross-entropy of the student's logits with class ids or with a distribution over classes, mean over the batch.
+
+    -1/B sum_b sum_k y(b, k) log softmax(z_s)(b, k); the teacher is not read.
+
+    Args:
+        pair: Shapes of both networks.
+        smoothing: Label smoothing in [0, 1): y becomes (1 - smoothing) y + smoothing / K.
+
+    Raises:
+        ValueError: Smoothing outside [0, 1).
+    """
+
+    weight: ClassVar[float] = 1.0
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init__(self, pair: Pair, *, smoothing: float = 0.0) -> None:
+        super().__init__(pair)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing}: expected 0 <= smoothing < 1.")
+        self.smoothing = smoothing
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar cross-entropy, at least float32."""
+        logits = at_least_float32(student.logits)
+        labels = batch.labels.to(logits.dtype) if batch.labels.is_floating_point() else batch.labels
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)

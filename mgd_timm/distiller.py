@@ -1,0 +1,74 @@
+"""The frozen teacher, and the one module that trains."""
+
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.base import Objective
+from mgd_timm.features import Batch, Features, FeatureTap
+from mgd_timm.granularity import MAG, GranularityHeads
+
+
+class Teacher(nn.Module):
+    """A frozen teacher with its granularity heads: no gradient, always in eval mode, never in a checkpoint.
+
+    Args:
+        tap: The teacher's features.
+        heads: Fitted heads with decoders; None shows no codes and no views.
+        view: What to do with the student's normalised images first (another mean, std or size); see features.TeacherView.
+
+    Raises:
+        ValueError: Heads of another embedding width.
+    """
+
+    def __init__(self, tap: FeatureTap, heads: GranularityHeads | None = None, *, view: nn.Module | None = None) -> None:
+        super().__init__()
+        if heads is not None:
+            width = next(heads.encoders.parameters()).shape[1]
+            if width != tap.embed_dim:
+                raise ValueError(f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it.")
+        self.tap, self.heads = tap, heads
+        self.view = view if view is not None else nn.Identity()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: BatchNorm statistics and dropout of a teacher never move."""
+        return super().train(False)
+
+    @torch.no_grad()  # not inference_mode: adapters that read teacher maps save them for backward
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Features with the heads' codes and views."""
+        features: Features = self.tap(self.view(images))
+        if self.heads is None:
+            return features
+        codes = self.heads.encode(features.embedding)
+        return features._replace(codes=codes, views=self.heads.decode(codes))
+
+
+class Distiller(nn.Module):
+    """Student, its encoders and the criteria's adapters in one module, whose forward computes the losses.
+
+    Args:
+        student: The student's features.
+        objective: An Objective, or a MAG or MAS around one.
+    """
+
+    def __init__(self, student: FeatureTap, objective: Objective | MAG) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, batch: Batch, teacher: Features | None = None) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+        """Weighted losses by name, and the student's logits.
+
+        Raises:
+            ValueError: Without a teacher, for an objective that reads one.
+        """
+        student: Features = self.student(batch.images)
+        if teacher is None:
+            if self.objective.needs:
+                raise ValueError(f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: give its features.")
+            teacher = student  # no term looks at it
+        return self.objective(student, teacher, batch), student.logits

@@ -1,0 +1,296 @@
+"""One view of any timm model: logits, embedding and chosen maps from a single forward pass.
+
+The feature contract is timm's own (`forward_features`, `forward_intermediates`, `forward_head`), so no layer is named, no hook
+is set and there is no per-architecture table. How a model turns its embedding into logits is found by a probe at construction.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """What a loader yields: normalised images, labels (class ids, or a distribution over classes) and sample ids."""
+
+    images: Float[Tensor, "b c h w"]
+    labels: Int[Tensor, " b"] | Float[Tensor, "b k"]
+    sample_ids: Int[Tensor, " b"]
+
+
+class Features(NamedTuple):
+    """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them."""
+
+    logits: Float[Tensor, "b k"]
+    embedding: Float[Tensor, "b d"]
+    maps: tuple[Float[Tensor, "b c h w"], ...] = ()
+    codes: dict[str, Float[Tensor, "b g"]] = {}
+    views: dict[str, Float[Tensor, "b k"]] = {}
+
+
+class Shapes(NamedTuple):
+    """Sizes of a network's features; `maps` holds (channels, height, width) of each tapped map."""
+
+    num_classes: int
+    embed_dim: int
+    maps: tuple[tuple[int, int, int], ...]
+
+
+class Pair(NamedTuple):
+    """All that a criterion may know when it is built."""
+
+    student: Shapes
+    teacher: Shapes
+    num_samples: int = 0
+    labels: Int[Tensor, " n"] | None = None
+    teacher_classifier: nn.Module | None = None
+
+
+Classify = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def _by_classifier(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+    return cast(Any, model).get_classifier()(embedding)
+
+
+def _by_conv_classifier(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+    return cast(Any, model).get_classifier()(embedding[..., None, None]).flatten(1)
+
+
+def _by_mean_of_classifiers(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+    parts = [part(embedding) for part in cast(Any, model).get_classifier()]
+    return torch.stack(parts).mean(0)
+
+
+def _by_second_head_call(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+    return cast(Any, model).forward_head(final)
+
+
+# In this order: a classifier that is put on the embedding sees the same dropout mask and updates BatchNorm statistics once.
+_WAYS: tuple[Classify, ...] = (_by_classifier, _by_conv_classifier, _by_mean_of_classifiers, _by_second_head_call)
+
+
+class FeatureTap(nn.Module):
+    """Logits, embedding (timm: pre-logits) and maps of a timm classification model, in one forward pass.
+
+    Args:
+        model: Any timm model with a classifier; in the tap it keeps its own `state_dict` under `model.`.
+        indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
+        input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
+
+    Raises:
+        ValueError: The model lacks timm's feature contract, has no classifier, gives an embedding that is not a vector per
+            image, computes logits in a way that the probe cannot reproduce, or has no map of that index.
+    """
+
+    def __init__(
+        self, model: nn.Module, indices: Sequence[int] | None = None, *, input_size: tuple[int, int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.name = str(getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__)
+        lacking = [
+            name
+            for name in ("forward_features", "forward_intermediates", "forward_head", "get_classifier")
+            if not hasattr(model, name)
+        ]
+        if lacking:
+            raise ValueError(f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model.")
+        if not getattr(model, "num_classes", 0):
+            raise ValueError(
+                f"{self.name} has no classifier (num_classes=0): build it with num_classes=C or call reset_classifier(C) first."
+            )
+        self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
+        self.indices: tuple[int, ...] = ()
+        maps = self._probe()
+        if indices is not None:
+            self.indices = _resolve_indices(self.name, indices, len(maps))
+
+    @contextmanager
+    def _probing(self, *modules_in_train: nn.Module):
+        """Eval mode without gradients, every module's mode as it was afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            for module in modules_in_train:
+                module.training = True
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _image(self, size: tuple[int, ...], batch: int = 2) -> Tensor:
+        """A smooth test picture, the same on every call: no random state is drawn."""
+        weight = next(self.model.parameters())
+        count = batch * size[0] * size[1] * size[2]
+        ramp = torch.arange(count, device=weight.device, dtype=torch.float32)
+        return (ramp * 0.37).sin().reshape(batch, *size).to(weight.dtype)
+
+    def _probe(self) -> list[Tensor]:
+        """Find how logits follow from the embedding; returns the maps of the probe image."""
+        model = cast(Any, self.model)
+        with self._probing():
+            images = self._image(self.input_size)
+            try:
+                expected = model(images)
+                final, maps = model.forward_intermediates(images, output_fmt="NCHW")
+                embedding = model.forward_head(final, pre_logits=True)
+            except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {error}. "
+                    "Give input_size=(channels, height, width) that the model accepts."
+                ) from error
+            if not isinstance(expected, Tensor) or expected.ndim != 2:
+                raise ValueError(f"{self.name} returns {_describe(expected)}, not logits [batch, classes].")
+            if not isinstance(embedding, Tensor) or embedding.ndim != 2:
+                raise ValueError(
+                    f"{self.name} gives {_describe(embedding)} before its classifier, not an embedding [batch, dim]: "
+                    "set global_pool to one that pools."
+                )
+            self._classify = self._find_way(expected, final, embedding)
+            if self._classify is _by_second_head_call:
+                self._refuse_random_head(final)
+            self.num_classes, self.embed_dim = expected.shape[1], embedding.shape[1]
+        return maps
+
+    def _find_way(self, expected: Tensor, final: Tensor, embedding: Tensor) -> Classify:
+        for way in _WAYS:
+            try:
+                logits = way(self.model, final, embedding)
+            except (RuntimeError, TypeError, NotImplementedError, IndexError):
+                continue  # this classifier is called in another way
+            if not isinstance(logits, Tensor) or logits.shape != expected.shape:
+                continue
+            # Without values (a model on meta) the shapes decide.
+            if expected.is_meta or torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True):
+                return way
+        raise ValueError(f"{self.name}'s logits do not follow from forward_head: its model(x) does something else as well.")
+
+    def _refuse_random_head(self, final: Tensor) -> None:
+        """With two calls of the head, logits and embedding would see different dropout masks or count a batch twice."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        used: list[nn.Module] = []
+        handles = [norm.register_forward_hook(lambda module, *_: used.append(module)) for norm in norms]
+        dropouts = [m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        with self._probing(self.model, *dropouts), torch.random.fork_rng(enabled=not final.is_meta):
+            head = cast(Any, self.model).forward_head
+            one, two = head(final, pre_logits=True), head(final, pre_logits=True)
+        for handle in handles:
+            handle.remove()
+        if used or (not one.is_meta and not torch.equal(one, two)):
+            raise ValueError(
+                f"{self.name}'s logits need a second call of its head, which has "
+                f"{'BatchNorm' if used else 'dropout'}: set drop_rate=0 or choose another model."
+            )
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Features of a batch; `maps` are those of `indices`, [batch, channels, height, width]."""
+        model = cast(Any, self.model)
+        if self.indices:
+            final, maps = model.forward_intermediates(images, indices=list(self.indices), output_fmt="NCHW")
+        else:
+            final, maps = model.forward_features(images), ()
+        embedding = model.forward_head(final, pre_logits=True)
+        return Features(self._classify(self.model, final, embedding), embedding, tuple(maps))
+
+    def shapes(self, image_size: int | tuple[int, int]) -> Shapes:
+        """Shapes of the features at an image size (pixels: side, or height and width), measured on one forward pass."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        with self._probing():
+            features = self(self._image((self.input_size[0], height, width)))
+        sizes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in features.maps)
+        return Shapes(self.num_classes, self.embed_dim, sizes)
+
+    def all_maps(self, image_size: int | tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
+        """(channels, height, width) of every map that the model can show at an image size, whatever `indices` chose."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        with self._probing():
+            images = self._image((self.input_size[0], height, width))
+            _, maps = cast(Any, self.model).forward_intermediates(images, output_fmt="NCHW")
+        return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The one module that maps the embedding to logits; None where the model has no such module."""
+        return cast(Any, self.model).get_classifier() if self._classify is _by_classifier else None
+
+
+def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
+    """Indices of the maps that a recipe's word stands for.
+
+    Args:
+        sizes: (channels, height, width) of every map of the model, shallow to deep.
+        maps: "last"; "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where
+            the resolution never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
+
+    Raises:
+        ValueError: Another word, or more maps than the model has.
+    """
+    count = len(sizes)
+    if maps == "last":
+        return (count - 1,)
+    if maps == "stages":
+        deepest = [i for i in range(count) if i + 1 == count or sizes[i + 1][1:] != sizes[i][1:]]
+        if len(deepest) > 1:
+            return tuple(deepest[-4:])
+        maps = str(min(4, count))
+    if not maps.isdecimal() or not 1 <= int(maps) <= count:
+        raise ValueError(f"maps={maps!r}: expected 'stages', 'last' or a number from 1 to {count}, which is all the model has.")
+    return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
+
+
+def _resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
+    resolved = tuple(i + count if i < 0 else i for i in indices)
+    if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):
+        raise ValueError(
+            f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in ascending order."
+        )
+    return resolved
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+class TeacherView(nn.Module):
+    """The same picture as the teacher expects it: re-normalised, and resized where the teacher's input size is fixed.
+
+    Args:
+        mean, std: Normalisation that the images arrive in, one value per channel, of pixels in [0, 1].
+        teacher_mean, teacher_std: Normalisation that the teacher was trained with.
+        size: (height, width) in pixels for the teacher; None leaves the size alone.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        teacher_mean: Sequence[float],
+        teacher_std: Sequence[float],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        stats = [torch.tensor(v, dtype=torch.float64) for v in (mean, std, teacher_mean, teacher_std)]
+        if len({len(v) for v in stats}) != 1:
+            raise ValueError(f"mean and std need one value per channel each, got {[v.tolist() for v in stats]}.")
+        ours_mean, ours_std, its_mean, its_std = stats
+        self.register_buffer("scale", (ours_std / its_std).float()[:, None, None], persistent=False)
+        self.register_buffer("shift", ((ours_mean - its_mean) / its_std).float()[:, None, None], persistent=False)
+        self.same = bool((ours_mean == its_mean).all() and (ours_std == its_std).all())
+        self.size = size
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Images in the teacher's normalisation and size."""
+        if not self.same:
+            images = images * self.scale + self.shift
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        return images

@@ -1,0 +1,202 @@
+"""Multi-Granularity Distillation: the paper's heads and its two objectives, whole.
+
+Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads analyse the frozen
+teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the student learns the codes. MAS: it
+learns as well from the mean of the teacher's logits and the heads' views, the stable excitation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.base import Need, Objective, at_least_float32, check_temperature, kl_divergence
+from mgd_timm.features import Batch, Features, Pair
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """One level of detail.
+
+    Args:
+        name: Its name in codes, views and logs.
+        dim: Width of the code, 1 or more.
+        temperature: T > 0, of the head's fitting and of the code loss.
+        weight: Of the code loss in the student's objective, 0 or more; 1 in the paper.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    name: str
+    dim: int
+    temperature: float
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        if self.dim < 1:
+            raise ValueError(f"granularity {self.name!r}: dim={self.dim}, expected 1 or more.")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"granularity {self.name!r}: weight={self.weight}, expected a finite number, 0 or more.")
+
+
+DEFAULT = (Granularity("abstract", 64, 2.0), Granularity("detailed", 256, 8.0))
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class GranularityHeads(nn.Module):
+    """An encoder (embedding to code) and a decoder (code to class logits) per granularity, in at least float32.
+
+    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed outside autocast, as T^2
+    magnifies bfloat16 rounding of the codes.
+
+    Args:
+        embed_dim: Width of the network's embedding.
+        num_classes: Number of classes of the views; None builds encoders only, which is all that a student needs.
+        granularities: Levels of detail, of distinct names.
+
+    Raises:
+        ValueError: No granularity, or two of one name.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int | None, granularities: Sequence[Granularity] = DEFAULT) -> None:
+        super().__init__()
+        names = [g.name for g in granularities]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"granularities {names}: expected one or more of distinct names.")
+        self.granularities = tuple(granularities)
+        self.encoders = nn.ModuleDict({g.name: _mlp(embed_dim, embed_dim, g.dim) for g in granularities})
+        self.decoders = nn.ModuleDict()
+        if num_classes is not None:
+            self.decoders.update({g.name: _mlp(g.dim, embed_dim, num_classes) for g in granularities})
+
+    def encode(self, embedding: Float[Tensor, "b d"]) -> dict[str, Float[Tensor, "b g"]]:
+        """Codes by granularity, each [batch, dim]."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = at_least_float32(embedding)
+            return {name: encoder(embedding) for name, encoder in self.encoders.items()}
+
+    def decode(self, codes: dict[str, Float[Tensor, "b g"]]) -> dict[str, Float[Tensor, "b k"]]:
+        """Views by granularity, each [batch, classes]; empty for heads of encoders only."""
+        with torch.autocast(next(iter(codes.values())).device.type, enabled=False):
+            return {name: decoder(at_least_float32(codes[name])) for name, decoder in self.decoders.items()}
+
+
+def stable_excitation(logits: Float[Tensor, "b k"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
+    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax."""
+    return torch.stack([at_least_float32(logits), *(at_least_float32(view) for view in views.values())]).mean(0)
+
+
+class HeadFitting(nn.Module):
+    """Fits all heads in one run on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
+
+    Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no parameter, so with one
+    learning rate the gradients are the same.
+
+    Args:
+        heads: Heads with decoders.
+
+    Raises:
+        ValueError: Heads without decoders.
+    """
+
+    def __init__(self, heads: GranularityHeads) -> None:
+        super().__init__()
+        if not heads.decoders:
+            raise ValueError("HeadFitting needs heads with decoders: GranularityHeads(embed_dim, num_classes, ...).")
+        self.heads = heads
+
+    def forward(self, batch: Batch, teacher: Features) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+        """A loss per granularity, and the stable logits. `batch.images` is not read."""
+        views = self.heads.decode(self.heads.encode(teacher.embedding))
+        labels = batch.labels.float() if batch.labels.is_floating_point() else batch.labels
+        terms = {
+            g.name: F.cross_entropy(views[g.name], labels) + kl_divergence(views[g.name], teacher.logits, g.temperature)
+            for g in self.heads.granularities
+        }
+        return terms, stable_excitation(teacher.logits, views)
+
+
+class MAG(nn.Module):
+    """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).
+
+    Shaped like an Objective, so it wraps any of them. The student gets encoders only, of its own width: a decoder would never see a
+    gradient. They are dropped when the student is exported.
+
+    Args:
+        pair: Shapes of both networks; any two embedding widths.
+        objective: The host method's terms.
+        granularities: As the teacher's heads have them. One of weight 0 is left out.
+
+    Raises:
+        ValueError: No granularity with a weight, or one with the name of a term.
+    """
+
+    def __init__(self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT) -> None:
+        super().__init__()
+        self.granularities = tuple(g for g in granularities if g.weight)
+        taken = sorted({g.name for g in self.granularities} & set(objective.weights))
+        if taken:
+            raise ValueError(f"granularity {taken[0]!r} has the name of a term of the objective: rename one of them.")
+        self.objective = objective
+        self.student_heads = GranularityHeads(pair.student.embed_dim, None, self.granularities)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The parts of the teacher's features that are read."""
+        return self.objective.needs | {"embedding"}
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """The objective's weighted terms, and one per granularity.
+
+        Raises:
+            ValueError: The teacher shows no codes of a granularity, or codes of another width.
+        """
+        terms = dict(self.objective(student, teacher, batch))
+        codes = self.student_heads.encode(student.embedding)
+        for g in self.granularities:
+            if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
+                shown = {name: code.shape[1] for name, code in teacher.codes.items()}
+                raise ValueError(
+                    f"granularity {g.name!r} of {g.dim} dims: the teacher shows codes of {shown or 'no heads'}. "
+                    "Give Teacher(tap, heads) the heads of the same granularities."
+                )
+            terms[g.name] = g.weight * kl_divergence(codes[g.name], teacher.codes[g.name], g.temperature)
+        return terms
+
+
+class MAS(MAG):
+    """Stable excitation distillation: MAG after teacher.logits := mean of the teacher's logits and the heads' views.
+
+    Args:
+        pair, objective, granularities: As for MAG; the objective needs a term with a weight that reads the teacher's logits.
+
+    Raises:
+        ValueError: No term of the objective reads the teacher's logits, so that MAS would be MAG.
+    """
+
+    def __init__(self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT) -> None:
+        super().__init__(pair, objective, granularities)
+        if "logits" not in objective.needs:
+            raise ValueError(
+                "MAS changes the target of logit distillation, and no term with a weight reads the teacher's logits "
+                f"(weights: {objective.weights}): without one MAS is MAG. Give kd a weight (kd_weight=1) or choose method='mag'."
+            )
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """As MAG, from the stable excitation.
+
+        Raises:
+            ValueError: The teacher shows no views.
+        """
+        if not teacher.views:
+            raise ValueError("MAS needs the teacher's views: give Teacher(tap, heads) heads with decoders.")
+        stable = stable_excitation(teacher.logits, teacher.views)
+        return super().forward(student, teacher._replace(logits=stable), batch)

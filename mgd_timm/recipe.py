@@ -1,0 +1,217 @@
+"""What a run is: frozen dataclasses, from which the command line's flags are generated.
+
+Fields that do not change the weights a run ends with (where it writes, how often it logs) carry digest=False and may differ between
+a run and its resumption.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mgd_timm.granularity import Granularity
+
+
+def _option(default: Any, help: str, *, digest: bool = True) -> Any:
+    return field(default=default, metadata={"help": help, "digest": digest})
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest ones that do."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+    return ValueError(f"unknown {kind} {name!r}: {hint}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they are shown."""
+
+    dataset: str = _option("embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder")
+    data_dir: str | None = _option(None, "folder of parquet/arrow files or of images in class folders; instead of --dataset")
+    dataset_config: str | None = _option(None, "configuration name of a hub data set that has several")
+    input_key: str | None = _option(None, "image column; found by its type by default")
+    target_key: str | None = _option(None, "label column; found by its type by default")
+    train_split: str = _option("train", "split to train on")
+    eval_split: str | None = _option(None, "split to evaluate on; default: test, validation, valid or val, whichever exists")
+    val_split: float = _option(0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch")
+    img_size: int | None = _option(None, "side in pixels; default: the images' own where small, else the model's")
+    in_chans: int = _option(3, "3 for colour, 1 for grey")
+    mean: tuple[float, ...] | None = _option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
+    std: tuple[float, ...] | None = _option(None, "as --mean")
+    batch_size: int = _option(64, "images per process and step")
+    validation_batch_size: int = _option(256, "images per process and evaluation step", digest=False)
+    workers: int = _option(2, "loader processes for large images", digest=False)
+    pad: int = _option(4, "small images: zero padding in pixels before the random crop; 0 for no crop")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    scale: tuple[float, ...] = _option((0.08, 1.0), "large images: share of the area of a random crop")
+    ratio: tuple[float, ...] = _option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
+    aa: str | None = _option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
+    color_jitter: float = _option(0.0, "large images: strength of colour jitter")
+    crop_pct: float | None = _option(None, "large images: share of the resized side that evaluation crops; default: the model's")
+    interpolation: str | None = _option(None, "large images: bilinear or bicubic; default: the model's")
+
+    def __post_init__(self) -> None:
+        if self.in_chans not in (1, 3):
+            raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
+        if not 0 <= self.val_split <= 0.5:
+            raise ValueError(f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split).")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image.")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip={self.hflip}: expected a probability from 0 to 1.")
+        if self.pad < 0 or (self.img_size is not None and self.img_size < 1):
+            raise ValueError(f"pad={self.pad}, img_size={self.img_size}: expected pixels, pad 0 or more and img_size 1 or more.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{name}={values}: expected {self.in_chans} values, one per channel (in_chans).")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std={self.std}: expected positive values.")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How long and by which rule the weights move. The paper: momentum, lr 0.05, 240 epochs, multistep at 150, 180 and 210."""
+
+    epochs: int = _option(20, "passes over the training images")
+    opt: str = _option("momentum", "timm optimizer; 'momentum' is plain SGD, timm's 'sgd' is Nesterov's")
+    lr: float = _option(0.05, "peak learning rate")
+    momentum: float = _option(0.9, "momentum of SGD")
+    weight_decay: float = _option(5e-4, "weight decay")
+    filter_bias_and_bn: bool = _option(False, "spare biases and normalisation from weight decay")
+    sched: str = _option("cosine", "timm scheduler (cosine, multistep, step, tanh, poly, ...), stepped by update")
+    min_lr: float = _option(0.0, "learning rate at the end of a cosine")
+    warmup_epochs: int = _option(0, "epochs of linear warm-up")
+    warmup_lr: float = _option(1e-5, "learning rate at the start of the warm-up")
+    decay_milestones: tuple[int, ...] = _option((150, 180, 210), "epochs at which multistep multiplies by the decay rate")
+    decay_epochs: float = _option(30.0, "epochs between decays of the step scheduler")
+    decay_rate: float = _option(0.1, "factor of a decay")
+    clip_grad: float | None = _option(None, "largest gradient norm")
+    grad_accum_steps: int = _option(1, "steps per update; the batch of an update is batch size x processes x this")
+    model_ema: bool = _option(False, "keep an exponential moving average of the weights; it is evaluated and exported")
+    model_ema_decay: float = _option(0.9998, "its decay per update")
+    model_ema_warmup: bool = _option(False, "let the decay rise from 0 in the first updates")
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.grad_accum_steps < 1:
+            raise ValueError(f"epochs={self.epochs}, grad_accum_steps={self.grad_accum_steps}: expected 1 or more of each.")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr={self.lr}: expected a positive number.")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"clip_grad={self.clip_grad}: expected a positive norm, or none.")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The teacher's granularity heads. The paper: 64 dims at T=2, 256 dims at T=8, weights 1, 60 epochs on live images."""
+
+    abstract_dim: int = _option(64, "width of the abstract code")
+    abstract_temperature: float = _option(2.0, "temperature of the abstract granularity")
+    abstract_weight: float = _option(1.0, "weight of the abstract code's loss")
+    detailed_dim: int = _option(256, "width of the detailed code")
+    detailed_temperature: float = _option(8.0, "temperature of the detailed granularity")
+    detailed_weight: float = _option(1.0, "weight of the detailed code's loss")
+    heads_protocol: Literal["stored", "live"] = _option("stored", "fit on stored teacher outputs, or on live images as the authors")
+    heads_views: int = _option(4, "stored: augmented views of each image that the teacher sees")
+    heads_epochs: int = _option(24, "passes over the training images while the heads are fitted")
+    heads_lr: float = _option(0.1, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
+    heads_batch_size: int = _option(256, "images per process and step while the heads are fitted")
+    heads_weight_decay: float = _option(5e-4, "weight decay of the heads")
+
+    def __post_init__(self) -> None:
+        if min(self.heads_views, self.heads_epochs) < 1:
+            raise ValueError(f"heads_views={self.heads_views}, heads_epochs={self.heads_epochs}: expected 1 or more of each.")
+        if self.heads_batch_size < 2:
+            raise ValueError(f"heads_batch_size={self.heads_batch_size}: expected 2 or more.")
+        if not 0 < self.heads_lr < float("inf"):
+            raise ValueError(f"heads_lr={self.heads_lr}: expected a positive number.")
+        _ = self.granularities  # its ranges
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Both levels of detail."""
+        return (
+            Granularity("abstract", self.abstract_dim, self.abstract_temperature, self.abstract_weight),
+            Granularity("detailed", self.detailed_dim, self.detailed_temperature, self.detailed_weight),
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: which networks, which method, which images, which rule."""
+
+    student: str = _option("cifar_resnet8x05", "timm model to train")
+    student_pretrained: bool = _option(False, "start the student from its pretrained weights")
+    student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights")
+    teacher: str | None = _option(
+        "embedded", "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; none to train alone"
+    )
+    teacher_checkpoint: str | None = _option(None, "safetensors file with the teacher's weights, for a bare model name")
+    method: Literal["none", "mag", "mas"] = _option(
+        "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target)"
+    )
+    criterion: tuple[str, ...] = _option(("kd",), "host methods, each NAME or NAME:WEIGHT (mgd-timm list criteria)")
+    task_weight: float | None = _option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
+    kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
+    kd_temperature: float = _option(4.0, "temperature of logit KD")
+    smoothing: float = _option(0.0, "label smoothing of the labels' loss")
+    maps: str = _option("stages", "maps for criteria that read them: stages, last, or a number of evenly spaced ones")
+    drop: float = _option(0.0, "dropout before the student's classifier")
+    drop_path: float | None = _option(None, "stochastic depth of the student")
+    amp: bool = _option(False, "mixed precision; else what accelerate launch says")
+    amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "its type")
+    channels_last: bool = _option(True, "channels-last memory format")
+    seed: int = _option(42, "of order, augmentation, initialisation and dropout")
+    output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
+    resume: bool = _option(False, "continue the run in the output folder from its newest whole checkpoint", digest=False)
+    checkpoint_interval: int = _option(0, "updates between checkpoints; 0: at each epoch's end only", digest=False)
+    checkpoint_hist: int = _option(2, "checkpoints kept", digest=False)
+    log_interval: int = _option(50, "updates between checks and reports of the losses", digest=False)
+    log_with: tuple[str, ...] = _option((), "accelerate trackers, such as tensorboard or wandb", digest=False)
+    license: str = _option("other", "licence of the exported weights", digest=False)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    heads: Heads = field(default_factory=Heads)
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1 or self.checkpoint_interval < 0 or self.checkpoint_hist < 1:
+            raise ValueError(
+                f"log_interval={self.log_interval}, checkpoint_interval={self.checkpoint_interval}, "
+                f"checkpoint_hist={self.checkpoint_hist}: expected 1, 0 and 1 or more."
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
+
+
+def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
+    """The recipe's fields by name, nested as the dataclasses are; tuples as lists."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            out[f.name] = as_dict(value, digest_only=digest_only)
+        elif f.metadata.get("digest", True) or not digest_only:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:
+    """'name: a -> b' for every leaf in which two nested dicts differ."""
+    found: list[str] = []
+    for key in sorted(set(one) | set(two)):
+        a, b = one.get(key), two.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found

@@ -1,0 +1,97 @@
+"""All randomness of a run as a function of (seed, epoch, sample or position): nothing to save, nothing to restore.
+
+Order, crops, flips and dropout are the same on any number of processes and workers, and after any resume.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def mix(*key: int) -> int:
+    """A 63-bit hash of integers (SplitMix64: Steele, Lea, Flood, OOPSLA 2014); for seeds."""
+    state = 0
+    for part in key:
+        state = (state ^ (part & _MASK)) & _MASK
+        state = (state + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's >> keeps the sign
+
+
+def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) -> Float[Tensor, "b draws"]:
+    """Numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in any batch."""
+    offsets = torch.arange(draws, device=sample_ids.device, dtype=torch.int64) * _signed(_GOLDEN)
+    x = (sample_ids.to(torch.int64) * _signed(0xD1342543DE82EF95))[:, None] + offsets + _signed(mix(seed, epoch) << 1)
+    for _ in range(2):  # one round leaves neighbouring ids correlated in the high bits
+        x = x + _signed(_GOLDEN)
+        x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+        x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+        x = x ^ _shift(x, 31)
+    return _shift(x, 11).to(torch.float64) * 2.0**-53
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
+    """The permutation of positions 0 to count - 1 of an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, 1)))
+
+
+def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, accumulation: int) -> list[list[Tensor]]:
+    """An epoch's order cut into updates, each a list of `processes * steps` slots; process r's step j takes slot j * processes + r.
+
+    The tail is dealt evenly over as many slots as leave two samples or more in each, as BatchNorm has no statistics of one; if not
+    even one step can have that, the tail (fewer than 2 * processes samples) is left out of this epoch.
+
+    Raises:
+        ValueError: Too few samples for one update.
+    """
+    size = batch_size * processes * accumulation
+    updates = []
+    for chunk in order.split(size):
+        steps = min(accumulation, len(chunk) // (2 * processes))
+        if steps:
+            updates.append(list(chunk.tensor_split(steps * processes)) if len(chunk) < size else list(chunk.split(batch_size)))
+    if not updates:
+        raise ValueError(f"{len(order)} training images: expected at least 2 for each of {processes} processes.")
+    return updates
+
+
+def augment(
+    images: UInt8[Tensor, "b c h w"],
+    sample_ids: Int[Tensor, " b"],
+    seed: int,
+    epoch: int,
+    *,
+    pad: int,
+    hflip: float,
+) -> UInt8[Tensor, "b c h w"]:
+    """Zero-pad by `pad` pixels, crop at random to the former size, flip left-right with probability `hflip`: as one gather."""
+    draws = uniform(sample_ids, seed, epoch, 3)
+    _, channels, height, width = images.shape
+    top = (draws[:, 0] * (2 * pad + 1)).long()
+    left = (draws[:, 1] * (2 * pad + 1)).long()
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    columns = torch.arange(width, device=images.device).expand(len(images), width)
+    columns = torch.where((draws[:, 2] < hflip)[:, None], columns.flip(1), columns) + left[:, None]
+    padded_width = width + 2 * pad
+    window = (rows[:, :, None] * padded_width + columns[:, None, :]).flatten(1)
+    flat = F.pad(images, (pad, pad, pad, pad)).flatten(2)
+    return flat.gather(2, window[:, None].expand(-1, channels, -1)).reshape(images.shape)
+
+
+def normalise(images: UInt8[Tensor, "b c h w"], mean: Tensor, std: Tensor) -> Float[Tensor, "b c h w"]:
+    """(pixels / 255 - mean) / std in float32; mean and std [c, 1, 1] of pixels in [0, 1]."""
+    return images.float().sub_(mean * 255).div_(std * 255)
