@@ -1,7 +1,7 @@
 """A run's state as safetensors and JSON with a digest manifest: committed whole, or not at all.
 
-A checkpoint is a folder `00000123/` (the number of updates done). It is written aside, every file and the folder are flushed to disk,
-then it is renamed. The manifest holds every file's sha256; the newest checkpoint that matches its manifest is the one that is resumed.
+A checkpoint is a folder `00000123/` (the number of updates done). It is written aside, every file and the folder are flushed to
+disk, then it is renamed. The manifest holds every file's sha256; the newest checkpoint that matches its manifest is resumed.
 No pickle is written or read.
 """
 
@@ -69,9 +69,10 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: Nothing was left behind; a full disk is named as such.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
+    aside: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
         draft = aside / target.name
         fill(draft)
         for path in [draft, *draft.rglob("*")]:
@@ -90,7 +91,21 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
             ) from error
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write or replace a text file, whole or not at all.
+
+    Raises:
+        OSError: As of `write_whole`.
+    """
+
+    def fill(draft: Path) -> None:
+        draft.write_text(text)
+
+    write_whole(target, fill)
 
 
 def sweep(folder: Path) -> None:
@@ -101,6 +116,8 @@ def sweep(folder: Path) -> None:
 
 def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
     """Write checkpoint `number`; older ones than the newest `keep` go once the new one has been read back and matches.
+
+    So do those of a higher number, which the resume that led here has passed over as damaged.
 
     Args:
         folder: Folder of all checkpoints.
@@ -127,28 +144,39 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
             save_file(plain, draft / f"{group}.safetensors")
         (draft / "state.json").write_text(json.dumps(state.values))
         sums = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-        (draft / MANIFEST).write_text(json.dumps(sums, indent=1))
+        (draft / MANIFEST).write_bytes(_listed(sums))
 
     write_whole(target, fill)
     verify(target)
-    for old in _numbered(folder)[keep:]:
-        shutil.rmtree(old)
+    others = [path for path in _numbered(folder) if path != target]
+    past = [path for path in others if int(path.name) < number]
+    for gone in [*(path for path in others if path not in past), *past[keep - 1 :]]:
+        shutil.rmtree(gone)
     return target
+
+
+def _listed(sums: Mapping[str, str]) -> bytes:
+    return json.dumps(sums, indent=1).encode()
 
 
 def verify(checkpoint: Path) -> None:
     """Raise CheckpointError unless every file is there and has the digest of the manifest."""
     try:
-        sums = json.loads((checkpoint / MANIFEST).read_text())
+        text = (checkpoint / MANIFEST).read_bytes()
+        sums = json.loads(text)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: its manifest cannot be read ({error})") from error
-    if not isinstance(sums, dict) or "state.json" not in sums:
+    if not isinstance(sums, dict) or "state.json" not in sums or text != _listed(sums):
         raise CheckpointError(f"{checkpoint}: its manifest is not one")
     present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
     if present != set(sums):
         raise CheckpointError(f"{checkpoint}: files {sorted(present ^ set(sums))} are missing or foreign")
     for name, expected in sums.items():
-        if sha256(checkpoint / name) != expected:
+        try:
+            actual = sha256(checkpoint / name)
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint}: {name} cannot be read ({error})") from error
+        if actual != expected:
             raise CheckpointError(f"{checkpoint}: {name} does not match its sha256")
 
 

@@ -1,0 +1,321 @@
+"""Networks, objective and accelerator from a recipe, with every check that bad input deserves before the first update."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import timm
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from safetensors.torch import load_file
+from timm.models import get_model_input_config, get_pretrained_cfg, resolve_model_input_args
+from torch import nn
+
+import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
+from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
+from mgd_timm.data import EMBEDDED, Defaults, Images
+from mgd_timm.features import Pair, TeacherView
+from mgd_timm.granularity import MAG, MAS
+from mgd_timm.recipe import Recipe, unknown
+
+Say = Callable[[str], None]
+
+
+def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
+    """The accelerator, and the recipe with the accumulation that is in force: `accelerate launch` may override ours.
+
+    Raises:
+        ValueError: A tracker that does not exist or is not installed.
+    """
+    for name in recipe.log_with:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise unknown("tracker", name, LOGGER_TYPE_TO_CLASS)
+        if name not in [str(getattr(t, "value", t)) for t in get_available_trackers()]:
+            raise ValueError(f"tracker {name!r} is not installed: pip install {name}, or leave --log-with {name} out.")
+    # Its state outlives an Accelerator: a second run in one Python process may ask for another precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else None,
+        gradient_accumulation_steps=recipe.optim.grad_accum_steps,
+        log_with=list(recipe.log_with) or None,
+        project_dir=recipe.output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=15))],
+    )
+    steps = accelerator.gradient_accumulation_steps
+    accelerator.print(
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, {steps} step{'s' if steps > 1 else ''} per update"
+    )
+    asked = _asked_processes()
+    if asked is not None and asked != accelerator.num_processes:
+        accelerator.print(
+            f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate launch needs "
+            f"mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with ACCELERATE_USE_CPU=1 does not."
+        )
+    return replace(recipe, optim=replace(recipe.optim, grad_accum_steps=steps)), accelerator
+
+
+def _asked_processes() -> int | None:
+    """The --num_processes of an `accelerate launch` that started this process; it may start fewer and say nothing."""
+    if "LOCAL_RANK" in os.environ:
+        return None
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:
+        return None
+    if not any("accelerate" in word for word in words) or "launch" not in words:
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes", "-n") and (value or following).isdecimal():
+            return int(value or following)
+    return None
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError with the nearest names unless timm knows the architecture."""
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("model", name, timm.list_models())
+
+
+def load_weights(model: nn.Module, name: str, path: str) -> None:
+    """Load a safetensors file strictly.
+
+    Raises:
+        ValueError: The file is not readable, or its keys or shapes differ; the first ones are named.
+    """
+    try:
+        state = load_file(path)
+    except Exception as error:  # safetensors and the file system raise several kinds
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
+    expected = model.state_dict()
+    lacking, foreign = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    unlike = [key for key in expected if key in state and expected[key].shape != state[key].shape]
+    if lacking or foreign or unlike:
+        shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in unlike[:3]]
+        raise ValueError(
+            f"{path} does not fit {name}: missing {lacking[:3]}, foreign {foreign[:3]}, of another shape {shapes}. "
+            "Every weight must be there, the classifier's too: name the architecture that the file was written from."
+        )
+    model.load_state_dict(state)
+
+
+def build_teacher(recipe: Recipe) -> nn.Module:
+    """The teacher with its weights, its classifier as trained: timm is never asked for another number of classes.
+
+    Raises:
+        ValueError: Unknown name, no weights, or a checkpoint that lacks the classifier.
+    """
+    spec = str(recipe.teacher)
+    place = _weights_folder(spec)
+    if place is not None:
+        return _load_folder(place)
+    if spec.startswith("hf-hub:"):
+        return _create_pretrained(spec)
+    check_model_name(spec)
+    if recipe.teacher_checkpoint is None:
+        if not timm.is_model_pretrained(spec):
+            raise ValueError(
+                f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, local-dir:PATH or a run "
+                "folder; mgd-timm train makes one."
+            )
+        return _create_pretrained(spec)
+    config = get_pretrained_cfg(spec)
+    key = config.classifier if config is not None else None
+    key = key[0] if isinstance(key, tuple | list) else key
+    try:
+        weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
+    except Exception as error:
+        raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
+    if weight is None:
+        raise ValueError(
+            f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches noise. "
+            "Train its classifier first (mgd-timm train) or give weights that have one."
+        )
+    model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
+    load_weights(model, spec, recipe.teacher_checkpoint)
+    return model
+
+
+def _weights_folder(spec: str) -> Path | None:
+    if spec == "embedded":
+        return EMBEDDED / "teacher"
+    path = Path(spec.removeprefix("local-dir:"))
+    for folder in (path / "export", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if spec.startswith("local-dir:") or path.is_dir():
+        raise ValueError(f"{path}: no export in it (config.json and model.safetensors); mgd-timm export writes one.")
+    return None
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """A model from a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder}: no model.safetensors beside config.json.")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
+    load_weights(model, str(model.pretrained_cfg.get("architecture")), str(weights))
+    return model
+
+
+def load_model(spec: str) -> nn.Module:
+    """A model with weights: a run folder, an exported folder, 'embedded', hf-hub:ID or a timm name with published weights.
+
+    Raises:
+        ValueError: No such model, or no weights.
+    """
+    return build_teacher(Recipe(teacher=spec))
+
+
+def _create_pretrained(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise ValueError(
+            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH or a file."
+        ) from error
+
+
+def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
+    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal size."""
+    config: Mapping[str, Any] = {}
+    if student is not None:
+        config = getattr(student, "pretrained_cfg", {})
+    else:
+        check_model_name(recipe.student)
+        found = get_pretrained_cfg(recipe.student)
+        config = found.to_dict() if found is not None else {}
+    weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
+    mean, std = weights.get("mean"), weights.get("std")
+    fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
+    return Defaults(
+        mean=tuple(mean) if fits and mean is not None else None,
+        std=tuple(std) if fits and std is not None else None,
+        img_size=int(config.get("input_size", (3, 224, 224))[-1]),
+        interpolation=str(config.get("interpolation") or "bicubic"),
+        crop_pct=float(config.get("crop_pct") or 0.875),
+    )
+
+
+def build_student(recipe: Recipe, images: Images) -> nn.Module:
+    """The student for the data's classes and image size, from the seed or from given weights.
+
+    Raises:
+        ValueError: Unknown name, an argument that the architecture does not take, or a checkpoint that does not fit.
+    """
+    check_model_name(recipe.student)
+    options: dict[str, Any] = {"num_classes": images.num_classes, "pretrained": recipe.student_pretrained}
+    if recipe.drop:
+        options["drop_rate"] = recipe.drop
+    if recipe.drop_path is not None:
+        options["drop_path_rate"] = recipe.drop_path
+    inputs = {"in_chans": images.input_size[0], "img_size": images.input_size[1:]}
+    try:
+        model = timm.create_model(**resolve_model_input_args(recipe.student, inputs, **options))
+    except Exception as error:
+        raise ValueError(f"student {recipe.student!r} cannot be built for {images.input_size} images: {error}") from error
+    if recipe.student_checkpoint is not None:
+        load_weights(model, recipe.student, recipe.student_checkpoint)
+    return model
+
+
+def check_label_spaces(teacher: nn.Module, student: nn.Module, images: Images) -> None:
+    """Raise ValueError unless data, teacher and student have the same number of classes, and the teacher the data's channels."""
+    counts = [getattr(teacher, "num_classes", 0), getattr(student, "num_classes", 0), images.num_classes]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the teacher has {counts[0]} classes, the student {counts[1]}, the data {counts[2]}: all three must agree. Train a "
+            "teacher on these classes first (mgd-timm train --pretrained), or use the data that it was trained on."
+        )
+    channels = get_model_input_config(teacher)["input_size"][0]
+    if channels != images.input_size[0]:
+        raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
+
+
+def teacher_view(teacher: nn.Module, images: Images) -> TeacherView:
+    """The student's images in the teacher's normalisation, resized where the teacher's input size is fixed."""
+    config = getattr(teacher, "pretrained_cfg", {}) or {}
+    mean, std = tuple(config.get("mean") or ()), tuple(config.get("std") or ())
+    if len(mean) != len(images.mean) or len(std) != len(images.std):
+        mean, std = images.mean, images.std
+    inputs = get_model_input_config(teacher)
+    size = tuple(inputs["input_size"][1:])
+    fixed = inputs["fixed_input_size"] and size != images.input_size[1:]
+    return TeacherView(images.mean, images.std, mean, std, (size[0], size[1]) if fixed else None)
+
+
+def parse_criteria(recipe: Recipe) -> dict[str, float]:
+    """Weights by term: task, kd and the host methods, from the recipe's words and the presets of the MGD authors' scripts.
+
+    The only host KD: 0.2 task, 0.8 kd. Another host X: 1 task, X's weight, and kd 1 under mag and mas, none else.
+
+    Raises:
+        ValueError: An unknown criterion, a weight that is no number, or two different weights of one term.
+    """
+    given: dict[str, float | None] = {}
+    for word in recipe.criterion:
+        name, _, weight = word.partition(":")
+        if name not in CRITERIA:
+            raise unknown("criterion", name, CRITERIA)
+        try:
+            given[name] = float(weight) if weight else None
+        except ValueError:
+            raise ValueError(f"criterion {word!r}: expected NAME or NAME:WEIGHT, and {weight!r} is no number.") from None
+    for name, value in (("ce", recipe.task_weight), ("kd", recipe.kd_weight)):
+        if value is not None:
+            if given.get(name) not in (None, value):
+                raise ValueError(f"two weights of {name}: {given[name]} in --criterion and {value} as an option of its own.")
+            given[name] = value
+    hosts = [name for name in given if name not in ("ce", "kd")]
+    alone = "kd" in [word.partition(":")[0] for word in recipe.criterion] and not hosts
+    weights = {"task": given.get("ce"), "kd": given.get("kd"), **{name: given[name] for name in hosts}}
+    if weights["task"] is None:
+        weights["task"] = 0.2 if alone else 1.0
+    if weights["kd"] is None:
+        beside = hosts and recipe.method != "none"
+        weights["kd"] = CRITERIA["kd"].weight if alone else 1.0 if beside or "kd" in given else 0.0
+    return {name: CRITERIA[name].weight if value is None else value for name, value in weights.items()}
+
+
+def needs_maps(weights: Mapping[str, float]) -> bool:
+    """Whether a term with a weight reads maps."""
+    return any(value and "maps" in CRITERIA[name].needs for name, value in weights.items() if name in CRITERIA)
+
+
+def build_objective(recipe: Recipe, pair: Pair) -> Objective | MAG:
+    """The recipe's terms, and MAG or MAS around them.
+
+    Raises:
+        ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
+    """
+    if recipe.teacher is None:
+        return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
+    terms: dict[str, Any] = {}
+    for name, weight in parse_criteria(recipe).items():
+        if name == "task":
+            terms[name] = (weight, CrossEntropy(pair, smoothing=recipe.smoothing))
+        elif weight:
+            options = {"temperature": recipe.kd_temperature} if name == "kd" else {}
+            terms[name] = (weight, CRITERIA[name](pair, **options))
+    objective = Objective(**terms)
+    if recipe.method == "none":
+        return objective
+    return {"mag": MAG, "mas": MAS}[recipe.method](pair, objective, recipe.heads.granularities)
+
+
+def set_seed(*key: int) -> None:
+    """Seed torch for what is drawn next (initial weights)."""
+    from mgd_timm.sampling import mix
+
+    torch.manual_seed(mix(*key))

@@ -1,0 +1,218 @@
+"""The command line: mgd-timm train | distill | evaluate | export | list.
+
+Flags are generated from the recipe's dataclasses. Heavy packages load once the arguments are known to be right.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+
+from mgd_timm._version import __version__
+
+# Flags of `train` that `distill` spells with the student's name, as timm's train.py has them.
+_TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
+_DISTILL_ONLY = {
+    "teacher",
+    "teacher_checkpoint",
+    "method",
+    "criterion",
+    "task_weight",
+    "kd_weight",
+    "kd_temperature",
+    "maps",
+}
+
+
+class _Parser(ArgumentParser):
+    """Names the nearest flag in the error for one that does not exist."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        wrong = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)|[Oo]ption '([\w.]+)' is not accepted", message)
+        if wrong:
+            name = (wrong[1] or f"--{wrong[2]}").replace("_", "-")
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            near = difflib.get_close_matches(name, flags, n=2, cutoff=0.6)
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        super().error(message, ex)
+
+
+def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
+    """A flag for every field of a dataclass: typed, spelled with dashes, its help from the field."""
+    group = parser.add_argument_group(title)
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in leave or dataclasses.is_dataclass(types[field.name]):
+            continue
+        flag = f"--{names.get(field.name, field.name).replace('_', '-')}"
+        default: Any = None if field.default is dataclasses.MISSING else field.default
+        options: dict[str, Any] = {"help": field.metadata["help"], "default": default}
+        inner = _element(types[field.name])
+        if types[field.name] is bool:
+            group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
+        elif inner is not None:
+            options["default"] = list(default) if isinstance(default, tuple) else default
+            group.add_argument(flag, type=inner, nargs="+" if default or default is None else "*", **options)
+        else:
+            group.add_argument(flag, type=types[field.name], **options)
+
+
+def _element(kind: Any) -> Any:
+    """The element type of tuple[X, ...] or tuple[X, ...] | None; None for what is no tuple."""
+    for option in typing.get_args(kind) if isinstance(kind, UnionType) else (kind,):
+        if option is not NoneType and typing.get_origin(option) is tuple:
+            return typing.get_args(option)[0]
+    return None
+
+
+def _run_parser(prog: str, *, distill: bool) -> ArgumentParser:
+    from mgd_timm.recipe import Data, Heads, Optim, Recipe
+
+    about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
+    parser = _Parser(prog=prog, description=about)
+    parser.add_argument("--config", action="config", help="YAML file of flags")
+    leave = set() if distill else _DISTILL_ONLY
+    _add_fields(parser, Recipe, "run", leave, {} if distill else _TRAIN_NAMES)
+    _add_fields(parser, Data, "images", set(), {})
+    _add_fields(parser, Optim, "optimisation", set(), {})
+    if distill:
+        _add_fields(parser, Heads, "granularity heads", set(), {})
+    else:
+        parser.set_defaults(output="runs/train")
+    return parser
+
+
+def _options(namespace: Namespace) -> dict[str, Any]:
+    values = dict(vars(namespace))
+    values.pop("config", None)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _train(arguments: Sequence[str]) -> None:
+    values = _options(_run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
+    for name, flag in _TRAIN_NAMES.items():
+        values[name] = values.pop(flag)
+    from mgd_timm.run import make_recipe, run
+
+    run(make_recipe(teacher=None, method="none", **values))
+
+
+def _distill(arguments: Sequence[str]) -> None:
+    values = _options(_run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
+    from mgd_timm.run import make_recipe, run
+
+    run(make_recipe(**values))
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from mgd_timm.recipe import Data
+
+    parser = _Parser(prog="mgd-timm evaluate", description="Top-1, top-5 and loss of a model, as JSON.")
+    parser.add_argument("model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'")
+    _add_fields(parser, Data, "images (default: those of the run)", set(), {})
+    # A flag that is not given leaves the run's own value alone.
+    parser.set_defaults({f.name: None for f in dataclasses.fields(Data)})
+    values = {name: value for name, value in _options(parser.parse_args(list(arguments))).items() if value is not None}
+    model = values.pop("model")
+    data = values.pop("dataset", None)
+    if data is None and values.get("data_dir") is not None:
+        data = "embedded"  # not read: the folder stands for it, and the run's own data set does not
+    from mgd_timm.run import evaluate
+
+    found = evaluate(model, data, **values)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps({name: round(value, 6) for name, value in found.items()}))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="mgd-timm export", description="Copy a run's student as timm loads it, under another name or licence.")
+    parser.add_argument("run", type=str, help="run folder, exported folder, or 'embedded'")
+    parser.add_argument("folder", type=str, help="where to; must not exist")
+    parser.add_argument("--license", type=str | None, default=None, help="licence of the weights; default: the run's")
+    parser.add_argument("--tag", type=str | None, default=None, help="timm's tag of the weights; default: the run's")
+    values = parser.parse_args(list(arguments))
+    from mgd_timm.build import load_model
+    from mgd_timm.export import export
+
+    model = load_model(values.run)
+    given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}
+    model.pretrained_cfg = {**model.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
+    before = next((p for p in (Path(values.run) / "export", Path(values.run)) if (p / "recipe.json").is_file()), None)
+    known = json.loads((before / "recipe.json").read_text()) if before is not None else {}
+    kept = {name: value for name, value in known.items() if name not in ("versions", "model_sha256")}
+    print(f"wrote {export(model, values.folder, provenance=kept)}")
+
+
+def _list(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="mgd-timm list", description="What there is to name.")
+    parser.add_argument("what", type=typing.Literal["criteria", "models", "data"], help="criteria, models or data")
+    parser.add_argument("--filter", type=str, default="", help="models: a wildcard, such as cifar_*")
+    values = parser.parse_args(list(arguments))
+    if values.what == "criteria":
+        from mgd_timm.criteria import CRITERIA
+
+        for name, criterion in CRITERIA.items():
+            first = (criterion.__doc__ or "").strip().splitlines()[0]
+            needs = ", ".join(sorted(criterion.needs)) or "labels only"
+            print(f"{name:8} weight {criterion.weight:<7g} reads {needs:10} {first}")
+    elif values.what == "models":
+        import timm
+
+        import mgd_timm.models  # noqa: F401  # registers cifar_*
+
+        print("\n".join(timm.list_models(values.filter)))
+    else:
+        print("embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package")
+        print("HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100")
+        print("FOLDER       parquet or arrow files, or train/CLASS/*.png and test/CLASS/*.png")
+
+
+_COMMANDS = {"train": _train, "distill": _distill, "evaluate": _evaluate, "export": _export, "list": _list}
+_HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
+
+  mgd-timm distill --teacher NAME --student NAME --dataset NAME   teach a student
+  mgd-timm train --model NAME --dataset NAME                      train a model on its own
+  mgd-timm evaluate RUN                                           its accuracy
+  mgd-timm export RUN FOLDER                                      its student, as timm loads it
+  mgd-timm list criteria | models | data                          what there is
+
+Each has --help. Several processes: accelerate launch -m mgd_timm distill ..."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code: 0, 1 for what failed, 2 for a wrong call, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in _COMMANDS:
+        near = difflib.get_close_matches(words[0], _COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
+        print(f"mgd-timm: unknown command {words[0]!r}: {hint}", file=sys.stderr)
+        return 2
+    try:
+        _COMMANDS[words[0]](words[1:])
+    except KeyboardInterrupt as stop:
+        print(f"\nmgd-timm: {stop or 'interrupted; nothing was saved'}", file=sys.stderr)
+        return int(getattr(stop, "code", 130))
+    except (ValueError, OSError, RuntimeError) as error:
+        from mgd_timm.checkpoint import CheckpointError
+        from mgd_timm.fit import NonFiniteError
+
+        if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
+            raise  # a fault of ours, or the machine's: with its traceback
+        print(f"mgd-timm: error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,447 @@
+"""The only training loop, and the only evaluation loop.
+
+Teacher training, head fitting and distillation are `fit` with another trainee. Accelerate computes (processes, precision, averaging
+of gradients); order, randomness and the learning rate are functions of the recipe and the number of updates done, so a run that was
+killed goes on to the very same weights.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mgd_timm import checkpoint
+from mgd_timm.criteria.base import at_least_float32
+from mgd_timm.data import Source
+from mgd_timm.features import Batch, Features
+from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
+from mgd_timm.recipe import Optim, differences
+from mgd_timm.sampling import cut_updates, epoch_order, mix
+
+Metrics = dict[str, float]
+Teach = Callable[[Batch], Features]
+Watch = Callable[[nn.Module | None], Metrics]
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What a run keeps and shows while it goes on.
+
+    Args:
+        folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
+        identity: The recipe's values that decide the weights; a checkpoint of others is refused.
+        stage: Name of the stage in metrics, and key of its randomness.
+        resume: Continue from the newest whole checkpoint, where there is one.
+        checkpoint_interval: Updates between checkpoints; 0 for the epochs' ends only.
+        checkpoint_hist: Checkpoints kept.
+        log_interval: Updates between checks and reports of the losses.
+        quiet: No progress bar.
+    """
+
+    folder: Path | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    stage: str = "distil"
+    resume: bool = False
+    checkpoint_interval: int = 0
+    checkpoint_hist: int = 2
+    log_interval: int = 50
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` leaves: metrics of the last epoch, the best value of `top1` and its epoch (from 1), and the averaged module."""
+
+    last: Metrics
+    best: float
+    best_epoch: int
+    updates: int
+    averaged: nn.Module | None
+
+
+class Stopped(KeyboardInterrupt):
+    """Ended by a signal after the state was saved; `code` is the exit code that shells expect (130 for Ctrl-C)."""
+
+    def __init__(self, number: int, note: str) -> None:
+        super().__init__(note)
+        self.code = 128 + number
+
+
+class NonFiniteError(RuntimeError):
+    """A loss is not a number or infinite: names the update and the term. Checkpoints hold the state before it."""
+
+
+@contextlib.contextmanager
+def _signals(number: list[int]) -> Iterator[None]:
+    """Notes the first SIGINT or SIGTERM in `number`; a second one acts at once, as without us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(kind: int, _: FrameType | None) -> None:
+        number.append(kind)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    for kind in before:
+        signal.signal(kind, note)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def fit(
+    trainee: nn.Module,
+    source: Source,
+    optim: Optim,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    batch_size: int,
+    teach: Teach | None = None,
+    watch: Watch | None = None,
+    averaged: nn.Module | None = None,
+    upkeep: Upkeep = Upkeep(),
+) -> Fitted:
+    """Train a module whose forward(batch, teacher) gives its losses by name, and logits.
+
+    Args:
+        trainee: On the accelerator's device; all its parameters are trained.
+        source: Training images (or stored teacher outputs).
+        optim: Epochs, optimizer, schedule, clipping, accumulation, averaging.
+        accelerator: Device, processes and precision.
+        seed: Of order and dropout.
+        batch_size: Samples per process and step, 2 or more.
+        teach: Gives the teacher's features of a batch; None passes no teacher.
+        watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
+        averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
+        upkeep: What is kept and shown.
+
+    Raises:
+        NonFiniteError: A loss that is not finite.
+        Stopped: SIGINT or SIGTERM; the state was saved first, where there is a folder.
+        checkpoint.CheckpointError: The newest checkpoint is of another recipe.
+        ValueError: Fewer than 2 samples for each process, or an unknown optimizer or scheduler.
+        OSError: A checkpoint could not be written; older ones are whole.
+    """
+    loop = _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, watch, averaged, upkeep)
+    caught: list[int] = []
+    with _signals(caught):
+        return loop.run(caught)
+
+
+class _Loop:
+    def __init__(
+        self,
+        trainee: nn.Module,
+        source: Source,
+        optim: Optim,
+        accelerator: Accelerator,
+        seed: int,
+        batch_size: int,
+        teach: Teach | None,
+        watch: Watch | None,
+        averaged: nn.Module | None,
+        upkeep: Upkeep,
+    ) -> None:
+        self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
+        self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
+        self.stage_key = mix(*upkeep.stage.encode())
+        self.parameters = [p for p in trainee.parameters() if p.requires_grad]
+        optimizer = build_optimizer(trainee, optim)
+        self.updates_per_epoch = len(self._updates(0))
+        self.schedule = build_schedule(optimizer, optim, self.updates_per_epoch)
+        self.ema: ModelEmaV3 | None = None
+        if optim.model_ema and averaged is not None:
+            self.averaged = averaged
+            self.ema = ModelEmaV3(averaged, decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+        self.bare_optimizer = optimizer
+        # The trainee is wrapped once; the schedule is not prepared: accelerate would step it once per process (and not save it).
+        self.model, self.optimizer = accelerator.prepare(trainee, optimizer)
+        self.epoch = self.update = self.done = 0
+        self.sums: dict[str, float] = {}
+        self.seconds = 0.0
+        self.last: Metrics = {}
+        self.best, self.best_epoch = -1.0, 0
+        self.pending: list[Tensor] = []
+        self.names: list[str] = []
+
+    # -- the loop -------------------------------------------------------------------------------------------------------------
+
+    def run(self, caught: list[int]) -> Fitted:
+        self._resume()
+        total = self.optim.epochs * len(self.source.ids)
+        quiet = self.upkeep.quiet or not self.accelerator.is_main_process
+        start = self.epoch * len(self.source.ids) + int(self.sums.get("n", 0))
+        with tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar:
+            while self.epoch < self.optim.epochs:
+                self._run_epoch(bar, caught)
+        averaged = self.ema.module if self.ema is not None else None
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        return Fitted(self.last, self.best, self.best_epoch, self.done, averaged)
+
+    def _updates(self, epoch: int) -> list[list[Tensor]]:
+        order = self.source.ids[epoch_order(len(self.source.ids), self.seed, epoch)]
+        # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward` undoes.
+        return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.optim.grad_accum_steps)
+
+    def _run_epoch(self, bar: "tqdm[Any]", caught: list[int]) -> None:
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        updates = self._updates(self.epoch)
+        mine = [slot for slots in updates[self.update :] for slot in slots[rank::processes]]
+        batches = self.source.batches(mine, self.epoch, self.accelerator.device)
+        self.trainee.train()
+        clock = time.monotonic()
+        for index in range(self.update, len(updates)):
+            self._train_update(updates[index], batches)
+            self.update += 1
+            self.done += 1
+            last = self.update == len(updates)
+            save = self.upkeep.checkpoint_interval and self.done % self.upkeep.checkpoint_interval == 0 and not last
+            alone = bool(caught) and processes == 1
+            if last or save or alone or len(self.pending) >= self.upkeep.log_interval:
+                stop = self._report(bar, caught)
+                self.seconds += time.monotonic() - clock
+                clock = time.monotonic()
+                if (save or stop) and not last:
+                    self._save()
+                if stop and not last:
+                    self._stop(caught)
+        self._end_epoch()
+        if self._agree(bool(caught)):
+            self._stop(caught)
+
+    def _train_update(self, slots: list[Tensor], batches: Iterator[Batch]) -> None:
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total, steps = sum(len(slot) for slot in slots), len(slots) // processes
+        self.schedule.step_update(self.done)
+        row: Tensor | None = None
+        for step in range(steps):
+            batch = next(batches)
+            # Dropout and the like: the same whatever ran before, and however the slots are dealt to processes.
+            torch.manual_seed(mix(self.seed, self.stage_key, self.epoch, self.update, step * processes + rank))
+            held = contextlib.nullcontext() if step + 1 == steps else self.accelerator.no_sync(self.model)
+            with held:
+                shown = self._shown(batch)
+                terms, logits = self.model(batch, shown)
+                loss = torch.stack([at_least_float32(term) for term in terms.values()]).sum()
+                # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
+                count = len(batch.labels)
+                share = count * processes * self.accelerator.gradient_accumulation_steps / total
+                self.accelerator.backward(loss if share == 1 else loss * share)
+            numbers = _numbers(terms, logits, batch)
+            row = numbers if row is None else row + numbers
+            self.names = list(terms)
+        if self.optim.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.averaged, step=self.done)
+        assert row is not None
+        self.pending.append(row)
+
+    def _shown(self, batch: Batch) -> Features | None:
+        if self.teach is None:
+            return None
+        with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast
+            return self.teach(batch)
+
+    # -- what is watched ------------------------------------------------------------------------------------------------------
+
+    def _report(self, bar: "tqdm[Any]", caught: list[int]) -> bool:
+        """Bring the pending updates' losses to the host: add them up, check and show them. True if any process is to stop."""
+        flag = torch.full_like(self.pending[0][:1], float(bool(caught)))
+        flat = self.accelerator.reduce(torch.cat([flag, *self.pending]), "sum").cpu().double()
+        first = self.done - len(self.pending) + 1
+        rows = flat[1:].view(len(self.pending), -1).tolist()
+        self.pending.clear()
+        shown: Metrics = {}
+        for number, (*values, hits, count) in enumerate(rows, start=first):
+            for name, value in zip(self.names, values, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch {self.epoch + 1}, "
+                        f"lr {self._lr():.3g}). Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+                    )
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                shown[name] = value / count
+            self.sums["hits"] = self.sums.get("hits", 0.0) + hits
+            self.sums["n"] = self.sums.get("n", 0.0) + count
+            bar.update(int(count))
+        bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in shown.items()}}, refresh=False)
+        self.accelerator.log({f"{self.upkeep.stage}/{name}": v for name, v in {**shown, "lr": self._lr()}.items()}, step=self.done)
+        return bool(flat[0] > 0)
+
+    def _lr(self) -> float:
+        return float(self.bare_optimizer.param_groups[0]["lr"])
+
+    def _end_epoch(self) -> None:
+        count = self.sums.pop("n")
+        train = {name: value / count for name, value in self.sums.items()}
+        train["top1"] = 100 * train.pop("hits")
+        metrics = self.watch(self.ema.module if self.ema is not None else None) if self.watch is not None else {}
+        top1 = metrics.get("top1", -1.0)
+        self.last = metrics
+        self.epoch, self.update, self.sums = self.epoch + 1, 0, {}
+        if top1 > self.best:
+            self.best, self.best_epoch = top1, self.epoch
+        row = {"stage": self.upkeep.stage, "epoch": self.epoch, "updates": self.done, "lr": self._lr(), "train": train}
+        row |= {"eval": metrics, "best_top1": self.best if self.best_epoch else None}
+        row |= {"seconds": round(self.seconds, 3), "images_per_second": round(self.epoch * count / max(self.seconds, 1e-9), 1)}
+        if self.upkeep.folder is not None and self.accelerator.is_main_process:
+            with (self.upkeep.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if metrics:
+            self.accelerator.log({f"{self.upkeep.stage}/eval/{name}": v for name, v in metrics.items()}, step=self.done)
+        self._save()
+
+    def _agree(self, mine: bool) -> bool:
+        flag = torch.tensor([float(mine)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
+
+    def _stop(self, caught: list[int]) -> None:
+        number = caught[0] if caught else signal.SIGTERM
+        kept = (
+            "its state is saved, --resume continues it" if self.upkeep.folder is not None else "without a folder nothing was saved"
+        )
+        raise Stopped(number, f"stopped by {signal.Signals(number).name} after update {self.done}: {kept}")
+
+    # -- what is kept ---------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.upkeep.folder is None:
+            return
+        failure: list[OSError | checkpoint.CheckpointError | None] = [None]
+        if self.accelerator.is_main_process:
+            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
+            tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            scaler = getattr(self.accelerator, "scaler", None)
+            values = {name: getattr(self, name) for name in _COUNTERS}
+            values |= {"identity": self.upkeep.identity, "optimizer": optimizer}
+            values["scaler"] = scaler.state_dict() if scaler is not None else None
+            try:
+                folder = self.upkeep.folder / "checkpoints"
+                checkpoint.save(folder, self.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
+            except (OSError, checkpoint.CheckpointError) as error:
+                failure[0] = error
+        if self.accelerator.num_processes > 1:  # or the others would wait for a main process that is gone
+            broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _resume(self) -> None:
+        if self.upkeep.folder is None:
+            return
+        state = None
+        if self.upkeep.resume:
+            say = self.accelerator.print
+            if self.accelerator.is_main_process:
+                checkpoint.sweep(self.upkeep.folder / "checkpoints")
+            self.accelerator.wait_for_everyone()
+            state = checkpoint.newest(self.upkeep.folder / "checkpoints", say)
+            if state is None:
+                say(f"{self.upkeep.stage}: no checkpoint in {self.upkeep.folder}, starting at the beginning")
+        if state is not None:
+            self._load(state)
+            self.accelerator.print(f"{self.upkeep.stage}: resumed after update {self.done} (epoch {self.epoch + 1})")
+        if self.accelerator.is_main_process:
+            _forget(self.upkeep.folder / "metrics.jsonl", self.upkeep.stage, self.done)
+
+    def _load(self, state: checkpoint.State) -> None:
+        changed = differences(state.values["identity"], self.upkeep.identity)
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): "
+                "resume with the flags of the first start, or choose another --output."
+            )
+        self.trainee.load_state_dict(dict(state.tensors["trainee"]))
+        load_optimizer_state(self.bare_optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(dict(state.tensors["ema"]))
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and state.values["scaler"] is not None:
+            scaler.load_state_dict(state.values["scaler"])
+        for name in _COUNTERS:
+            setattr(self, name, state.values[name])
+
+
+_COUNTERS = ("epoch", "update", "done", "sums", "seconds", "last", "best", "best_epoch")
+
+
+def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
+    """Each term times the number of samples, hits, and the number of samples: on the device, without waiting for it."""
+    with torch.no_grad():
+        count = len(batch.labels)
+        target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+        hits = (logits.argmax(1) == target).sum().float()
+        return torch.stack([*(term.detach().float() * count for term in terms.values()), hits, torch.full_like(hits, count)])
+
+
+def _forget(path: Path, stage: str, updates: int) -> None:
+    """Drop a stage's rows of metrics from after the update that the run goes on from."""
+    if not path.exists():
+        return
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
+    kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    checkpoint.write_text(path, text)
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Batch], dict[str, Tensor]], names: tuple[str, ...], source: Source, accelerator: Accelerator, batch_size: int
+) -> dict[str, Metrics]:
+    """Top-1, top-5 (both in %) and cross-entropy of named logits, each image counted once on any number of processes.
+
+    Args:
+        predict: Gives logits [batch, classes] for each of `names`; models are the caller's to put into eval mode.
+        names: Names of the logits.
+        source: Images, and their labels.
+        accelerator: Device and processes.
+        batch_size: Images per process and step.
+
+    Raises:
+        ValueError: No images.
+    """
+    if not len(source.ids):
+        raise ValueError("there is no image to evaluate on.")
+    mine = source.ids[accelerator.process_index :: accelerator.num_processes]
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)
+    classes = 0
+    for batch in source.batches(list(mine.split(batch_size)) if len(mine) else [], 0, accelerator.device):
+        with accelerator.autocast():
+            shown = predict(batch)
+        target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+        for row, name in enumerate(names):
+            logits = at_least_float32(shown[name])
+            classes = logits.shape[1]
+            ranked = logits.topk(min(5, classes)).indices == target[:, None]
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+            found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+            sums[row] += found.double().cpu()
+    share = (accelerator.reduce(sums.to(accelerator.device), "sum").cpu() / len(source.ids)).tolist()
+    return {
+        name: {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "n": float(len(source.ids))}
+        for name, (top1, top5, loss) in zip(names, share, strict=True)
+    }

@@ -1,0 +1,117 @@
+"""An optimizer with its schedule from a recipe, and its state by parameter name: tensors for safetensors, the rest for JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mgd_timm.recipe import Optim, unknown
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+
+
+def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
+    """timm's optimizer of that name over all of a module's parameters.
+
+    Raises:
+        ValueError: No optimizer of that name.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if optim.opt.lower() not in known:
+        raise unknown("optimizer", optim.opt, known)
+    return create_optimizer_v2(
+        module,
+        opt=optim.opt,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=optim.filter_bias_and_bn,
+    )
+
+
+def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:
+    """timm's scheduler of that name, a pure function of the number of updates done.
+
+    Raises:
+        ValueError: No scheduler of that name that goes by updates.
+    """
+    if optim.sched not in SCHEDULES:
+        raise unknown("scheduler", optim.sched, SCHEDULES)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.sched,
+        num_epochs=optim.epochs,
+        decay_epochs=optim.decay_epochs if optim.sched == "step" else None,
+        decay_milestones=list(optim.decay_milestones),
+        decay_rate=optim.decay_rate,
+        min_lr=optim.min_lr,
+        warmup_lr=optim.warmup_lr,
+        warmup_epochs=optim.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    assert schedule is not None
+    return schedule
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Names of the optimizer's parameters in the order of its state's indices."""
+    by_id = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State tensors by 'parameter name/key', and JSON values: scalars by parameter, and each group's options.
+
+    Raises:
+        ValueError: The optimizer keeps something that is neither a tensor nor a plain value.
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    state = optimizer.state_dict()
+    names = _names(optimizer, module)
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[index]}/{key}"] = value
+            elif value is None or isinstance(value, bool | int | float | str):
+                scalars.setdefault(names[index], {})[key] = value
+            else:
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__} keeps a {type(value).__name__} {key!r}, which a checkpoint cannot "
+                    "hold: choose another optimizer."
+                )
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return tensors, {"scalars": scalars, "groups": groups, "names": names}
+
+
+def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+    """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
+    names = _names(optimizer, module)
+    assert names == values["names"], "an optimizer of another module"
+    state: dict[int, dict[str, Any]] = {names.index(name): dict(entries) for name, entries in values["scalars"].items()}
+    for path, tensor in tensors.items():
+        name, key = path.rsplit("/", 1)
+        state.setdefault(names.index(name), {})[key] = tensor
+    current = optimizer.state_dict()
+    for group, saved in zip(current["param_groups"], values["groups"], strict=True):
+        # JSON has no tuples: betas come back as what they were.
+        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in saved.items()})
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over a module's state: names, shapes, types and bytes."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
