@@ -22,7 +22,7 @@ from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import Pair, TeacherView
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.recipe import Recipe, unknown
+from mgd_timm.recipe import Recipe, as_dict, unknown
 
 Say = Callable[[str], None]
 
@@ -165,7 +165,7 @@ def _load_folder(folder: Path) -> nn.Module:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
-    load_weights(model, str(model.pretrained_cfg.get("architecture")), str(weights))
+    load_weights(model, str(getattr(model, "pretrained_cfg", {}).get("architecture")), str(weights))
     return model
 
 
@@ -319,3 +319,8 @@ def set_seed(*key: int) -> None:
     from mgd_timm.sampling import mix
 
     torch.manual_seed(mix(*key))
+
+
+def identity(recipe: Recipe, images: Images) -> dict[str, Any]:
+    """What decides the weights: the recipe's values, and the images by digest."""
+    return {**as_dict(recipe, digest_only=True), "images": images.train.digest, "mean": list(images.mean), "std": list(images.std)}

@@ -155,7 +155,7 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
     return target
 
 
-def _listed(sums: Mapping[str, str]) -> bytes:
+def _listed(sums: Mapping[str, Any]) -> bytes:
     return json.dumps(sums, indent=1).encode()
 
 
@@ -187,7 +187,9 @@ def load(checkpoint: Path) -> State:
         CheckpointError: A file is missing, foreign, truncated or changed.
     """
     verify(checkpoint)
-    tensors = {path.stem: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    tensors = {  # copied: a mapped file keeps its room on the disk when it is deleted, and cannot be deleted at all on NFS
+        path.stem: {name: t.clone() for name, t in load_file(path).items()} for path in sorted(checkpoint.glob("*.safetensors"))
+    }
     return State(tensors, json.loads((checkpoint / "state.json").read_text()))
 
 

@@ -101,14 +101,16 @@ def _train(arguments: Sequence[str]) -> None:
     values = _options(_run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
     for name, flag in _TRAIN_NAMES.items():
         values[name] = values.pop(flag)
-    from mgd_timm.run import make_recipe, run
+    from mgd_timm.recipe import make_recipe
+    from mgd_timm.run import run
 
     run(make_recipe(teacher=None, method="none", **values))
 
 
 def _distill(arguments: Sequence[str]) -> None:
     values = _options(_run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
-    from mgd_timm.run import make_recipe, run
+    from mgd_timm.recipe import make_recipe
+    from mgd_timm.run import run
 
     run(make_recipe(**values))
 
@@ -126,7 +128,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     data = values.pop("dataset", None)
     if data is None and values.get("data_dir") is not None:
         data = "embedded"  # not read: the folder stands for it, and the run's own data set does not
-    from mgd_timm.run import evaluate
+    from mgd_timm.api import evaluate
 
     found = evaluate(model, data, **values)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -1,7 +1,5 @@
 """The frozen teacher, and the one module that trains."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,7 +32,8 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> Self:
+    # "Teacher", not Self, which beartype refuses in a class that it does not decorate as a whole.
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 - whatever it is
         """Stays in eval mode: BatchNorm statistics and dropout of a teacher never move."""
         return super().train(False)
 

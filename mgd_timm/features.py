@@ -4,7 +4,7 @@ The feature contract is timm's own (`forward_features`, `forward_intermediates`,
 is set and there is no per-architecture table. How a model turns its embedding into logits is found by a probe at construction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -51,23 +51,24 @@ class Pair(NamedTuple):
     teacher_classifier: nn.Module | None = None
 
 
-Classify = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# `final` is what forward_features returns: a tensor, or a list of them (crossvit, efficientvim).
+Classify = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
-def _by_classifier(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+def _by_classifier(model: nn.Module, _final: Any, embedding: Tensor) -> Tensor:
     return cast(Any, model).get_classifier()(embedding)
 
 
-def _by_conv_classifier(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+def _by_conv_classifier(model: nn.Module, _final: Any, embedding: Tensor) -> Tensor:
     return cast(Any, model).get_classifier()(embedding[..., None, None]).flatten(1)
 
 
-def _by_mean_of_classifiers(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+def _by_mean_of_classifiers(model: nn.Module, _final: Any, embedding: Tensor) -> Tensor:
     parts = [part(embedding) for part in cast(Any, model).get_classifier()]
     return torch.stack(parts).mean(0)
 
 
-def _by_second_head_call(model: nn.Module, final: Tensor, embedding: Tensor) -> Tensor:
+def _by_second_head_call(model: nn.Module, final: Any, _embedding: Tensor) -> Tensor:
     return cast(Any, model).forward_head(final)
 
 
@@ -112,7 +113,7 @@ class FeatureTap(nn.Module):
             self.indices = _resolve_indices(self.name, indices, len(maps))
 
     @contextmanager
-    def _probing(self, *modules_in_train: nn.Module):
+    def _probing(self, *modules_in_train: nn.Module) -> Iterator[None]:
         """Eval mode without gradients, every module's mode as it was afterwards."""
         modes = {module: module.training for module in self.model.modules()}
         try:
@@ -142,43 +143,67 @@ class FeatureTap(nn.Module):
                 final, maps = model.forward_intermediates(images, output_fmt="NCHW")
                 embedding = model.forward_head(final, pre_logits=True)
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+                reason = str(error) or type(error).__name__
                 raise ValueError(
-                    f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {error}. "
+                    f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {reason}. "
                     "Give input_size=(channels, height, width) that the model accepts."
                 ) from error
             if not isinstance(expected, Tensor) or expected.ndim != 2:
-                raise ValueError(f"{self.name} returns {_describe(expected)}, not logits [batch, classes].")
+                raise ValueError(
+                    f"{self.name} returns {_describe(expected)}, not logits [batch, classes]: set global_pool to one that pools."
+                )
             if not isinstance(embedding, Tensor) or embedding.ndim != 2:
                 raise ValueError(
                     f"{self.name} gives {_describe(embedding)} before its classifier, not an embedding [batch, dim]: "
                     "set global_pool to one that pools."
                 )
-            self._classify = self._find_way(expected, final, embedding)
+            self._classify = self._find_way(expected, final)
             if self._classify is _by_second_head_call:
                 self._refuse_random_head(final)
             self.num_classes, self.embed_dim = expected.shape[1], embedding.shape[1]
         return maps
 
-    def _find_way(self, expected: Tensor, final: Tensor, embedding: Tensor) -> Classify:
+    def _find_way(self, expected: Tensor, final: Any) -> Classify:
+        """The first way that gives the same logits from the same parameters.
+
+        Equal values are not enough: a new BatchNorm is the identity in eval mode, so a classifier that skips it would pass.
+        """
+        _, read = self._traced(_by_second_head_call, final)
         for way in _WAYS:
             try:
-                logits = way(self.model, final, embedding)
+                logits, also_read = self._traced(way, final)
             except (RuntimeError, TypeError, NotImplementedError, IndexError):
                 continue  # this classifier is called in another way
-            if not isinstance(logits, Tensor) or logits.shape != expected.shape:
+            if logits.shape != expected.shape or also_read != read:
                 continue
-            # Without values (a model on meta) the shapes decide.
+            # Without values (a model on meta) shapes and parameters decide.
             if expected.is_meta or torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True):
                 return way
         raise ValueError(f"{self.name}'s logits do not follow from forward_head: its model(x) does something else as well.")
 
-    def _refuse_random_head(self, final: Tensor) -> None:
+    def _traced(self, way: Classify, final: Any) -> tuple[Tensor, list[bool]]:
+        """Logits by one way, and for every parameter of the model whether they depend on it."""
+        parameters = list(self.model.parameters())
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                embedding = cast(Any, self.model).forward_head(final, pre_logits=True)
+                logits = way(self.model, final, embedding)
+                grads = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return logits.detach(), [grad is not None for grad in grads]
+
+    def _refuse_random_head(self, final: Any) -> None:
         """With two calls of the head, logits and embedding would see different dropout masks or count a batch twice."""
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         used: list[nn.Module] = []
         handles = [norm.register_forward_hook(lambda module, *_: used.append(module)) for norm in norms]
         dropouts = [m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-        with self._probing(self.model, *dropouts), torch.random.fork_rng(enabled=not final.is_meta):
+        with self._probing(self.model, *dropouts), torch.random.fork_rng():
             head = cast(Any, self.model).forward_head
             one, two = head(final, pre_logits=True), head(final, pre_logits=True)
         for handle in handles:
@@ -268,6 +293,9 @@ class TeacherView(nn.Module):
         teacher_mean, teacher_std: Normalisation that the teacher was trained with.
         size: (height, width) in pixels for the teacher; None leaves the size alone.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The only training loop, and the only evaluation loop.
+"""The only training loop.
 
 Teacher training, head fitting and distillation are `fit` with another trainee. Accelerate computes (processes, precision, averaging
 of gradients); order, randomness and the learning rate are functions of the recipe and the number of updates done, so a run that was
@@ -27,12 +27,12 @@ from tqdm import tqdm
 from mgd_timm import checkpoint
 from mgd_timm.criteria.base import at_least_float32
 from mgd_timm.data import Source
+from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
 from mgd_timm.recipe import Optim, differences
 from mgd_timm.sampling import cut_updates, epoch_order, mix
 
-Metrics = dict[str, float]
 Teach = Callable[[Batch], Features]
 Watch = Callable[[nn.Module | None], Metrics]
 
@@ -70,6 +70,7 @@ class Fitted:
     best: float
     best_epoch: int
     updates: int
+    seconds: float
     averaged: nn.Module | None
 
 
@@ -196,7 +197,7 @@ class _Loop:
         averaged = self.ema.module if self.ema is not None else None
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
-        return Fitted(self.last, self.best, self.best_epoch, self.done, averaged)
+        return Fitted(self.last, self.best, self.best_epoch, self.done, self.seconds, averaged)
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
         order = self.source.ids[epoch_order(len(self.source.ids), self.seed, epoch)]
@@ -286,8 +287,8 @@ class _Loop:
                 shown[name] = value / count
             self.sums["hits"] = self.sums.get("hits", 0.0) + hits
             self.sums["n"] = self.sums.get("n", 0.0) + count
-            bar.update(int(count))
         bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in shown.items()}}, refresh=False)
+        bar.update(int(sum(row[-1] for row in rows)))
         self.accelerator.log({f"{self.upkeep.stage}/{name}": v for name, v in {**shown, "lr": self._lr()}.items()}, step=self.done)
         return bool(flat[0] > 0)
 
@@ -406,42 +407,3 @@ def _forget(path: Path, stage: str, updates: int) -> None:
     kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     checkpoint.write_text(path, text)
-
-
-@torch.no_grad()
-def evaluate(
-    predict: Callable[[Batch], dict[str, Tensor]], names: tuple[str, ...], source: Source, accelerator: Accelerator, batch_size: int
-) -> dict[str, Metrics]:
-    """Top-1, top-5 (both in %) and cross-entropy of named logits, each image counted once on any number of processes.
-
-    Args:
-        predict: Gives logits [batch, classes] for each of `names`; models are the caller's to put into eval mode.
-        names: Names of the logits.
-        source: Images, and their labels.
-        accelerator: Device and processes.
-        batch_size: Images per process and step.
-
-    Raises:
-        ValueError: No images.
-    """
-    if not len(source.ids):
-        raise ValueError("there is no image to evaluate on.")
-    mine = source.ids[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)
-    classes = 0
-    for batch in source.batches(list(mine.split(batch_size)) if len(mine) else [], 0, accelerator.device):
-        with accelerator.autocast():
-            shown = predict(batch)
-        target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-        for row, name in enumerate(names):
-            logits = at_least_float32(shown[name])
-            classes = logits.shape[1]
-            ranked = logits.topk(min(5, classes)).indices == target[:, None]
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-            found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-            sums[row] += found.double().cpu()
-    share = (accelerator.reduce(sums.to(accelerator.device), "sum").cpu() / len(source.ids)).tolist()
-    return {
-        name: {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "n": float(len(source.ids))}
-        for name, (top1, top5, loss) in zip(names, share, strict=True)
-    }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Need, Number, Objective, at_least_float32, check_temperature, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -33,8 +33,8 @@ class Granularity:
 
     name: str
     dim: int
-    temperature: float
-    weight: float = 1.0
+    temperature: Number
+    weight: Number = 1.0
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -116,7 +116,8 @@ class HeadFitting(nn.Module):
     def forward(self, batch: Batch, teacher: Features) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
         """A loss per granularity, and the stable logits. `batch.images` is not read."""
         views = self.heads.decode(self.heads.encode(teacher.embedding))
-        labels = batch.labels.float() if batch.labels.is_floating_point() else batch.labels
+        dtype = next(iter(views.values())).dtype
+        labels = batch.labels.to(dtype) if batch.labels.is_floating_point() else batch.labels
         terms = {
             g.name: F.cross_entropy(views[g.name], labels) + kl_divergence(views[g.name], teacher.logits, g.temperature)
             for g in self.heads.granularities

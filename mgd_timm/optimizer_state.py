@@ -15,15 +15,22 @@ from mgd_timm.recipe import Optim, unknown
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 
 
+def check_names(optim: Optim) -> None:
+    """Raise ValueError with the nearest names unless timm has the optimizer, and the scheduler goes by updates."""
+    known = [str(name) for name in list_optimizers()]
+    if optim.opt.lower() not in known:
+        raise unknown("optimizer", optim.opt, known)
+    if optim.sched not in SCHEDULES:
+        raise unknown("scheduler", optim.sched, SCHEDULES)
+
+
 def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
     """timm's optimizer of that name over all of a module's parameters.
 
     Raises:
         ValueError: No optimizer of that name.
     """
-    known = [str(name) for name in list_optimizers()]
-    if optim.opt.lower() not in known:
-        raise unknown("optimizer", optim.opt, known)
+    check_names(optim)
     return create_optimizer_v2(
         module,
         opt=optim.opt,
@@ -40,8 +47,7 @@ def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -
     Raises:
         ValueError: No scheduler of that name that goes by updates.
     """
-    if optim.sched not in SCHEDULES:
-        raise unknown("scheduler", optim.sched, SCHEDULES)
+    check_names(optim)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=optim.sched,

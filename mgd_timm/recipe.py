@@ -215,3 +215,31 @@ def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return found
+
+
+PARTS: dict[str, type] = {"data": Data, "optim": Optim, "heads": Heads}
+
+
+def make_recipe(**options: Any) -> Recipe:
+    """A Recipe from flat options, named as the command line's flags with underscores.
+
+    Raises:
+        ValueError: An unknown option, with the nearest names, or a value out of range.
+    """
+    values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
+    homes = {f.name: "recipe" for f in dataclasses.fields(Recipe) if f.name not in PARTS}
+    homes |= {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in homes:
+            raise unknown("option", name, homes)
+        values[homes[name]][name] = tuple(value) if isinstance(value, list) else value
+    parts = {part: kind(**values[part]) for part, kind in PARTS.items()}
+    return Recipe(**values["recipe"], **parts)
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of `make_recipe` from what `as_dict` gave."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= value if name in PARTS else {name: value}
+    return flat

@@ -13,4 +13,4 @@ CRITERIA: dict[str, type[Criterion]] = {
     "at": AT,
 }
 
-__all__ = ["AT", "CRITERIA", "Criterion", "CrossEntropy", "FitNet", "KD", "Objective", "kl_divergence"]
+__all__ = ["AT", "CRITERIA", "KD", "Criterion", "CrossEntropy", "FitNet", "Objective", "kl_divergence"]

@@ -94,7 +94,7 @@ class CifarResNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages' activations in backward."""
+        """Recompute the stages' activations in backward; as in timm's networks, BatchNorm statistics then move twice a step."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -109,10 +109,12 @@ class CifarResNet(nn.Module):
                 raise ValueError(f"global_pool={global_pool!r}: expected 'avg', or '' with num_classes=0.")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like = self.conv1.weight
+        self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
+        self.fc.train(self.training)
 
     def _run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+        if self.grad_checkpointing and self.training:
             return checkpoint_seq(stage, x)
         return stage(x)
 
@@ -127,7 +129,7 @@ class CifarResNet(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        norm: bool = False,
+        norm: bool = False,  # noqa: ARG002 - timm's contract
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
@@ -147,7 +149,10 @@ class CifarResNet(nn.Module):
         return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,  # noqa: ARG002 - timm's contract
+        prune_head: bool = True,
     ) -> list[int]:
         """timm's contract: drop what the maps of `indices` do not need."""
         take, last = feature_take_indices(4, indices)
@@ -192,7 +197,7 @@ _NARROW = ("cifar_resnet8x05", "cifar_resnet14x05", "cifar_resnet20x05")
 default_cfgs = generate_default_cfgs({name: _cfg() for name in (*(f"cifar_resnet{d}" for d in _NAMES), *_WIDE, *_NARROW)})
 
 
-def _create(variant: str, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), **kwargs: Any) -> CifarResNet:
+def _create(variant: str, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), **kwargs: Any) -> nn.Module:
     # timm's feature_cfg asks for out_indices within feature_info; all else is its default.
     pretrained = kwargs.pop("pretrained", False)
     return build_model_with_cfg(
@@ -201,72 +206,72 @@ def _create(variant: str, depth: int, widths: tuple[int, int, int, int] = (16, 1
 
 
 @register_model
-def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-8, 16-16-32-64 channels."""
     return _create("cifar_resnet8", 8, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet8x05(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet8x05(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-8 of half width, 8-8-16-32 channels."""
     return _create("cifar_resnet8x05", 8, _HALF, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-8 of fourfold width, 32-64-128-256 channels."""
     return _create("cifar_resnet8x4", 8, _X4, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet14(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-14, 16-16-32-64 channels."""
     return _create("cifar_resnet14", 14, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet14x05(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet14x05(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-14 of half width, 8-8-16-32 channels."""
     return _create("cifar_resnet14x05", 14, _HALF, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20, 16-16-32-64 channels."""
     return _create("cifar_resnet20", 20, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet20x05(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet20x05(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20 of half width, 8-8-16-32 channels."""
     return _create("cifar_resnet20x05", 20, _HALF, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-32, 16-16-32-64 channels."""
     return _create("cifar_resnet32", 32, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-32 of fourfold width, 32-64-128-256 channels."""
     return _create("cifar_resnet32x4", 32, _X4, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-44, 16-16-32-64 channels."""
     return _create("cifar_resnet44", 44, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-56, 16-16-32-64 channels."""
     return _create("cifar_resnet56", 56, pretrained=pretrained, **kwargs)
 
 
 @register_model
-def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-110, 16-16-32-64 channels."""
     return _create("cifar_resnet110", 110, pretrained=pretrained, **kwargs)

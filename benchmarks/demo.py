@@ -1,0 +1,147 @@
+"""The main job on the embedded data: one small student trained four ways at the same budget, compared, exported and loaded back.
+
+    make demo                              one seed, about 2 minutes on 2 cores
+    python benchmarks/demo.py --seeds 5    mean and spread, written to benchmarks/results/demo.json
+
+The teacher (ResNet-20) saw all 60,000 images of Fashion-MNIST's training set; the students see 10,000 of them, so the teacher knows
+something that the labels do not say.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ARMS: dict[str, dict[str, Any]] = {
+    "alone": {"teacher": None, "method": "none"},
+    "KD": {"method": "none"},
+    "MAG+KD": {"method": "mag"},
+    "MAS+KD": {"method": "mas"},
+}
+BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 10, "lr": 0.1, "batch_size": 64, "pad": 2}
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="how many; 2 or more write benchmarks/results/demo.json")
+    parser.add_argument("--epochs", type=int, default=BUDGET["epochs"])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    start = time.monotonic()
+    print("mgd_timm demo: Fashion-MNIST (10,000 training and 4,000 test images, in the package), no network needed")
+    from mgd_timm.recipe import make_recipe
+    from mgd_timm.report import draw_curves
+    from mgd_timm.run import Result, run
+
+    shutil.rmtree(args.output, ignore_errors=True)
+    found: dict[str, list[Result]] = {name: [] for name in ARMS}
+    folders: dict[str, list[Path]] = {name: [] for name in ARMS}
+    for seed in range(args.seeds):
+        for name, options in ARMS.items():
+            print(f"\n== {name}, seed {seed}")
+            folder = args.output / f"{name.lower().replace('+', '_')}_{seed}"
+            recipe = make_recipe(**BUDGET | {"epochs": args.epochs} | options, seed=seed, output=str(folder))
+            found[name].append(run(recipe))
+            folders[name].append(folder)
+    teacher = found["KD"][0].summary["teacher_top1"]
+    print("\n" + table(found, teacher))
+    picture = args.output / "curves.png"
+    draw_curves(folders, picture, title="cifar_resnet8x05 on 10,000 images of Fashion-MNIST", level=("teacher", teacher))
+    print(f"\ncurves: {picture}")
+    load_back(found, folders, args.output)
+    if args.seeds > 1:
+        write(found, teacher, args)
+    print(f"{time.monotonic() - start:.0f} s in all")
+
+
+def table(found: dict[str, list[Any]], teacher: float) -> str:
+    from mgd_timm.build import load_model
+    from mgd_timm.report import macs, markdown
+
+    student = found["alone"][0].student
+    rows = []
+    means = {name: statistics.fmean(r.summary["top1"] for r in results) for name, results in found.items()}
+    for name, model in [("teacher (ResNet-20)", load_model("embedded")), *((name, student) for name in found)]:
+        parameters = sum(p.numel() for p in model.parameters())
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        cost = [f"{parameters:,}", f"{macs(model, (3, 28, 28)) / 1e6:.2f} M", f"{size:,}"]
+        if name not in found:
+            rows.append([name, f"{teacher:.2f}", *cost, "", ""])
+            continue
+        values = [r.summary["top1"] for r in found[name]]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        gains = [f"{means[name] - means[base]:+.2f}" if name != base else "" for base in ("alone", "KD")]
+        rows.append([name, f"{means[name]:.2f}{spread}", *cost, *gains])
+    header = ["student cifar_resnet8x05", "top-1 %", "parameters", "MACs", "bytes", "over alone", "over KD"]
+    return markdown(header, rows)
+
+
+def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], output: Path) -> None:
+    """Export the best student, load it as any timm user would, and measure it again."""
+    import timm
+
+    from mgd_timm.api import evaluate
+    from mgd_timm.export import export
+
+    name, index = max(
+        ((n, i) for n, rs in found.items() for i in range(len(rs))), key=lambda at: found[at[0]][at[1]].summary["top1"]
+    )
+    before = found[name][index].summary["top1"]
+    place = export(found[name][index].student, output / "student", provenance={"run": folders[name][index].name})
+    model = timm.create_model(f"local-dir:{place}", pretrained=True)
+    after = evaluate(model)["top1"]
+    print(f"best student ({name}): {place}")
+    print(f"timm.create_model('local-dir:{place}', pretrained=True): top-1 {after:.2f} %, trained as {before:.2f} %", end="")
+    print(": the same" if after == before else ": NOT the same")
+    if after != before:
+        raise SystemExit(1)
+
+
+def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace) -> None:
+    from mgd_timm.export import versions
+    from mgd_timm.report import machine
+
+    arms = {
+        name: {
+            "last_top1": [r.summary["top1"] for r in results],
+            "best_top1": [r.summary["best_top1"] for r in results],
+            "mean": statistics.fmean(r.summary["top1"] for r in results),
+            "std": statistics.stdev(r.summary["top1"] for r in results),
+            "seconds": [r.summary["seconds"] for r in results],
+        }
+        for name, results in found.items()
+    }
+    for base in ("alone", "KD"):
+        for name in found:
+            paired = [a - b for a, b in zip(arms[name]["last_top1"], arms[base]["last_top1"], strict=True)]
+            arms[name][f"gain_over_{base}"] = {"mean": statistics.fmean(paired), "std": statistics.stdev(paired)}
+    heads = [r.summary["heads"] for r in found["MAS+KD"]]
+    body = {
+        "what": "python benchmarks/demo.py",
+        "seeds": list(range(args.seeds)),
+        "n_test": 4000,
+        "budget": {**BUDGET, "epochs": args.epochs},
+        "teacher_top1": teacher,
+        "heads": heads,
+        "arms": arms,
+        "table": table(found, teacher),
+        "machine": machine(),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(body, indent=2) + "\n")
+    print(f"wrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The granularity heads of a teacher: fitted once, kept by a digest of all that made them, and measured."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mgd_timm import checkpoint
+from mgd_timm.build import identity, set_seed
+from mgd_timm.data import Images, cache_folder
+from mgd_timm.distiller import Teacher
+from mgd_timm.evaluation import Metrics, evaluate
+from mgd_timm.features import Batch, Features
+from mgd_timm.fit import Upkeep, fit
+from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.optimizer_state import module_digest
+from mgd_timm.recipe import Optim, Recipe, as_dict, digest
+from mgd_timm.stored import StoredOutputs, store_outputs
+
+FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
+
+
+def fit_heads(
+    teacher: Teacher,
+    images: Images,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    summary: dict[str, Any],
+    *,
+    quiet: bool = False,
+) -> GranularityHeads:
+    """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept there.
+
+    Their accuracy is said and put into `summary`; a head far below the teacher is warned of.
+    """
+    heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
+    made_of = {
+        "heads": as_dict(heads_recipe),
+        "teacher": module_digest(teacher),
+        "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size), recipe.data.val_split],
+        "shown": [recipe.data.pad, recipe.data.hflip, recipe.seed, str(accelerator.mixed_precision)],
+        "processes": accelerator.num_processes if recipe.heads.heads_protocol == "live" else 1,
+    }
+    set_seed(recipe.seed, 5)
+    heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(accelerator.device)
+    place = cache_folder() / "heads" / digest(made_of)[:32]
+    # All processes look before any of them may write.
+    state = checkpoint.newest(place, accelerator.print) if place.exists() else None
+    accelerator.wait_for_everyone()
+    if state is not None:
+        heads.load_state_dict(dict(state.tensors["heads"]))
+        metrics = dict(state.values["metrics"])
+        accelerator.print("granularity heads: fitted before, from the cache")
+    else:
+        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, quiet)
+        if accelerator.is_main_process:
+            checkpoint.save(place, 1, checkpoint.State({"heads": heads.state_dict()}, {"made_of": made_of, "metrics": metrics}))
+        accelerator.wait_for_everyone()
+    summary["heads"] = metrics
+    shown = {name: value for name, value in metrics.items() if name in ("teacher", "top1", *(g.name for g in heads.granularities))}
+    if shown:
+        said = ", ".join(f"{'stable' if name == 'top1' else name} {value:.2f} %" for name, value in shown.items())
+        accelerator.print(f"granularity heads, top-1: {said}")
+    for name, value in shown.items():
+        if value < shown["teacher"] - FAR_BELOW:
+            accelerator.print(
+                f"warning: {'the stable logits are' if name == 'top1' else f'the head {name!r} is'} "
+                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its dim."
+            )
+    return heads
+
+
+def _fit_fresh_heads(
+    heads: GranularityHeads, teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool
+) -> Metrics:
+    options = recipe.heads
+
+    def look(batch: Batch) -> Features:
+        return teacher(batch.images)
+
+    stored: StoredOutputs | None = None
+    if options.heads_protocol == "stored":
+        stored = store_outputs(look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet)
+    held = None
+    if images.watched is not None:
+        held = store_outputs(look, images.watched, 1, accelerator, recipe.data.validation_batch_size, quiet)
+    names = ("teacher", *(g.name for g in heads.granularities), "stable")
+
+    def watch(_: nn.Module | None) -> Metrics:
+        assert held is not None
+
+        def predict(batch: Batch) -> dict[str, Tensor]:
+            shown = held.features(batch)
+            views = heads.decode(heads.encode(shown.embedding))
+            return {"teacher": shown.logits, **views, "stable": stable_excitation(shown.logits, views)}
+
+        found = evaluate(predict, names, held, accelerator, recipe.data.validation_batch_size)
+        return {"top1" if name == "stable" else name: found[name]["top1"] for name in names}
+
+    passes = options.heads_epochs
+    optim = Optim(
+        epochs=-(-passes // options.heads_views) if stored is not None else passes,
+        lr=options.heads_lr,
+        weight_decay=options.heads_weight_decay,
+    )
+    folder = Path(recipe.output) / "heads"
+    if accelerator.is_main_process:
+        folder.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    fitted = fit(
+        HeadFitting(heads),
+        stored if stored is not None else images.train,
+        optim,
+        accelerator,
+        seed=recipe.seed,
+        batch_size=options.heads_batch_size,
+        teach=stored.features if stored is not None else look,
+        watch=watch if held is not None else None,
+        upkeep=Upkeep(
+            folder=folder,
+            identity=identity(recipe, images),
+            stage="heads",
+            resume=recipe.resume,
+            log_interval=recipe.log_interval,
+            quiet=quiet,
+        ),
+    )
+    return fitted.last

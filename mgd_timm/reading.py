@@ -1,0 +1,304 @@
+"""What `datasets` reads (hub ids, parquet or arrow files, image folders) as rows of encoded images and checked labels.
+
+Nothing is decoded or copied into memory before it is asked for.
+"""
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mgd_timm.recipe import Data, unknown
+
+EVAL_SPLITS = ("test", "validation", "valid", "val")
+HASHED = 1 << 30  # bytes: larger splits are told apart by a part of their images
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+_HUB = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: names what and where, and the way out."""
+
+
+def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
+    """Pixels of an encoded image or an image file, uint8 [height, width, channels].
+
+    Grey, palette, CMYK and transparent images are converted to what `in_chans` asks for. Transparency is dropped and EXIF rotation
+    is not applied, as in timm and torchvision.
+
+    Raises:
+        DataError: Truncated, not an image, too large to be one, or of more than 8 bits a channel (which would be clipped).
+    """
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{name}: mode {image.mode!r} has more than 8 bits a channel and no known range: convert it to 8 bits first."
+                )
+            image.load()
+            known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+            pixels = np.asarray(known.convert("RGB" if in_chans == 3 else "L"))
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file: put it back or remove its row.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image of a known format ({', '.join(_FORMATS)}): remove or replace it.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: {error}: remove or shrink it.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{name}: truncated or damaged ({error}): remove or replace it.") from error
+    return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split as `datasets` gives it, its image column not decoded."""
+
+    table: Any
+    key: str
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, row: int) -> str:
+        """What an error calls an image: split and row, and the file where one is known."""
+        cell = self.table[row][self.key]
+        path = cell.get("path") if isinstance(cell, dict) else None
+        return f"{self.split} image {row}" + (f" ({path})" if path else "")
+
+    def content(self, row: int) -> bytes | str:
+        """An encoded image, or its path."""
+        cell = self.table[row][self.key]
+        found: bytes | str | None = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
+        if not found:
+            raise DataError(f"{self.name(row)}: the row holds neither bytes nor a path: remove it.")
+        return found
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """A decoded image, uint8 [height, width, channels]."""
+        return decode(self.content(row), in_chans, self.name(row))
+
+    def digest(self) -> str:
+        """sha256 of labels and encoded images; of a file's path, size and time where only its path is known.
+
+        Of more than `HASHED` bytes, all sizes and evenly spaced images are hashed, so that a start takes no minutes.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.table.with_format("arrow")[:][self.key]
+        encoded = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+        sizes = np.asarray(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
+        total = hashlib.sha256(json.dumps([self.split, self.class_names]).encode())
+        total.update(self.labels.tobytes())
+        total.update(sizes.tobytes())
+        for row in range(0, len(self), 1 + int(sizes.sum()) // HASHED):
+            content = self.content(row)
+            if isinstance(content, str):
+                try:
+                    stat = os.stat(content)
+                except OSError as error:
+                    raise DataError(f"{self.name(row)}: {error.strerror}: put the file back or remove its row.") from error
+                content = f"{content}:{stat.st_size}:{stat.st_mtime_ns}".encode()
+            total.update(hashlib.sha256(content).digest())
+        return total.hexdigest()
+
+
+def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any]:
+    """The splits of a folder, or of a hub id where `local` is false and no such folder exists.
+
+    Raises:
+        DataError: No such folder or data set, a class folder without images, or files that cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = Path(place)
+    local = local or folder.exists()
+    if local:
+        _check_folder(folder)
+    elif place.count("/") > 1 or place.startswith((".", "~", "/")):
+        raise DataError(f"{place}: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fsspec and of the hub's client; errors are what matters here
+            return dict(datasets.load_dataset(place, config))
+    except Exception as error:  # `datasets` raises a dozen kinds, of several libraries
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+            error = error.__cause__  # it says only that there was one
+        reason = f"{type(error).__name__}: {error}"
+        if local or place in _HUB:
+            raise DataError(f"{place}: cannot be read: {reason}") from error
+        raise DataError(f"{unknown('data set', place, _HUB)} Reading it from the hub failed with {reason}") from error
+
+
+def _check_folder(place: Path) -> None:
+    """`datasets` does not see a class folder without an image: the class would silently not exist."""
+    expected = "expected a folder of parquet or arrow files, or of images in class folders (train/cat/1.png)."
+    if not place.is_dir():
+        raise DataError(f"{place}: {'a file' if place.exists() else 'no such folder'}; {expected}")
+    folders: list[Path] = []
+    full: set[Path] = set()
+    for found, folder_names, files in os.walk(place):
+        folder_names[:] = sorted(name for name in folder_names if not name.startswith((".", "__")))  # `datasets` skips these too
+        endings = {Path(name).suffix.lower() for name in files}
+        if endings & {".parquet", ".arrow"}:
+            return
+        folders.append(Path(found))
+        if endings & _ENDINGS:
+            full.update((Path(found), *Path(found).parents))
+    for folder in folders[1:]:
+        if full and folder not in full:
+            raise DataError(f"{folder}: a class folder without an image. Add images of the class or remove the folder.")
+    if not full:
+        raise DataError(f"{place}: neither images nor parquet or arrow files in it; {expected}")
+
+
+def read_split(
+    data: Data, splits: dict[str, Any], split: str, say: Callable[[str], None], classes: tuple[str, ...] | None = None
+) -> Rows:
+    """A split's rows, its columns found by their type where the recipe does not name them.
+
+    Args:
+        data: The recipe's part on images.
+        splits: Of `open_splits`.
+        split: Which of them.
+        say: Takes one line for the user.
+        classes: Class names to take where the label column has none.
+
+    Raises:
+        DataError: No such split or column; labels that are no class ids or distributions.
+    """
+    import datasets
+
+    if split not in splits:
+        raise DataError(str(unknown("split", split, splits)))
+    table = splits[split]
+    for name in (data.input_key, data.target_key):
+        if name is not None and name not in table.column_names:
+            raise DataError(str(unknown("column", name, table.column_names)))
+    if not len(table):
+        raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
+    key = data.input_key or _image_column(table)
+    if not _holds_images(table.features[key]):
+        raise DataError(f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key.")
+    target = data.target_key or _label_column(table, key, say)
+    if isinstance(table.features[key], datasets.Image):
+        table = table.cast_column(key, datasets.Image(decode=False))
+    labels, names = _labels(table, target, split, classes)
+    return Rows(table.select_columns([key]), key, split, labels, names)
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    encoded = isinstance(feature, dict) and set(feature) >= {"bytes", "path"}
+    return encoded or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _image_column(table: Any) -> str:
+    found = [name for name, feature in table.features.items() if _holds_images(feature)]
+    if len(found) != 1:
+        several = f"{len(found)} image columns, {', '.join(found)}," if found else "no image column"
+        raise DataError(f"{several} among {', '.join(table.column_names)}: expected one; name it with --input-key.")
+    return found[0]
+
+
+def _label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
+    import datasets
+
+    classes = {name: f.num_classes for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+    if classes:
+        finest = max(classes, key=lambda name: classes[name])
+        if len(classes) > 1:
+            say(f"label column: {finest} of {', '.join(f'{n} ({c} classes)' for n, c in classes.items())}; --target-key to change")
+        return finest
+    found = [
+        name
+        for name, f in table.features.items()
+        if name != image
+        and (isinstance(f, datasets.List | datasets.LargeList) or str(getattr(f, "dtype", "")).startswith(("int", "uint")))
+    ]
+    if len(found) != 1:
+        several = f"{len(found)} label columns, {', '.join(found)}," if found else "no label column"
+        raise DataError(
+            f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it with "
+            "--target-key, or put images into one folder per class, of two classes or more."
+        )
+    return found[0]
+
+
+def _labels(table: Any, target: str, split: str, classes: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class ids int64 [n] or distributions float32 [n, k], and the classes' names."""
+    import datasets
+
+    feature, where = table.features[target], f"column {target!r} of split {split!r}"
+    labels = np.asarray(table.select_columns([target]).with_format("numpy")[:][target])
+    if labels.ndim == 2 and labels.dtype.kind in "iuf":
+        labels = labels.astype(np.float32)
+        if not np.isfinite(labels).all() or labels.min() < 0 or not np.allclose(labels.sum(1), 1, atol=1e-3):
+            raise DataError(f"{where}: soft labels need to be distributions, each value 0 or more and of sum 1.")
+        count = labels.shape[1]
+        return labels, classes if classes and len(classes) == count else tuple(str(i) for i in range(count))
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{where} holds {feature} (read as {labels.dtype}): expected class ids from 0, none missing, or distributions of equal "
+            "length; choose another with --target-key."
+        )
+    if labels.min() < 0:
+        raise DataError(
+            f"{where}: row {int(labels.argmin())} has the label {labels.min()}, expected class ids from 0. A split with hidden "
+            "labels cannot be used: choose another with --train-split or --eval-split."
+        )
+    labels = labels.astype(np.int64)
+    if isinstance(feature, datasets.ClassLabel):
+        return labels, tuple(feature.names)
+    return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
+
+
+def check_classes(train: Rows, test: Rows | None) -> None:
+    """Refuse labels outside the named classes, a class without a training image, a single class, and other classes to test on.
+
+    Raises:
+        DataError: Any of these.
+    """
+    names = train.class_names
+    if test is not None and test.class_names != names:
+        raise DataError(
+            f"split {test.split!r} has the classes {few(test.class_names)}, {train.split!r} has {few(names)}: "
+            "both need the same ones."
+        )
+    for rows in (train, test):
+        top = int(rows.labels.max()) if rows is not None and rows.labels.ndim == 1 else 0
+        if rows is not None and top >= len(names):
+            raise DataError(
+                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: expected 0 to "
+                f"{len(names) - 1}. Correct the labels or the class names."
+            )
+    if len(names) < 2:
+        raise DataError(f"split {train.split!r} has one class only, {names[0]!r}: there is nothing to tell apart.")
+    if train.labels.ndim == 1:
+        counts = np.bincount(train.labels, minlength=len(names))
+        empty = [f"{names[i]!r} ({i})" for i in np.flatnonzero(counts == 0)]
+        if empty:
+            raise DataError(
+                f"split {train.split!r} has no image of class {few(empty)}: add some, or remove the class from the label names."
+            )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,63 @@
+"""A small part of the embedded images as parquet, and real processes on it."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+
+from mgd_timm.data import EMBEDDED
+
+FAST = ["--student", "cifar_resnet8x05", "--batch-size", "32", "--heads-epochs", "2", "--heads-views", "2", "--log-interval", "5"]
+
+
+def write_small(folder: Path, train: int = 320, test: int = 100) -> Path:
+    """The first images of each class, as train.parquet and test.parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        table = datasets.Dataset.from_parquet(str(EMBEDDED / "fashion_mnist" / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+        labels = table.with_format("numpy")["label"][:]
+        rows = sorted(i for label in range(10) for i in (labels == label).nonzero()[0][: count // 10].tolist())
+        table.select(rows).to_parquet(folder / f"{split}.parquet")
+    for stray in (folder / "cache").rglob("*"):
+        if stray.is_file():
+            stray.unlink()
+    return folder
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"] if processes > 1 else []
+    if processes > 1:
+        launch = [*launch[:4], "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return [sys.executable, *launch, "-m", "mgd_timm", *arguments]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def call(*arguments: str, processes: int = 1, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, processes=processes), capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+    )
+
+
+def end_at(number: int, checkpoints: Path, kind: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Start a run and send it a signal once checkpoint `number` or a later one is there; gives exit code and stderr."""
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
+            process.send_signal(kind)
+            break
+        time.sleep(0.002)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,218 @@
+"""The command line as a user types it: flags, files of flags, help, and every wrong call with its way out."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mgd_timm.cli import main
+
+SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
+
+
+@pytest.fixture
+def mgd(capsys, tmp_path, monkeypatch):
+    """Call the command line in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def refuse(mgd, expected: list[str], *words: str) -> None:
+    code, _, errors = mgd(*words)
+    assert code in (1, 2), errors
+    for text in expected:
+        assert text in errors, errors
+    assert "Traceback" not in errors
+
+
+def test_help_version_and_lists(mgd):
+    assert mgd("--help")[0] == 0
+    assert mgd("--version")[1].strip() == "0.1.0"
+    code, out, _ = mgd("list", "criteria")
+    assert code == 0
+    assert all(name in out for name in ("ce", "kd", "fitnet", "at", "weight 1000"))
+    assert "cifar_resnet8x4" in mgd("list", "models", "--filter", "cifar_*")[1].split()
+    assert "Fashion-MNIST" in mgd("list", "data")[1]
+
+
+def test_every_flag_of_distill_has_help(mgd):
+    code, out, _ = mgd("distill", "--help")
+    assert code == 0
+    for flag in ("--teacher", "--batch-size", "--warmup-epochs", "--clip-grad", "--abstract-temperature", "--no-channels-last"):
+        assert flag in out
+    assert "--teacher" not in mgd("train", "--help")[1]
+
+
+def test_print_config_is_read_back_by_config(mgd, tmp_path):
+    code, out, _ = mgd("distill", "--lr", "0.3", "--criterion", "at", "kd:0.5", "--mean", "0.5", "0.5", "0.5", "--print_config")
+    assert code == 0
+    values = yaml.safe_load(out)
+    assert (values["lr"], values["criterion"], values["mean"]) == (0.3, ["at", "kd:0.5"], [0.5, 0.5, 0.5])
+    (tmp_path / "flags.yaml").write_text(out)
+    again = mgd("distill", "--config", tmp_path / "flags.yaml", "--seed", "7", "--print_config")[1]
+    assert yaml.safe_load(again) == {**values, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def trained(small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["distill", *SHORT, "--data-dir", str(small_data), "--output", str(folder), "--license", "mit"]) == 0
+    return folder
+
+
+def test_a_run_folder_holds_what_the_run_was(trained):
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert recipe["method"] == "mas"
+    assert recipe["optim"]["epochs"] == 1
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[-1]["train"]) == {"task", "kd", "abstract", "detailed", "top1"}
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["top1"] == rows[-1]["eval"]["top1"]
+    assert {"abstract", "detailed", "teacher", "top1"} <= set(summary["heads"])
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
+    origin = json.loads((trained / "export" / "recipe.json").read_text())
+    assert {"recipe", "teacher_sha256", "data_sha256", "model_sha256", "versions", "metrics"} <= set(origin)
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(mgd, trained):
+    code, out, _ = mgd("evaluate", trained)
+    assert code == 0
+    found = json.loads(out.strip().splitlines()[-1])
+    assert found["top1"] == json.loads((trained / "summary.json").read_text())["top1"]
+    assert found["n"] == 100
+
+
+def test_export_copies_the_student_under_a_licence(mgd, trained, tmp_path):
+    assert mgd("export", trained, tmp_path / "out", "--license", "apache-2.0", "--tag", "mine")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["pretrained_cfg"]["license"], config["pretrained_cfg"]["tag"]) == ("apache-2.0", "mine")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", trained / "export"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    refuse(mgd, ["exists: choose another folder"], "export", trained, tmp_path / "out")
+
+
+def test_a_run_folder_teaches(mgd, trained, small_data, tmp_path):
+    words = ["distill", *SHORT, "--method", "none", "--teacher", trained, "--data-dir", small_data, "--output", tmp_path / "next"]
+    code, out, _ = mgd(*words)
+    assert code == 0
+    assert f"teacher cifar_resnet8x05: top-1 {json.loads((trained / 'summary.json').read_text())['top1']:.2f} %" in out
+
+
+def test_val_split_is_evaluated_each_epoch_and_the_test_split_at_the_end(mgd, small_data, tmp_path):
+    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--val-split", "0.25", "--data-dir", small_data]
+    assert mgd(*words, "--output", tmp_path / "run")[0] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["last"]["n"] == 80
+    assert summary["test"]["n"] == 100
+    assert summary["top1"] == summary["test"]["top1"]
+    assert summary["val_top1"] == summary["last"]["top1"]
+
+
+def test_trackers_are_written(mgd, small_data, tmp_path):
+    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", tmp_path / "run"]
+    assert mgd(*words, "--log-with", "tensorboard")[0] == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["distil"], ["unknown command 'distil'", "did you mean distill?"]),
+        (["distill", "--bach-size", "3"], ["--bach-size", "did you mean --batch-size"]),
+        (["distill", "--student", "resnet1O"], ["unknown model 'resnet1O'", "did you mean", "resnet10t"]),
+        (["distill", "--teacher", "cifar_resnet2O"], ["unknown model 'cifar_resnet2O'", "cifar_resnet20"]),
+        (["distill", "--teacher", "cifar_resnet20"], ["'cifar_resnet20' has no published weights", "--teacher-checkpoint"]),
+        (["distill", "--teacher", "local-dir:nowhere"], ["nowhere: no export in it", "mgd-timm export"]),
+        (["distill", "--criterion", "fitnat"], ["unknown criterion 'fitnat'", "did you mean fitnet?"]),
+        (["distill", "--criterion", "at:much"], ["'at:much'", "expected NAME or NAME:WEIGHT"]),
+        (["distill", "--criterion", "kd:0.5", "--kd-weight", "0.7"], ["two weights of kd: 0.5", "0.7"]),
+        (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
+        (["distill", "--data-dir", "nowhere"], ["nowhere: expected a folder of parquet or arrow files"]),
+        (["distill", "--train-split", "trian"], ["unknown split 'trian': did you mean train?"]),
+        (["distill", "--input-key", "imge"], ["unknown column 'imge': did you mean image?"]),
+        (["distill", "--epochs", "0"], ["epochs=0", "expected 1 or more"]),
+        (["distill", "--lr", "fast"], ["lr", "fast"]),
+        (["distill", "--batch-size", "1"], ["batch_size=1: expected 2 or more"]),
+        (["distill", "--val-split", "validation"], ["val"]),
+        (["distill", "--val-split", "0.9"], ["val_split=0.9: expected a share from 0 to 0.5"]),
+        (["distill", "--abstract-temperature", "0"], ["temperature=0.0: expected a positive"]),
+        (["distill", "--mean", "0.5"], ["mean=(0.5,): expected 3 values"]),
+        (["distill", "--log-with", "tensorbord"], ["unknown tracker 'tensorbord': did you mean tensorboard?"]),
+        (["distill", "--log-with", "wandb"], ["tracker 'wandb' is not installed: pip install wandb"]),
+        (["distill", "--resume"], ["holds no run to resume"]),
+        (["distill", "--in-chans", "1"], ["the teacher takes 3 channels, the images have 1: --in-chans 3"]),
+        (["distill", "--method", "mas", "--kd-weight", "0"], ["without one MAS is MAG", "kd_weight=1"]),
+        (["distill", "--maps", "7", "--criterion", "at"], ["maps='7'", "a number from 1 to 4"]),
+        (["train", "--model", "cifar_resnet8", "--opt", "adamv"], ["unknown optimizer 'adamv'", "adam"]),
+        (
+            ["train", "--model", "vit_tiny_patch16_224", "--initial-checkpoint", "none.safetensors"],
+            ["none.safetensors: cannot be read"],
+        ),
+        (["evaluate", "runs/none"], ["unknown model 'runs/none'"]),
+        (["export", "embedded"], ["folder"]),
+    ],
+)
+def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expected):
+    refuse(mgd, expected, *words)
+    assert not (tmp_path / "runs").exists()  # nothing half-started is left
+
+
+def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
+    (tmp_path / "flags.yaml").write_text("epoch: 3\n")
+    refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
+
+
+def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refuse(mgd, ["mine exists: choose another --output"], "distill", *SHORT, "--output", "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):
+    import datasets
+
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_parquet(str(small_data / f"{split}.parquet"), cache_dir=str(tmp_path / "cache"))
+        table = table.filter(lambda row: row["label"] < 3).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+        table.to_parquet(folder / f"{split}.parquet")
+    refuse(mgd, ["the teacher has 10 classes, the student 3, the data 3", "mgd-timm train"], "distill", "--data-dir", folder)
+    refuse(mgd, ["the model has 10 classes, the data 3"], "evaluate", "embedded", "--data-dir", folder)
+
+
+def test_teacher_weights_without_their_classifier_are_refused(mgd, tmp_path):
+    import timm
+
+    state = timm.create_model("cifar_resnet8", num_classes=10).state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "body.safetensors")
+    teacher = ["distill", "--teacher", "cifar_resnet8", "--teacher-checkpoint"]
+    refuse(mgd, ["body.safetensors holds no classifier (fc.weight)", "teaches noise"], *teacher, "body.safetensors")
+    save_file(state, tmp_path / "eight.safetensors")
+    wrong = ["distill", "--teacher", "cifar_resnet14", "--teacher-checkpoint"]
+    refuse(mgd, ["does not fit cifar_resnet14: missing ['layer1.1.bn1.bias'"], *wrong, "eight.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    refuse(mgd, ["text.safetensors: cannot be read as safetensors"], *teacher, "text.safetensors")
+
+
+def test_a_teacher_near_chance_is_warned_of(mgd, small_data, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), tmp_path / "random.safetensors")
+    words = ["distill", *SHORT, "--method", "none", "--teacher", "cifar_resnet8", "--teacher-checkpoint", "random.safetensors"]
+    code, out, _ = mgd(*words, "--data-dir", small_data, "--output", "run")
+    assert code == 0
+    assert "warning: the teacher is near chance (10.00 %)" in out

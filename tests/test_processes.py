@@ -1,0 +1,100 @@
+"""The command line on one and on two real processes (gloo), and a disk that fills up."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import FAST, call, command, environment
+
+
+def flags(data: Path, output: Path, *more: str) -> list[str]:
+    return ["distill", *FAST, "--epochs", "2", "--data-dir", str(data), "--output", str(output), *more]
+
+
+def history(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(small_data, tmp_path_factory):
+    """The same global batch of 64: one process of two steps, and two processes of one."""
+    folder = tmp_path_factory.mktemp("processes")
+    for processes in (1, 2):
+        more = ["--grad-accum-steps", str(2 // processes), "--method", "mas", "--criterion", "at"]
+        done = call(*flags(small_data, folder / str(processes), *more), processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert f"{processes} process" in done.stdout
+    return {processes: folder / str(processes) for processes in (1, 2)}
+
+
+def test_learning_rate_and_losses_do_not_depend_on_the_number_of_processes(runs):
+    one, two = history(runs[1]), history(runs[2])
+    assert [row["updates"] for row in one] == [row["updates"] for row in two] == [5, 10]
+    assert [row["lr"] for row in one] == [row["lr"] for row in two]
+    for name in ("task", "kd", "at", "abstract", "detailed", "top1"):
+        assert two[0]["train"][name] == pytest.approx(one[0]["train"][name], rel=2e-3), name
+
+
+def test_evaluation_counts_each_image_once_on_two_processes(runs):
+    found = []
+    for processes in (1, 2):
+        done = call("evaluate", str(runs[1]), processes=processes)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(lines) == 1
+        found.append(json.loads(lines[0]))
+    assert found[0]["n"] == found[1]["n"] == 100
+    assert found[0] == pytest.approx(found[1])
+    assert found[0]["top1"] == json.loads((runs[1] / "summary.json").read_text())["top1"]
+
+
+def test_accelerate_launch_runs_the_module(small_data, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mgd_timm"]
+    flags_here = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        str(small_data),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run([*launch, *flags_here], capture_output=True, text=True, timeout=180, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    # Without mpirun it starts one process where two were asked for, and says nothing: we do.
+    started = int(re.search(r"(\d) process", done.stdout)[1])
+    assert started == 2 or "warning: 2 processes were asked for and 1 run" in done.stdout
+
+
+def test_a_full_disk_leaves_whole_checkpoints_and_a_clear_error(small_data, tmp_path):
+    output = tmp_path / "run"
+    more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2")
+
+    def limit() -> None:  # a real refusal by the system: no file may grow past 40 kB (the weights need 80 kB)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    call("train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data), "--output", str(tmp_path / "warm"))
+    done = subprocess.run(
+        command(*more),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment(),
+        preexec_fn=limit,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "no room to write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (output / "export").exists()
+    assert [path.name for path in output.rglob(".writing-*")] == []
+    done = call(*more, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (output / "export" / "model.safetensors").is_file()

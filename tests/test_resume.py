@@ -1,0 +1,89 @@
+"""A run that was really killed goes on to the very same weights.
+
+Real processes on shuffled and augmented real images, with dropout, moving average and accumulation on.
+"""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from small import FAST, call, digest, end_at
+
+HARD = [*FAST, "--epochs", "3", "--drop", "0.2", "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.9"]
+HARD += ["--opt", "adamw", "--lr", "0.003", "--clip-grad", "5", "--checkpoint-interval", "1", "--warmup-epochs", "1"]
+UPDATES = 15  # 320 images / (32 x 2) x 3 epochs
+
+
+def flags(data: Path, output: Path, method: str = "mas") -> list[str]:
+    return ["distill", *HARD, "--method", method, "--criterion", "fitnet", "--data-dir", str(data), "--output", str(output)]
+
+
+def history(output: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(small_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    done = call(*flags(small_data, output))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize("moment", [2, 7, 12])
+def test_killed_run_goes_on_to_the_same_bits(whole, small_data, tmp_path, moment):
+    output = tmp_path / "run"
+    code, _ = end_at(moment, output / "checkpoints", signal.SIGKILL, *flags(small_data, output))
+    assert code == -signal.SIGKILL
+    assert not (output / "export").exists()
+    done = call(*flags(small_data, output), "--resume")
+    assert done.returncode == 0, done.stderr
+    resumed = re.search(r"resumed after update (\d+)", done.stdout)
+    assert resumed is not None, done.stdout
+    assert moment <= int(resumed[1]) <= UPDATES
+    assert digest(output / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
+    assert history(output) == history(whole)
+
+
+def test_ctrl_c_saves_the_state_and_says_so(whole, small_data, tmp_path):
+    output = tmp_path / "run"
+    code, errors = end_at(3, output / "checkpoints", signal.SIGINT, *flags(small_data, output))
+    assert code == 130, errors
+    assert re.search(r"stopped by SIGINT after update \d+: its state is saved, --resume continues it", errors)
+    done = call(*flags(small_data, output), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert digest(output / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(whole, small_data, tmp_path):
+    output = tmp_path / "run"
+    code, _ = end_at(4, output / "checkpoints", signal.SIGTERM, *flags(small_data, output))
+    assert code == 143
+    newest = max((output / "checkpoints").glob("0*"))
+    path = newest / "trainee.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = call(*flags(small_data, output), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name}: trainee.safetensors does not match its sha256" in done.stdout
+    assert digest(output / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
+
+
+def test_another_recipe_is_refused_with_what_differs(whole, small_data):
+    changed = [word if word != "0.003" else "0.004" for word in flags(small_data, whole)]
+    done = call(*changed, "--resume")
+    assert done.returncode == 1
+    assert "is a run of another recipe (optim.lr: 0.003 -> 0.004)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_existing_folder_is_refused(whole, small_data):
+    before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+    done = call(*flags(small_data, whole))
+    assert done.returncode == 1
+    assert "exists: choose another --output, remove it, or continue it with --resume" in done.stderr
+    assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
