@@ -101,7 +101,10 @@ class FeatureTap(nn.Module):
             if not hasattr(model, name)
         ]
         if lacking:
-            raise ValueError(f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model.")
+            raise ValueError(
+                f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a classification model built by timm.create_model, "
+                "not another module and not an encoder without a classifier."
+            )
         if not getattr(model, "num_classes", 0):
             raise ValueError(
                 f"{self.name} has no classifier (num_classes=0): build it with num_classes=C or call reset_classifier(C) first."

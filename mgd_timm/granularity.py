@@ -1,8 +1,8 @@
 """Multi-Granularity Distillation: the paper's heads and its two objectives, whole.
 
-Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads analyse the frozen
-teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the student learns the codes. MAS: it
-learns as well from the mean of the teacher's logits and the heads' views, the stable excitation.
+Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads analyse the
+frozen teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the student learns the codes.
+MAS: it learns as well from the mean of the teacher's logits and the heads' views, the stable excitation.
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,8 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class GranularityHeads(nn.Module):
     """An encoder (embedding to code) and a decoder (code to class logits) per granularity, in at least float32.
 
-    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed outside autocast, as T^2
-    magnifies bfloat16 rounding of the codes.
+    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed outside autocast,
+    as T^2 magnifies bfloat16 rounding of the codes.
 
     Args:
         embed_dim: Width of the network's embedding.
@@ -97,8 +97,8 @@ def stable_excitation(logits: Float[Tensor, "b k"], views: dict[str, Float[Tenso
 class HeadFitting(nn.Module):
     """Fits all heads in one run on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
 
-    Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no parameter, so with one
-    learning rate the gradients are the same.
+    Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no parameter, so with
+    one learning rate the gradients are the same.
 
     Args:
         heads: Heads with decoders.

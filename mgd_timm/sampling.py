@@ -36,7 +36,7 @@ def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) ->
     """Numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in any batch."""
     offsets = torch.arange(draws, device=sample_ids.device, dtype=torch.int64) * _signed(_GOLDEN)
     x = (sample_ids.to(torch.int64) * _signed(0xD1342543DE82EF95))[:, None] + offsets + _signed(mix(seed, epoch) << 1)
-    for _ in range(2):  # one round leaves neighbouring ids correlated in the high bits
+    for _ in range(2):  # a second round costs next to nothing
         x = x + _signed(_GOLDEN)
         x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
         x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
