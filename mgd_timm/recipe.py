@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, from which the command line's flags are generated.
 
 Fields that do not change the weights a run ends with (where it writes, how often it logs) carry digest=False and may differ between
-a run and its resumption.
+a run and its resumption; so do the names of the images, which are known by a digest of their own.
 """
 
 import dataclasses
@@ -31,8 +31,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 class Data:
     """Which images, and how they are shown."""
 
-    dataset: str = _option("embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder")
-    data_dir: str | None = _option(None, "folder of parquet/arrow files or of images in class folders; instead of --dataset")
+    dataset: str = _option("embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder", digest=False)
+    data_dir: str | None = _option(
+        None, "folder of parquet/arrow files or of images in class folders; instead of --dataset", digest=False
+    )
     dataset_config: str | None = _option(None, "configuration name of a hub data set that has several")
     input_key: str | None = _option(None, "image column; found by its type by default")
     target_key: str | None = _option(None, "label column; found by its type by default")

@@ -2,8 +2,8 @@
 
     python recipes/embedded_data.py FOLDER [--full OUT]
 
-FOLDER holds the four official files (Debian: package dataset-fashion-mnist, usr/share/datasets/fashion-mnist). The first images of each
-class in the official order are taken. PNG without compression inside parquet with zstd is a fifth smaller than compressed PNG.
+FOLDER holds the four official files (Debian: package dataset-fashion-mnist, usr/share/datasets/fashion-mnist). The first images of
+each class in the official order are taken. PNG without compression inside parquet with zstd is a fifth smaller than compressed PNG.
 `--full OUT` writes all 60,000 and 10,000 images as well, which the embedded teacher is trained on.
 """
 

@@ -1,0 +1,89 @@
+"""Heads on stored teacher outputs and live, found again by what made them, and warned of when they are bad."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgd_timm.build import build_accelerator, load_model
+from mgd_timm.data import load_images
+from mgd_timm.distiller import Teacher
+from mgd_timm.features import FeatureTap
+from mgd_timm.head_fitting import fit_heads
+from mgd_timm.recipe import make_recipe
+from mgd_timm.stored import store_outputs
+
+
+@pytest.fixture
+def parts(small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    options = {"data_dir": str(small_data), "output": str(tmp_path / "run"), "heads_epochs": 8, "heads_views": 2}
+    recipe, accelerator = build_accelerator(make_recipe(**options, heads_batch_size=64))
+    (tmp_path / "run").mkdir()
+    images = load_images(recipe.data, recipe.seed)
+    teacher = Teacher(FeatureTap(load_model("embedded"), input_size=images.input_size))
+    return recipe, accelerator, images, teacher
+
+
+def test_stored_rows_are_what_the_teacher_shows_of_each_view(parts):
+    _, accelerator, images, teacher = parts
+    stored = store_outputs(lambda batch: teacher(batch.images), images.train, 2, accelerator, 50, quiet=True)
+    assert len(stored.ids) == 2 * len(images.train.ids)
+    for view in (0, 1):
+        ids = images.train.ids[7:19]
+        live = next(images.train.batches([ids], view, torch.device("cpu")))
+        batch = next(stored.batches([torch.arange(7, 19) + view * len(images.train.ids)], 5, torch.device("cpu")))
+        shown = stored.features(batch)
+        torch.testing.assert_close(shown.logits, teacher(live.images).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shown.embedding, teacher(live.images).embedding, rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.labels, live.labels)
+
+
+@pytest.mark.parametrize("protocol", ["stored", "live"])
+def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, protocol):
+    recipe, accelerator, images, teacher = parts
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    recipe = replace(recipe, heads=replace(recipe.heads, heads_protocol=protocol))
+    summary = {}
+    heads = fit_heads(teacher, images, recipe, accelerator, summary, quiet=True)
+    found = summary["heads"]
+    assert set(found) == {"teacher", "abstract", "detailed", "top1"}
+    assert min(found.values()) > found["teacher"] - 8
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert set(heads.encoders) == set(heads.decoders) == {"abstract", "detailed"}
+    rows = [json.loads(line) for line in Path(recipe.output, "heads", "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == (4 if protocol == "stored" else 8)
+    assert rows[-1]["train"]["abstract"] < rows[0]["train"]["abstract"]
+
+
+def test_heads_are_found_again_only_where_all_that_made_them_is_the_same(parts, capsys):
+    recipe, accelerator, images, teacher = parts
+
+    def fitted(recipe, teacher=teacher) -> tuple[dict, bool]:
+        capsys.readouterr()
+        heads = fit_heads(teacher, images, recipe, accelerator, {}, quiet=True)
+        return heads.state_dict(), "fitted before" in capsys.readouterr().out
+
+    first, again = fitted(recipe)
+    assert not again
+    second, again = fitted(recipe)
+    assert again
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert fitted(replace(recipe, heads=replace(recipe.heads, abstract_weight=3.0)))[1]  # weights belong to the student
+    assert not fitted(replace(recipe, heads=replace(recipe.heads, heads_lr=0.05)))[1]
+    assert not fitted(replace(recipe, seed=recipe.seed + 1))[1]
+    changed = load_model("embedded")
+    with torch.no_grad():
+        next(changed.parameters()).flatten()[0] += 1e-3
+    assert not fitted(recipe, Teacher(FeatureTap(changed, input_size=images.input_size)))[1]
+
+
+def test_a_head_far_below_the_teacher_is_warned_of(parts, capsys):
+    recipe, accelerator, images, teacher = parts
+    hopeless = replace(recipe, heads=replace(recipe.heads, heads_lr=1e-9, heads_epochs=1))
+    fit_heads(teacher, images, hopeless, accelerator, {}, quiet=True)
+    out = capsys.readouterr().out
+    assert "warning: the head 'abstract' is" in out
+    assert "points below the teacher: raise --heads-epochs, --heads-views or its dim" in out
