@@ -90,13 +90,13 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
     import timm
 
     from mgd_timm.api import evaluate
-    from mgd_timm.export import export
+    from mgd_timm.export import export_model
 
     name, index = max(
         ((n, i) for n, rs in found.items() for i in range(len(rs))), key=lambda at: found[at[0]][at[1]].summary["top1"]
     )
     before = found[name][index].summary["top1"]
-    place = export(found[name][index].student, output / "student", provenance={"run": folders[name][index].name})
+    place = export_model(found[name][index].student, output / "student", provenance={"run": folders[name][index].name})
     model = timm.create_model(f"local-dir:{place}", pretrained=True)
     after = evaluate(model)["top1"]
     print(f"best student ({name}): {place}")

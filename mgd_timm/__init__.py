@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mgd_timm.api import distill, evaluate, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
     from mgd_timm.distiller import Distiller, Teacher
-    from mgd_timm.export import export
+    from mgd_timm.export import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, Granularity, GranularityHeads, HeadFitting
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
@@ -21,7 +21,7 @@ _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
     "mgd_timm.distiller": ("Distiller", "Teacher"),
-    "mgd_timm.export": ("export",),
+    "mgd_timm.export": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
@@ -51,7 +51,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate",
-    "export",
+    "export_model",
     "kl_divergence",
     "train",
 ]

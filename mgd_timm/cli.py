@@ -143,7 +143,7 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--tag", type=str | None, default=None, help="timm's tag of the weights; default: the run's")
     values = parser.parse_args(list(arguments))
     from mgd_timm.build import load_model
-    from mgd_timm.export import export
+    from mgd_timm.export import export_model
 
     model = load_model(values.run)
     given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}
@@ -151,7 +151,7 @@ def _export(arguments: Sequence[str]) -> None:
     before = next((p for p in (Path(values.run) / "export", Path(values.run)) if (p / "recipe.json").is_file()), None)
     known = json.loads((before / "recipe.json").read_text()) if before is not None else {}
     kept = {name: value for name, value in known.items() if name not in ("versions", "model_sha256")}
-    print(f"wrote {export(model, values.folder, provenance=kept)}")
+    print(f"wrote {export_model(model, values.folder, provenance=kept)}")
 
 
 def _list(arguments: Sequence[str]) -> None:

@@ -76,7 +76,9 @@ def describe(
     model.default_cfg = config  # type: ignore[assignment]
 
 
-def export(model: nn.Module, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
+def export_model(
+    model: nn.Module, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for bit.
 
     The folder appears whole or not at all. `cifar_*` networks load after `import mgd_timm.models`.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Number, Objective, at_least_float32, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Need, Objective, at_least_float32, check_temperature, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -33,8 +33,8 @@ class Granularity:
 
     name: str
     dim: int
-    temperature: Number
-    weight: Number = 1.0
+    temperature: float
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -59,7 +59,7 @@ class GranularityHeads(nn.Module):
 
     Args:
         embed_dim: Width of the network's embedding.
-        num_classes: Number of classes of the views; None builds encoders only, which is all that a student needs.
+        num_classes: float of classes of the views; None builds encoders only, which is all that a student needs.
         granularities: Levels of detail, of distinct names.
 
     Raises:

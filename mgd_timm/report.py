@@ -62,7 +62,7 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, *, title: str, l
     figure.suptitle(title)
     for axis, part, name in zip(axes, ("eval", "train"), ("held-out images", "training images"), strict=True):
         for colour, (label, folders) in zip(_COLOURS, runs.items(), strict=False):
-            curves = torch.tensor([[row[part]["top1"] for row in read_metrics(folder)] for folder in folders])
+            curves = torch.tensor([[row[part]["top1"] for row in read_metrics(folder)] for folder in folders], dtype=torch.float64)
             epochs = list(range(1, curves.shape[1] + 1))
             final = f"  {curves[:, -1].mean():.2f} %" if part == "eval" else ""
             axis.plot(epochs, curves.mean(0).tolist(), color=colour, marker="o", markersize=3, label=label + final)

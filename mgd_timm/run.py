@@ -30,7 +30,7 @@ from mgd_timm.criteria import Objective
 from mgd_timm.data import Images, load_images
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
-from mgd_timm.export import describe, export, versions
+from mgd_timm.export import describe, export_model, versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
 from mgd_timm.fit import Fitted, Metrics, Upkeep, fit
 from mgd_timm.granularity import MAG
@@ -85,7 +85,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
         provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
         if networks.teacher is not None:
             provenance["teacher_sha256"] = module_digest(networks.teacher.tap.model)
-        export(trained, folder / "export", provenance=provenance, overwrite=True)
+        export_model(trained, folder / "export", provenance=provenance, overwrite=True)
         checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mgd_timm import evaluate, export
+from mgd_timm import evaluate, export_model
 from mgd_timm.build import load_model
 from mgd_timm.data import EMBEDDED
 
@@ -20,7 +20,7 @@ def main() -> None:
     known = json.loads((args.run / "export" / "recipe.json").read_text())
     known = {name: value for name, value in known.items() if name != "model_sha256"}
     found = evaluate(model, "embedded")
-    folder = export(model, EMBEDDED / "teacher", provenance={**known, "embedded_test": found}, overwrite=True)
+    folder = export_model(model, EMBEDDED / "teacher", provenance={**known, "embedded_test": found}, overwrite=True)
     print(f"{folder}: top-1 {found['top1']:.2f} % on the {found['n']:.0f} embedded test images")
 
 

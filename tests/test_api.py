@@ -31,7 +31,7 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
     assert student is module
     assert not student.training
     assert next(student.parameters()).device.type == "cpu"
-    folder = mgd_timm.export(student, tmp_path / "out")
+    folder = mgd_timm.export_model(student, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     images = torch.randn(2, 3, 28, 28)
     assert torch.equal(loaded.eval()(images), student.to(memory_format=torch.contiguous_format)(images))
@@ -47,7 +47,7 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
     ("student", "criterion"), [("test_vit", ("fitnet",)), ("test_convnext", ("at", "kd:0.5")), ("test_efficientnet", ("kd",))]
 )
 def test_any_architecture_learns_under_mas(small_data, tmp_path, student, criterion):
-    options = {"maps": "last", "lr": 0.01, "amp": student == "test_vit"}
+    options = {"maps": "last", "lr": 0.01, "img_size": 32, "amp": student == "test_vit"}
     out = mgd_timm.distill(
         student=student, data=str(small_data), output=tmp_path / "run", method="mas", criterion=criterion, **options, **SHORT
     )

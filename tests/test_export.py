@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
-from mgd_timm.export import describe, export
+from mgd_timm.export import describe, export_model
 
 ABOUT = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "mit", "tag": "mas_distilled"}
 
@@ -38,7 +38,7 @@ def student(name: str, classes: int = 5, size: int = 64, **options) -> nn.Module
 )
 def test_timm_loads_the_same_bits(tmp_path, name, options):
     model = student(name, **options).to(memory_format=torch.channels_last)
-    folder = export(model, tmp_path / "out")
+    folder = export_model(model, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     state = model.state_dict()
     assert list(loaded.state_dict()) == list(state)
@@ -52,7 +52,7 @@ def test_timm_loads_the_same_bits(tmp_path, name, options):
 
 def test_config_says_what_is_true_of_these_weights(tmp_path):
     model = student("mobilenetv3_small_050")
-    config = json.loads((export(model, tmp_path / "out") / "config.json").read_text())
+    config = json.loads((export_model(model, tmp_path / "out") / "config.json").read_text())
     known = config["pretrained_cfg"]
     assert (known["tag"], known["license"]) == ("mas_distilled", "mit")  # not those of the architecture's default weights
     assert (known["mean"], known["std"], known["input_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [3, 64, 64])
@@ -65,7 +65,7 @@ def test_config_says_what_is_true_of_these_weights(tmp_path):
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
-    folder = export(student("cifar_resnet8x05"), tmp_path / "out")
+    folder = export_model(student("cifar_resnet8x05"), tmp_path / "out")
     (tmp_path / "plain").write_text("")
     mode = os.stat(tmp_path / "plain").st_mode
     assert all(os.stat(path).st_mode == mode for path in folder.iterdir())
@@ -73,30 +73,30 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 
 def test_existing_folders_are_kept_unless_told(tmp_path):
     first = student("cifar_resnet8x05")
-    folder = export(first, tmp_path / "out")
+    folder = export_model(first, tmp_path / "out")
     second = student("cifar_resnet8x05", classes=7)
     with pytest.raises(FileExistsError, match="exists: choose another folder"):
-        export(second, folder)
+        export_model(second, folder)
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 5
-    export(second, folder, overwrite=True)
+    export_model(second, folder, overwrite=True)
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 7
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_timm_models_are_exported(tmp_path):
     with pytest.raises(ValueError, match="Linear has no pretrained_cfg with its architecture"):
-        export(nn.Linear(3, 3), tmp_path / "out")
+        export_model(nn.Linear(3, 3), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     script = """
 import resource, sys, timm
-from mgd_timm.export import export
+from mgd_timm.export import export_model
 model = timm.create_model("test_vit", num_classes=5)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    export(model, sys.argv[1])
+    export_model(model, sys.argv[1])
 except OSError as error:
     print(error.strerror)
 """

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mgd_timm.features import Batch, Features, Pair
 
 Need = Literal["logits", "embedding", "maps"]
-Number = float | int  # beartype, under pytest, does not take 4 for a float
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -18,7 +17,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def kl_divergence(
-    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: Number
+    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
 ) -> Float[Tensor, ""]:
     """Temperature-scaled Kullback-Leibler divergence of the student from the teacher, mean over the batch.
 
@@ -40,7 +39,7 @@ def kl_divergence(
     return per_sample.mean() * temperature**2
 
 
-def check_temperature(temperature: Number) -> Number:
+def check_temperature(temperature: float) -> float:
     """The temperature itself; ValueError unless it is positive and finite."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a positive, finite number.")
@@ -75,7 +74,7 @@ class Objective(nn.Module):
         ValueError: No term at all, or a negative or non-finite weight.
     """
 
-    def __init__(self, **terms: tuple[Number, Criterion]) -> None:
+    def __init__(self, **terms: tuple[float, Criterion]) -> None:
         super().__init__()
         if not terms:
             raise ValueError("Objective() has no term: give at least one, such as task=(1.0, CrossEntropy(pair)).")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, Number, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -26,7 +26,7 @@ class CrossEntropy(Criterion):
     weight: ClassVar[float] = 1.0
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def __init__(self, pair: Pair, *, smoothing: Number = 0.0) -> None:
+    def __init__(self, pair: Pair, *, smoothing: float = 0.0) -> None:
         super().__init__(pair)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing}: expected 0 <= smoothing < 1.")

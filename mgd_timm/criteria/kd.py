@@ -5,7 +5,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, Number, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Criterion, Need, check_temperature, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -21,13 +21,13 @@ class KD(Criterion):
         temperature: T > 0; 4 as in RepDistiller and the MGD authors' scripts.
 
     Raises:
-        ValueError: Numbers of classes that differ, or a temperature that is not positive.
+        ValueError: floats of classes that differ, or a temperature that is not positive.
     """
 
     weight: ClassVar[float] = 0.8
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
 
-    def __init__(self, pair: Pair, *, temperature: Number = 4.0) -> None:
+    def __init__(self, pair: Pair, *, temperature: float = 4.0) -> None:
         super().__init__(pair)
         if pair.student.num_classes != pair.teacher.num_classes:
             raise ValueError(
