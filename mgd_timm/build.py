@@ -70,7 +70,7 @@ def _asked_processes() -> int | None:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return None
-    if not any("accelerate" in word for word in words) or "launch" not in words:
+    if not any("accelerate" in word for word in words) or not any(word.endswith("launch") for word in words):
         return None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
