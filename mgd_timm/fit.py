@@ -148,6 +148,19 @@ def fit(
         return loop.run(caught)
 
 
+class _Wrapper(nn.Module):
+    """What accelerate may wrap and patch; the trainee itself stays as it is."""
+
+    def __init__(self, trainee: nn.Module) -> None:
+        super().__init__()
+        self.trainee = trainee
+
+    def forward(self, batch: Batch, teacher: Features | None) -> tuple[dict[str, Tensor], Tensor]:
+        """The trainee's losses and logits."""
+        found: tuple[dict[str, Tensor], Tensor] = self.trainee(batch, teacher)
+        return found
+
+
 class _Loop:
     def __init__(
         self,
@@ -174,8 +187,9 @@ class _Loop:
             self.averaged = averaged
             self.ema = ModelEmaV3(averaged, decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
         self.bare_optimizer = optimizer
-        # The trainee is wrapped once; the schedule is not prepared: accelerate would step it once per process (and not save it).
-        self.model, self.optimizer = accelerator.prepare(trainee, optimizer)
+        # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
+        # schedule is not prepared: accelerate would step it once per process, and not save it.
+        self.model, self.optimizer = accelerator.prepare(_Wrapper(trainee), optimizer)
         self.epoch = self.update = self.done = 0
         self.sums: dict[str, float] = {}
         self.seconds = 0.0
@@ -195,7 +209,6 @@ class _Loop:
             while self.epoch < self.optim.epochs:
                 self._run_epoch(bar, caught)
         averaged = self.ema.module if self.ema is not None else None
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         return Fitted(self.last, self.best, self.best_epoch, self.done, self.seconds, averaged)
 

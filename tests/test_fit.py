@@ -151,6 +151,23 @@ def test_soft_labels_and_bfloat16(accelerator):
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in module.parameters())
 
 
+def test_a_module_is_fitted_again_at_the_same_precision(accelerator):
+    """accelerate gives a module that it prepared before back bare: the second fit must not fall back to float32."""
+    seen = []
+
+    class Spy(Linear):
+        def forward(self, batch, teacher=None):
+            seen.append(self.layer(batch.images.flatten(1)).dtype)
+            return super().forward(batch)
+
+    module, shared = Spy(), accelerator(precision="bf16")
+    for _ in range(2):
+        train(shared, Optim(epochs=1), module=module)
+    assert len(seen) == 14
+    assert set(seen) == {torch.bfloat16}
+    assert module.forward.__func__ is Spy.forward  # and is left as it was
+
+
 def test_a_last_batch_of_one_sample_is_left_out(accelerator):
     _, source, done = train(accelerator(), Optim(epochs=1), source=Rows(9))
     assert done.updates == 2
