@@ -1,16 +1,18 @@
 """What `import mgd_timm` offers to call: distil, train, evaluate."""
 
-from dataclasses import fields, replace
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from timm.models import get_model_input_config
 from torch import nn
 
-from mgd_timm.build import build_accelerator, load_model
-from mgd_timm.data import Defaults, load_images
+from mgd_timm.build import build_accelerator, check_class_names, load_model, shown_by
+from mgd_timm.data import load_images
 from mgd_timm.evaluation import Metrics, evaluate_model
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.recipe import Data, make_recipe
+from mgd_timm.recipe import Data, Recipe, as_dict, flatten, make_recipe
 from mgd_timm.run import read_recipe, run
 
 
@@ -27,7 +29,8 @@ def distill(
     Args:
         teacher: A model with weights: 'embedded', a timm name, local-dir:PATH, hf-hub:ID, a run folder, or a module.
         student: A timm name, or a module that timm built.
-        data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data.
+        data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data, whose values `options`
+            replace.
         output: Folder of the run; must not exist.
         **options: As the command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05, ...
 
@@ -36,9 +39,7 @@ def distill(
         FileExistsError: The output folder exists.
     """
     names: dict[str, Any] = {"teacher": _name_of(teacher), "student": _name_of(student), "output": str(output)}
-    recipe = make_recipe(**names, **({"dataset": data} if isinstance(data, str) else {}), **options)
-    if isinstance(data, Data):
-        recipe = replace(recipe, data=data)
+    recipe = make_recipe(**names, **_over(data, options))
     teacher_module = teacher if isinstance(teacher, nn.Module) else None
     student_module = student if isinstance(student, nn.Module) else None
     return run(recipe, teacher=teacher_module, student=student_module).student
@@ -46,12 +47,16 @@ def distill(
 
 def train(model: str | nn.Module, data: str | Data = "embedded", *, output: str | Path = "runs/train", **options: Any) -> nn.Module:
     """Train a model on its own (a teacher, or a student alone) and return it; arguments as of `distill`."""
-    recipe = make_recipe(
-        teacher=None, student=_name_of(model), output=str(output), **({"dataset": data} if isinstance(data, str) else {}), **options
-    )
-    if isinstance(data, Data):
-        recipe = replace(recipe, data=data)
+    recipe = make_recipe(teacher=None, student=_name_of(model), output=str(output), **_over(data, options))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student
+
+
+def _over(data: str | Data, options: dict[str, Any]) -> dict[str, Any]:
+    """Options, and beneath them those of the data."""
+    beneath = as_dict(data) if isinstance(data, Data) else {"dataset": data}
+    if "dataset" in options:
+        beneath |= {"data_dir": None}
+    return {**beneath, **options}
 
 
 def _name_of(model: str | nn.Module) -> str:
@@ -65,36 +70,51 @@ def evaluate(model: str | nn.Module, data: str | Data | None = None, **options: 
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
-        data: As of `distill`; by default the data of the run folder, else the embedded one.
-        **options: Options of Data, such as img_size; `amp`.
+        data: As of `distill`; by default the data of the run, with its validation cut, else the embedded data.
+        **options: Options of Data, such as img_size, which replace the run's; `amp`.
 
     Raises:
-        ValueError: No such model or data, or numbers of classes that differ.
+        ValueError: No such model or data, or classes that differ.
     """
-    folder = Path(model) if isinstance(model, str) else None
-    recipe = make_recipe(**options)
-    if data is None and folder is not None and (folder / "recipe.yaml").is_file():
-        before = read_recipe(folder)
-        names = {f.name for f in fields(Data)}
-        recipe = replace(recipe, data=replace(before.data, **{k: v for k, v in options.items() if k in names}))
-    elif isinstance(data, Data):
-        recipe = replace(recipe, data=data)
-    elif data is not None:
-        recipe = replace(recipe, data=replace(recipe.data, dataset=data))
+    return evaluate_named(model, data, **options)[0]
+
+
+def evaluate_named(model: str | nn.Module, data: str | Data | None = None, **options: Any) -> tuple[Metrics, str]:
+    """As `evaluate`, and the name of the data."""
+    before = _recipe_of(model) if isinstance(model, str) else None
+    if before is not None:
+        options = {"seed": before.seed, **options}
+    if data is None:
+        data = before.data if before is not None else Data()
+    recipe = make_recipe(**_over(data, options))
     network = load_model(model) if isinstance(model, str) else model
     recipe, accelerator = build_accelerator(recipe)
-    config = getattr(network, "pretrained_cfg", {}) or {}
-    known = Defaults(
-        mean=tuple(config["mean"]) if config.get("mean") else None,
-        std=tuple(config["std"]) if config.get("std") else None,
-        img_size=int(config.get("input_size", (3, 224, 224))[-1]),
-        interpolation=str(config.get("interpolation") or "bicubic"),
-        crop_pct=float(config.get("crop_pct") or 0.875),
-    )
+    inputs = get_model_input_config(network)
+    height, width = inputs["input_size"][1:]
+    if recipe.data.img_size is None and inputs["fixed_input_size"] and height == width:
+        recipe = replace(recipe, data=replace(recipe.data, img_size=height))
+    known = shown_by(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(recipe.data, recipe.seed, known, say=accelerator.print, main_first=accelerator.local_main_process_first)
     if network.num_classes != images.num_classes:
         raise ValueError(f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree.")
+    check_class_names(network, "model", images)
     source = images.test if images.test is not None else images.val
     if source is None:
         raise ValueError("the data has no split to evaluate on: name one with --eval-split, or cut one with --val-split 0.1.")
-    return evaluate_model(network, source, accelerator, recipe.data.validation_batch_size)
+    found = evaluate_model(network, source, accelerator, recipe.data.validation_batch_size)
+    return found, recipe.data.data_dir or recipe.data.dataset
+
+
+def _recipe_of(model: str) -> Recipe | None:
+    """The recipe of a run folder or of an exported one, where it has one."""
+    folder = Path(model.removeprefix("local-dir:"))
+    if (folder / "recipe.yaml").is_file():
+        return read_recipe(folder)
+    path = folder / "recipe.json"
+    try:
+        values = json.loads(path.read_text())["recipe"] if path.is_file() else None
+        return make_recipe(**flatten(values)) if values is not None else None
+    except KeyError:
+        return None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error

@@ -1,5 +1,6 @@
 """Networks, objective and accelerator from a recipe, with every check that bad input deserves before the first update."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,10 +12,10 @@ import psutil
 import timm
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors.torch import load_file
-from timm.models import get_model_input_config, get_pretrained_cfg, resolve_model_input_args
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
 from torch import nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
@@ -22,6 +23,7 @@ from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import Pair, TeacherView
 from mgd_timm.granularity import MAG, MAS
+from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe, as_dict, unknown
 
 Say = Callable[[str], None]
@@ -45,8 +47,13 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         gradient_accumulation_steps=recipe.optim.grad_accum_steps,
         log_with=list(recipe.log_with) or None,
         project_dir=recipe.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=15))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"accelerate was configured for {accelerator.distributed_type.value}: supported are one process, several on CPUs and "
+            "several on GPUs (DDP). Configure one of these (accelerate config)."
+        )
     steps = accelerator.gradient_accumulation_steps
     accelerator.print(
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, "
@@ -80,9 +87,15 @@ def _asked_processes() -> int | None:
 
 
 def check_model_name(name: str) -> None:
-    """Raise ValueError with the nearest names unless timm knows the architecture."""
-    if not timm.is_model(name.split(".")[0]):
+    """Raise ValueError with the nearest names unless timm knows the architecture, and the tag where there is one."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
         raise unknown("model", name, timm.list_models())
+    if tag and name not in get_arch_pretrained_cfgs(architecture):
+        known = [found for found in timm.list_pretrained(f"{architecture}*") if found.split(".")[0] == architecture]
+        if known:
+            raise unknown("pretrained weights", name, known)
+        raise ValueError(f"unknown pretrained weights {name!r}: none are published; the architecture alone is {architecture!r}.")
 
 
 def load_weights(model: nn.Module, name: str, path: str) -> None:
@@ -151,6 +164,8 @@ def _weights_folder(spec: str) -> Path | None:
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "recipe.yaml").is_file():
+        raise ValueError(f"{path} is a run that has not finished: it holds no export yet. Continue it with --resume.")
     if spec.startswith("local-dir:") or path.is_dir():
         raise ValueError(f"{path}: no export in it (config.json and model.safetensors); mgd-timm export writes one.")
     return None
@@ -161,12 +176,35 @@ def _load_folder(folder: Path) -> nn.Module:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder}: no model.safetensors beside config.json.")
+    _check_config(folder / "config.json")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # an architecture may raise anything at arguments from outside
         raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
     load_weights(model, str(getattr(model, "pretrained_cfg", {}).get("architecture")), str(weights))
     return model
+
+
+# Arguments of timm's factory, not of an architecture: they name files, or wrap the model.
+_FACTORY = {"features_only", "feature_cfg", "checkpoint_path", "cache_dir", "kwargs_filter", "scriptable", "exportable", "no_jit"}
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a config.json that is not one, or whose model_args reach past the architecture: it may come from anywhere."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}): write it anew with mgd-timm export.") from error
+    kinds = {"architecture": str, "pretrained_cfg": dict, "model_args": dict}
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{path}: expected an object with the name of an 'architecture': write it anew with mgd-timm export.")
+    for key, kind in kinds.items():
+        if key in config and not isinstance(config[key], kind):
+            expected = "a name" if kind is str else "an object"
+            raise ValueError(f"{path}: {key!r} is {config[key]!r}, expected {expected}: write it anew with mgd-timm export.")
+    for key in config.get("model_args", {}):
+        if key in _FACTORY or key.startswith("pretrained"):
+            raise ValueError(f"{path}: model_args has {key!r}, which is no argument of an architecture: remove it.")
 
 
 def load_model(spec: str) -> nn.Module:
@@ -197,15 +235,28 @@ def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | 
         found = get_pretrained_cfg(recipe.student)
         config = found.to_dict() if found is not None else {}
     weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
-    mean, std = weights.get("mean"), weights.get("std")
+    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
     fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
+    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
+
+
+def shown_by(config: Mapping[str, Any]) -> Defaults:
+    """How a pretrained_cfg says that images are shown to the model."""
     return Defaults(
-        mean=tuple(mean) if fits and mean is not None else None,
-        std=tuple(std) if fits and std is not None else None,
-        img_size=int(config.get("input_size", (3, 224, 224))[-1]),
+        mean=channel_values(config, "mean"),
+        std=channel_values(config, "std"),
+        img_size=int((config.get("input_size") or (3, 224, 224))[-1]),
         interpolation=str(config.get("interpolation") or "bicubic"),
         crop_pct=float(config.get("crop_pct") or 0.875),
     )
+
+
+def channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    """Mean or std of a pretrained_cfg, which may come from outside; None where it is no list of numbers."""
+    values = config.get(name)
+    if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
+        return None
+    return tuple(float(v) for v in values)
 
 
 def build_student(recipe: Recipe, images: Images) -> nn.Module:
@@ -231,22 +282,39 @@ def build_student(recipe: Recipe, images: Images) -> nn.Module:
 
 
 def check_label_spaces(teacher: nn.Module, student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless data, teacher and student have the same number of classes, and the teacher the data's channels."""
+    """Raise ValueError unless data, teacher and student have the same classes, and the teacher the data's channels."""
     counts = [getattr(teacher, "num_classes", 0), getattr(student, "num_classes", 0), images.num_classes]
     if len(set(counts)) > 1:
         raise ValueError(
             f"the teacher has {counts[0]} classes, the student {counts[1]}, the data {counts[2]}: all three must agree. Train a "
             "teacher on these classes first (mgd-timm train --pretrained), or use the data that it was trained on."
         )
+    check_class_names(teacher, "teacher", images)
     channels = get_model_input_config(teacher)["input_size"][0]
     if channels != images.input_size[0]:
         raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
 
 
+def check_class_names(model: nn.Module, role: str, images: Images) -> None:
+    """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same order."""
+    names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
+    numbers = [str(i) for i in range(images.num_classes)]
+    if not isinstance(names, list | tuple) or numbers in (list(names), list(images.class_names)):
+        return
+    if len(names) != images.num_classes:
+        raise ValueError(f"the {role} names {len(names)} classes, the data {images.num_classes}: both need the same ones.")
+    for index, (known, given) in enumerate(zip(names, images.class_names, strict=True)):
+        if known != given:
+            raise ValueError(
+                f"class {index} is {known!r} to the {role} and {given!r} in the data: both need the same classes in one order. "
+                "Rename or reorder the data's, or use the data that it was trained on."
+            )
+
+
 def teacher_view(teacher: nn.Module, images: Images) -> TeacherView:
     """The student's images in the teacher's normalisation, resized where the teacher's input size is fixed."""
     config = getattr(teacher, "pretrained_cfg", {}) or {}
-    mean, std = tuple(config.get("mean") or ()), tuple(config.get("std") or ())
+    mean, std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
     if len(mean) != len(images.mean) or len(std) != len(images.std):
         mean, std = images.mean, images.std
     inputs = get_model_input_config(teacher)
@@ -321,6 +389,17 @@ def set_seed(*key: int) -> None:
     torch.manual_seed(mix(*key))
 
 
-def identity(recipe: Recipe, images: Images) -> dict[str, Any]:
-    """What decides the weights: the recipe's values, and the images by digest."""
-    return {**as_dict(recipe, digest_only=True), "images": images.train.digest, "mean": list(images.mean), "std": list(images.std)}
+def identity(
+    recipe: Recipe, images: Images, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None
+) -> dict[str, Any]:
+    """What decides the weights: the recipe's values, images and networks by digest, processes and precision."""
+    return {
+        **as_dict(recipe, digest_only=True),
+        "images": images.train.digest,
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "student_sha256": module_digest(student),
+        "teacher_sha256": module_digest(teacher) if teacher is not None else None,
+        "processes": accelerator.num_processes,
+        "precision": str(accelerator.mixed_precision),
+    }

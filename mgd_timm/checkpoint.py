@@ -51,7 +51,9 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Bring a file or a folder's entries to the disk; Windows cannot open folders and does without."""
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -87,7 +89,8 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
         )
         if full:
             raise OSError(
-                errno.ENOSPC, f"no room to write {target}: nothing was changed there. Free some space and go on with --resume"
+                errno.ENOSPC,
+                f"no room to write {target}: nothing was changed there. Free some space and start again; --resume continues a run",
             ) from error
         raise
     finally:
@@ -146,7 +149,13 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
         sums = {path.name: sha256(path) for path in sorted(draft.iterdir())}
         (draft / MANIFEST).write_bytes(_listed(sums))
 
-    write_whole(target, fill)
+    try:
+        write_whole(target, fill)
+    except FileExistsError:  # another run that shares this folder (a cache) was faster: the same number means the same state
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
     verify(target)
     others = [path for path in _numbered(folder) if path != target]
     past = [path for path in others if int(path.name) < number]
@@ -195,7 +204,6 @@ def load(checkpoint: Path) -> State:
 
 def newest(folder: Path, say: Callable[[str], None]) -> State | None:
     """The newest checkpoint that is whole; None where there is none. What is skipped is said."""
-    sweep(folder)
     for checkpoint in _numbered(folder):
         try:
             return load(checkpoint)

@@ -125,14 +125,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.set_defaults({f.name: None for f in dataclasses.fields(Data)})
     values = {name: value for name, value in _options(parser.parse_args(list(arguments))).items() if value is not None}
     model = values.pop("model")
-    data = values.pop("dataset", None)
-    if data is None and values.get("data_dir") is not None:
-        data = "embedded"  # not read: the folder stands for it, and the run's own data set does not
-    from mgd_timm.api import evaluate
+    from mgd_timm.api import evaluate_named
 
-    found = evaluate(model, data, **values)
+    found, place = evaluate_named(model, **values)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps({name: round(value, 6) for name, value in found.items()}))
+        print(json.dumps({**{name: round(value, 6) for name, value in found.items()}, "data": place}))
 
 
 def _export(arguments: Sequence[str]) -> None:
@@ -207,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _COMMANDS[words[0]](words[1:])
     except KeyboardInterrupt as stop:
-        print(f"\nmgd-timm: {stop or 'interrupted; nothing was saved'}", file=sys.stderr)
+        said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
+        print(f"\nmgd-timm: {said}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError, RuntimeError) as error:
         from mgd_timm.checkpoint import CheckpointError

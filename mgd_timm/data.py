@@ -6,8 +6,11 @@ timm's transforms in worker processes.
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +74,8 @@ class Images:
     val: Source | None
     test: Source | None
     num_samples: int
+    labels: Tensor
+    """Labels of all `num_samples` rows of the training split, a validation cut among them: sample ids index them."""
     class_names: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -150,11 +155,46 @@ class FileSource:
             batch_sampler=keys,
             num_workers=self.data.workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_start_reader,
             generator=torch.Generator(),  # the loader draws a seed, by default from the generator that dropout uses
         )
-        for images, rows in loader:
+        with _held_signals():
+            read = iter(loader)
+        for images, rows in read:
             labels = self.all_labels[rows].to(device, non_blocking=True)
             yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))
+
+
+# macOS cannot wait for a signal and see its sender: there SIGTERM ends the readers.
+_OUTLIVED = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """A reader that starts here is not ended by a signal to the whole process group: the run saves its state, then ends it itself.
+
+    Held from before the start, as libraries start threads of their own in a forked process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_reader(_: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)  # where it was not forked
+    parent = multiprocessing.parent_process()
+    if signal.SIGTERM not in _OUTLIVED or parent is None:
+        return
+
+    def wait() -> None:
+        # multiprocessing ends a reader that is still there at the parent's exit with a SIGTERM, and waits for it.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -257,6 +297,7 @@ def _build(
         val=source(train, held, False) if len(held) else None,
         test=source(test, everything, False) if test is not None and everything is not None else None,
         num_samples=len(train),
+        labels=labels[train.split],
         class_names=train.class_names,
         input_size=(data.in_chans, *size),
         mean=tuple(mean),

@@ -114,21 +114,25 @@ def export_model(
         }
         save_file(plain, draft / "model.safetensors", metadata={"format": "pt"})
         names = config.get("label_names")
-        size = tuple(config.get("input_size") or get_model_input_config(model)["input_size"])
-        data = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct") if config.get(key) is not None}
+        inputs = get_model_input_config(model)  # what the module was built for; pretrained_cfg may say what its weights were
+        size = inputs["input_size"]
+        if config.get("input_size") and not inputs["fixed_input_size"]:
+            size = (size[0], *config["input_size"][1:])
+        data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
         save_config_for_hf(
             model, str(draft / "config.json"), model_config={"label_names": names}, data_config={**data, "input_size": size}
         )
         origin = {"versions": versions(), "model_sha256": sha256(draft / "model.safetensors"), **(provenance or {})}
         (draft / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
 
+    old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
+    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
     if target.exists():
-        old = target.with_name(f".replaced-{target.name}")
+        write_whole(new, fill)
         shutil.rmtree(old, ignore_errors=True)
-        write_whole(target.with_name(f".new-{target.name}"), fill)
         target.rename(old)
-        target.with_name(f".new-{target.name}").rename(target)
-        shutil.rmtree(old)
+        new.rename(target)
     else:
         write_whole(target, fill)
+    shutil.rmtree(old, ignore_errors=True)
     return target

@@ -318,6 +318,10 @@ class TeacherView(nn.Module):
         self.same = bool((ours_mean == its_mean).all() and (ours_std == its_std).all())
         self.size = size
 
+    def values(self) -> list[object]:
+        """What it does, as JSON values: scale and shift per channel, and the size."""
+        return [self.scale.flatten().tolist(), self.shift.flatten().tolist(), self.size]
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         """Images in the teacher's normalisation and size."""
         if not self.same:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from mgd_timm.data import Source
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
+from mgd_timm.processes import on_main, share
 from mgd_timm.recipe import Optim, differences
 from mgd_timm.sampling import cut_updates, epoch_order, mix
 
@@ -50,6 +50,7 @@ class Upkeep:
         checkpoint_hist: Checkpoints kept.
         log_interval: Updates between checks and reports of the losses.
         quiet: No progress bar.
+        track: Report to accelerate's trackers.
     """
 
     folder: Path | None = None
@@ -60,6 +61,7 @@ class Upkeep:
     checkpoint_hist: int = 2
     log_interval: int = 50
     quiet: bool = False
+    track: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,12 @@ class _Loop:
         if optim.model_ema and averaged is not None:
             self.averaged = averaged
             self.ema = ModelEmaV3(averaged, decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+            initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
+            if initial > 0.01 and not optim.model_ema_warmup:
+                accelerator.print(
+                    f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: lower "
+                    "--model-ema-decay, or give --model-ema-warmup."
+                )
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
         # schedule is not prepared: accelerate would step it once per process, and not save it.
@@ -197,6 +205,16 @@ class _Loop:
         self.best, self.best_epoch = -1.0, 0
         self.pending: list[Tensor] = []
         self.names: list[str] = []
+        # Several processes learn at a report that one of them was told to stop.
+        self.log_interval = upkeep.log_interval if accelerator.num_processes == 1 else min(upkeep.log_interval, 10)
+        self._reset_scaler()
+
+    def _reset_scaler(self) -> None:
+        """An fp16 loss scale that an earlier fit left would make this one depend on it."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        fresh = torch.amp.GradScaler(self.accelerator.device.type).state_dict() if scaler is not None else {}
+        if scaler is not None and fresh:
+            scaler.load_state_dict(fresh)
 
     # -- the loop -------------------------------------------------------------------------------------------------------------
 
@@ -231,7 +249,7 @@ class _Loop:
             last = self.update == len(updates)
             save = self.upkeep.checkpoint_interval and self.done % self.upkeep.checkpoint_interval == 0 and not last
             alone = bool(caught) and processes == 1
-            if last or save or alone or len(self.pending) >= self.upkeep.log_interval:
+            if last or save or alone or len(self.pending) >= self.log_interval:
                 stop = self._report(bar, caught)
                 self.seconds += time.monotonic() - clock
                 clock = time.monotonic()
@@ -302,8 +320,12 @@ class _Loop:
             self.sums["n"] = self.sums.get("n", 0.0) + count
         bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in shown.items()}}, refresh=False)
         bar.update(int(sum(row[-1] for row in rows)))
-        self.accelerator.log({f"{self.upkeep.stage}/{name}": v for name, v in {**shown, "lr": self._lr()}.items()}, step=self.done)
+        self._track({**shown, "lr": self._lr()})
         return bool(flat[0] > 0)
+
+    def _track(self, values: Metrics) -> None:
+        if self.upkeep.track:
+            self.accelerator.log({f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.done)
 
     def _lr(self) -> float:
         return float(self.bare_optimizer.param_groups[0]["lr"])
@@ -312,6 +334,10 @@ class _Loop:
         count = self.sums.pop("n")
         train = {name: value / count for name, value in self.sums.items()}
         train["top1"] = 100 * train.pop("hits")
+        # What is evaluated is what is saved and exported: the main process's BatchNorm statistics.
+        share(self.trainee.buffers(), self.accelerator)
+        if self.ema is not None:
+            share(self.ema.module.buffers(), self.accelerator)
         metrics = self.watch(self.ema.module if self.ema is not None else None) if self.watch is not None else {}
         top1 = metrics.get("top1", -1.0)
         self.last = metrics
@@ -321,11 +347,10 @@ class _Loop:
         row = {"stage": self.upkeep.stage, "epoch": self.epoch, "updates": self.done, "lr": self._lr(), "train": train}
         row |= {"eval": metrics, "best_top1": self.best if self.best_epoch else None}
         row |= {"seconds": round(self.seconds, 3), "images_per_second": round(self.epoch * count / max(self.seconds, 1e-9), 1)}
-        if self.upkeep.folder is not None and self.accelerator.is_main_process:
-            with (self.upkeep.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if metrics:
-            self.accelerator.log({f"{self.upkeep.stage}/eval/{name}": v for name, v in metrics.items()}, step=self.done)
+        if self.upkeep.folder is not None:
+            path, line = self.upkeep.folder / "metrics.jsonl", json.dumps(row) + "\n"
+            on_main(self.accelerator, lambda: _append(path, line))
+        self._track({f"eval/{name}": value for name, value in metrics.items()})
         self._save()
 
     def _agree(self, mine: bool) -> bool:
@@ -342,45 +367,43 @@ class _Loop:
     # -- what is kept ---------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.upkeep.folder is None:
-            return
-        failure: list[OSError | checkpoint.CheckpointError | None] = [None]
-        if self.accelerator.is_main_process:
-            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
-            tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            scaler = getattr(self.accelerator, "scaler", None)
-            values = {name: getattr(self, name) for name in _COUNTERS}
-            values |= {"identity": self.upkeep.identity, "optimizer": optimizer}
-            values["scaler"] = scaler.state_dict() if scaler is not None else None
-            try:
-                folder = self.upkeep.folder / "checkpoints"
-                checkpoint.save(folder, self.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
-            except (OSError, checkpoint.CheckpointError) as error:
-                failure[0] = error
-        if self.accelerator.num_processes > 1:  # or the others would wait for a main process that is gone
-            broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise failure[0]
+        if self.upkeep.folder is not None:
+            on_main(self.accelerator, self._save_here)
+
+    def _save_here(self) -> None:
+        assert self.upkeep.folder is not None
+        tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
+        for name, tensor in tensors["trainee"].items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{self.upkeep.stage}: {name} is not finite after update {self.done} (epoch {self.epoch + 1}), which is not "
+                    "saved. Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+                )
+        tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        scaler = getattr(self.accelerator, "scaler", None)
+        values = {name: getattr(self, name) for name in _COUNTERS}
+        values |= {"identity": self.upkeep.identity, "optimizer": optimizer}
+        values["scaler"] = scaler.state_dict() if scaler is not None else None
+        folder = self.upkeep.folder / "checkpoints"
+        checkpoint.save(folder, self.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
 
     def _resume(self) -> None:
         if self.upkeep.folder is None:
             return
         state = None
         if self.upkeep.resume:
-            say = self.accelerator.print
-            if self.accelerator.is_main_process:
-                checkpoint.sweep(self.upkeep.folder / "checkpoints")
-            self.accelerator.wait_for_everyone()
+            say, folder = self.accelerator.print, self.upkeep.folder / "checkpoints"
+            on_main(self.accelerator, lambda: checkpoint.sweep(folder))
             state = checkpoint.newest(self.upkeep.folder / "checkpoints", say)
             if state is None:
                 say(f"{self.upkeep.stage}: no checkpoint in {self.upkeep.folder}, starting at the beginning")
         if state is not None:
             self._load(state)
             self.accelerator.print(f"{self.upkeep.stage}: resumed after update {self.done} (epoch {self.epoch + 1})")
-        if self.accelerator.is_main_process:
-            _forget(self.upkeep.folder / "metrics.jsonl", self.upkeep.stage, self.done)
+        path, stage, done = self.upkeep.folder / "metrics.jsonl", self.upkeep.stage, self.done
+        on_main(self.accelerator, lambda: _forget(path, stage, done))
 
     def _load(self, state: checkpoint.State) -> None:
         changed = differences(state.values["identity"], self.upkeep.identity)
@@ -410,6 +433,11 @@ def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
         target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
         hits = (logits.argmax(1) == target).sum().float()
         return torch.stack([*(term.detach().float() * count for term in terms.values()), hits, torch.full_like(hits, count)])
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(line)
 
 
 def _forget(path: Path, stage: str, updates: int) -> None:

@@ -8,14 +8,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm import checkpoint
-from mgd_timm.build import identity, set_seed
+from mgd_timm.build import set_seed
 from mgd_timm.data import Images, cache_folder
 from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics, evaluate
-from mgd_timm.features import Batch, Features
+from mgd_timm.features import Batch, Features, TeacherView
 from mgd_timm.fit import Upkeep, fit
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Optim, Recipe, as_dict, digest
 from mgd_timm.stored import StoredOutputs, store_outputs
 
@@ -38,26 +39,31 @@ def fit_heads(
     heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
     made_of = {
         "heads": as_dict(heads_recipe),
-        "teacher": module_digest(teacher),
-        "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size), recipe.data.val_split],
-        "shown": [recipe.data.pad, recipe.data.hflip, recipe.seed, str(accelerator.mixed_precision)],
-        "processes": accelerator.num_processes if recipe.heads.heads_protocol == "live" else 1,
+        "teacher": module_digest(teacher.tap.model),
+        "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
+        "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
+        "watched": images.watched.digest if images.watched is not None else None,
+        "shown": as_dict(recipe.data, digest_only=True),
+        "seed": recipe.seed,
+        "precision": str(accelerator.mixed_precision),
+        "processes": accelerator.num_processes,
     }
     set_seed(recipe.seed, 5)
     heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(accelerator.device)
     place = cache_folder() / "heads" / digest(made_of)[:32]
-    # All processes look before any of them may write.
-    state = checkpoint.newest(place, accelerator.print) if place.exists() else None
-    accelerator.wait_for_everyone()
-    if state is not None:
-        heads.load_state_dict(dict(state.tensors["heads"]))
-        metrics = dict(state.values["metrics"])
+    # One process looks and decides: others may have a disk of their own.
+    state = checkpoint.newest(place, print) if accelerator.is_main_process else None
+    if decided(accelerator, state is not None):
+        metrics: Metrics = {}
+        if state is not None:
+            heads.load_state_dict(dict(state.tensors["heads"]))
+            metrics = dict(state.values["metrics"])
+        share(heads.state_dict().values(), accelerator)
         accelerator.print("granularity heads: fitted before, from the cache")
     else:
-        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, quiet)
-        if accelerator.is_main_process:
-            checkpoint.save(place, 1, checkpoint.State({"heads": heads.state_dict()}, {"made_of": made_of, "metrics": metrics}))
-        accelerator.wait_for_everyone()
+        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, quiet)
+        fresh = checkpoint.State({"heads": heads.state_dict()}, {"made_of": made_of, "metrics": metrics})
+        on_main(accelerator, lambda: checkpoint.save(place, 1, fresh))
     summary["heads"] = metrics
     shown = {name: value for name, value in metrics.items() if name in ("teacher", "top1", *(g.name for g in heads.granularities))}
     if shown:
@@ -73,7 +79,13 @@ def fit_heads(
 
 
 def _fit_fresh_heads(
-    heads: GranularityHeads, teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool
+    heads: GranularityHeads,
+    teacher: Teacher,
+    images: Images,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    made_of: dict[str, Any],
+    quiet: bool,
 ) -> Metrics:
     options = recipe.heads
 
@@ -106,25 +118,24 @@ def _fit_fresh_heads(
         weight_decay=options.heads_weight_decay,
     )
     folder = Path(recipe.output) / "heads"
-    if accelerator.is_main_process:
-        folder.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
     fitted = fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,
         optim,
         accelerator,
         seed=recipe.seed,
-        batch_size=options.heads_batch_size,
+        batch_size=max(2, options.heads_batch_size // accelerator.num_processes),
         teach=stored.features if stored is not None else look,
         watch=watch if held is not None else None,
         upkeep=Upkeep(
             folder=folder,
-            identity=identity(recipe, images),
+            identity=made_of,
             stage="heads",
             resume=recipe.resume,
             log_interval=recipe.log_interval,
             quiet=quiet,
+            track=False,
         ),
     )
     return fitted.last

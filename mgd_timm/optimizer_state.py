@@ -72,43 +72,65 @@ def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
 
 
 def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State tensors by 'parameter name/key', and JSON values: scalars by parameter, and each group's options.
+    """State tensors by name, and JSON values with a reference where each tensor stands.
 
     Raises:
         ValueError: The optimizer keeps something that is neither a tensor nor a plain value.
     """
+    state, names = optimizer.state_dict(), _names(optimizer, module)
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    state = optimizer.state_dict()
-    names = _names(optimizer, module)
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{key}"] = value
-            elif value is None or isinstance(value, bool | int | float | str):
-                scalars.setdefault(names[index], {})[key] = value
-            else:
-                raise ValueError(
-                    f"optimizer {type(optimizer).__name__} keeps a {type(value).__name__} {key!r}, which a checkpoint cannot "
-                    "hold: choose another optimizer."
-                )
+    by_name = {names[index]: entries for index, entries in state["state"].items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    return tensors, {"scalars": scalars, "groups": groups, "names": names}
+    try:
+        values = {"state": _pack(by_name, "", tensors), "groups": _pack(groups, "group", tensors), "names": names}
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} keeps {error}, which a checkpoint cannot hold: choose another optimizer."
+        ) from None
+    return tensors, values
 
 
 def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
     """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
     names = _names(optimizer, module)
     assert names == values["names"], "an optimizer of another module"
-    state: dict[int, dict[str, Any]] = {names.index(name): dict(entries) for name, entries in values["scalars"].items()}
-    for path, tensor in tensors.items():
-        name, key = path.rsplit("/", 1)
-        state.setdefault(names.index(name), {})[key] = tensor
-    current = optimizer.state_dict()
-    for group, saved in zip(current["param_groups"], values["groups"], strict=True):
-        # JSON has no tuples: betas come back as what they were.
-        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in saved.items()})
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    state = {names.index(name): entries for name, entries in _unpack(values["state"], tensors).items()}
+    groups = _unpack(values["groups"], tensors)
+    for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
+        group["params"] = now["params"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree with its tensors taken out into `tensors`, and what JSON does not have marked."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple | list):
+        items = [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    raise TypeError(f"a {type(value).__name__} at {path}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *_ = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dtype":
+        return getattr(torch, inner)
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in inner)
+    return {key: _unpack(item, tensors) for key, item in inner}
 
 
 def module_digest(module: nn.Module) -> str:

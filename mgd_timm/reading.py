@@ -92,8 +92,9 @@ class Rows:
         return decode(self.content(row), in_chans, self.name(row))
 
     def digest(self) -> str:
-        """sha256 of labels and encoded images; of a file's path, size and time where only its path is known.
+        """sha256 of labels and encoded images, and of a file's name and class folder where only its path is known.
 
+        Data that are moved stay the same data: neither the rest of the path nor a time counts.
         Of more than `HASHED` bytes, all sizes and evenly spaced images are hashed, so that a start takes no minutes.
         """
         import pyarrow as pa
@@ -101,19 +102,20 @@ class Rows:
 
         column = self.table.with_format("arrow")[:][self.key]
         encoded = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
-        sizes = np.asarray(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
+        sizes = np.array(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
         total = hashlib.sha256(json.dumps([self.split, self.class_names]).encode())
         total.update(self.labels.tobytes())
+        for row in np.flatnonzero(sizes == 0).tolist():
+            path = Path(str(self.content(row)))
+            try:
+                sizes[row] = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{self.name(row)}: {error.strerror}: put the file back or remove its row.") from error
+            total.update(json.dumps(path.parts[-2:]).encode())
         total.update(sizes.tobytes())
         for row in range(0, len(self), 1 + int(sizes.sum()) // HASHED):
             content = self.content(row)
-            if isinstance(content, str):
-                try:
-                    stat = os.stat(content)
-                except OSError as error:
-                    raise DataError(f"{self.name(row)}: {error.strerror}: put the file back or remove its row.") from error
-                content = f"{content}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-            total.update(hashlib.sha256(content).digest())
+            total.update(hashlib.sha256(content if isinstance(content, bytes) else Path(content).read_bytes()).digest())
         return total.hexdigest()
 
 

@@ -1,16 +1,18 @@
 """What a run is: frozen dataclasses, from which the command line's flags are generated.
 
 Fields that do not change the weights a run ends with (where it writes, how often it logs) carry digest=False and may differ between
-a run and its resumption; so do the names of the images, which are known by a digest of their own.
+a run and its resumption; so do the names of images and weights, which are known by digests of their own.
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from mgd_timm.granularity import Granularity
 
@@ -25,6 +27,42 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
     return ValueError(f"unknown {kind} {name!r}: {hint}")
+
+
+def _check_choices(part: Any) -> None:
+    """Refuse a word that is not among a field's Literal."""
+    for f in dataclasses.fields(part):
+        if get_origin(f.type) is Literal:
+            _chosen(f.name, getattr(part, f.name), f.type)
+
+
+def _chosen(name: str, value: Any, choices: Any) -> Any:
+    if value not in get_args(choices):
+        raise unknown(name, str(value), get_args(choices))
+    return value
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value of an option as its field's annotation has it: lists and single strings as tuples, whole numbers as floats."""
+    for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
+        if get_origin(option) is tuple:
+            inner = get_args(option)[0]
+            values = [value] if inner is str and isinstance(value, str) else value
+            if isinstance(values, list | tuple) and all(_fits(v, inner) for v in values):
+                return tuple(inner(v) for v in values)
+        elif get_origin(option) is Literal:
+            if isinstance(value, str):
+                return _chosen(name, value, option)
+        elif _fits(value, option):
+            return value if option is NoneType else option(value)
+    words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    raise ValueError(f"{name}={value!r}: expected {words}, not {type(value).__name__}.")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))
 
 
 @dataclass(frozen=True)
@@ -74,6 +112,16 @@ class Data:
                 raise ValueError(f"{name}={values}: expected {self.in_chans} values, one per channel (in_chans).")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std={self.std}: expected positive values.")
+        if self.validation_batch_size < 1 or self.workers < 0:
+            raise ValueError(
+                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and 0 or more."
+            )
+        for name in ("scale", "ratio"):
+            values = getattr(self, name)
+            if len(values) != 2 or not 0 < values[0] <= values[1]:
+                raise ValueError(f"{name}={values}: expected two positive numbers, the smaller one first.")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct}: expected 0 < crop_pct <= 1, or none for the model's.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +154,13 @@ class Optim:
             raise ValueError(f"lr={self.lr}: expected a positive number.")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ValueError(f"clip_grad={self.clip_grad}: expected a positive norm, or none.")
+        for name in ("momentum", "model_ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 <= {name} < 1.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: expected 0 or more.")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs}, a part of the epochs.")
 
 
 @dataclass(frozen=True)
@@ -122,10 +177,13 @@ class Heads:
     heads_views: int = _option(4, "stored: augmented views of each image that the teacher sees")
     heads_epochs: int = _option(24, "passes over the training images while the heads are fitted")
     heads_lr: float = _option(0.1, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
-    heads_batch_size: int = _option(256, "images per process and step while the heads are fitted")
+    heads_batch_size: int = _option(256, "images per update, of all processes, while the heads are fitted")
     heads_weight_decay: float = _option(5e-4, "weight decay of the heads")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
+        if not self.heads_weight_decay >= 0:
+            raise ValueError(f"heads_weight_decay={self.heads_weight_decay}: expected 0 or more.")
         if min(self.heads_views, self.heads_epochs) < 1:
             raise ValueError(f"heads_views={self.heads_views}, heads_epochs={self.heads_epochs}: expected 1 or more of each.")
         if self.heads_batch_size < 2:
@@ -149,11 +207,15 @@ class Recipe:
 
     student: str = _option("cifar_resnet8x05", "timm model to train")
     student_pretrained: bool = _option(False, "start the student from its pretrained weights")
-    student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights")
+    student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights", digest=False)
     teacher: str | None = _option(
-        "embedded", "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; none to train alone"
+        "embedded",
+        "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; none to train alone",
+        digest=False,
     )
-    teacher_checkpoint: str | None = _option(None, "safetensors file with the teacher's weights, for a bare model name")
+    teacher_checkpoint: str | None = _option(
+        None, "safetensors file with the teacher's weights, for a bare model name", digest=False
+    )
     method: Literal["none", "mag", "mas"] = _option(
         "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target)"
     )
@@ -167,7 +229,7 @@ class Recipe:
     drop_path: float | None = _option(None, "stochastic depth of the student")
     amp: bool = _option(False, "mixed precision; else what accelerate launch says")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "its type")
-    channels_last: bool = _option(True, "channels-last memory format")
+    channels_last: bool = _option(False, "channels-last memory format")
     seed: int = _option(42, "of order, augmentation, initialisation and dropout")
     output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
     resume: bool = _option(False, "continue the run in the output folder from its newest whole checkpoint", digest=False)
@@ -181,6 +243,9 @@ class Recipe:
     heads: Heads = field(default_factory=Heads)
 
     def __post_init__(self) -> None:
+        _check_choices(self)
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing}: expected 0 <= smoothing < 1.")
         if self.log_interval < 1 or self.checkpoint_interval < 0 or self.checkpoint_hist < 1:
             raise ValueError(
                 f"log_interval={self.log_interval}, checkpoint_interval={self.checkpoint_interval}, "
@@ -226,15 +291,16 @@ def make_recipe(**options: Any) -> Recipe:
     """A Recipe from flat options, named as the command line's flags with underscores.
 
     Raises:
-        ValueError: An unknown option, with the nearest names, or a value out of range.
+        ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
-    homes = {f.name: "recipe" for f in dataclasses.fields(Recipe) if f.name not in PARTS}
-    homes |= {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
+    homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
+    homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
     for name, value in options.items():
         if name not in homes:
             raise unknown("option", name, homes)
-        values[homes[name]][name] = tuple(value) if isinstance(value, list) else value
+        home, annotation = homes[name]
+        values[home][name] = _typed(name, value, annotation)
     parts = {part: kind(**values[part]) for part, kind in PARTS.items()}
     return Recipe(**values["recipe"], **parts)
 

@@ -36,6 +36,7 @@ from mgd_timm.fit import Fitted, Metrics, Upkeep, fit
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.optimizer_state import check_names, module_digest
+from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe
 
 
@@ -62,9 +63,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     images, networks = _build(recipe, accelerator, teacher, student)
-    if accelerator.is_main_process:
-        _start_folder(folder, recipe)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _start_folder(folder, recipe))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if networks.teacher is not None:
@@ -81,15 +80,19 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
         summary["test"] = evaluate_model(trained, images.test, accelerator, recipe.data.validation_batch_size)
         summary["val_top1"], summary["top1"] = summary["top1"], summary["test"]["top1"]
     summary["parameters"] = sum(p.numel() for p in trained.parameters())
-    if accelerator.is_main_process:
-        provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
-        if networks.teacher is not None:
-            provenance["teacher_sha256"] = module_digest(networks.teacher.tap.model)
+    provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
+    if networks.teacher is not None:
+        provenance["teacher_sha256"] = module_digest(networks.teacher.tap.model)
+
+    def leave() -> None:
         export_model(trained, folder / "export", provenance=provenance, overwrite=True)
         checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, leave)
     accelerator.end_training()
     _say_headline(summary, folder, accelerator.print)
+    first = "import mgd_timm.models; " if networks.student.name.startswith("cifar_") else ""
+    accelerator.print(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
     return Result(trained.to("cpu").eval(), summary)
 
 
@@ -98,7 +101,7 @@ def _say_headline(summary: dict[str, Any], folder: Path, say: Callable[[str], No
     if top1 is not None:
         best = f"; best {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}" if summary["best_top1"] is not None else ""
         say(f"top-1 {top1:.2f} % after the last epoch{best}")
-    say(f"student: {folder / 'export'} (timm.create_model('local-dir:{folder / 'export'}', pretrained=True))")
+    say(f"exported: {folder / 'export'}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class _Networks:
     student: FeatureTap
     objective: Objective | MAG
     teacher: Teacher | None
+    identity: dict[str, Any]
 
 
 def _build(
@@ -148,8 +152,9 @@ def _build(
         if recipe.channels_last:
             whole.to(memory_format=torch.channels_last)
     set_seed(recipe.seed, 4)
-    pair = Pair(shapes, seen, images.num_samples, images.train.labels, classifier)
-    return images, _Networks(tap, build_objective(recipe, pair), whole)
+    pair = Pair(shapes, seen, images.num_samples, images.labels, classifier)
+    own = identity(recipe, images, accelerator, student, teacher)
+    return images, _Networks(tap, build_objective(recipe, pair), whole, own)
 
 
 def weights_tag(recipe: Recipe) -> str:
@@ -192,7 +197,7 @@ def _train_student(
 
     upkeep = Upkeep(
         folder=Path(recipe.output),
-        identity=identity(recipe, images),
+        identity=networks.identity,
         stage="train" if teacher is None else "distil",
         resume=recipe.resume,
         checkpoint_interval=recipe.checkpoint_interval,

@@ -5,6 +5,7 @@ The granularity heads read nothing else of a frozen teacher, so they are fitted 
 
 from collections.abc import Callable, Iterator, Sequence
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -54,9 +55,12 @@ def store_outputs(
         accelerator: Device, processes and precision.
         batch_size: Images per process and step.
         quiet: No progress bar.
+
+    Raises:
+        ValueError: The outputs do not fit into memory.
     """
     mine = torch.arange(len(source.ids))[accelerator.process_index :: accelerator.num_processes]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    whole: tuple[Tensor, Tensor] | None = None
     hidden = quiet or not accelerator.is_main_process
     with tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar:
         for view in range(views):
@@ -66,15 +70,35 @@ def store_outputs(
             ):
                 with accelerator.autocast():
                     shown = teach(batch)
-                parts.append((positions + view * len(source.ids), shown.embedding.float().cpu(), shown.logits.float().cpu()))
+                if whole is None:
+                    whole = _room(views * len(source.ids), shown, accelerator)
+                for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
+                    rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
-    rows = torch.cat([part[0] for part in parts])
-    full = []
-    for index in (1, 2):
-        values = torch.cat([part[index] for part in parts])
-        whole = torch.zeros(views * len(source.ids), values.shape[1])
-        whole[rows] = values
-        if accelerator.num_processes > 1:  # every row was filled by one process
-            whole = accelerator.reduce(whole.to(accelerator.device), "sum").cpu()
-        full.append(whole)
-    return StoredOutputs(full[0], full[1], source.labels, source.digest)
+    assert whole is not None
+    if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
+        whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
+    return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
+
+
+def _room(count: int, shown: Features, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Zeros for embeddings and logits of `count` rows; refused where they do not fit into memory.
+
+    Raises:
+        ValueError: They need more than half of the free memory.
+    """
+    widths = shown.embedding.shape[1], shown.logits.shape[1]
+    need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
+    if need > free // 2:
+        raise ValueError(
+            f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB in each "
+            f"process, more than half of the {free / 1e9:.1f} GB that are free: choose --heads-views 1, or --heads-protocol live."
+        )
+    return torch.zeros(count, widths[0]), torch.zeros(count, widths[1])
+
+
+def _sum(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum over processes, in parts that fit on any device."""
+    for part in rows.split(65536):
+        part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
+    return rows

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
+from PIL import Image
 
 from mgd_timm.data import EMBEDDED
 
@@ -29,6 +31,19 @@ def write_small(folder: Path, train: int = 320, test: int = 100) -> Path:
     return folder
 
 
+def write_pictures(folder: Path, count: int = 48, size: int = 128) -> Path:
+    """Three classes of large pictures in folders: noise around a colour, which a few updates tell apart."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number in range(count if split == "train" else count // 2):
+            place = folder / split / "abc"[number % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 160, (size, size, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 80
+            Image.fromarray(pixels).save(place / f"{number}.png", compress_level=1)
+    return folder
+
+
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"] if processes > 1 else []
     if processes > 1:
@@ -46,13 +61,28 @@ def call(*arguments: str, processes: int = 1, timeout: float = 180) -> subproces
     )
 
 
-def end_at(number: int, checkpoints: Path, kind: signal.Signals, *arguments: str) -> tuple[int, str]:
-    """Start a run and send it a signal once checkpoint `number` or a later one is there; gives exit code and stderr."""
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+def end_at(
+    number: int, checkpoints: Path, kind: signal.Signals, *arguments: str, processes: int = 1, group: bool = False
+) -> tuple[int, str]:
+    """Start a run and send it (or its whole process group) a signal once checkpoint `number` or a later one is there.
+
+    Gives exit code and stderr.
+    """
+    process = subprocess.Popen(
+        command(*arguments, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
-            process.send_signal(kind)
+            if group:
+                os.killpg(process.pid, kind)
+            else:
+                process.send_signal(kind)
             break
         time.sleep(0.002)
     _, errors = process.communicate(timeout=120)

@@ -1,15 +1,21 @@
 """`import mgd_timm` and what it offers: instant to import, names or modules in, the student out."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import mgd_timm
-from mgd_timm.build import load_model
+from mgd_timm.api import evaluate_named
+from mgd_timm.build import defaults_of, load_model
+from mgd_timm.recipe import Data, Recipe
+from mgd_timm.run import read_recipe
 
 SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
 
@@ -78,3 +84,81 @@ def test_unknown_options_show_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="unknown option 'epoch': did you mean epochs"):
         mgd_timm.distill(epoch=3, output=tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_options_replace_what_a_data_says(small_data, tmp_path):
+    data = Data(data_dir=str(small_data), batch_size=16, pad=1)
+    mgd_timm.train("cifar_resnet8x05", data, output=tmp_path / "run", epochs=1, batch_size=32, val_split=0.25)
+    recipe = read_recipe(tmp_path / "run").data
+    assert (recipe.batch_size, recipe.val_split, recipe.pad, recipe.data_dir) == (32, 0.25, 1, str(small_data))
+    mgd_timm.distill(data=data, output=tmp_path / "two", method="none", pad=3, **SHORT)
+    assert (read_recipe(tmp_path / "two").data.pad, read_recipe(tmp_path / "two").data.batch_size) == (3, 16)
+    assert mgd_timm.evaluate("embedded", data, eval_split="train")["n"] == 320
+
+
+def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp_path):
+    """The validation cut is the only split, so its images depend on the seed."""
+    place = tmp_path / "data"
+    place.mkdir()
+    shutil.copy(small_data / "train.parquet", place)
+    options = {"epochs": 1, "val_split": 0.25, "seed": 7, "img_size": 32}
+    mgd_timm.train("test_vit3", str(place), output=tmp_path / "run", lr=0.01, **options)
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
+    for model in (tmp_path / "run", tmp_path / "run" / "export"):
+        found = mgd_timm.evaluate(str(model))
+        assert (found["n"], found["top1"]) == (80, pytest.approx(last["top1"]))
+        assert found["loss"] == pytest.approx(last["loss"], rel=1e-4)
+        assert mgd_timm.evaluate(str(model), seed=8)["loss"] != found["loss"]
+        assert mgd_timm.evaluate(str(model), val_split=0.5)["n"] == 160
+    # Other data: the size that the model is fixed to is the images' where none is named.
+    assert mgd_timm.evaluate(str(tmp_path / "run"), str(small_data))["n"] == 100
+    _, name = evaluate_named(str(tmp_path / "run"), dataset="embedded")
+    assert name == "embedded"  # not the run's folder
+    origin = tmp_path / "run" / "export" / "recipe.json"
+    origin.write_text(json.dumps({"recipe": [3]}))
+    with pytest.raises(ValueError, match=r"recipe.json: its recipe cannot be read"):
+        mgd_timm.evaluate(str(origin.parent))
+    origin.write_text(json.dumps({"recipe": {"epoch": 3}}))
+    with pytest.raises(ValueError, match=r"recipe.json: its recipe cannot be read \(unknown option 'epoch'"):
+        mgd_timm.evaluate(str(origin.parent))
+
+
+def named(tmp_path, names):
+    """Two images of ten classes in folders of these names."""
+    for split in ("train", "test"):
+        for i, name in enumerate(names):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for j in range(2):
+                Image.fromarray(np.full((28, 28, 3), 20 * i + j, np.uint8)).save(folder / f"{j}.png")
+    return str(tmp_path)
+
+
+def test_classes_of_other_names_or_another_order_are_refused(tmp_path):
+    place = named(tmp_path / "letters", "abcdefghij")
+    expected = r"class 0 is 'T-shirt/top' to the {} and 'a' in the data: both need the same classes in one order\. Rename"
+    with pytest.raises(ValueError, match=expected.format("model")):
+        mgd_timm.evaluate("embedded", place)
+    with pytest.raises(ValueError, match=expected.format("teacher")):
+        mgd_timm.distill(data=place, output=tmp_path / "run", method="none", **SHORT)
+    model = load_model("embedded")
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list("abdcefghij")}
+    with pytest.raises(ValueError, match="class 2 is 'd' to the model and 'c' in the data"):
+        mgd_timm.evaluate(model, place)
+    for names in (None, "letters", tuple("abcdefghij"), [str(i) for i in range(10)]):
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+        assert mgd_timm.evaluate(model, place)["n"] == 20
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list("abc")}
+    with pytest.raises(ValueError, match="the model names 3 classes, the data 10"):
+        mgd_timm.evaluate(model, place)
+
+
+def test_normalisation_of_the_wrong_kind_is_left_out(small_data, tmp_path):
+    model = load_model("embedded")
+    for wrong in (0.5, [], "0.5", [0.5, None, 0.5], (0.5, 0.5)):
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": wrong}
+        known = defaults_of(Recipe(), model, None)
+        assert known.mean is known.std is None
+    for wrong in ([], 0.5):
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": wrong, "std": wrong}
+        assert mgd_timm.evaluate(model, str(small_data))["n"] == 100

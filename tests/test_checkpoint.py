@@ -269,7 +269,7 @@ def run_saver(folder: Path, *args: int, limit: int | None = None) -> subprocess.
 def assert_refused_and_untouched(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"OSError: [Errno 28] no room to write {folder}/0000000")
-    assert "Free some space and go on with --resume" in done.stderr
+    assert "Free some space and start again" in done.stderr
     for name in names(folder):
         verify(folder / name)
 
@@ -319,6 +319,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path: Path) -
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             reported = [first, *map(int, process.stdout.read().split())]
+        sweep(tmp_path)
         found = newest(tmp_path, print)
         assert found is not None
         number = found.values["updates"]

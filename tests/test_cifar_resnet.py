@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mgd_timm.models  # noqa: F401 - registers cifar_*
-from mgd_timm.models.cifar_resnet import CifarResNet
+from mgd_timm.models.cifar_resnet import BasicBlock, CifarResNet
 
 # The specification's table for 100 classes: parameters, billions of multiply-adds, channels of stem and stages.
 NARROW, PLAIN, WIDE = (8, 8, 16, 32), (16, 16, 32, 64), (32, 64, 128, 256)
@@ -282,3 +282,35 @@ def test_state_dict_has_the_names_of_repdistiller():
     names = set(build("cifar_resnet8").state_dict())
     assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"} <= names
     assert {name.split(".")[0] for name in names} == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
+
+
+@pytest.mark.parametrize("side", [7, 8, 64])
+def test_a_shortcut_is_a_strided_convolution(side):
+    torch.manual_seed(0)
+    block = BasicBlock(8, 16, 2).double().eval()
+    assert {"downsample.0.weight", "downsample.1.weight", "downsample.1.running_var"} <= set(block.state_dict())
+    conv, norm = block.downsample
+    results = []
+    for strided in (False, True):
+        x = torch.randn(2, 8, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        shortcut = norm(F.conv2d(x, conv.weight, stride=2)) if strided else block.downsample(x[:, :, ::2, ::2])
+        out = (block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x))))) + shortcut).relu() if strided else block(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, conv.weight])])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("side", [64, 96])
+@pytest.mark.parametrize("name", ["cifar_resnet8x05", "cifar_resnet8"])
+def test_channels_last_trains_on_larger_images(name, side):
+    """A strided 1x1 convolution ended the process here, on some processors."""
+    grads = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        model = build(name, num_classes=5).train().to(memory_format=form)
+        for module in [model, *(block for block in model.modules() if isinstance(block, BasicBlock))]:
+            module.act1 = module.act2 = nn.Softplus()  # at the kink of a ReLU the last bit decides the gradient
+        out = model(images(side, side, batch=4).contiguous(memory_format=form))
+        out.square().sum().backward()
+        grads.append([out, *(p.grad for p in model.parameters())])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())

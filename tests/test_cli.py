@@ -1,12 +1,14 @@
 """The command line as a user types it: flags, files of flags, help, and every wrong call with its way out."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mgd_timm import cli
 from mgd_timm.cli import main
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
@@ -91,6 +93,8 @@ def test_evaluate_gives_the_accuracy_of_the_run(mgd, trained):
     found = json.loads(out.strip().splitlines()[-1])
     assert found["top1"] == json.loads((trained / "summary.json").read_text())["top1"]
     assert found["n"] == 100
+    assert found["data"] == yaml.safe_load((trained / "recipe.yaml").read_text())["data"]["data_dir"]
+    assert json.loads(mgd("evaluate", trained, "--dataset", "embedded")[1].strip().splitlines()[-1])["data"] == "embedded"
 
 
 def test_export_copies_the_student_under_a_licence(mgd, trained, tmp_path):
@@ -132,6 +136,13 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--bach-size", "3"], ["--bach-size", "did you mean --batch-size"]),
         (["distill", "--student", "resnet1O"], ["unknown model 'resnet1O': did you mean resnet"]),
         (["distill", "--teacher", "cifar_resnet2O"], ["unknown model 'cifar_resnet2O'", "cifar_resnet20"]),
+        (["distill", "--teacher", "resnet34.a1_in1kk"], ["unknown pretrained weights 'resnet34.a1_in1kk'", "resnet34.a1_in1k"]),
+        (
+            ["train", "--model", "resnet18.nonsense", "--data-dir", "nowhere"],
+            ["unknown pretrained weights 'resnet18.nonsense': did you mean resnet18."],
+        ),
+        (["train", "--model", "cifar_resnet8.mine"], ["'cifar_resnet8.mine': none are published", "'cifar_resnet8'"]),
+        (["distill", "--warmup-epochs", "30"], ["warmup_epochs=30: expected 0 to 20"]),
         (["distill", "--teacher", "cifar_resnet20"], ["'cifar_resnet20' has no published weights", "--teacher-checkpoint"]),
         (["distill", "--teacher", "local-dir:nowhere"], ["nowhere: no export in it", "mgd-timm export"]),
         (["distill", "--criterion", "fitnat"], ["unknown criterion 'fitnat'", "did you mean fitnet"]),
@@ -216,3 +227,44 @@ def test_a_teacher_near_chance_is_warned_of(mgd, small_data, tmp_path):
     code, out, _ = mgd(*words, "--data-dir", small_data, "--output", "run")
     assert code == 0
     assert "warning: the teacher is near chance (10.00 %)" in out
+
+
+def test_a_run_without_an_export_has_not_finished(mgd, trained, tmp_path):
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
+    for words in (["evaluate", "started"], ["distill", "--teacher", "started"]):
+        refuse(mgd, ["started is a run that has not finished", "Continue it with --resume"], *words)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ([], ["expected an object with the name of an 'architecture'"]),
+        ({"architecture": 3}, ["'architecture' is 3, expected a name"]),
+        ({"pretrained_cfg": "x"}, ["'pretrained_cfg' is 'x', expected an object"]),
+        ({"model_args": ["x"]}, ["'model_args' is ['x'], expected an object"]),
+        ({"model_args": {"depths": 3}}, ["its config.json does not describe a timm model"]),
+        *(
+            ({"model_args": {key: True}}, [f"model_args has {key!r}, which is no argument of an architecture: remove it"])
+            for key in ("features_only", "checkpoint_path", "pretrained", "pretrained_cfg_overlay", "kwargs_filter", "no_jit")
+        ),
+    ],
+)
+def test_a_config_from_outside_is_checked(mgd, trained, tmp_path, changed, expected):
+    shutil.copytree(trained / "export", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, **changed} if isinstance(changed, dict) else changed))
+    refuse(mgd, ["out", *expected], "evaluate", "out")
+    (tmp_path / "out" / "config.json").write_text("no JSON")
+    refuse(mgd, ["config.json: not JSON"], "evaluate", "out")
+
+
+@pytest.mark.parametrize(("said", "expected"), [((), "whatever checkpoints there are stay, --resume"), (("saved",), "saved")])
+def test_an_interruption_says_what_is_left(mgd, monkeypatch, said, expected):
+    def stop(_):
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setitem(cli._COMMANDS, "list", stop)
+    code, _, errors = mgd("list")
+    assert code == 130
+    assert expected in errors

@@ -1,9 +1,15 @@
 """Images in: every kind of data set, the same batches for any workers and batch size, and errors that say what to do."""
 
 import io
+import os
 import random
 import resource
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -352,6 +359,61 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
         digests[name] = read(tmp_path / name).train.digest
     assert digests["one"] == digests["same"]
     assert len(set(digests.values())) == 3
+
+
+def test_the_digest_knows_files_by_class_name_and_content(small: Path, tmp_path: Path) -> None:
+    before = read(small).train.digest
+    moved = tmp_path / "else" / "where"
+    shutil.copytree(small, moved)
+    for file in moved.rglob("*.png"):
+        os.utime(file, (1, 1))
+    assert read(moved).train.digest == before
+    (moved / "train/cat/0.png").rename(moved / "train/cat/00.png")
+    renamed = read(moved).train.digest
+    (moved / "train/cat/1.png").write_bytes(encoded(noise(99)))
+    assert len({before, renamed, read(moved).train.digest}) == 3
+
+
+def test_labels_are_those_of_all_training_rows(small: Path) -> None:
+    data = read(small, val_split=0.25)
+    assert data.labels.tolist() == [0] * 4 + [1] * 4
+    assert (len(data.labels), len(data.train.labels)) == (data.num_samples, 6)
+    assert torch.equal(data.labels[data.train.ids], data.train.labels)
+
+
+# Readers
+
+
+def test_readers_outlive_signals_to_the_process_group(large: Path) -> None:
+    source = read(large, img_size=32, workers=2).train
+    batches = source.batches(list(source.ids.split(1)), 0, CPU)
+    found = [next(batches)]
+    readers = psutil.Process().children()
+    assert len(readers) >= 2
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        for reader in readers:
+            subprocess.run(["kill", f"-{kind.value}", str(reader.pid)], check=True)
+        time.sleep(0.2)
+    found += batches
+    assert len(found) == 8
+    _, alive = psutil.wait_procs(readers, timeout=10)
+    assert not alive
+
+
+def test_readers_do_not_hold_up_the_exit(large: Path) -> None:
+    script = f"""
+import torch
+from mgd_timm.data import load_images
+from mgd_timm.recipe import Data
+source = load_images(Data(data_dir={str(large)!r}, img_size=32, workers=2), 0).train
+batches = source.batches(list(source.ids.split(1)), 0, torch.device("cpu"))
+print(len(next(batches).labels))
+held = [batches]
+held.append(held)
+del batches
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "1"), done.stderr
 
 
 # Colours

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -81,6 +82,30 @@ def test_existing_folders_are_kept_unless_told(tmp_path):
     export_model(second, folder, overwrite=True)
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 7
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("left", [[".new-out"], [".new-out", ".replaced-out"]])
+def test_what_a_killed_export_left_is_replaced(tmp_path, left):
+    for name in ["out", *left]:
+        export_model(student("cifar_resnet8x05"), tmp_path / name)
+    if ".replaced-out" in left:  # killed between its two renames
+        shutil.rmtree(tmp_path / "out")
+    for classes in (7, 8):
+        folder = export_model(student("cifar_resnet8x05", classes=classes), tmp_path / "out", overwrite=True)
+        assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == classes
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("options", [{"img_size": 64}, {"img_size": 64, "in_chans": 1}])
+def test_a_module_built_for_another_size_is_exported_with_it(tmp_path, options):
+    model = timm.create_model("test_vit3", num_classes=5, **options)
+    folder = export_model(model, tmp_path / "out")
+    size = [options.get("in_chans", 3), 64, 64]
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"] == size
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    images = torch.randn(2, *size)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images), model.eval()(images))
 
 
 def test_only_timm_models_are_exported(tmp_path):

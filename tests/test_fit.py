@@ -8,11 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.optim import list_optimizers
 from torch import nn
 
 from mgd_timm.evaluation import evaluate
 from mgd_timm.features import Batch
 from mgd_timm.fit import NonFiniteError, Upkeep, fit
+from mgd_timm.optimizer_state import build_optimizer
 from mgd_timm.recipe import Optim
 
 
@@ -166,6 +168,71 @@ def test_a_module_is_fitted_again_at_the_same_precision(accelerator):
     assert len(seen) == 14
     assert set(seen) == {torch.bfloat16}
     assert module.forward.__func__ is Spy.forward  # and is left as it was
+
+
+def _runs(name: str) -> bool:
+    """Whether the installed timm can step this optimizer here at all: some need a closure, a second gradient or a GPU."""
+    module = Linear()
+    try:
+        optimizer = build_optimizer(module, replace(OPTIM, opt=name, lr=1e-3))
+        for _ in range(2):
+            module(Batch(torch.ones(4, 4, 1, 1), torch.tensor([0, 1, 2, 0]), torch.arange(4)))[0]["task"].backward()
+            optimizer.step()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [str(name) for name in list_optimizers()])
+def test_every_optimizer_goes_on_to_the_same_bits(accelerator, tmp_path, name):
+    if not _runs(name):
+        pytest.skip(f"timm's {name} does not step a plain linear layer on this machine")
+    optim = Optim(epochs=3, opt=name, lr=1e-3)
+    whole, _, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2))
+
+    class EndError(Exception):
+        pass
+
+    def stop(_):
+        if len(calls) == 1:
+            raise EndError
+        calls.append(1)
+        return {"top1": 0.0}
+
+    calls: list[int] = []
+    first = Upkeep(folder=tmp_path, quiet=True)
+    with pytest.raises(EndError):
+        train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), watch=stop, upkeep=first)
+    upkeep = Upkeep(folder=tmp_path, resume=True, quiet=True)
+    resumed, source, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), upkeep=upkeep)
+    assert len(source.seen) == 6  # the last two of three epochs
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_are_not_finite_are_not_saved(accelerator, tmp_path):
+    """The gradient of the epoch's last update is infinite, its loss is not: no later loss can tell."""
+
+    class Late(Linear):
+        calls = 0
+
+        def forward(self, batch, teacher=None):
+            terms, logits = super().forward(batch)
+            self.calls += 1
+            if self.calls == 7:
+                terms["task"] = terms["task"] + 0 * torch.sqrt(self.layer.weight.sum() * 0)
+            return terms, logits
+
+    upkeep = Upkeep(folder=tmp_path, quiet=True)
+    with pytest.raises(NonFiniteError, match=r"is not finite after update 7 .*which is not saved"):
+        train(accelerator(), OPTIM, module=Late(), upkeep=upkeep)
+    assert not list((tmp_path / "checkpoints").glob("0*"))
+
+
+def test_an_average_that_stays_the_initial_weights_is_warned_of(accelerator, capsys):
+    module = Linear()
+    train(accelerator(), replace(OPTIM, model_ema=True), module=module, averaged=module.layer)
+    assert "warning: after all updates 100 % of the averaged weights are still the initial ones" in capsys.readouterr().out
 
 
 def test_a_last_batch_of_one_sample_is_left_out(accelerator):

@@ -3,12 +3,14 @@
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from small import FAST, call, command, environment
+from small import FAST, call, command, end_at, environment
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
@@ -50,6 +52,49 @@ def test_evaluation_counts_each_image_once_on_two_processes(runs):
     assert found[0]["n"] == found[1]["n"] == 100
     assert found[0] == pytest.approx(found[1])
     assert found[0]["top1"] == json.loads((runs[1] / "summary.json").read_text())["top1"]
+
+
+def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs, small_data):
+    """Each process has BatchNorm statistics of its own: those that were evaluated must be those that are exported."""
+    done = call("evaluate", str(runs[2]))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    last = json.loads((runs[2] / "summary.json").read_text())["last"]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert found["top1"] == last["top1"]
+
+
+def test_ctrl_c_on_two_processes_saves_the_state_and_another_number_of_processes_is_refused(small_data, tmp_path):
+    output = tmp_path / "run"
+    more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2", "--epochs", "40")
+    code, errors = end_at(4, output / "checkpoints", signal.SIGINT, *more, processes=2, group=True)
+    assert code != 0
+    assert "its state is saved, --resume continues it" in errors
+    done = call(*more, "--resume")
+    assert done.returncode == 1
+    assert "processes: 2 -> 1" in done.stderr
+    done = call(*more, "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after update" in done.stdout
+
+
+def test_a_full_disk_ends_both_processes_at_once(small_data, tmp_path):
+    output = tmp_path / "run"
+    call("train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data), "--output", str(tmp_path / "warm"))
+    more = flags(small_data, output, "--method", "none")
+    started = time.monotonic()
+    done = subprocess.run(
+        command(*more, processes=2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("no room to write") >= 2  # each process says it, none waits for the other
+    assert time.monotonic() - started < 90
 
 
 def test_accelerate_launch_runs_the_module(small_data, tmp_path):

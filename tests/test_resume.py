@@ -5,11 +5,12 @@ Real processes on shuffled and augmented real images, with dropout, moving avera
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from small import FAST, call, digest, end_at
+from small import FAST, call, digest, end_at, write_pictures
 
 HARD = [*FAST, "--epochs", "3", "--drop", "0.2", "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.9"]
 HARD += ["--opt", "adamw", "--lr", "0.003", "--clip-grad", "5", "--checkpoint-interval", "1", "--warmup-epochs", "1"]
@@ -46,6 +47,56 @@ def test_killed_run_goes_on_to_the_same_bits(whole, small_data, tmp_path, moment
     assert moment <= int(resumed[1]) <= UPDATES
     assert digest(output / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
     assert history(output) == history(whole)
+
+
+def test_killed_while_the_heads_are_fitted(small_data, tmp_path, monkeypatch):
+    outputs = []
+    for name in ("whole", "killed"):
+        monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / name / "cache"))  # or the heads would be found there
+        output = tmp_path / name / "run"
+        words = [*flags(small_data, output), "--heads-epochs", "40"]
+        if name == "killed":
+            code, _ = end_at(1, output / "heads" / "checkpoints", signal.SIGKILL, *words)
+            assert code == -signal.SIGKILL
+            assert not (output / "checkpoints").exists()
+            words.append("--resume")
+        done = call(*words)
+        assert done.returncode == 0, done.stderr
+        assert ("heads: resumed after update" in done.stdout) == (name == "killed")
+        outputs.append(digest(output / "export" / "model.safetensors"))
+    assert outputs[0] == outputs[1]
+
+
+def test_large_images_in_workers_ended_by_a_signal_to_the_whole_group(tmp_path):
+    """As a cluster's scheduler or a terminal sends it: to the loader's workers too."""
+    data, digests = write_pictures(tmp_path / "data"), []
+    words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(data), "--img-size", "112", "--batch-size", "4"]
+    words += ["--epochs", "2", "--workers", "2", "--checkpoint-interval", "1", "--aa", "rand-m5", "--drop", "0.2"]
+    for name in ("whole", "ended"):
+        output = ["--output", str(tmp_path / name)]
+        if name == "ended":
+            code, errors = end_at(2, tmp_path / name / "checkpoints", signal.SIGTERM, *words, *output, group=True)
+            assert code == 143, errors
+            assert "its state is saved" in errors
+            output.append("--resume")
+        done = call(*words, *output)
+        assert done.returncode == 0, done.stderr
+        digests.append(digest(tmp_path / name / "export" / "model.safetensors"))
+    assert digests[0] == digests[1]
+
+
+def test_another_teacher_under_the_same_name_is_refused(small_data, tmp_path):
+    teacher = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data)]
+    assert call(*teacher, "--output", str(tmp_path / "teacher")).returncode == 0
+    words = [*flags(small_data, tmp_path / "run"), "--teacher", str(tmp_path / "teacher")]
+    code, _ = end_at(3, tmp_path / "run" / "checkpoints", signal.SIGKILL, *words)
+    assert code == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "teacher")
+    assert call(*teacher, "--seed", "7", "--output", str(tmp_path / "teacher")).returncode == 0
+    done = call(*words, "--resume")
+    assert done.returncode == 1
+    assert "is of another recipe" in done.stderr
+    assert "teacher" in done.stderr
 
 
 def test_ctrl_c_saves_the_state_and_says_so(whole, small_data, tmp_path):

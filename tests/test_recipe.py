@@ -1,0 +1,58 @@
+"""What a run is: values out of range, of another type or unknown are refused by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mgd_timm.recipe import Recipe, as_dict, flatten, make_recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_batch_size": 0}, "validation_batch_size=0, workers=2: expected 1 or more and 0 or more"),
+        ({"workers": -1}, "workers=-1: expected 1 or more and 0 or more"),
+        ({"scale": (0.5, 0.1)}, "scale=(0.5, 0.1): expected two positive numbers, the smaller one first"),
+        ({"ratio": (0.0, 1.0)}, "ratio=(0.0, 1.0): expected two positive numbers"),
+        ({"ratio": (1.0,)}, "ratio=(1.0,): expected two"),
+        ({"crop_pct": 0.0}, "crop_pct=0.0: expected 0 < crop_pct <= 1"),
+        ({"momentum": 1.0}, "momentum=1.0: expected 0 <= momentum < 1"),
+        ({"model_ema_decay": -0.1}, "model_ema_decay=-0.1: expected 0 <= model_ema_decay < 1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan: expected 0 or more"),
+        ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs=4: expected 0 to 3"),
+        ({"warmup_epochs": -1}, "warmup_epochs=-1: expected 0 to 20"),
+        ({"smoothing": 1.1}, "smoothing=1.1: expected 0 <= smoothing < 1"),
+        ({"heads_weight_decay": -1.0}, "heads_weight_decay=-1.0: expected 0 or more"),
+        ({"method": "mass"}, "unknown method 'mass': did you mean mas"),
+        ({"heads_protocol": "life"}, "unknown heads_protocol 'life': did you mean live?"),
+        ({"amp_dtype": "float64"}, "unknown amp_dtype 'float64': did you mean float16"),
+        ({"epochs": "3"}, "epochs='3': expected int, not str"),
+        ({"epochs": 3.0}, "epochs=3.0: expected int, not float"),
+        ({"epochs": True}, "epochs=True: expected int, not bool"),
+        ({"amp": 1}, "amp=1: expected bool, not int"),
+        ({"clip_grad": "much"}, "clip_grad='much': expected float | None, not str"),
+        ({"mean": 0.5}, "mean=0.5: expected tuple[float, ...] | None, not float"),
+        ({"decay_milestones": ("a", "b")}, "decay_milestones=('a', 'b'): expected tuple[int, ...], not tuple"),
+        ({"method": None}, "method=None: expected Literal['none', 'mag', 'mas'], not NoneType"),
+    ],
+)
+def test_wrong_values_are_named_with_what_was_expected(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_recipe(**options)
+
+
+def test_one_word_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
+    recipe = make_recipe(
+        criterion="at", log_with="tensorboard", decay_milestones=[1, 2], lr=1, clip_grad=2, data_dir=Path("a") / "b"
+    )
+    assert (recipe.criterion, recipe.log_with) == (("at",), ("tensorboard",))
+    assert (recipe.optim.decay_milestones, recipe.data.data_dir) == ((1, 2), "a/b")
+    assert (repr(recipe.optim.lr), repr(recipe.optim.clip_grad)) == ("1.0", "2.0")
+    assert make_recipe(clip_grad=None, mean=None).optim.clip_grad is None
+    assert make_recipe(**flatten(as_dict(recipe))) == recipe
+
+
+def test_the_defaults_are_within_their_ranges_and_timms():
+    assert make_recipe() == Recipe()
+    assert not Recipe().channels_last
