@@ -22,7 +22,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "MAG+KD": {"method": "mag"},
     "MAS+KD": {"method": "mas"},
 }
-BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 10, "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}
+BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 8, "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 

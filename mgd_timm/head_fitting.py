@@ -116,6 +116,7 @@ def _fit_fresh_heads(
         epochs=-(-passes // options.heads_views) if stored is not None else passes,
         lr=options.heads_lr,
         weight_decay=options.heads_weight_decay,
+        clip_grad=options.heads_clip_grad,
     )
     folder = Path(recipe.output) / "heads"
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
