@@ -22,7 +22,8 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 floors:  ## The suite on the lowest versions that pyproject.toml admits.
 	$(PYTHON) -m venv .venv-floors
 	.venv-floors/bin/pip install --quiet uv
-	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct --editable . --group dev
+	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct --editable . --group dev \
+		"torchvision==0.25.0"  # the one that belongs to the lowest torch; timm asks for any
 	.venv-floors/bin/python -m pytest
 
 .venv/done: pyproject.toml

@@ -1,6 +1,6 @@
 """The main job on the embedded data: one small student trained four ways at the same budget, compared, exported and loaded back.
 
-    make demo                              one seed, about 2 minutes on 2 cores
+    make demo                              one seed, two and a half minutes on 2 cores
     python benchmarks/demo.py --seeds 5    mean and spread, written to benchmarks/results/demo.json
 
 The teacher (ResNet-20) saw all 60,000 images of Fashion-MNIST's training set; the students see 10,000 of them, so the teacher knows
