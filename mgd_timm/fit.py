@@ -235,7 +235,7 @@ class _Loop:
         # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward` undoes.
         return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.optim.grad_accum_steps)
 
-    def _run_epoch(self, bar: "tqdm[Any]", caught: list[int]) -> None:
+    def _run_epoch(self, bar: tqdm, caught: list[int]) -> None:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         updates = self._updates(self.epoch)
         mine = [slot for slots in updates[self.update :] for slot in slots[rank::processes]]
@@ -299,7 +299,7 @@ class _Loop:
 
     # -- what is watched ------------------------------------------------------------------------------------------------------
 
-    def _report(self, bar: "tqdm[Any]", caught: list[int]) -> bool:
+    def _report(self, bar: tqdm, caught: list[int]) -> bool:
         """Bring the pending updates' losses to the host: add them up, check and show them. True if any process is to stop."""
         flag = torch.full_like(self.pending[0][:1], float(bool(caught)))
         flat = self.accelerator.reduce(torch.cat([flag, *self.pending]), "sum").cpu().double()
