@@ -17,7 +17,10 @@ lint: .venv/done  ## Style and types.
 
 bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/step.py --amp --rounds 4
+	$(RUN) benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10 --steps 150 --rounds 5
 	$(RUN) benchmarks/demo.py --seeds 5
+	$(RUN) benchmarks/readme.py
 
 floors:  ## The suite on the lowest versions that pyproject.toml admits.
 	$(PYTHON) -m venv .venv-floors

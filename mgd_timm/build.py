@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +25,6 @@ from mgd_timm.features import Pair, TeacherView
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe, as_dict, unknown
-
-Say = Callable[[str], None]
 
 
 def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:

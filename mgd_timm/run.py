@@ -35,7 +35,7 @@ from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
 from mgd_timm.fit import Fitted, Metrics, Upkeep, fit
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
-from mgd_timm.optimizer_state import check_names, module_digest
+from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe
 
@@ -82,7 +82,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     summary["parameters"] = sum(p.numel() for p in trained.parameters())
     provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
     if networks.teacher is not None:
-        provenance["teacher_sha256"] = module_digest(networks.teacher.tap.model)
+        provenance["teacher_sha256"] = networks.identity["teacher_sha256"]
 
     def leave() -> None:
         export_model(trained, folder / "export", provenance=provenance, overwrite=True)
