@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
-from torch import nn
+from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
@@ -106,14 +106,29 @@ def load_weights(model: nn.Module, name: str, path: str) -> None:
         state = load_file(path)
     except Exception as error:  # safetensors and the file system raise several kinds
         raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
+    load_state(model, name, path, state)
+
+
+def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str, Tensor]) -> None:
+    """Load weights strictly; only BatchNorm's counters of batches may be missing, which old files lack and nothing here reads.
+
+    Raises:
+        ValueError: Other names, shapes or kinds of numbers than the model's; the first ones are given.
+    """
     expected = model.state_dict()
-    lacking, foreign = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    unlike = [key for key in expected if key in state and expected[key].shape != state[key].shape]
-    if lacking or foreign or unlike:
+    state = {**{key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}, **state}
+    lacking, foreign = ([key for key in one if key not in other] for one, other in ((expected, state), (state, expected)))
+    both = [key for key in expected if key in state]
+    unlike = [key for key in both if expected[key].shape != state[key].shape]
+    kinds = [key for key in both if expected[key].is_floating_point() != state[key].is_floating_point()]
+    if lacking or foreign or unlike or kinds:
         shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in unlike[:3]]
+        types = [f"{key} {state[key].dtype} instead of {expected[key].dtype}" for key in kinds[:3]]
+        parts = {"missing": lacking[:3], "foreign": foreign[:3], "of another shape": shapes, "of another type": types}
+        said = ", ".join(f"{word} {values}" for word, values in parts.items() if values)
         raise ValueError(
-            f"{path} does not fit {name}: missing {lacking[:3]}, foreign {foreign[:3]}, of another shape {shapes}. "
-            "Every weight must be there, the classifier's too: name the architecture that the file was written from."
+            f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the architecture "
+            "that the file was written from."
         )
     model.load_state_dict(state)
 

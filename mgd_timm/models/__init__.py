@@ -1,5 +1,21 @@
 """The paper's networks for 32x32 images, registered in timm as cifar_* by importing this package."""
 
-from mgd_timm.models import cifar_resnet
+from mgd_timm.models import (
+    cifar_mobilenetv2,
+    cifar_resnet,
+    cifar_resnet50,
+    cifar_shufflev1,
+    cifar_shufflev2,
+    cifar_vgg,
+    cifar_wrn,
+)
 
-__all__ = ["cifar_resnet"]
+__all__ = [
+    "cifar_mobilenetv2",
+    "cifar_resnet",
+    "cifar_resnet50",
+    "cifar_shufflev1",
+    "cifar_shufflev2",
+    "cifar_vgg",
+    "cifar_wrn",
+]
