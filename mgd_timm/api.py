@@ -1,6 +1,7 @@
 """What `import mgd_timm` offers to call: distil, train, evaluate."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from mgd_timm.build import build_accelerator, check_class_names, load_model, shown_by
 from mgd_timm.data import load_images
-from mgd_timm.evaluation import Metrics, evaluate_model
+from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Data, Recipe, as_dict, flatten, make_recipe
 from mgd_timm.run import read_recipe, run
@@ -65,22 +66,44 @@ def _name_of(model: str | nn.Module) -> str:
     return f"module:{getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)}:{module_digest(model)[:16]}"
 
 
-def evaluate(model: str | nn.Module, data: str | Data | None = None, **options: Any) -> Metrics:
-    """Top-1, top-5 (in %) and cross-entropy of a model on a data set's evaluation split.
+def evaluate(
+    model: str | nn.Module,
+    data: str | Data | None = None,
+    *,
+    noise: float | Sequence[float] = (),
+    noise_seeds: int = 5,
+    **options: Any,
+) -> dict[str, Any]:
+    """Top-1, top-5 (in %) and cross-entropy of a model on a data set's evaluation split, and under noise where it is asked for.
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
         data: As of `distill`; by default the data of the run, with its validation cut, else the embedded data.
+        noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are normalised, and
+            not clipped. It depends on noise seed, image and pixel alone, so that models see the same.
+        noise_seeds: Noise seeds that these metrics are averaged over.
         **options: Options of Data, such as img_size, which replace the run's; `amp`.
 
+    Returns:
+        "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a string:
+        "top1", "top5" and "loss" averaged over the noise seeds, "top1_std" between them, and "seeds", their number.
+
     Raises:
-        ValueError: No such model or data, or classes that differ.
+        ValueError: No such model or data, classes that differ, noise that is not from 0 to 1, or no noise seed.
     """
-    return evaluate_named(model, data, **options)[0]
+    return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, **options)[0]
 
 
-def evaluate_named(model: str | nn.Module, data: str | Data | None = None, **options: Any) -> tuple[Metrics, str]:
+def evaluate_named(
+    model: str | nn.Module,
+    data: str | Data | None = None,
+    *,
+    noise: float | Sequence[float] = (),
+    noise_seeds: int = 5,
+    **options: Any,
+) -> tuple[dict[str, Any], str]:
     """As `evaluate`, and the name of the data."""
+    sigmas = check_noise(noise, noise_seeds)
     before = _recipe_of(model) if isinstance(model, str) else None
     if before is not None:
         options = {"seed": before.seed, **options}
@@ -101,8 +124,11 @@ def evaluate_named(model: str | nn.Module, data: str | Data | None = None, **opt
     source = images.test if images.test is not None else images.val
     if source is None:
         raise ValueError("the data has no split to evaluate on: name one with --eval-split, or cut one with --val-split 0.1.")
-    found = evaluate_model(network, source, accelerator, recipe.data.validation_batch_size)
-    return found, recipe.data.data_dir or recipe.data.dataset
+    size, place = recipe.data.validation_batch_size, recipe.data.data_dir or recipe.data.dataset
+    if not sigmas:
+        return dict(evaluate_model(network, source, accelerator, size, bar=True)), place
+    clean, noisy = evaluate_noise(network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True)
+    return {**clean, "noise": noisy}, place
 
 
 def _recipe_of(model: str) -> Recipe | None:

@@ -110,6 +110,7 @@ class FeatureTap(nn.Module):
                 f"{self.name} has no classifier (num_classes=0): build it with num_classes=C or call reset_classifier(C) first."
             )
         self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
+        self.frozen = self.adapts_batchnorm = False
         self.indices: tuple[int, ...] = ()
         maps = self._probe()
         if indices is not None:
@@ -220,11 +221,12 @@ class FeatureTap(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Features of a batch; `maps` are those of `indices`, [batch, channels, height, width]."""
         model = cast(Any, self.model)
-        if self.indices:
-            final, maps = model.forward_intermediates(images, indices=list(self.indices), output_fmt="NCHW")
-        else:
-            final, maps = model.forward_features(images), ()
-        embedding = model.forward_head(final, pre_logits=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.indices:
+                final, maps = model.forward_intermediates(images, indices=list(self.indices), output_fmt="NCHW")
+            else:
+                final, maps = model.forward_features(images), ()
+            embedding = model.forward_head(final, pre_logits=True)
         return Features(self._classify(self.model, final, embedding), embedding, tuple(maps))
 
     def shapes(self, image_size: int | tuple[int, int]) -> Shapes:
@@ -243,10 +245,57 @@ class FeatureTap(nn.Module):
             _, maps = cast(Any, self.model).forward_intermediates(images, output_fmt="NCHW")
         return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
 
+    def freeze_backbone(self, *, adapt_batchnorm: bool = False) -> None:
+        """Leave the classifier alone to be trained, and everything else in eval mode without gradients.
+
+        Args:
+            adapt_batchnorm: Let the running statistics of the backbone's BatchNorm go on to follow the images; its weights stay.
+
+        Raises:
+            ValueError: The classifier is no module with weights of its own, or there is no BatchNorm to adapt.
+        """
+        trained = {id(parameter) for part in self._classifiers() for parameter in part.parameters()}
+        if not trained:
+            raise ValueError(f"{self.name} has no classifier with weights of its own: it cannot be trained alone.")
+        if adapt_batchnorm and not any(_is_batchnorm(module) for module in self.model.modules()):
+            raise ValueError(f"{self.name} has no BatchNorm whose statistics could follow the images: leave adapt_batchnorm out.")
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        self.frozen, self.adapts_batchnorm = True, adapt_batchnorm
+        self.train(self.training)
+
+    def thaw(self) -> None:
+        """Undo `freeze_backbone`: every parameter takes gradients again."""
+        if self.frozen:
+            self.frozen = self.adapts_batchnorm = False
+            self.model.requires_grad_(True)
+
+    def _classifiers(self) -> list[nn.Module]:
+        """The modules that give logits: one, or several that a model averages (deit's distilled ones, crossvit, efficientvim)."""
+        found = cast(Any, self.model).get_classifier()
+        return [part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)]
+
+    # "FeatureTap", not Self, which beartype refuses in a class that it does not decorate as a whole.
+    def train(self, mode: bool = True) -> "FeatureTap":
+        """As ever, but that a frozen backbone stays in eval mode: its statistics and dropout are those of the trained network."""
+        super().train(mode)
+        if self.frozen and mode:
+            self.model.eval()
+            for part in self._classifiers():
+                part.train()
+            if self.adapts_batchnorm:
+                for module in self.model.modules():
+                    module.training = module.training or _is_batchnorm(module)
+        return self
+
     @property
     def classifier(self) -> nn.Module | None:
         """The one module that maps the embedding to logits; None where the model has no such module."""
         return cast(Any, self.model).get_classifier() if self._classify is _by_classifier else None
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
@@ -254,8 +303,9 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
 
     Args:
         sizes: (channels, height, width) of every map of the model, shallow to deep.
-        maps: "last"; "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where
-            the resolution never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
+        maps: "last"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them; "stages": the
+            deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution never changes
+            (ViT, mixers); or a number N of evenly spaced maps, the last one included.
 
     Raises:
         ValueError: Another word, or more maps than the model has.
@@ -263,13 +313,17 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
     count = len(sizes)
     if maps == "last":
         return (count - 1,)
+    if maps == "mid" and count > 1:
+        return tuple(range(1, count))
     if maps == "stages":
         deepest = [i for i in range(count) if i + 1 == count or sizes[i + 1][1:] != sizes[i][1:]]
         if len(deepest) > 1:
             return tuple(deepest[-4:])
         maps = str(min(4, count))
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
-        raise ValueError(f"maps={maps!r}: expected 'stages', 'last' or a number from 1 to {count}, which is all the model has.")
+        raise ValueError(
+            f"maps={maps!r}: expected 'stages', 'last', 'mid' or a number from 1 to {count}, which is all the model has."
+        )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
 

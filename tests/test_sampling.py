@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mgd_timm.sampling import augment, cut_updates, epoch_order, mix, normalise, uniform
+from mgd_timm.sampling import augment, cut_updates, epoch_order, mix, normal, normalise, uniform
 
 MEAN, STD = torch.tensor([0.5071, 0.4867, 0.4408])[:, None, None], torch.tensor([0.2675, 0.2565, 0.2761])[:, None, None]
 
@@ -52,6 +52,46 @@ def test_uniform_does_not_depend_on_the_batch_or_the_number_of_draws() -> None:
     assert torch.equal(uniform(some, 1, 2, 1), whole[some, :1])
     assert torch.equal(uniform(some.int(), 1, 2, 3), whole[some])
     assert uniform(some[:0], 1, 2, 3).shape == (0, 3)
+    assert len(whole.flatten().unique()) == whole.numel()
+
+
+def test_normal_has_the_distribution_of_normal_numbers() -> None:
+    x = normal(torch.arange(20_000), 3, 5)
+    n = x.numel()
+    assert x.dtype == torch.float64
+    assert x.shape == (20_000, 5)
+    moments = [x.mean(), x.square().mean() - 1, x.pow(3).mean(), x.pow(4).mean() - 3]
+    for moment, spread in zip(moments, (1, 2**0.5, 15**0.5, 96**0.5), strict=True):
+        assert abs(moment) < 4 * spread / n**0.5
+    # Kolmogorov and Smirnov's distance from the error function's normal: above 1.95 / sqrt(n) in one of a thousand samples.
+    ordered = x.flatten().sort().values
+    cumulative = 0.5 * (1 + torch.erf(ordered / 2**0.5))
+    assert (cumulative - torch.arange(n) / n).abs().max() < 1.95 / n**0.5
+    assert 4 < x.abs().max() < 6
+
+
+def test_normal_is_independent_between_samples_draws_and_seeds() -> None:
+    ids = torch.arange(50_000)
+    x = normal(ids, 1, 4)
+    pairs = {
+        "ids": (x[:-1, 0], x[1:, 0]),
+        "draws of one pair": (x[:, 0], x[:, 1]),
+        "draws of two pairs": (x[:, 0], x[:, 2]),
+        "draw of the next id": (x[:-1, 1], x[1:, 0]),
+        "seeds": (x[:, 0], normal(ids, 2, 1)[:, 0]),
+        "augmentation": (x[:, 0], uniform(ids, 1, 0, 1)[:, 0]),
+    }
+    for name, (one, two) in pairs.items():
+        for f in (torch.clone, torch.square):  # squares: Box and Muller's pairs share a radius
+            assert torch.corrcoef(torch.stack([f(one), f(two)]))[0, 1].abs() < 4 / len(one) ** 0.5, name
+
+
+def test_normal_does_not_depend_on_the_batch_or_the_number_of_draws() -> None:
+    whole = normal(torch.arange(1000), 1, 5)
+    some = torch.tensor([999, 0, 500, 0])
+    for draws in (1, 2, 3, 4, 5):
+        assert torch.equal(normal(some, 1, draws), whole[some, :draws])
+    assert normal(some[:0], 1, 3).shape == (0, 3)
     assert len(whole.flatten().unique()) == whole.numel()
 
 
