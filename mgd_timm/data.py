@@ -5,6 +5,7 @@ timm's transforms in worker processes.
 """
 
 import contextlib
+import copy
 import hashlib
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from mgd_timm.checkpoint import write_whole
 from mgd_timm.features import Batch
-from mgd_timm.reading import EVAL_SPLITS, DataError, Rows, check_classes, decode, open_splits, read_split
+from mgd_timm.reading import EVAL_SPLITS, AnyRows, DataError, check_classes, decode, open_splits, read_split
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import augment, mix, normalise
 
@@ -112,16 +113,39 @@ class StoreSource:
         self.images, self.all_labels, self.ids, self.digest = images, labels, ids, digest
         self.labels = labels[ids]
         self.data, self.stats, self.seed = data, stats, seed
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
+        return {"pad": self.data.pad, "hflip": self.data.hflip}
+
+    def seeded(self, seed: int) -> "StoreSource":
+        """The same images, augmented by another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Augmented batches where the source has a seed, else the images as they are."""
         mean, std = (s.to(device) for s in self.stats)
-        for ids in slots:
-            images = self.images[ids].to(device, non_blocking=True)
-            labels, there = self.all_labels[ids].to(device), ids.to(device)
+        images, labels = self._resident(device)
+        sizes = [len(ids) for ids in slots]
+        for there in torch.cat(list(slots)).to(device).split(sizes) if sizes else ():  # one transfer an epoch
+            rows = there.to(images.device)
+            shown = images[rows].to(device, non_blocking=True)
             if self.seed is not None:
-                images = augment(images, there, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
-            yield Batch(normalise(images, mean, std), labels, there)
+                shown = augment(shown, there, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
+            yield Batch(normalise(shown, mean, std), labels[there], there)
+
+    def _resident(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device, so that no step waits for a transfer; images that would fill a GPU stay on the host."""
+        if device.type != "cuda":
+            return self.images, self.all_labels.to(device)
+        if device not in self._moved:
+            fits = self.images.numel() < torch.cuda.mem_get_info(device)[0] // 4
+            self._moved[device] = (self.images.to(device) if fits else self.images, self.all_labels.to(device))
+        return self._moved[device]
 
 
 class FileSource:
@@ -129,7 +153,7 @@ class FileSource:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: AnyRows,
         labels: Tensor,
         ids: Tensor,
         digest: str,
@@ -140,6 +164,19 @@ class FileSource:
         self.rows, self.all_labels, self.ids, self.digest = rows, labels, ids, digest
         self.labels = labels[ids]
         self.data, self.transform, self.seed = data, transform, seed
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
+        names = ("scale", "ratio", "hflip", "aa", "color_jitter", "interpolation")
+        values = {name: getattr(self.data, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def seeded(self, seed: int) -> "FileSource":
+        """The same images, transformed by another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, row = key
@@ -256,8 +293,8 @@ def _build(
     data: Data,
     seed: int,
     defaults: Defaults,
-    train: Rows,
-    test: Rows | None,
+    train: AnyRows,
+    test: AnyRows | None,
     kept: Tensor,
     held: Tensor,
     say: Callable[[str], None],
@@ -275,7 +312,7 @@ def _build(
         mean, std = _statistics(data, defaults, stored[train.split], kept)
         stats = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
-        def source(rows: Rows, ids: Tensor, training: bool) -> Source:
+        def source(rows: AnyRows, ids: Tensor, training: bool) -> Source:
             images = stored[rows.split]
             return StoreSource(images, labels[rows.split], ids, digests[rows.split], data, stats, seed if training else None)
     else:
@@ -286,8 +323,9 @@ def _build(
         std = data.std or defaults.std or (IMAGENET_DEFAULT_STD if not grey else (0.5,))
         side = data.img_size or defaults.img_size
         size = (side, side)
+        data = replace(data, interpolation=data.interpolation or defaults.interpolation)
 
-        def source(rows: Rows, ids: Tensor, training: bool) -> Source:
+        def source(rows: AnyRows, ids: Tensor, training: bool) -> Source:
             transform = _transform(data, defaults, (data.in_chans, side, side), mean, std, training)
             return FileSource(rows, labels[rows.split], ids, digests[rows.split], data, transform, seed if training else None)
 
@@ -305,7 +343,7 @@ def _build(
     )
 
 
-def _cut_validation(train: Rows, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def _cut_validation(train: AnyRows, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Sample ids to train on and to validate on, the same share of every class."""
     everything = torch.arange(len(train))
     if not share:
@@ -321,7 +359,7 @@ def _cut_validation(train: Rows, share: float, seed: int) -> tuple[Tensor, Tenso
     return everything[~held], everything[held]
 
 
-def _store(rows: Rows, digest: str, in_chans: int, size: tuple[int, int], *, resize: bool, say: Callable[[str], None]) -> Tensor:
+def _store(rows: AnyRows, digest: str, in_chans: int, size: tuple[int, int], *, resize: bool, say: Callable[[str], None]) -> Tensor:
     """The split's images, uint8 [n, c, h, w], memory-mapped from a file in the cache that is written once."""
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm

@@ -15,10 +15,10 @@ from mgd_timm.evaluation import Metrics, evaluate
 from mgd_timm.features import Batch, Features, TeacherView
 from mgd_timm.fit import Upkeep, fit
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
-from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Optim, Recipe, as_dict, digest
-from mgd_timm.stored import StoredOutputs, store_outputs
+from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
+from mgd_timm.teacher_store import StoredViews
 
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
 
@@ -30,16 +30,25 @@ def fit_heads(
     accelerator: Accelerator,
     summary: dict[str, Any],
     *,
+    stored: StoredViews | None = None,
     quiet: bool = False,
 ) -> GranularityHeads:
     """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept there.
 
-    Their accuracy is said and put into `summary`; a head far below the teacher is warned of.
+    Their accuracy is said and put into `summary`; a head far below the teacher is warned of. A filled store of the teacher's
+    outputs is read instead of showing it images again, where the protocol is "stored" and it holds enough views and all logits.
     """
+    if stored is not None and not (
+        recipe.heads.heads_protocol == "stored"
+        and recipe.heads.heads_views <= stored.store.views
+        and not stored.store.layout.top_k  # the heads' targets at T=8 are what the other logits say
+    ):
+        stored = None
     heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
     made_of = {
         "heads": as_dict(heads_recipe),
-        "teacher": module_digest(teacher.tap.model),
+        "teacher": teacher.digest,
+        "folded": recipe.fold_teacher,
         "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
         "watched": images.watched.digest if images.watched is not None else None,
@@ -48,6 +57,8 @@ def fit_heads(
         "precision": str(accelerator.mixed_precision),
         "processes": accelerator.num_processes,
     }
+    if stored is not None:
+        made_of["store"] = stored.store.digest
     set_seed(recipe.seed, 5)
     heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(accelerator.device)
     place = cache_folder() / "heads" / digest(made_of)[:32]
@@ -61,7 +72,7 @@ def fit_heads(
         share(heads.state_dict().values(), accelerator)
         accelerator.print("granularity heads: fitted before, from the cache")
     else:
-        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, quiet)
+        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, quiet)
         fresh = checkpoint.State({"heads": heads.state_dict()}, {"made_of": made_of, "metrics": metrics})
         on_main(accelerator, lambda: checkpoint.save(place, 1, fresh))
     summary["heads"] = metrics
@@ -85,6 +96,7 @@ def _fit_fresh_heads(
     recipe: Recipe,
     accelerator: Accelerator,
     made_of: dict[str, Any],
+    views: StoredViews | None,
     quiet: bool,
 ) -> Metrics:
     options = recipe.heads
@@ -93,7 +105,9 @@ def _fit_fresh_heads(
         return teacher(batch.images)
 
     stored: StoredOutputs | None = None
-    if options.heads_protocol == "stored":
+    if views is not None:
+        stored = read_outputs(views.store, images.train, options.heads_views, accelerator)
+    elif options.heads_protocol == "stored":
         stored = store_outputs(look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet)
     held = None
     if images.watched is not None:
@@ -116,6 +130,8 @@ def _fit_fresh_heads(
         epochs=-(-passes // options.heads_views) if stored is not None else passes,
         lr=options.heads_lr,
         weight_decay=options.heads_weight_decay,
+        sched=options.heads_sched,
+        decay_milestones=options.heads_decay_milestones,
         clip_grad=options.heads_clip_grad,
     )
     folder = Path(recipe.output) / "heads"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mgd_timm.data import Source
 from mgd_timm.features import Batch, Features
+from mgd_timm.teacher_store import TeacherStore
 
 
 class StoredOutputs:
@@ -71,7 +72,7 @@ def store_outputs(
                 with accelerator.autocast():
                     shown = teach(batch)
                 if whole is None:
-                    whole = _room(views * len(source.ids), shown, accelerator)
+                    whole = _room(views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator)
                 for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
                     rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
@@ -81,13 +82,27 @@ def store_outputs(
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
 
 
-def _room(count: int, shown: Features, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+def read_outputs(store: TeacherStore, source: Source, views: int, accelerator: Accelerator) -> StoredOutputs:
+    """As `store_outputs`, from the first views of a filled store.
+
+    Raises:
+        ValueError: The outputs do not fit into memory, or a shard is damaged.
+    """
+    count = len(source.ids)
+    embedding, logits = _room(views * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
+    for view in range(views):
+        shown = store.features(source.ids, view, torch.device("cpu"))
+        embedding[view * count : (view + 1) * count] = shown.embedding
+        logits[view * count : (view + 1) * count] = shown.logits
+    return StoredOutputs(embedding, logits, source.labels, source.digest)
+
+
+def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Zeros for embeddings and logits of `count` rows; refused where they do not fit into memory.
 
     Raises:
         ValueError: They need more than half of the free memory.
     """
-    widths = shown.embedding.shape[1], shown.logits.shape[1]
     need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
     if need > free // 2:
         raise ValueError(
