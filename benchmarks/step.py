@@ -1,19 +1,28 @@
-"""Time of our MAS+KD training step over a bare hand-written loop, on the same batches, timed in turn.
+"""Time and peak memory of our MAS+KD training step beside other loops, on the same batches, timed in turn.
 
-    python benchmarks/step.py
+    python benchmarks/step.py                                    against a bare KD loop, as precise: our overhead
+    python benchmarks/step.py --against plain --amp              against the eager float32 loop of public scripts
+    python benchmarks/step.py --against plain --amp --stored     with the teacher's outputs read from a store
+    python benchmarks/step.py --against alone --amp --stored     against training the student without a teacher
     python benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10
 
-The bare loop: frozen teacher's forward, student's forward and backward with cross-entropy and KD, SGD with momentum; at the same
-precision and memory format. Ours is `fit` itself, from uint8 images in the store to the new weights: order, augmentation, heads,
-both code losses, stable excitation, schedule, checks and logging are all in its time. Writes benchmarks/results/step.json.
+bare: frozen teacher's forward, student's forward and backward with cross-entropy and KD, SGD with momentum, on float batches that
+lie ready. plain: MAS+KD as one writes it first: float32, NCHW, everything eager, losses and accuracies fetched every step; its
+float batches lie ready as well, which spares it its loader. alone: `fit` on labels only. Ours is `fit` itself, from uint8 images in
+the store to the new weights: order, augmentation, heads, both code losses, stable excitation, schedule, checks and logging are all
+in its time. Peak memory is that of a process of its own for each loop. Writes benchmarks/results/step.json.
 """
 
 import argparse
 import contextlib
 import json
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,17 +38,22 @@ from mgd_timm.criteria import KD, CrossEntropy, Objective
 from mgd_timm.data import StoreSource
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.export import versions
-from mgd_timm.features import Batch, FeatureTap, Pair
-from mgd_timm.fit import Upkeep, fit
+from mgd_timm.features import Batch, Features, FeatureTap, Pair
+from mgd_timm.fit import Upkeep, compile_mode, fit
+from mgd_timm.folding import folded
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.recipe import Data, Optim
 from mgd_timm.report import machine, markdown
+from mgd_timm.teacher_store import Layout, StoredViews, TeacherStore
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
+AGAINST = ("bare", "plain", "alone")
+Loop = Callable[[], None]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", choices=AGAINST, default="bare")
     parser.add_argument("--teacher", default="cifar_resnet32x4")
     parser.add_argument("--student", default="cifar_resnet8x4")
     parser.add_argument("--size", type=int, default=32)
@@ -48,31 +62,46 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="steps in a timed run; starting and ending a run count in")
     parser.add_argument("--rounds", type=int, default=6, help="timed runs of each")
     parser.add_argument("--no-channels-last", action="store_true")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in both")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in ours and in the bare loop")
+    parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument("--no-fold", action="store_true", help="ours with the teacher's BatchNorm as it is")
+    parser.add_argument("--stored", action="store_true", help="ours with the teacher's outputs read from a store")
+    parser.add_argument("--only", choices=("ours", *AGAINST), help=argparse.SUPPRESS)  # a process that measures its own memory
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+def networks(args: argparse.Namespace, channels_last: bool) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     options = {"num_classes": args.classes}
     teacher, student = timm.create_model(args.teacher, **options), timm.create_model(args.student, **options)
-    if not args.no_channels_last:
+    if channels_last:
         teacher.to(memory_format=torch.channels_last)
         student.to(memory_format=torch.channels_last)
     return teacher, student
 
 
-def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device) -> Callable[[], None]:
+def ready_batches(args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device, form: torch.memory_format) -> Any:
+    def ready(x: Tensor) -> Tensor:
+        return x.float().div(255).sub(0.5).div(0.25).to(device, memory_format=form)
+
+    pairs = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
+    return [(ready(x), y.to(device)) for x, y in pairs]
+
+
+def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    log_p, q = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
+    return F.kl_div(log_p, q, reduction="batchmean") * temperature**2
+
+
+def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
     """What one would write by hand for KD, and nothing else: normalised float batches lie ready."""
-    teacher, student = (network.to(device) for network in build(args))
+    device = accelerator.device
+    teacher, student = (network.to(device) for network in networks(args, not args.no_channels_last))
     teacher.eval().requires_grad_(False)
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     form = torch.contiguous_format if args.no_channels_last else torch.channels_last
-    ready = [
-        (x.float().div(255).sub(0.5).div(0.25).to(device, memory_format=form), y.to(device))
-        for x, y in batches(args, images, labels)
-    ]
+    ready = ready_batches(args, images, labels, device, form)
 
     def amp() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
@@ -83,8 +112,7 @@ def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch
                 with torch.no_grad():
                     target = teacher(x)
                 logits = student(x)
-            soft = F.kl_div(F.log_softmax(logits.float() / 4, 1), F.softmax(target.float() / 4, 1), reduction="batchmean") * 16
-            loss = 0.2 * F.cross_entropy(logits.float(), y) + 0.8 * soft
+            loss = 0.2 * F.cross_entropy(logits.float(), y) + 0.8 * soft(logits.float(), target.float(), 4)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -92,45 +120,140 @@ def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch
     return loop
 
 
-def batches(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
-
-
-def ours(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Callable[[], None]:
-    teacher, student = build(args)
-    device, size = accelerator.device, (3, args.size, args.size)
-    taps = [FeatureTap(network.to(device), input_size=size) for network in (teacher, student)]
-    heads = GranularityHeads(taps[0].embed_dim, args.classes).to(device)
-    frozen = Teacher(taps[0], heads)
-    pair = Pair(taps[1].shapes(args.size), taps[0].shapes(args.size))
-    objective = MAS(pair, Objective(task=(0.2, CrossEntropy(pair)), kd=(0.8, KD(pair))))
-    distiller = Distiller(taps[1], objective).to(device)
-    if not args.no_channels_last:
-        distiller.to(memory_format=torch.channels_last)
-    stats = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
-    source = StoreSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
-
-    def teach(batch: Batch) -> Any:
-        return frozen(batch.images)
+def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
+    """MAS+KD in eager float32, NCHW, with its losses and accuracies fetched every step for meters and a printed line."""
+    device = accelerator.device
+    teacher, student = (network.to(device) for network in networks(args, False))
+    size = (3, args.size, args.size)
+    taps = [FeatureTap(network, input_size=size) for network in (teacher, student)]
+    theirs, own = (GranularityHeads(tap.embed_dim, args.classes).to(device) for tap in taps)
+    teacher.eval()
+    theirs.eval()
+    student.train()
+    parameters = [*student.parameters(), *own.encoders.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    ready = ready_batches(args, images, labels, device, torch.contiguous_format)
 
     def loop() -> None:
-        optim = Optim(epochs=1, lr=0.05)
-        fit(distiller, source, optim, accelerator, seed=0, batch_size=args.batch_size, teach=teach, upkeep=Upkeep(quiet=True))
+        sums = {"loss": 0.0, "task": 0.0, "kd": 0.0, "top1": 0.0, "top5": 0.0}
+        for x, y in ready:
+            mine: Features = taps[1](x)
+            with torch.no_grad():
+                shown: Features = taps[0](x)
+                codes = {name: encoder(shown.embedding) for name, encoder in theirs.encoders.items()}
+                views = [decoder(codes[name]) for name, decoder in theirs.decoders.items()]
+                target = (shown.logits + views[0] + views[1]) / 3
+            task, kd = F.cross_entropy(mine.logits, y), soft(mine.logits, target, 4)
+            loss = 0.2 * task + 0.8 * kd
+            for (name, encoder), temperature in zip(own.encoders.items(), (2, 8), strict=True):
+                loss = loss + soft(encoder(mine.embedding), codes[name], temperature)
+            hits = mine.logits.topk(5).indices == y[:, None]
+            now = {"loss": loss, "task": task, "kd": kd, "top1": hits[:, 0].float().mean(), "top5": hits.float().sum(1).mean()}
+            for name, value in now.items():
+                sums[name] += value.item() * len(y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     return loop
+
+
+def ours(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator, *, taught: bool = True) -> Loop:
+    teacher, student = networks(args, not args.no_channels_last)
+    device, size = accelerator.device, (3, args.size, args.size)
+    teacher_tap, tap = (FeatureTap(network.to(device), input_size=size) for network in (teacher, student))
+    pair = Pair(tap.shapes(args.size), teacher_tap.shapes(args.size))
+    if not args.no_fold:
+        teacher_tap = folded(teacher_tap) or teacher_tap
+    frozen = Teacher(teacher_tap, GranularityHeads(teacher_tap.embed_dim, args.classes).to(device))
+    terms = Objective(task=(0.2, CrossEntropy(pair)), kd=(0.8, KD(pair)))
+    objective = MAS(pair, terms) if taught else Objective(task=(1.0, CrossEntropy(pair)))
+    distiller = Distiller(tap, objective).to(device)
+    if not args.no_channels_last:
+        distiller.to(memory_format=torch.channels_last)
+        frozen.to(memory_format=torch.channels_last)
+    stats = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+    source: Any = StoreSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
+    look = torch.compile(frozen, dynamic=False, mode=compile_mode(accelerator)) if args.compile else frozen
+
+    def live(batch: Batch) -> Features:
+        found: Features = look(batch.images)
+        return found
+
+    teach: Any = live if taught else None
+    if taught and args.stored:
+        layout = Layout(teacher_tap.embed_dim, args.classes)
+        store = TeacherStore(Path(args.folder) / "store", {"random": True}, layout, len(images), 1, accelerator)
+        source = StoredViews(source, store)
+        source.fill(frozen, accelerator, 256, quiet=True)
+        teach = source.teacher(frozen.heads)
+
+    def loop() -> None:
+        optim, upkeep = Optim(epochs=1, lr=0.05), Upkeep(quiet=True)
+        fit(
+            distiller,
+            source,
+            optim,
+            accelerator,
+            seed=0,
+            batch_size=args.batch_size,
+            teach=teach,
+            compile=args.compile,
+            upkeep=upkeep,
+        )
+
+    return loop
+
+
+def alone(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
+    """Our training of the student on labels only."""
+    return ours(args, images, labels, accelerator, taught=False)
+
+
+MAKERS: dict[str, Callable[..., Loop]] = {"ours": ours, "bare": bare, "plain": plain, "alone": alone}
+
+
+def random_data(args: argparse.Namespace, steps: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    count = steps * args.batch_size
+    images = torch.randint(0, 256, (count, 3, args.size, args.size), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, args.classes, (count,), generator=generator)
+
+
+def peak_memory(name: str) -> int:
+    """Peak memory in bytes of a process that runs one loop for a few steps: on a GPU what is allocated there, else resident."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    loop = MAKERS[args.only](args, *random_data(args, 4), accelerator)
+    for _ in range(2):
+        loop()
+    if accelerator.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def main() -> None:
     args = parse()
     accelerator = Accelerator(mixed_precision="bf16" if args.amp else None)
-    generator = torch.Generator().manual_seed(0)
-    count = args.steps * args.batch_size
-    images = torch.randint(0, 256, (count, 3, args.size, args.size), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, args.classes, (count,), generator=generator)
-    loops = {"bare": bare(args, images, labels, accelerator.device), "ours": ours(args, images, labels, accelerator)}
-    for loop in loops.values():  # first calls allocate and choose kernels
+    with tempfile.TemporaryDirectory() as args.folder:
+        if args.only:
+            measure_memory(args, accelerator)
+        else:
+            measure_time(args, accelerator)
+
+
+def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    names = (args.against, "ours")
+    peaks = {name: peak_memory(name) for name in names}
+    images, labels = random_data(args, args.steps)
+    loops = {name: MAKERS[name](args, images, labels, accelerator) for name in names}
+    for loop in loops.values():  # first calls allocate, choose kernels and compile
         loop()
-    times: dict[str, list[float]] = {name: [] for name in loops}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -138,16 +261,20 @@ def main() -> None:
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) / args.steps * 1000)
-    ratios = [b / a for a, b in zip(times["bare"], times["ours"], strict=True)]
+    ratios = [b / a for a, b in zip(times[args.against], times["ours"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
+    switches = {"compile": args.compile, "fold": not args.no_fold, "stored": args.stored}
     row = {
+        "against": args.against,
         "pair": f"{args.teacher} -> {args.student}",
         "batch": [args.batch_size, *images.shape[1:]],
         "precision": "bfloat16" if args.amp else "float32",
         "channels_last": not args.no_channels_last,
-        "bare_ms": statistics.median(times["bare"]),
+        **switches,
+        "other_ms": statistics.median(times[args.against]),
         "ours_ms": statistics.median(times["ours"]),
         "ratio": {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]], "n": args.rounds},
+        "peak_bytes": {"other": peaks[args.against], "ours": peaks["ours"]},
         "steps": args.steps,
         "machine": machine(),
         "threads": torch.get_num_threads(),
@@ -155,12 +282,35 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
     }
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    key = ("pair", "batch", "precision", "channels_last")
-    known = [old for old in known if any(old[k] != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]]
+    key = ("against", "pair", "batch", "precision", "channels_last", *switches)
+    known = [old for old in known if any(old.get(k) != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps([*known, row], indent=2) + "\n")
-    cells = [[row["pair"], row["precision"], f"{row['bare_ms']:.1f}", f"{row['ours_ms']:.1f}", f"{row['ratio']['median']:.3f}"]]
-    print(markdown(["pair", "precision", "bare ms", "ours ms", "ours / bare"], cells))
+    median = statistics.median(ratios)
+    memory = [f"{peaks[name] / 2**20:.0f}" for name in names]
+    cells = [
+        [
+            row["pair"],
+            row["precision"],
+            f"{row['other_ms']:.1f}",
+            f"{row['ours_ms']:.1f}",
+            f"{median:.3f}",
+            f"{1 / median:.2f}",
+            *memory,
+        ]
+    ]
+    against = args.against
+    header = [
+        "pair",
+        "precision",
+        f"{against} ms",
+        "ours ms",
+        f"ours / {against}",
+        f"{against} / ours",
+        f"{against} MiB",
+        "ours MiB",
+    ]
+    print(markdown(header, cells))
     print(f"quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, n={args.rounds} runs of {args.steps} steps; wrote {RESULTS}")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mgd_timm.criteria.base import Objective
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
+from mgd_timm.optimizer_state import module_digest
 
 
 class Teacher(nn.Module):
@@ -16,12 +17,20 @@ class Teacher(nn.Module):
         tap: The teacher's features.
         heads: Fitted heads with decoders; None shows no codes and no views.
         view: What to do with the student's normalised images first (another mean, std or size); see features.TeacherView.
+        digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default computed.
 
     Raises:
         ValueError: Heads of another embedding width.
     """
 
-    def __init__(self, tap: FeatureTap, heads: GranularityHeads | None = None, *, view: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        tap: FeatureTap,
+        heads: GranularityHeads | None = None,
+        *,
+        view: nn.Module | None = None,
+        digest: str | None = None,
+    ) -> None:
         super().__init__()
         if heads is not None:
             width = next(heads.encoders.parameters()).shape[1]
@@ -29,6 +38,7 @@ class Teacher(nn.Module):
                 raise ValueError(f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it.")
         self.tap, self.heads = tap, heads
         self.view = view if view is not None else nn.Identity()
+        self.digest = digest if digest is not None else module_digest(tap.model)
         self.requires_grad_(False)
         self.eval()
 

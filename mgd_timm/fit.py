@@ -121,6 +121,7 @@ def fit(
     teach: Teach | None = None,
     watch: Watch | None = None,
     averaged: nn.Module | None = None,
+    compile: bool = False,
     upkeep: Upkeep = Upkeep(),
 ) -> Fitted:
     """Train a module whose forward(batch, teacher) gives its losses by name, and logits.
@@ -135,6 +136,7 @@ def fit(
         teach: Gives the teacher's features of a batch; None passes no teacher.
         watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
+        compile: Compile the trainee's forward and backward (torch.compile; CUDA graphs on a GPU).
         upkeep: What is kept and shown.
 
     Raises:
@@ -144,7 +146,7 @@ def fit(
         ValueError: Fewer than 2 samples for each process, or an unknown optimizer or scheduler.
         OSError: A checkpoint could not be written; older ones are whole.
     """
-    loop = _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, watch, averaged, upkeep)
+    loop = _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, watch, averaged, compile, upkeep)
     caught: list[int] = []
     with _signals(caught):
         return loop.run(caught)
@@ -153,14 +155,23 @@ def fit(
 class _Wrapper(nn.Module):
     """What accelerate may wrap and patch; the trainee itself stays as it is."""
 
-    def __init__(self, trainee: nn.Module) -> None:
+    def __init__(self, trainee: nn.Module, batch_size: int, mode: str | None) -> None:
         super().__init__()
-        self.trainee = trainee
+        self.trainee, self.batch_size = trainee, batch_size
+        # Beside the module, not in it: a compiled module would register the same parameters again.
+        self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
 
     def forward(self, batch: Batch, teacher: Features | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The trainee's losses and logits."""
-        found: tuple[dict[str, Tensor], Tensor] = self.trainee(batch, teacher)
+        """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
+        trainee = self.compiled[0] if self.compiled and len(batch.labels) == self.batch_size else self.trainee
+        found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
         return found
+
+
+def compile_mode(accelerator: Accelerator) -> str:
+    """torch.compile's mode: CUDA graphs on one GPU, unless gradients accumulate, which would outlive the graph that made them."""
+    alone = accelerator.num_processes == 1 and accelerator.gradient_accumulation_steps == 1
+    return "reduce-overhead" if accelerator.device.type == "cuda" and alone else "default"
 
 
 class _Loop:
@@ -175,6 +186,7 @@ class _Loop:
         teach: Teach | None,
         watch: Watch | None,
         averaged: nn.Module | None,
+        compile: bool,
         upkeep: Upkeep,
     ) -> None:
         self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
@@ -197,7 +209,9 @@ class _Loop:
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
         # schedule is not prepared: accelerate would step it once per process, and not save it.
-        self.model, self.optimizer = accelerator.prepare(_Wrapper(trainee), optimizer)
+        wrapper = _Wrapper(trainee, batch_size, compile_mode(accelerator) if compile else None)
+        self.compiled = compile
+        self.model, self.optimizer = accelerator.prepare(wrapper, optimizer)
         self.epoch = self.update = self.done = 0
         self.sums: dict[str, float] = {}
         self.seconds = 0.0
@@ -271,6 +285,8 @@ class _Loop:
             # Dropout and the like: the same whatever ran before, and however the slots are dealt to processes.
             torch.manual_seed(mix(self.seed, self.stage_key, self.epoch, self.update, step * processes + rank))
             held = contextlib.nullcontext() if step + 1 == steps else self.accelerator.no_sync(self.model)
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
             with held:
                 shown = self._shown(batch)
                 terms, logits = self.model(batch, shown)
@@ -318,7 +334,8 @@ class _Loop:
                 shown[name] = value / count
             self.sums["hits"] = self.sums.get("hits", 0.0) + hits
             self.sums["n"] = self.sums.get("n", 0.0) + count
-        bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in shown.items()}}, refresh=False)
+        told = shown if len(shown) <= 6 else {"loss": sum(shown.values())}
+        bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in told.items()}}, refresh=False)
         bar.update(int(sum(row[-1] for row in rows)))
         self._track({**shown, "lr": self._lr()})
         return bool(flat[0] > 0)

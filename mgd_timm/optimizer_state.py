@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -25,12 +25,16 @@ def check_names(optim: Optim) -> None:
 
 
 def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
-    """timm's optimizer of that name over all of a module's parameters.
+    """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
 
     Raises:
         ValueError: No optimizer of that name.
     """
     check_names(optim)
+    kind = get_optimizer_info(optim.opt.lower()).opt_class
+    devices = {parameter.device.type for parameter in module.parameters()}
+    known = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
+    fused: dict[str, Any] = {"fused": True} if known else {}
     return create_optimizer_v2(
         module,
         opt=optim.opt,
@@ -38,6 +42,7 @@ def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         filter_bias_and_bn=optim.filter_bias_and_bn,
+        **fused,
     )
 
 
@@ -99,6 +104,11 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mappi
     for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
         group["params"] = now["params"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            # A fused optimizer goes through memory, not through indices: channels-last weights need channels-last momentum.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

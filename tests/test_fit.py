@@ -105,6 +105,19 @@ def test_every_sample_once_an_epoch_in_another_order(accelerator):
     assert first.tolist() != second.tolist()
 
 
+def test_a_compiled_step_has_the_same_gradients(accelerator):
+    """26 samples in batches of 4: the last one, of 2, is not compiled."""
+    plain, _, _ = train(accelerator(), OPTIM)
+    compiled, _, done = train(accelerator(), OPTIM, compile=True)
+    assert done.updates == 14
+    torch.testing.assert_close(compiled.layer.weight, plain.layer.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_fused_optimizer_is_taken_where_there_is_one():
+    for name, fused in (("momentum", True), ("adamw", True), ("lamb", False), ("rmsprop", False)):
+        assert bool(build_optimizer(Linear(), Optim(opt=name)).defaults.get("fused")) is fused
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_accumulation_equals_the_large_batch(accelerator, clip):
     optim = replace(OPTIM, clip_grad=clip)

@@ -1,0 +1,70 @@
+"""A frozen network made faster without another result: BatchNorm folded into the convolutions before it."""
+
+import copy
+from typing import Any
+
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from mgd_timm.features import FeatureTap
+
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # of these exactly: a subclass may standardise its weight in forward
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+
+
+def folded(tap: FeatureTap) -> FeatureTap | None:
+    """A copy of a tap whose BatchNorms stand in the weights of the convolutions before them, for inference.
+
+    Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named; then the copy's features of the same
+    image are compared with the tap's. The tap itself is left alone.
+
+    Returns:
+        The copy in eval mode; None where no BatchNorm directly follows a convolution, or where the copy's features differ by more
+        than float32 rounding (a convolution whose output is read elsewhere too).
+    """
+    twin = copy.deepcopy(tap).eval()
+    follows = _follows(twin)
+    if not follows:
+        return None
+    parents = {id(child): (parent, name) for parent in twin.modules() for name, child in parent.named_children()}
+    for convolution, norm in follows:
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        parent, name = parents[id(norm)]
+        setattr(parent, name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    expected, found = _features(tap), _features(twin)
+    for one, other in zip(expected, found, strict=True):
+        scale = one.abs().max().clamp_min(1e-6)
+        if not bool(((one - other).abs().max() / scale) < 1e-4):
+            return None
+    return twin
+
+
+def _features(tap: FeatureTap) -> list[Tensor]:
+    with tap._probing():
+        shown = tap(tap._image(tap.input_size))
+    return [shown.logits, shown.embedding, *shown.maps]
+
+
+def _follows(tap: FeatureTap) -> list[tuple[Any, Any]]:
+    """Pairs of a convolution and the BatchNorm whose only input is its output, each called once in a forward pass."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is held, so that no other gets its id
+    calls: dict[int, int] = {}
+    found: list[tuple[Any, Any]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+        if type(module) in _CONVOLUTIONS:
+            made[id(output)] = (module, output)
+        elif id(inputs[0]) in made and getattr(module, "running_mean", None) is not None and getattr(module, "affine", False):
+            found.append((made[id(inputs[0])][0], module))
+
+    handles = [m.register_forward_hook(note) for m in tap.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]
+    with tap._probing():
+        tap(tap._image(tap.input_size))
+    for handle in handles:
+        handle.remove()
+    normed = [id(convolution) for convolution, _ in found]
+    return [(c, n) for c, n in found if calls[id(c)] == calls[id(n)] == 1 and normed.count(id(c)) == 1]
