@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cifar as grid  # type: ignore[import-not-found]  # beside this script
+
 from mgd_timm.report import markdown
 
 HERE = Path(__file__).parent
@@ -35,26 +37,53 @@ def demo() -> str:
 
 def step() -> str:
     rows = json.loads((HERE / "results" / "step.json").read_text())
-    cells = [
-        [
-            row["pair"],
-            f"{row['batch'][0]} x {row['batch'][2]} px",
-            row["precision"],
-            f"{row['bare_ms']:.1f}",
-            f"{row['ours_ms']:.1f}",
-            f"{row['ratio']['median']:.3f} ({row['ratio']['quartiles'][0]:.3f} to {row['ratio']['quartiles'][1]:.3f})",
-        ]
-        for row in rows
-    ]
-    header = ["pair", "batch", "precision", "bare loop, ms", "ours, ms", "ours / bare (quartiles)"]
-    lines = "\n".join(
-        f"- {row['pair']}, {row['precision']}: n={row['ratio']['n']} runs of each in turn; {about(row)}." for row in rows
+    cells = []
+    for row in rows:
+        ratio, (low, high) = row["ratio"]["median"], row["ratio"]["quartiles"]
+        extra = [name for name in ("compile", "stored") if row[name]]
+        cells.append(
+            [
+                row["pair"].replace("cifar_", ""),
+                row["against"],
+                ", ".join([{"float32": "fp32", "bfloat16": "bf16"}[row["precision"]], *extra]),
+                f"{row['other_ms']:.1f}",
+                f"{row['ours_ms']:.1f}",
+                f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+                f"{1 / ratio:.2f}",
+                " / ".join(f"{row['peak_bytes'][name] / 2**20:.0f}" for name in ("ours", "other")),
+            ]
+        )
+    header = ["pair", "against", "ours", "its ms", "our ms", "ours / it (quartiles)", "it / ours", "peak MiB, ours / it"]
+    where = sorted({about(row) for row in rows})
+    rounds = sorted({row["ratio"]["n"] for row in rows})
+    return (
+        f"{markdown(header, cells)}\n\nMAS+KD by `benchmarks/step.py`, batches of 64, each in turn with the other, "
+        f"n={' or '.join(map(str, rounds))} runs of each: {'; '.join(where)}."
     )
-    return f"{markdown(header, cells)}\n\nMAS+KD by `benchmarks/step.py` against a bare KD loop:\n{lines}"
+
+
+def shortcuts() -> str:
+    row = json.loads((HERE / "results" / "shortcuts.json").read_text())
+    mean, std = row["difference"]["mean"], row["difference"]["std"]
+    return (
+        f"{row['table']}\n\nfast - plain, same seed: {mean:+.2f} ± {std:.2f} points over {len(row['seeds'])} seeds. "
+        f"`{row['what']}`; {about(row)}."
+    )
+
+
+def cifar() -> str:
+    rows = [json.loads(line) for line in (HERE / "results" / "cifar.jsonl").read_text().splitlines()]
+    first = rows[0]
+    seconds = sum({(row["pair"], row["seed"], row["pass_seconds"]): row["pass_seconds"] for row in rows}.values())
+    return (
+        f"{grid.table(rows)}\n\nCIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are "
+        f"differences of the same seed, a control is the same host with KD. `benchmarks/cifar.py`, {len(rows)} students in "
+        f"{seconds / 60:.0f} minutes of passes, one thread each, {first['precision']}; {about(first)}."
+    )
 
 
 def filled(text: str) -> str:
-    for name, make in (("demo", demo), ("step", step)):
+    for name, make in (("demo", demo), ("step", step), ("shortcuts", shortcuts), ("cifar", cifar)):
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S
         )

@@ -1,4 +1,4 @@
-"""The command line: mgd-timm train | distill | evaluate | export | list.
+"""The command line: mgd-timm train | distill | evaluate | import | export | list.
 
 Flags are generated from the recipe's dataclasses. Heavy packages load once the arguments are known to be right.
 """
@@ -24,6 +24,10 @@ _TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student
 _DISTILL_ONLY = {
     "teacher",
     "teacher_checkpoint",
+    "teacher_store",
+    "teacher_views",
+    "teacher_view_seed",
+    "teacher_top_k",
     "method",
     "criterion",
     "task_weight",
@@ -57,7 +61,7 @@ def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str],
         default: Any = None if field.default is dataclasses.MISSING else field.default
         options: dict[str, Any] = {"help": field.metadata["help"], "default": default}
         inner = _element(types[field.name])
-        if types[field.name] is bool:
+        if types[field.name] in (bool, bool | None):
             group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
         elif inner is not None:
             options["default"] = list(default) if isinstance(default, tuple) else default
@@ -74,7 +78,8 @@ def _element(kind: Any) -> Any:
     return None
 
 
-def _run_parser(prog: str, *, distill: bool) -> ArgumentParser:
+def run_parser(prog: str, *, distill: bool) -> ArgumentParser:
+    """The parser of `mgd-timm distill` or `train`, for scripts that take the same flags."""
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
 
     about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
@@ -97,8 +102,14 @@ def _options(namespace: Namespace) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of `make_recipe` that a call or its --config names, and none of those that it leaves alone."""
+    parser.set_defaults({name: None for name in vars(parser.get_defaults()) if name != "config"})
+    return {name: value for name, value in _options(parser.parse_args(list(arguments))).items() if value is not None}
+
+
 def _train(arguments: Sequence[str]) -> None:
-    values = _options(_run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
+    values = _options(run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
     for name, flag in _TRAIN_NAMES.items():
         values[name] = values.pop(flag)
     from mgd_timm.recipe import make_recipe
@@ -108,7 +119,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _distill(arguments: Sequence[str]) -> None:
-    values = _options(_run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
+    values = _options(run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
     from mgd_timm.recipe import make_recipe
     from mgd_timm.run import run
 
@@ -120,6 +131,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
     parser = _Parser(prog="mgd-timm evaluate", description="Top-1, top-5 and loss of a model, as JSON.")
     parser.add_argument("model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'")
+    said = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation: such as 0.05 0.1 0.2"
+    parser.add_argument("--noise", type=float, nargs="+", default=None, help=said)
+    parser.add_argument("--noise-seeds", type=int, default=5, help="noise seeds to average over")
     _add_fields(parser, Data, "images (default: those of the run)", set(), {})
     # A flag that is not given leaves the run's own value alone.
     parser.set_defaults({f.name: None for f in dataclasses.fields(Data)})
@@ -128,8 +142,16 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from mgd_timm.api import evaluate_named
 
     found, place = evaluate_named(model, **values)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # left to the exit of Python, a process may end in an abort (gloo)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps({**{name: round(value, 6) for name, value in found.items()}, "data": place}))
+        noise = {"noise": {sigma: _rounded(row) for sigma, row in found.pop("noise").items()}} if "noise" in found else {}
+        print(json.dumps({**_rounded(found), "data": place, **noise}))
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in numbers.items()}
 
 
 def _export(arguments: Sequence[str]) -> None:
@@ -149,6 +171,26 @@ def _export(arguments: Sequence[str]) -> None:
     known = json.loads((before / "recipe.json").read_text()) if before is not None else {}
     kept = {name: value for name, value in known.items() if name not in ("versions", "model_sha256")}
     print(f"wrote {export_model(model, values.folder, provenance=kept)}")
+
+
+def _import(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="mgd-timm import", description="Write a public checkpoint as a folder that teaches and is evaluated.")
+    parser.add_argument("file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run")
+    parser.add_argument("folder", type=str, help="where to; must not exist")
+    parser.add_argument("--model", type=str, required=True, help="timm's name of its architecture, such as cifar_resnet20")
+    parser.add_argument("--num-classes", type=int | None, default=None, help="to check; default: the classifier's in the file")
+    parser.add_argument("--in-chans", type=int | None, default=None, help="channels of the image; default: the weights'")
+    for name in ("mean", "std"):
+        about = f"{name} of the images that it was trained on, per channel; default: the architecture's (CIFAR-100's for cifar_*)"
+        parser.add_argument(f"--{name}", type=float, nargs="+", default=None, help=about)
+    parser.add_argument("--class-names", type=str, nargs="+", default=None, help="in the classifier's order; default: numbers")
+    parser.add_argument("--license", type=str, default="other", help="licence of the weights")
+    parser.add_argument("--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="replace the folder")
+    values = _options(parser.parse_args(list(arguments)))
+    from mgd_timm.importing import import_checkpoint
+
+    file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
+    print(f"wrote {import_checkpoint(file, model, folder, **values)}")
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -175,12 +217,20 @@ def _list(arguments: Sequence[str]) -> None:
         print("FOLDER       parquet or arrow files, or train/CLASS/*.png and test/CLASS/*.png")
 
 
-_COMMANDS = {"train": _train, "distill": _distill, "evaluate": _evaluate, "export": _export, "list": _list}
+_COMMANDS = {
+    "train": _train,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "import": _import,
+    "export": _export,
+    "list": _list,
+}
 _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
 
   mgd-timm distill --teacher NAME --student NAME --dataset NAME   teach a student
   mgd-timm train --model NAME --dataset NAME                      train a model on its own
   mgd-timm evaluate RUN                                           its accuracy
+  mgd-timm import FILE FOLDER --model NAME                        a public checkpoint, as a teacher
   mgd-timm export RUN FOLDER                                      its student, as timm loads it
   mgd-timm list criteria | models | data                          what there is
 

@@ -1,4 +1,4 @@
-"""What `datasets` reads (hub ids, parquet or arrow files, image folders) as rows of encoded images and checked labels.
+"""What `datasets` reads (hub ids, parquet or arrow files, image folders), and npy files, as rows of images and checked labels.
 
 Nothing is decoded or copied into memory before it is asked for.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,78 @@ class Rows:
         return total.hexdigest()
 
 
+@dataclass(frozen=True)
+class ArrayRows:
+    """A split of a pair of npy files: images uint8 [n, height, width] or [n, height, width, channels], mapped, and their labels."""
+
+    images: np.ndarray
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        """What an error calls an image."""
+        return f"{self.split} image {row}"
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """An image, uint8 [height, width, channels]."""
+        picture = Image.fromarray(np.squeeze(np.asarray(self.images[row])))
+        pixels = np.asarray(picture.convert("RGB" if in_chans == 3 else "L"))
+        return pixels.reshape(*pixels.shape[:2], in_chans)
+
+    def digest(self) -> str:
+        """sha256 of the labels and of all pixels."""
+        total = hashlib.sha256(json.dumps([self.split, self.class_names, list(self.images.shape)]).encode())
+        total.update(self.labels.tobytes())
+        for start in range(0, len(self), 4096):
+            total.update(np.ascontiguousarray(self.images[start : start + 4096]).tobytes())
+        return total.hexdigest()
+
+
+AnyRows = Rows | ArrayRows
+
+
+def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
+    """The splits of a folder that holds SPLIT_x.npy (images) and SPLIT_y.npy (class ids); empty where it holds none.
+
+    Raises:
+        DataError: A file without its partner, or arrays that are no images and labels.
+    """
+    found: dict[str, ArrayRows] = {}
+    for path in sorted(folder.glob("*_[xy].npy")):
+        split, partner = path.stem[:-2], path.with_name(path.stem[:-1] + ("y" if path.stem.endswith("x") else "x") + ".npy")
+        if not partner.is_file():
+            raise DataError(
+                f"{path}: expected {partner.name} beside it, the images in SPLIT_x.npy and their class ids in SPLIT_y.npy."
+            )
+        images, labels = (_array(folder / f"{split}_{kind}.npy") for kind in "xy")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+            raise DataError(
+                f"{folder / f'{split}_x.npy'}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] or "
+                "[n, height, width, channels] with 1 or 3 channels: convert it."
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
+            raise DataError(
+                f"{folder / f'{split}_y.npy'}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids from 0, one "
+                "for each image."
+            )
+        names = tuple(str(i) for i in range(int(labels.max()) + 1))
+        found[split] = ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
+    return found
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as an npy file of numbers ({error}): write it anew with numpy.save.") from error
+
+
 def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any]:
-    """The splits of a folder, or of a hub id where `local` is false and no such folder exists.
+    """The splits of a folder, or of a hub id where `local` is false and no such folder exists; npy files come before others.
 
     Raises:
         DataError: No such folder or data set, a class folder without images, or files that cannot be read.
@@ -131,6 +201,9 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
     folder = Path(place)
     local = local or folder.exists()
     if local:
+        arrays = _open_arrays(folder)
+        if arrays:
+            return dict(arrays)
         _check_folder(folder)
     elif place.count("/") > 1 or place.startswith((".", "~", "/")):
         raise DataError(f"{place}: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id.")
@@ -149,7 +222,7 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
 
 def _check_folder(place: Path) -> None:
     """`datasets` does not see a class folder without an image: the class would silently not exist."""
-    expected = "expected a folder of parquet or arrow files, or of images in class folders (train/cat/1.png)."
+    expected = "expected a folder of parquet, arrow or npy files, or of images in class folders (train/cat/1.png)."
     if not place.is_dir():
         raise DataError(f"{place}: {'a file' if place.exists() else 'no such folder'}; {expected}")
     folders: list[Path] = []
@@ -166,12 +239,12 @@ def _check_folder(place: Path) -> None:
         if full and folder not in full:
             raise DataError(f"{folder}: a class folder without an image. Add images of the class or remove the folder.")
     if not full:
-        raise DataError(f"{place}: neither images nor parquet or arrow files in it; {expected}")
+        raise DataError(f"{place}: neither images nor parquet, arrow or npy files in it; {expected}")
 
 
 def read_split(
     data: Data, splits: dict[str, Any], split: str, say: Callable[[str], None], classes: tuple[str, ...] | None = None
-) -> Rows:
+) -> AnyRows:
     """A split's rows, its columns found by their type where the recipe does not name them.
 
     Args:
@@ -189,6 +262,8 @@ def read_split(
     if split not in splits:
         raise DataError(str(unknown("split", split, splits)))
     table = splits[split]
+    if isinstance(table, ArrayRows):
+        return replace(table, class_names=classes or table.class_names)
     for name in (data.input_key, data.target_key):
         if name is not None and name not in table.column_names:
             raise DataError(str(unknown("column", name, table.column_names)))
@@ -271,7 +346,7 @@ def _labels(table: Any, target: str, split: str, classes: tuple[str, ...] | None
     return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
 
 
-def check_classes(train: Rows, test: Rows | None) -> None:
+def check_classes(train: AnyRows, test: AnyRows | None) -> None:
     """Refuse labels outside the named classes, a class without a training image, a single class, and other classes to test on.
 
     Raises:

@@ -181,6 +181,8 @@ class Heads:
     heads_clip_grad: float | None = _option(1.0, "largest gradient norm of the heads; T^2 makes early gradients large")
     heads_batch_size: int = _option(256, "images per update, of all processes, while the heads are fitted")
     heads_weight_decay: float = _option(5e-4, "weight decay of the heads")
+    heads_sched: Literal["cosine", "multistep"] = _option("cosine", "schedule of the heads (the authors: multistep)")
+    heads_decay_milestones: tuple[int, ...] = _option((30, 45), "epochs at which multistep divides the heads' learning rate by 10")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -220,6 +222,15 @@ class Recipe:
     teacher_checkpoint: str | None = _option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
+    teacher_store: str | None = _option(
+        None, "folder of teacher outputs, written once and read by every later run; for criteria that read no maps", digest=False
+    )
+    # None without a store, so that these are values of the runs alone that they decide.
+    teacher_views: int | None = _option(
+        None, "stored: augmented views of each image; epoch e shows view e modulo this. Default: the epochs"
+    )
+    teacher_view_seed: int | None = _option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
+    teacher_top_k: int | None = _option(None, "stored: largest logits that are kept of each view. Default: 0, all")
     method: Literal["none", "mag", "mas"] = _option(
         "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target)"
     )
@@ -228,12 +239,20 @@ class Recipe:
     kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
     kd_temperature: float = _option(4.0, "temperature of logit KD")
     smoothing: float = _option(0.0, "label smoothing of the labels' loss")
-    maps: str = _option("stages", "maps for criteria that read them: stages, last, or a number of evenly spaced ones")
+    maps: str = _option(
+        "stages", "maps for criteria that read them: stages, last, mid (all but the first), or a number of evenly spaced ones"
+    )
     drop: float = _option(0.0, "dropout before the student's classifier")
     drop_path: float | None = _option(None, "stochastic depth of the student")
+    train_only: Literal["all", "classifier"] = _option(
+        "all", "what is trained of a network on its own: all, or the classifier on a frozen backbone (a linear probe)"
+    )
+    adapt_batchnorm: bool = _option(False, "with a frozen backbone: its BatchNorm statistics go on to follow the images")
     amp: bool = _option(False, "mixed precision; else what accelerate launch says")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "its type")
-    channels_last: bool = _option(False, "channels-last memory format")
+    channels_last: bool | None = _option(None, "channels-last memory format; default: on a GPU, and for cifar_* networks anywhere")
+    compile: bool = _option(False, "compile the train step and the teacher (torch.compile; CUDA graphs on one GPU)")
+    fold_teacher: bool = _option(True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding")
     seed: int = _option(42, "of order, augmentation, initialisation and dropout")
     output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
     resume: bool = _option(False, "continue the run in the output folder from its newest whole checkpoint", digest=False)
@@ -257,6 +276,38 @@ class Recipe:
             )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
+        if self.train_only == "classifier" and self.teacher is not None:
+            raise ValueError(
+                f"train_only='classifier' beside the teacher {self.teacher!r}: what a teacher teaches is the backbone. Train "
+                "without one (mgd-timm train)."
+            )
+        if self.train_only == "classifier" and (self.drop or self.drop_path):
+            raise ValueError(
+                f"drop={self.drop}, drop_path={self.drop_path}: a frozen backbone (train_only='classifier') has no dropout. Leave "
+                "them out."
+            )
+        if self.adapt_batchnorm and self.train_only == "all":
+            raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
+        if self.teacher_store is not None and self.teacher is None:
+            raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
+        for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and self.teacher_store is None:
+                raise ValueError(f"{name}={value} belongs to stored teacher outputs: give teacher_store=FOLDER, or leave it out.")
+            if value is not None and least is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open about its teacher store filled in; the recipe itself where there is none."""
+    if recipe.teacher_store is None:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        teacher_views=recipe.teacher_views or recipe.optim.epochs,
+        teacher_view_seed=recipe.teacher_view_seed or 0,
+        teacher_top_k=recipe.teacher_top_k or 0,
+    )
 
 
 def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:

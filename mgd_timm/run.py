@@ -32,12 +32,14 @@ from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
-from mgd_timm.fit import Fitted, Metrics, Upkeep, fit
+from mgd_timm.fit import Fitted, Metrics, Upkeep, compile_mode, fit
+from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
-from mgd_timm.optimizer_state import check_names
+from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe
+from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
+from mgd_timm.teacher_store import StoredViews, check_storable, open_store
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
+    recipe = resolved(recipe)
     folder = Path(recipe.output)
     _refuse_existing(folder, recipe)
     check_names(recipe.optim)
@@ -112,6 +115,7 @@ class _Networks:
     objective: Objective | MAG
     teacher: Teacher | None
     identity: dict[str, Any]
+    stored: StoredViews | None
 
 
 def _build(
@@ -120,10 +124,13 @@ def _build(
     """Read the images and connect the networks; whatever does not fit is refused here."""
     if recipe.teacher is not None:
         parse_criteria(recipe)  # a wrong word is said before the first image is read
+        if recipe.teacher_store is not None:
+            check_storable(recipe)
         teacher = build_teacher(recipe) if teacher is None else teacher
     defaults = defaults_of(recipe, teacher, student)
     first = accelerator.local_main_process_first
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
+    drawn = student is None and not recipe.student_pretrained and recipe.student_checkpoint is None
     if student is None:
         set_seed(recipe.seed, 3)
         student = build_student(recipe, images)
@@ -141,6 +148,10 @@ def _build(
         tag=weights_tag(recipe),
     )
     tap = _tap(student, images.input_size, recipe)
+    if recipe.train_only == "classifier":
+        tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
+        if drawn:
+            accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
     shapes = seen = tap.shapes(images.input_size[1:])
     whole = classifier = None
     if teacher is not None:
@@ -148,13 +159,19 @@ def _build(
         size = view.size or (images.input_size[1], images.input_size[2])
         teacher_tap = _tap(teacher, (images.input_size[0], *size), recipe)
         seen, classifier = teacher_tap.shapes(size), teacher_tap.classifier
-        whole = Teacher(teacher_tap, view=view).to(accelerator.device)
-        if recipe.channels_last:
-            whole.to(memory_format=torch.channels_last)
+        own_digest = module_digest(teacher)
+        if recipe.fold_teacher:
+            teacher_tap = folded(teacher_tap) or teacher_tap
+        whole = Teacher(teacher_tap, view=view, digest=own_digest).to(accelerator.device)
+        _lay_out(whole, teacher_tap, recipe, accelerator)
     set_seed(recipe.seed, 4)
     pair = Pair(shapes, seen, images.num_samples, images.labels, classifier)
     own = identity(recipe, images, accelerator, student, teacher)
-    return images, _Networks(tap, build_objective(recipe, pair), whole, own)
+    objective = build_objective(recipe, pair)
+    stored = None
+    if whole is not None and recipe.teacher_store is not None:
+        stored = open_store(recipe, whole, images, accelerator)
+    return images, _Networks(tap, objective, whole, own, stored)
 
 
 def weights_tag(recipe: Recipe) -> str:
@@ -171,13 +188,16 @@ def _train_student(
     recipe: Recipe, images: Images, networks: _Networks, accelerator: Accelerator, summary: dict[str, Any], quiet: bool
 ) -> tuple[Fitted, nn.Module]:
     """Fit heads where the method needs them, then the student; gives the trained model, its moving average where there is one."""
-    tap, teacher = networks.student, networks.teacher
+    tap, teacher, stored = networks.student, networks.teacher, networks.stored
+    if teacher is not None and stored is not None:
+        stored.fill(teacher, accelerator, recipe.data.validation_batch_size, quiet=quiet)
     if teacher is not None and recipe.method != "none":
-        heads = fit_heads(teacher, images, recipe, accelerator, summary, quiet=quiet)
-        teacher = Teacher(teacher.tap, heads, view=teacher.view).to(accelerator.device)
+        heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, quiet=quiet)
+        teacher = Teacher(teacher.tap, heads, view=teacher.view, digest=teacher.digest).to(accelerator.device)
+    if teacher is not None and stored is not None:
+        teacher.tap.to("cpu")  # its outputs are there: the device's memory is the student's
     distiller = Distiller(tap, networks.objective).to(accelerator.device)
-    if recipe.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+    _lay_out(distiller, tap, recipe, accelerator)
     count = sum(p.numel() for p in tap.parameters())
     accelerator.print(f"student {tap.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images")
     watched = images.watched
@@ -191,10 +211,18 @@ def _train_student(
         extra = {f"raw_{name}": value for name, value in found.get("raw", {}).items() if name != "n"}
         return {**found["student"], **extra}
 
-    def teach(batch: Batch) -> Features:
-        assert teacher is not None
-        return teacher(batch.images)
+    look: Callable[..., Features] | None = teacher
+    if recipe.compile and teacher is not None and stored is None:
+        look = torch.compile(teacher, dynamic=False, mode=compile_mode(accelerator))
 
+    def show(batch: Batch) -> Features:
+        assert teacher is not None
+        assert look is not None
+        whole = len(batch.labels) == recipe.data.batch_size  # an epoch's last batch is not worth compiling again for
+        found: Features = (look if whole else teacher)(batch.images)
+        return found
+
+    teach = None if teacher is None else show if stored is None else stored.teacher(teacher.heads)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
@@ -207,19 +235,31 @@ def _train_student(
     )
     fitted = fit(
         distiller,
-        images.train,
+        images.train if stored is None else stored,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
         batch_size=recipe.data.batch_size,
-        teach=teach if teacher is not None else None,
+        teach=teach,
         watch=watch if watched is not None else None,
         averaged=tap,
+        compile=recipe.compile,
         upkeep=upkeep,
     )
+    tap.thaw()
     final = (fitted.averaged or tap).model
     assert isinstance(final, nn.Module)
     return fitted, final
+
+
+def _lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
+
+    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process (BasicBlock).
+    """
+    safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
+    if recipe.channels_last if recipe.channels_last is not None else safe:
+        module.to(memory_format=torch.channels_last)
 
 
 def _tap(model: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> FeatureTap:

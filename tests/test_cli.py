@@ -149,7 +149,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--criterion", "at:much"], ["'at:much'", "expected NAME or NAME:WEIGHT"]),
         (["distill", "--criterion", "kd:0.5", "--kd-weight", "0.7"], ["two weights of kd: 0.5", "0.7"]),
         (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
-        (["distill", "--data-dir", "nowhere"], ["nowhere: no such folder; expected a folder of parquet or arrow files"]),
+        (["distill", "--data-dir", "nowhere"], ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"]),
         (["distill", "--train-split", "trian"], ["unknown split 'trian': did you mean train?"]),
         (["distill", "--input-key", "imge"], ["unknown column 'imge': did you mean image?"]),
         (["distill", "--epochs", "0"], ["epochs=0", "expected 1 or more"]),
@@ -213,7 +213,7 @@ def test_teacher_weights_without_their_classifier_are_refused(mgd, tmp_path):
     refuse(mgd, ["body.safetensors holds no classifier (fc.weight)", "teaches noise"], *teacher, "body.safetensors")
     save_file(state, tmp_path / "eight.safetensors")
     wrong = ["distill", "--teacher", "cifar_resnet14", "--teacher-checkpoint"]
-    refuse(mgd, ["does not fit cifar_resnet14: missing ['layer1.1.bn1.bias'"], *wrong, "eight.safetensors")
+    refuse(mgd, ["does not fit cifar_resnet14: missing ['layer1.1.conv1.weight'"], *wrong, "eight.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
     refuse(mgd, ["text.safetensors: cannot be read as safetensors"], *teacher, "text.safetensors")
 

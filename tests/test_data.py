@@ -525,7 +525,7 @@ def test_a_bad_large_image_is_named_when_it_is_reached(tmp_path: Path, workers: 
         (Data(dataset="./images"), "./images: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id"),
         (
             Data(data_dir="/no/images"),
-            "/no/images: no such folder; expected a folder of parquet or arrow files, or of images in class",
+            "/no/images: no such folder; expected a folder of parquet, arrow or npy files, or of images in class",
         ),
         (Data(data_dir=__file__), "test_data.py: a file; expected a folder of parquet"),
         (Data(train_split="trian"), r"unknown split 'trian': did you mean train\?"),
@@ -629,11 +629,13 @@ def test_named_classes_without_images_or_with_other_names(tmp_path: Path) -> Non
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "nothing" / ".git").mkdir(parents=True)
-    with pytest.raises(DataError, match="nothing: neither images nor parquet or arrow files in it; expected a folder of parquet"):
+    with pytest.raises(
+        DataError, match="nothing: neither images nor parquet, arrow or npy files in it; expected a folder of parquet"
+    ):
         read(tmp_path / "nothing")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "cat.txt").write_text("cat")
-    with pytest.raises(DataError, match="text: neither images nor parquet or arrow files in it"):
+    with pytest.raises(DataError, match="text: neither images nor parquet, arrow or npy files in it"):
         read(tmp_path / "text")
     gap = folder(tmp_path / "gap", {"train/cat": [noise(0)], "train/dog": [], "train/emu": [noise(1)], "train/.hidden": []})
     with pytest.raises(

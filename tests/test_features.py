@@ -243,6 +243,7 @@ def test_shapes_of_rectangles():
         ([4] * 3, "stages", (0, 1, 2)),
         ([8, 4, 4, 4], "stages", (0, 3)),
         ([32, 16, 8], "last", (2,)),
+        ([32, 16, 8, 4, 4], "mid", (1, 2, 3, 4)),
         ([4] * 12, "3", (3, 7, 11)),
         ([32, 16, 8], "3", (0, 1, 2)),
         ([8], "1", (0,)),
@@ -254,7 +255,7 @@ def test_choose_maps(sides, word, expected):
 
 @pytest.mark.parametrize("word", ["", "0", "4", "-1", "all", "1.5", "²"])
 def test_choose_maps_refuses(word):
-    with pytest.raises(ValueError, match="'stages', 'last' or a number from 1 to 3"):
+    with pytest.raises(ValueError, match="'stages', 'last', 'mid' or a number from 1 to 3"):
         choose_maps([(16, 8, 8)] * 3, word)
 
 

@@ -1,0 +1,326 @@
+"""The paper's grid on CIFAR: what KD, MAG and MAS each add to a host method, the effects kept apart.
+
+    python benchmarks/cifar.py --data-dir cifar100 --pair resnet32x4-resnet8x4 --seeds 0 1 2      full length: for a GPU
+    python benchmarks/cifar.py --data-dir cifar100 --pair resnet56-resnet20 --student cifar_resnet8 --epochs 8 --teacher-epochs 15
+    python benchmarks/cifar.py --quick                                                      embedded data, minutes on two cores
+
+For every host X the arms are X, X+KD, MAG+X and MAS+X, of which the last two hold KD as well (as in the authors' scripts); for
+X = KD they are KD, MAG+KD and MAS+KD. All students of a seed start from the same weights, see the same batches and learn from one
+pass of the teacher; each ends with the weights that `mgd-timm distill` gives it alone. Every finished cell is one line of the
+results; what is there is not done again, and an interrupted pass goes on from its last epoch.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgd_timm import cifar
+from mgd_timm.build import (
+    build_accelerator,
+    build_objective,
+    build_student,
+    build_teacher,
+    check_label_spaces,
+    defaults_of,
+    needs_maps,
+    parse_criteria,
+    set_seed,
+    teacher_view,
+)
+from mgd_timm.data import load_images
+from mgd_timm.distiller import Distiller, Teacher
+from mgd_timm.evaluation import Metrics, evaluate_taps
+from mgd_timm.export import versions
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
+from mgd_timm.fit import Upkeep, fit
+from mgd_timm.folding import folded
+from mgd_timm.head_fitting import fit_heads
+from mgd_timm.optimizer_state import module_digest
+from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe
+from mgd_timm.report import machine, markdown, read_metrics
+
+HERE = Path(__file__).parent
+PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
+TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT"}
+DISTINCT = ("pair", "teacher", "student", "arm", "seed", "recipe")
+"""What tells one cell from another."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", nargs="+", default=["resnet32x4-resnet8x4"], help=", ".join(cifar.PAIRS))
+    parser.add_argument("--teacher", help="run or export folder of the teacher, instead of training the pair's")
+    parser.add_argument("--student", help="another student than the pair's")
+    parser.add_argument("--hosts", nargs="+", default=["kd", "fitnet", "at"], choices=list(TITLES))
+    parser.add_argument("--arms", nargs="+", help="only these, as the table names them: alone KD MAG+KD ...")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=cifar.EPOCHS)
+    parser.add_argument("--teacher-epochs", type=int, default=cifar.EPOCHS)
+    parser.add_argument("--heads-epochs", type=int, default=cifar.HEADS_EPOCHS)
+    parser.add_argument("--heads-protocol", choices=["live", "stored"], default="live")
+    parser.add_argument("--data-dir", help="folder of CIFAR-100 or CIFAR-10")
+    parser.add_argument("--dataset", default="uoft-cs/cifar100", help="hub id, where there is no --data-dir")
+    parser.add_argument("--students-per-pass", type=int, default=100, help="how many learn from one pass of the teacher")
+    parser.add_argument("--no-amp", action="store_true", help="float32 instead of bfloat16")
+    parser.add_argument("--quick", action="store_true", help="embedded data and teacher, two short seeds")
+    parser.add_argument("--output", type=Path, default=Path("runs/cifar"), help="teachers and passes under way")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/cifar.jsonl; with --quick: in the output folder")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.pair, args.teacher, args.student = ["embedded"], "embedded", args.student or "cifar_resnet8x05"
+        args.seeds, args.epochs, args.heads_epochs, args.heads_protocol = args.seeds[:2], min(args.epochs, 2), 8, "stored"
+    else:
+        for name in args.pair:
+            cifar.pair(name)
+    args.results = args.results or (args.output / "quick.jsonl" if args.quick else HERE / "results" / "cifar.jsonl")
+    return args
+
+
+def arms(hosts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Options of every arm; the weights beside them are the presets of the authors' scripts."""
+    found: dict[str, dict[str, Any]] = {"alone": {"teacher": None, "method": "none"}}
+    for host in hosts:
+        title = TITLES[host]
+        if host == "kd":
+            found["KD"] = {"criterion": ("kd",), "method": "none"}
+        else:
+            found[title] = {"criterion": (host,), "method": "none"}
+            found[f"{title}+KD"] = {"criterion": (host,), "method": "none", "kd_weight": 1.0}
+        for method in ("mag", "mas"):
+            found[f"{method.upper()}+{title}"] = {"criterion": (host,), "method": method}
+    return found
+
+
+class Cohort(nn.Module):
+    """Several distillers that learn from one pass of the teacher: the sum of their losses has each one's own gradients."""
+
+    def __init__(self, distillers: dict[str, Distiller]) -> None:
+        super().__init__()
+        self.distillers = nn.ModuleDict(distillers)
+
+    def forward(self, batch: Batch, teacher: Features) -> tuple[dict[str, Tensor], Tensor]:
+        """Every distiller's terms, and the logits of the last one."""
+        terms: dict[str, Tensor] = {}
+        for name, distiller in self.distillers.items():
+            found, logits = distiller(batch, teacher)
+            terms |= {f"{name}/{term}": value for term, value in found.items()}
+        return terms, logits
+
+
+def recipe_of(args: argparse.Namespace, student: str, options: dict[str, Any], seed: int, classes: int) -> Recipe:
+    if args.quick:
+        shown = {"epochs": args.epochs, "lr": 0.1, "batch_size": 64, "pad": 2}
+        heads = {"heads_epochs": args.heads_epochs}
+    else:
+        shown = cifar.training_options(student, args.epochs, classes=classes) | cifar.distillation_options() | data_options(args)
+        heads = cifar.heads_options(args.heads_epochs) if args.heads_protocol == "live" else {"heads_epochs": args.heads_epochs}
+    return make_recipe(student=student, seed=seed, amp=not args.no_amp, channels_last=True, **shown, **heads, **options)
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"data_dir": args.data_dir} if args.data_dir else {"dataset": args.dataset}
+
+
+def teacher_of(args: argparse.Namespace, network: str, classes: int) -> str:
+    """The teacher's folder: the one that is named, else the one that was trained for its recipe, else it is trained."""
+    if args.teacher:
+        return str(args.teacher)
+    options = cifar.training_options(network, args.teacher_epochs, classes=classes) | data_options(args)
+    options |= {"seed": 1, "amp": not args.no_amp, "channels_last": True}
+    return str(cifar.teacher_stage(args.output, network, options))
+
+
+def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> list[dict[str, Any]]:
+    """Train the students of one seed's cells side by side; gives a result for each."""
+    first = next(iter(cells.values()))
+    first, accelerator = build_accelerator(first)
+    network = build_teacher(make_recipe(teacher=teacher))
+    images = load_images(first.data, seed, defaults_of(first, network, None), say=accelerator.print)
+    taps: dict[str, nn.Module] = {}
+    distillers: dict[str, Distiller] = {}
+    view = teacher_view(network, images)
+    sizes = FeatureTap(network, input_size=images.input_size).all_maps(images.input_size[1:])
+    mapped = any(reads_maps(r) for r in cells.values())
+    teacher_tap = FeatureTap(network, choose_maps(sizes, first.maps) if mapped else None, input_size=images.input_size)
+    seen = teacher_tap.shapes(images.input_size[1:])
+    for arm, recipe in cells.items():
+        set_seed(seed, 3)  # as `run` does: the same weights whatever the arm
+        student = build_student(recipe, images)
+        check_label_spaces(network, student, images)
+        own = FeatureTap(student, input_size=images.input_size).all_maps(images.input_size[1:])
+        wanted = choose_maps(own, recipe.maps) if reads_maps(recipe) else None
+        tap = taps[arm] = FeatureTap(student, wanted, input_size=images.input_size)
+        set_seed(seed, 4)
+        pair = Pair(tap.shapes(images.input_size[1:]), seen, images.num_samples, images.labels, teacher_tap.classifier)
+        distillers[arm] = Distiller(tap, build_objective(recipe, pair))
+    weights = module_digest(network)
+    frozen = Teacher(folded(teacher_tap) or teacher_tap, view=view, digest=weights)
+    frozen.to(accelerator.device).to(memory_format=torch.channels_last)
+    group = digest({arm: as_dict(r, digest_only=True) for arm, r in cells.items()} | {"teacher": weights})[:12]
+    folder = args.output / f"pass-{name}-{seed}-{group}"
+    folder.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {}
+    assert images.watched is not None
+    watched = images.watched
+    summary["teacher_top1"] = evaluate_taps({"t": frozen}, watched, accelerator, 256)["t"]["top1"]
+    if any(r.method != "none" for r in cells.values()):
+        (folder / "for_heads").mkdir(exist_ok=True)
+        with_heads = next(r for r in cells.values() if r.method != "none")
+        of_heads = make_recipe(**{**flat(with_heads), "output": str(folder / "for_heads"), "resume": True})
+        heads = fit_heads(frozen, images, of_heads, accelerator, summary)
+        frozen = Teacher(frozen.tap, heads, view=view, digest=weights).to(accelerator.device)
+    cohort = Cohort(distillers).to(accelerator.device)
+    cohort.to(memory_format=torch.channels_last)
+
+    def watch(_: nn.Module | None) -> Metrics:
+        found = evaluate_taps(taps, watched, accelerator, 256)
+        return {arm: metrics["top1"] for arm, metrics in found.items()}
+
+    def teach(batch: Batch) -> Features:
+        return frozen(batch.images)
+
+    upkeep = Upkeep(folder=folder, identity={"group": group}, resume=True, stage="cohort")
+    fitted = fit(
+        cohort,
+        images.train,
+        first.optim,
+        accelerator,
+        seed=seed,
+        batch_size=first.data.batch_size,
+        teach=teach,
+        watch=watch,
+        upkeep=upkeep,
+    )
+    curves = [row["eval"] for row in read_metrics(folder) if row["stage"] == "cohort"]
+    common = {
+        "teacher_top1": round(summary["teacher_top1"], 2),
+        "heads": {k: round(v, 2) for k, v in summary.get("heads", {}).items()},
+        "students_in_pass": len(cells),
+        "pass_seconds": round(fitted.seconds, 1),
+        "n_test": len(watched.ids),
+        "data_sha256": images.train.digest,
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(accelerator.mixed_precision),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    rows = []
+    for arm, recipe in cells.items():
+        curve = [round(metrics[arm], 2) for metrics in curves]
+        scores = {"last": curve[-1], "best": max(curve), "best_epoch": 1 + curve.index(max(curve)), "epochs": len(curve)}
+        rows.append({**key_of(name, teacher_tap.name, recipe, arm), **scores, "curve": curve, **common})
+    return rows
+
+
+def reads_maps(recipe: Recipe) -> bool:
+    return recipe.teacher is not None and needs_maps(parse_criteria(recipe))
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    from mgd_timm.recipe import flatten
+
+    return flatten(as_dict(recipe))
+
+
+def key_of(name: str, teacher: str, recipe: Recipe, arm: str) -> dict[str, Any]:
+    return {
+        "pair": name,
+        "teacher": teacher,
+        "student": recipe.student,
+        "arm": arm,
+        "seed": recipe.seed,
+        "recipe": digest(as_dict(recipe, digest_only=True))[:12],
+    }
+
+
+def known_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean and spread by arm, gains paired by seed, and the literature's figures where the pair is the paper's own."""
+    out = []
+    for name, teacher, student, epochs in dict.fromkeys((r["pair"], r["teacher"], r["student"], r["epochs"]) for r in rows):
+        chosen = [r for r in rows if (r["pair"], r["teacher"], r["student"], r["epochs"]) == (name, teacher, student, epochs)]
+        by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in chosen:
+            by_arm.setdefault(row["arm"], {})[row["seed"]] = row
+        cells = []
+        known = list(arms(TITLES))
+        for arm, found in sorted(by_arm.items(), key=lambda item: known.index(item[0])):
+            last = [r["last"] for r in found.values()]
+            best = [r["best"] for r in found.values()]
+            own_pair = (teacher, student) == cifar.PAIRS.get(name)  # figures of the paper's networks only
+            paper, other = (
+                PUBLISHED[key]["top1"].get(arm, {}).get(name) if own_pair else None for key in ("paper", "repdistiller")
+            )
+            gains = [gain(found, by_arm.get(base, {})) for base in ("alone", control(arm))]
+            figures = [f"{paper:.2f}" if paper else "", f"{other:.2f}" if other else ""]
+            cells.append([arm, spread(last), spread(best), *gains, str(len(last)), *figures])
+        tops = sorted({r["teacher_top1"] for r in chosen})
+        title = f"{teacher} ({', '.join(f'{t:.2f}' for t in tops)} %) -> {student}, {epochs} epochs"
+        header = ["arm", "last top-1 %", "best top-1 %", "over alone", "over its control", "seeds", "paper", "RepDistiller"]
+        out.append(f"{title}\n\n{markdown(header, cells)}")
+    return "\n\n".join(out)
+
+
+def control(arm: str) -> str:
+    """The arm that differs from this one by MAG or MAS alone: the host with KD."""
+    host = arm.partition("+")[2]
+    if not arm.startswith(("MAG", "MAS")):
+        return ""
+    return host if host == "KD" else f"{host}+KD"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def gain(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> str:
+    """Mean and spread of the differences between last accuracies of the same seed."""
+    both = sorted(set(found) & set(base))
+    differences = [found[seed]["last"] - base[seed]["last"] for seed in both]
+    if not differences or found is base:
+        return ""
+    text = f"{statistics.fmean(differences):+.2f}"
+    return text + (f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    classes = 10 if "cifar10" in (args.data_dir or args.dataset).replace("cifar100", "") else 100
+    for name in args.pair:
+        network, student = ("embedded", "") if args.quick else cifar.pair(name)
+        student = args.student or student
+        teacher = teacher_of(args, network, classes)
+        architecture = FeatureTap(build_teacher(make_recipe(teacher=teacher))).name
+        for seed in args.seeds:
+            recipes = {
+                arm: recipe_of(args, student, options, seed, classes)
+                for arm, options in arms(args.hosts).items()
+                if not args.arms or arm in args.arms
+            }
+            done = [{k: row[k] for k in DISTINCT} for row in known_rows(args.results)]
+            open_cells = {arm: r for arm, r in recipes.items() if key_of(name, architecture, r, arm) not in done}
+            names = list(open_cells)
+            for start in range(0, len(names), args.students_per_pass):
+                chosen = {arm: open_cells[arm] for arm in names[start : start + args.students_per_pass]}
+                print(f"\n== {name}, seed {seed}: {', '.join(chosen)}", flush=True)
+                rows = run_pass(args, name, teacher, chosen, seed)
+                with args.results.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+    print("\n" + table(known_rows(args.results)))
+    print(f"\nresults: {args.results}")
+
+
+if __name__ == "__main__":
+    main()

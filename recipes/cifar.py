@@ -1,0 +1,80 @@
+"""The paper's CIFAR protocol, whole: teacher, granularity heads, student; each stage reused where its recipe and data are the same.
+
+    accelerate launch recipes/cifar.py --pair resnet32x4-resnet8x4
+    accelerate launch recipes/cifar.py --pair wrn_40_2-wrn_16_2 --method mag --criterion at --data-dir cifar100
+    accelerate launch recipes/cifar.py --pair vgg13-vgg8 --epochs 30 --amp --compile
+
+The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: a schedule of an eighth, its milestones too. Every flag of
+`mgd-timm distill` is here as well and replaces the protocol's value for the student; --amp, --compile and --channels-last hold for
+the teacher too. A flag that is left out has the protocol's value. A stopped run goes on when the same command is given again.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgd_timm import cifar
+from mgd_timm.cli import given_options, run_parser
+from mgd_timm.recipe import make_recipe
+
+_OWN = ("pair", "teacher_epochs", "teacher_seed")
+_OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split", "val_split")
+_FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = run_parser("recipes/cifar.py", distill=True)
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}")
+    group.add_argument("--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs")
+    group.add_argument("--teacher-seed", type=int, default=0, help="of the teacher's training")
+    given = given_options(parser, words)
+    try:
+        print_result(*distil(given))
+    except (ValueError, OSError) as error:
+        sys.exit(f"recipes/cifar.py: error: {error}")
+
+
+def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
+    """Carry out the stages; gives the pair's name and the folders of the student and of the teacher that was trained for it."""
+    name = given.get("pair", "resnet32x4-resnet8x4")
+    network, student = cifar.pair(name)
+    student = given.get("student", student)
+    root = Path(given.get("output", "runs/cifar"))
+    data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
+    data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
+    classes = cifar.count_classes(data)
+    epochs = given.get("epochs", cifar.EPOCHS)
+    teacher, folder = given.get("teacher"), None
+    if teacher is None:
+        options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
+        options |= {key: given[key] for key in _FAST if key in given}
+        folder = cifar.teacher_stage(root, network, {**options, "seed": given.get("teacher_seed", 0)})
+        teacher = str(folder)
+    protocol = cifar.training_options(student, epochs, classes=classes) | data
+    protocol |= cifar.distillation_options() | cifar.heads_options(
+        given.get("heads_epochs", max(1, cifar.HEADS_EPOCHS * epochs // cifar.EPOCHS))
+    )
+    own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
+    recipe = make_recipe(**{**protocol, "seed": 1, **own, "student": student, "teacher": teacher})
+    words = [word.partition(":")[0] for word in recipe.criterion]
+    title = "-".join([student, recipe.method, *words, str(recipe.seed)])
+    return name, cifar.stage(root, title, recipe, {"teacher": cifar.weights_digest(teacher)}), folder
+
+
+def print_result(name: str, student: Path, teacher: Path | None) -> None:
+    """Say what the student reached, in the main process."""
+    from accelerate import PartialState
+
+    summary = json.loads((student / "summary.json").read_text())
+    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary["teacher_top1"]
+    say = PartialState().print
+    say(f"\n{name}: teacher {above:.2f} %, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
+    say(f"student: {student / 'export'}")
+
+
+if __name__ == "__main__":
+    main()
