@@ -19,6 +19,11 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/step.py --amp --rounds 4
 	$(RUN) benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10 --steps 150 --rounds 5
+	$(RUN) benchmarks/step.py --against plain --amp --rounds 4 --steps 20
+	$(RUN) benchmarks/step.py --against plain --amp --compile --rounds 4 --steps 20
+	$(RUN) benchmarks/step.py --against plain --amp --stored --rounds 4 --steps 20
+	$(RUN) benchmarks/step.py --against alone --amp --stored --rounds 4
+	$(RUN) benchmarks/shortcuts.py
 	$(RUN) benchmarks/demo.py --seeds 5
 	$(RUN) benchmarks/readme.py
 

@@ -11,6 +11,7 @@ results; what is there is not done again, and an interrupted pass goes on from i
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -49,8 +50,10 @@ from mgd_timm.report import machine, markdown, read_metrics
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
 TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT"}
-DISTINCT = ("pair", "teacher", "student", "arm", "seed", "recipe")
+DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
 """What tells one cell from another."""
+ALIKE = ("pair", "teacher", "teacher_sha256", "student", "data_sha256", "epochs", "precision")
+"""What rows of one table have in common."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -163,7 +166,8 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     weights = module_digest(network)
     frozen = Teacher(folded(teacher_tap) or teacher_tap, view=view, digest=weights)
     frozen.to(accelerator.device).to(memory_format=torch.channels_last)
-    group = digest({arm: as_dict(r, digest_only=True) for arm, r in cells.items()} | {"teacher": weights})[:12]
+    made_of = {arm: as_dict(r, digest_only=True) for arm, r in cells.items()}
+    group = digest(made_of | {"teacher": weights, "images": [images.train.digest, images.watched and images.watched.digest]})[:12]
     folder = args.output / f"pass-{name}-{seed}-{group}"
     folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
@@ -205,7 +209,6 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
         "students_in_pass": len(cells),
         "pass_seconds": round(fitted.seconds, 1),
         "n_test": len(watched.ids),
-        "data_sha256": images.train.digest,
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "precision": str(accelerator.mixed_precision),
@@ -216,12 +219,28 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     for arm, recipe in cells.items():
         curve = [round(metrics[arm], 2) for metrics in curves]
         scores = {"last": curve[-1], "best": max(curve), "best_epoch": 1 + curve.index(max(curve)), "epochs": len(curve)}
-        rows.append({**key_of(name, teacher_tap.name, recipe, arm), **scores, "curve": curve, **common})
+        key = key_of(name, teacher_tap.name, weights, images.train.digest, recipe, arm)
+        rows.append({**key, **scores, "curve": curve, **common})
     return rows
 
 
 def reads_maps(recipe: Recipe) -> bool:
     return recipe.teacher is not None and needs_maps(parse_criteria(recipe))
+
+
+def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> None:
+    """One pass; where a GPU's memory does not hold its students, two of half as many."""
+    print(f"\n== {name}, seed {seed}: {', '.join(cells)}", flush=True)
+    try:
+        add_rows(args.results, run_pass(args, name, teacher, cells, seed))
+        return
+    except torch.cuda.OutOfMemoryError:
+        if len(cells) == 1:
+            raise
+    torch.cuda.empty_cache()
+    names = list(cells)
+    for part in (names[: len(names) // 2], names[len(names) // 2 :]):
+        run_cells(args, name, teacher, {arm: cells[arm] for arm in part}, seed)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -230,26 +249,40 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return flatten(as_dict(recipe))
 
 
-def key_of(name: str, teacher: str, recipe: Recipe, arm: str) -> dict[str, Any]:
+def key_of(name: str, teacher: str, weights: str, images: str, recipe: Recipe, arm: str) -> dict[str, Any]:
     return {
         "pair": name,
         "teacher": teacher,
+        "teacher_sha256": weights,
         "student": recipe.student,
         "arm": arm,
         "seed": recipe.seed,
         "recipe": digest(as_dict(recipe, digest_only=True))[:12],
+        "data_sha256": images,
     }
 
 
 def known_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    """Finished cells; what an interrupted write left of a line does not count."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    whole = not path.is_file() or path.read_text().endswith("\n") or not path.stat().st_size
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean and spread by arm, gains paired by seed, and the literature's figures where the pair is the paper's own."""
     out = []
-    for name, teacher, student, epochs in dict.fromkeys((r["pair"], r["teacher"], r["student"], r["epochs"]) for r in rows):
-        chosen = [r for r in rows if (r["pair"], r["teacher"], r["student"], r["epochs"]) == (name, teacher, student, epochs)]
+    for alike in dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows):
+        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike]
+        name, teacher, student, epochs = (chosen[0][key] for key in ("pair", "teacher", "student", "epochs"))
         by_arm: dict[str, dict[int, dict[str, Any]]] = {}
         for row in chosen:
             by_arm.setdefault(row["arm"], {})[row["seed"]] = row
@@ -297,27 +330,26 @@ def gain(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> s
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    classes = 10 if "cifar10" in (args.data_dir or args.dataset).replace("cifar100", "") else 100
+    classes = 10 if args.quick else cifar.images_of(make_recipe(**data_options(args))).num_classes
     for name in args.pair:
         network, student = ("embedded", "") if args.quick else cifar.pair(name)
         student = args.student or student
         teacher = teacher_of(args, network, classes)
-        architecture = FeatureTap(build_teacher(make_recipe(teacher=teacher))).name
+        module = build_teacher(make_recipe(teacher=teacher))
+        architecture, weights = FeatureTap(module).name, module_digest(module)
         for seed in args.seeds:
             recipes = {
                 arm: recipe_of(args, student, options, seed, classes)
                 for arm, options in arms(args.hosts).items()
                 if not args.arms or arm in args.arms
             }
+            images = cifar.images_of(next(iter(recipes.values()))).train.digest
             done = [{k: row[k] for k in DISTINCT} for row in known_rows(args.results)]
-            open_cells = {arm: r for arm, r in recipes.items() if key_of(name, architecture, r, arm) not in done}
+            open_cells = {arm: r for arm, r in recipes.items() if key_of(name, architecture, weights, images, r, arm) not in done}
             names = list(open_cells)
             for start in range(0, len(names), args.students_per_pass):
                 chosen = {arm: open_cells[arm] for arm in names[start : start + args.students_per_pass]}
-                print(f"\n== {name}, seed {seed}: {', '.join(chosen)}", flush=True)
-                rows = run_pass(args, name, teacher, chosen, seed)
-                with args.results.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                run_cells(args, name, teacher, chosen, seed)
     print("\n" + table(known_rows(args.results)))
     print(f"\nresults: {args.results}")
 

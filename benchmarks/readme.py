@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,30 @@ def shortcuts() -> str:
 
 
 def cifar() -> str:
-    rows = [json.loads(line) for line in (HERE / "results" / "cifar.jsonl").read_text().splitlines()]
+    rows = grid.known_rows(HERE / "results" / "cifar.jsonl")
     first = rows[0]
-    seconds = sum({(row["pair"], row["seed"], row["pass_seconds"]): row["pass_seconds"] for row in rows}.values())
+    seconds = [seconds for *_, seconds in {(row["pair"], row["seed"], row["pass_seconds"]) for row in rows}]
     return (
         f"{grid.table(rows)}\n\nCIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are "
-        f"differences of the same seed, a control is the same host with KD. `benchmarks/cifar.py`, {len(rows)} students in "
-        f"{seconds / 60:.0f} minutes of passes, one thread each, {first['precision']}; {about(first)}."
+        f"differences of the same seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in "
+        f"{sum(seconds) / 3600:.1f} hours of passes, {first['threads']} thread each, {first['precision']}; {about(first)}."
     )
 
 
+def public() -> str:
+    rows = json.loads((HERE / "results" / "public.json").read_text())
+    cells = [[row["model"], row["data"], f"{row['published']:.2f}", f"{row['top1']:.2f}", row["precision"]] for row in rows]
+    return (
+        f"{markdown(['public checkpoint', 'test images of', 'published top-1 %', 'here', 'precision'], cells)}\n\n"
+        f"`benchmarks/public.py`; {about(rows[0])}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "step": step, "shortcuts": shortcuts, "cifar": cifar, "public": public}
+
+
 def filled(text: str) -> str:
-    for name, make in (("demo", demo), ("step", step), ("shortcuts", shortcuts), ("cifar", cifar)):
+    for name, make in TABLES.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S
         )

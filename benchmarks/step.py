@@ -283,6 +283,7 @@ def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> None:
     }
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     key = ("against", "pair", "batch", "precision", "channels_last", *switches)
+    known = [old for old in known if "against" in old]  # rows of before hold less
     known = [old for old in known if any(old.get(k) != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps([*known, row], indent=2) + "\n")

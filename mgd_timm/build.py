@@ -4,14 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import timm
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import Pair, TeacherView
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown
 
 
@@ -45,7 +45,7 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         gradient_accumulation_steps=recipe.optim.grad_accum_steps,
         log_with=list(recipe.log_with) or None,
         project_dir=recipe.output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        kwargs_handlers=[PATIENCE],
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(

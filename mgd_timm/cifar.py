@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from mgd_timm.build import load_model
-from mgd_timm.data import load_images
+from mgd_timm import checkpoint
+from mgd_timm.build import build_teacher
+from mgd_timm.data import Images, load_images
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.processes import decided, join
 from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe, unknown
 from mgd_timm.run import run
 
@@ -54,8 +54,11 @@ def pair(name: str) -> tuple[str, str]:
 
 
 def shrunk(milestones: tuple[int, ...], epochs: int, whole: int) -> tuple[int, ...]:
-    """Milestones of a schedule of `whole` epochs in one of `epochs`, at the same shares of its length (rounded down, 1 or more)."""
-    return tuple(max(1, milestone * epochs // whole) for milestone in milestones)
+    """Milestones of a schedule of `whole` epochs in one of `epochs`, at the same shares of its length, each once.
+
+    Rounded down, 1 or more; where two would coincide, which decays twice at once, one of them is left out.
+    """
+    return tuple(dict.fromkeys(max(1, milestone * epochs // whole) for milestone in milestones))
 
 
 def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) -> dict[str, Any]:
@@ -97,26 +100,26 @@ def heads_options(epochs: int = HEADS_EPOCHS) -> dict[str, Any]:
     }
 
 
-def count_classes(data: dict[str, Any]) -> int:
-    """Classes of a data set, given by the options that name it.
+def images_of(recipe: Recipe) -> Images:
+    """The images of a recipe, decoded by one process while the others wait.
 
     Raises:
         DataError: No such data.
     """
-    state = PartialState()
-    return load_images(make_recipe(**data).data, 0, main_first=state.local_main_process_first, say=state.print).num_classes
+    accelerator = join()
+    return load_images(recipe.data, recipe.seed, main_first=accelerator.local_main_process_first, say=accelerator.print)
 
 
-def weights_digest(model: str) -> str:
-    """sha256 of the weights that a name or a folder stands for."""
-    return module_digest(load_model(model))
+def weights_digest(model: str, checkpoint: str | None = None) -> str:
+    """sha256 of the weights that a name, a folder, or a name with a file stands for."""
+    return module_digest(build_teacher(make_recipe(teacher=model, teacher_checkpoint=checkpoint)))
 
 
 def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | None = None, *, quiet: bool = False) -> Path:
     """The folder of a finished run of this recipe under `root`: found by its digest, continued where it was stopped, else run.
 
     Args:
-        root: Folder of all stages.
+        root: Folder of all stages; all processes must see the same one.
         name: What the stage is called, before its digest.
         recipe: Of the run; its output folder is chosen here.
         made_from: What else decides the weights (a teacher's digest).
@@ -125,16 +128,25 @@ def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | Non
     Raises:
         ValueError, OSError: As `run`.
     """
-    state = PartialState()
-    images = load_images(recipe.data, recipe.seed, main_first=state.local_main_process_first, say=state.print)
-    made_of = {"recipe": as_dict(recipe, digest_only=True), "images": images.train.digest, "from": made_from or {}}
+    accelerator = join()
+    images = images_of(recipe)
+    initial = recipe.student_checkpoint
+    made_of = {
+        "recipe": as_dict(recipe, digest_only=True),
+        "images": [source.digest if source is not None else None for source in (images.train, images.watched)],
+        "from": made_from or {},
+        "initial": checkpoint.sha256(Path(initial)) if initial is not None else None,
+        "processes": accelerator.num_processes,
+        "precision": recipe.amp_dtype if recipe.amp else str(accelerator.mixed_precision),
+    }
     folder = root / f"{name}-{digest(made_of)[:12]}"
-    finished, begun = (folder / "summary.json").is_file(), (folder / "recipe.yaml").is_file()
-    state.wait_for_everyone()  # none may write there before all have looked
+    # The main process looks, before any of them writes there.
+    finished = decided(accelerator, (folder / "summary.json").is_file())
+    begun = decided(accelerator, (folder / "recipe.yaml").is_file())
     if finished:
-        state.print(f"{name}: found in {folder}")
+        accelerator.print(f"{name}: found in {folder}")
         return folder
-    state.print(f"{name}: {'continued' if begun else 'started'} in {folder}")
+    accelerator.print(f"{name}: {'continued' if begun else 'started'} in {folder}")
     run(replace(recipe, output=str(folder), resume=begun), quiet=quiet)
     return folder
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn
@@ -142,9 +142,6 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from mgd_timm.api import evaluate_named
 
     found, place = evaluate_named(model, **values)
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()  # left to the exit of Python, a process may end in an abort (gloo)
     if int(os.environ.get("RANK", "0")) == 0:
         noise = {"noise": {sigma: _rounded(row) for sigma, row in found.pop("noise").items()}} if "noise" in found else {}
         print(json.dumps({**_rounded(found), "data": place, **noise}))
@@ -251,11 +248,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
         print(f"mgd-timm: unknown command {words[0]!r}: {hint}", file=sys.stderr)
         return 2
+    return guarded("mgd-timm", lambda: _COMMANDS[words[0]](words[1:]))
+
+
+def guarded(name: str, action: Callable[[], None]) -> int:
+    """Carry a command out; gives the exit code, and says what failed or stopped it without a traceback, but for faults of ours."""
     try:
-        _COMMANDS[words[0]](words[1:])
+        action()
+        if "accelerate" in sys.modules:
+            from mgd_timm.processes import leave
+
+            leave()
     except KeyboardInterrupt as stop:
         said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
-        print(f"\nmgd-timm: {said}", file=sys.stderr)
+        print(f"\n{name}: {said}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError, RuntimeError) as error:
         from mgd_timm.checkpoint import CheckpointError
@@ -263,6 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             raise  # a fault of ours, or the machine's: with its traceback
-        print(f"mgd-timm: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -131,9 +131,13 @@ class StoreSource:
         mean, std = (s.to(device) for s in self.stats)
         images, labels = self._resident(device)
         sizes = [len(ids) for ids in slots]
-        for there in torch.cat(list(slots)).to(device).split(sizes) if sizes else ():  # one transfer an epoch
-            rows = there.to(images.device)
-            shown = images[rows].to(device, non_blocking=True)
+        moved = torch.cat(list(slots)).to(device).split(sizes) if sizes else ()  # one transfer an epoch
+        for ids, there in zip(slots, moved, strict=True):
+            if images.device == there.device:
+                shown = images[there]
+            else:
+                held = images[ids]  # too many for the GPU: pinned, so that no step waits for them all the same
+                shown = (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)
             if self.seed is not None:
                 shown = augment(shown, there, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
             yield Batch(normalise(shown, mean, std), labels[there], there)

@@ -1,5 +1,7 @@
 """The frozen teacher, and the one module that trains."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -55,6 +57,24 @@ class Teacher(nn.Module):
             return features
         codes = self.heads.encode(features.embedding)
         return features._replace(codes=codes, views=self.heads.decode(codes))
+
+
+def live(teacher: Teacher, batch_size: int, mode: str | None) -> Callable[[Batch], Features]:
+    """The teacher as `fit` asks it about a batch.
+
+    Args:
+        teacher: With or without heads.
+        batch_size: Size of a whole batch; another one, an epoch's last, is not worth compiling again for.
+        mode: torch.compile's for whole batches; None compiles nothing.
+    """
+    compiled: Callable[..., Features] | None = torch.compile(teacher, dynamic=False, mode=mode) if mode is not None else None
+
+    def teach(batch: Batch) -> Features:
+        look = compiled if compiled is not None and len(batch.labels) == batch_size else teacher
+        found: Features = look(batch.images)
+        return found
+
+    return teach
 
 
 class Distiller(nn.Module):

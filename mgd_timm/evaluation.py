@@ -44,7 +44,8 @@ def evaluate(
     if not len(source.ids):
         raise ValueError("there is no image to evaluate on.")
     mine = source.ids[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)
+    precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    sums = torch.zeros(len(names), 3, dtype=precise, device=accelerator.device)
     classes = 0
     batches = source.batches(list(mine.split(batch_size)) if len(mine) else [], 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
@@ -59,9 +60,9 @@ def evaluate(
                 ranked = logits.topk(min(5, classes)).indices == target[:, None]
                 loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
                 found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-                sums[row] += found.double().cpu()
+                sums[row] += found.to(precise)  # on the device: nothing waits for it
             shown_bar.update(len(batch.labels))
-    share = (accelerator.reduce(sums.to(accelerator.device), "sum").cpu() / len(source.ids)).tolist()
+    share = (accelerator.reduce(sums, "sum").cpu() / len(source.ids)).tolist()
     return {
         name: {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "n": float(len(source.ids))}
         for name, (top1, top5, loss) in zip(names, share, strict=True)

@@ -193,7 +193,7 @@ class _Loop:
         self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
         self.parameters = [p for p in trainee.parameters() if p.requires_grad]
-        optimizer = build_optimizer(trainee, optim)
+        optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
         self.updates_per_epoch = len(self._updates(0))
         self.schedule = build_schedule(optimizer, optim, self.updates_per_epoch)
         self.ema: ModelEmaV3 | None = None

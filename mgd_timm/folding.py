@@ -16,26 +16,38 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 def folded(tap: FeatureTap) -> FeatureTap | None:
     """A copy of a tap whose BatchNorms stand in the weights of the convolutions before them, for inference.
 
-    Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named; then the copy's features of the same
-    image are compared with the tap's. The tap itself is left alone.
+    Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named. What is folded is checked: the copy's
+    features of the same image are compared with the tap's, and a fold that changes them by more than float32 rounding (of a
+    convolution whose output is read elsewhere too) is left out. The tap itself is left alone.
 
     Returns:
-        The copy in eval mode; None where no BatchNorm directly follows a convolution, or where the copy's features differ by more
-        than float32 rounding (a convolution whose output is read elsewhere too).
+        The copy in eval mode; None where nothing can be folded.
     """
+    expected = _features(tap)
+    chosen = _sound(tap, list(range(len(_follows(tap)))), expected)
+    return _fold(tap, chosen, expected) if chosen else None
+
+
+def _sound(tap: FeatureTap, chosen: list[int], expected: list[Tensor]) -> list[int]:
+    """The folds among the chosen that leave the features as they are, by halves."""
+    if not chosen or _fold(tap, chosen, expected) is not None:
+        return chosen
+    half = len(chosen) // 2
+    return _sound(tap, chosen[:half], expected) + _sound(tap, chosen[half:], expected) if half else []
+
+
+def _fold(tap: FeatureTap, chosen: list[int], expected: list[Tensor]) -> FeatureTap | None:
+    """A copy with the chosen folds; None if its features differ."""
     twin = copy.deepcopy(tap).eval()
     follows = _follows(twin)
-    if not follows:
-        return None
     parents = {id(child): (parent, name) for parent in twin.modules() for name, child in parent.named_children()}
-    for convolution, norm in follows:
+    for convolution, norm in (follows[index] for index in chosen):
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
         parent, name = parents[id(norm)]
         setattr(parent, name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
-    expected, found = _features(tap), _features(twin)
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(expected, _features(twin), strict=True):
         scale = one.abs().max().clamp_min(1e-6)
         if not bool(((one - other).abs().max() / scale) < 1e-4):
             return None

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mgd_timm import checkpoint
 from mgd_timm.build import set_seed
 from mgd_timm.data import Images, cache_folder
-from mgd_timm.distiller import Teacher
+from mgd_timm.distiller import Teacher, live
 from mgd_timm.evaluation import Metrics, evaluate
 from mgd_timm.features import Batch, Features, TeacherView
-from mgd_timm.fit import Upkeep, fit
+from mgd_timm.fit import Upkeep, compile_mode, fit
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Optim, Recipe, as_dict, digest
@@ -136,14 +136,17 @@ def _fit_fresh_heads(
     )
     folder = Path(recipe.output) / "heads"
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
+    batch_size = max(2, options.heads_batch_size // accelerator.num_processes)
+    mode = compile_mode(accelerator) if recipe.compile else None
     fitted = fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,
         optim,
         accelerator,
         seed=recipe.seed,
-        batch_size=max(2, options.heads_batch_size // accelerator.num_processes),
-        teach=stored.features if stored is not None else look,
+        batch_size=batch_size,
+        teach=stored.features if stored is not None else live(teacher, batch_size, mode),
+        compile=recipe.compile,
         watch=watch if held is not None else None,
         upkeep=Upkeep(
             folder=folder,

@@ -24,8 +24,14 @@ def check_names(optim: Optim) -> None:
         raise unknown("scheduler", optim.sched, SCHEDULES)
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
+def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) -> Optimizer:
     """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
+
+    Args:
+        module: Whose parameters.
+        optim: Name and numbers.
+        scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's fused SGD
+            takes memory that nothing was written to as its momentum.
 
     Raises:
         ValueError: No optimizer of that name.
@@ -33,7 +39,7 @@ def build_optimizer(module: nn.Module, optim: Optim) -> Optimizer:
     check_names(optim)
     kind = get_optimizer_info(optim.opt.lower()).opt_class
     devices = {parameter.device.type for parameter in module.parameters()}
-    known = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
+    known = not scaled and kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
     fused: dict[str, Any] = {"fused": True} if known else {}
     return create_optimizer_v2(
         module,

@@ -177,6 +177,10 @@ def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
                 f"{folder / f'{split}_y.npy'}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids from 0, one "
                 "for each image."
             )
+        if int(labels.max()) >= len(labels):
+            raise DataError(
+                f"{folder / f'{split}_y.npy'}: the label {labels.max()} among {len(labels)} images: expected class ids from 0."
+            )
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
         found[split] = ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
     return found
@@ -184,8 +188,11 @@ def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
 
 def _array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("an archive of several arrays")
+        return found
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as an npy file of numbers ({error}): write it anew with numpy.save.") from error
 
 
@@ -263,6 +270,8 @@ def read_split(
         raise DataError(str(unknown("split", split, splits)))
     table = splits[split]
     if isinstance(table, ArrayRows):
+        if data.input_key is not None or data.target_key is not None:
+            raise DataError("npy files have no columns: leave --input-key and --target-key out.")
         return replace(table, class_names=classes or table.class_names)
     for name in (data.input_key, data.target_key):
         if name is not None and name not in table.column_names:

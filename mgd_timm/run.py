@@ -28,10 +28,10 @@ from mgd_timm.build import (
 )
 from mgd_timm.criteria import Objective
 from mgd_timm.data import Images, load_images
-from mgd_timm.distiller import Distiller, Teacher
+from mgd_timm.distiller import Distiller, Teacher, live
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
+from mgd_timm.features import FeatureTap, Pair, choose_maps
 from mgd_timm.fit import Fitted, Metrics, Upkeep, compile_mode, fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
@@ -92,7 +92,8 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
         checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
     on_main(accelerator, leave)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
+        tracker.finish()
     _say_headline(summary, folder, accelerator.print)
     first = "import mgd_timm.models; " if networks.student.name.startswith("cifar_") else ""
     accelerator.print(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
@@ -211,18 +212,11 @@ def _train_student(
         extra = {f"raw_{name}": value for name, value in found.get("raw", {}).items() if name != "n"}
         return {**found["student"], **extra}
 
-    look: Callable[..., Features] | None = teacher
-    if recipe.compile and teacher is not None and stored is None:
-        look = torch.compile(teacher, dynamic=False, mode=compile_mode(accelerator))
-
-    def show(batch: Batch) -> Features:
-        assert teacher is not None
-        assert look is not None
-        whole = len(batch.labels) == recipe.data.batch_size  # an epoch's last batch is not worth compiling again for
-        found: Features = (look if whole else teacher)(batch.images)
-        return found
-
-    teach = None if teacher is None else show if stored is None else stored.teacher(teacher.heads)
+    teach = None
+    if teacher is not None and stored is not None:
+        teach = stored.teacher(teacher.heads)
+    elif teacher is not None:
+        teach = live(teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,

@@ -34,8 +34,17 @@ class StoredOutputs:
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
         """Labels and row numbers; `features` gives what belongs to them."""
+        self._to(device)
         for rows in slots:
-            yield Batch(torch.empty(len(rows), 0, 0, 0, device=device), self.labels[rows].to(device), rows.to(device))
+            there = rows.to(device, non_blocking=True)
+            labels = self.labels[there if self.labels.device == there.device else rows].to(device)
+            yield Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
+
+    def _to(self, device: torch.device) -> None:
+        """Onto a GPU that has room, so that no step of the heads' fitting waits for a transfer."""
+        need = 4 * (self.embedding.numel() + self.logits.numel())
+        if device.type == "cuda" and not self.logits.is_cuda and need < torch.cuda.mem_get_info(device)[0] // 4:
+            self.embedding, self.logits, self.labels = (t.to(device) for t in (self.embedding, self.logits, self.labels))
 
     def features(self, batch: Batch) -> Features:
         """The teacher's features of a batch of rows, on the batch's device."""

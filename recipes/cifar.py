@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm import cifar
-from mgd_timm.cli import given_options, run_parser
+from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.processes import join
 from mgd_timm.recipe import make_recipe
 
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
@@ -24,18 +25,16 @@ _OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", 
 _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = run_parser("recipes/cifar.py", distill=True)
     group = parser.add_argument_group("protocol")
     group.add_argument("--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}")
     group.add_argument("--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs")
-    group.add_argument("--teacher-seed", type=int, default=0, help="of the teacher's training")
+    group.add_argument("--teacher-seed", type=int, default=0, help="of the teacher's training; with --val-split: the student's")
     given = given_options(parser, words)
-    try:
-        print_result(*distil(given))
-    except (ValueError, OSError) as error:
-        sys.exit(f"recipes/cifar.py: error: {error}")
+    return guarded("recipes/cifar.py", lambda: print_result(*distil(given)))
 
 
 def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
@@ -46,35 +45,38 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     root = Path(given.get("output", "runs/cifar"))
     data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
     data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
-    classes = cifar.count_classes(data)
-    epochs = given.get("epochs", cifar.EPOCHS)
+    classes = cifar.images_of(make_recipe(**data)).num_classes
+    epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
     if teacher is None:
         options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
-        folder = cifar.teacher_stage(root, network, {**options, "seed": given.get("teacher_seed", 0)})
+        # A validation cut follows the seed: the teacher must not have trained on what the student is validated on.
+        own_seed = seed if given.get("val_split") else given.get("teacher_seed", 0)
+        folder = cifar.teacher_stage(root, network, {**options, "seed": own_seed})
         teacher = str(folder)
     protocol = cifar.training_options(student, epochs, classes=classes) | data
-    protocol |= cifar.distillation_options() | cifar.heads_options(
-        given.get("heads_epochs", max(1, cifar.HEADS_EPOCHS * epochs // cifar.EPOCHS))
-    )
+    heads_epochs = given.get("heads_epochs", max(1, cifar.HEADS_EPOCHS * epochs // cifar.EPOCHS))
+    protocol |= cifar.distillation_options() | cifar.heads_options(heads_epochs)
+    if given.get("teacher_store") and not given.get("teacher_top_k"):
+        # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
+        protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
     own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
-    recipe = make_recipe(**{**protocol, "seed": 1, **own, "student": student, "teacher": teacher})
+    recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
     words = [word.partition(":")[0] for word in recipe.criterion]
     title = "-".join([student, recipe.method, *words, str(recipe.seed)])
-    return name, cifar.stage(root, title, recipe, {"teacher": cifar.weights_digest(teacher)}), folder
+    made_from = {"teacher": cifar.weights_digest(teacher, recipe.teacher_checkpoint)}
+    return name, cifar.stage(root, title, recipe, made_from), folder
 
 
 def print_result(name: str, student: Path, teacher: Path | None) -> None:
     """Say what the student reached, in the main process."""
-    from accelerate import PartialState
-
     summary = json.loads((student / "summary.json").read_text())
     above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary["teacher_top1"]
-    say = PartialState().print
+    say = join().print
     say(f"\n{name}: teacher {above:.2f} %, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
     say(f"student: {student / 'export'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,17 +16,17 @@ import argparse
 import math
 import re
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
 from timm.models import get_model_input_config
 from torch import nn
 
 import mgd_timm
 from mgd_timm.build import channel_values, load_model, set_seed
+from mgd_timm.cli import guarded
 from mgd_timm.data import load_images
+from mgd_timm.processes import join
 from mgd_timm.recipe import make_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,17 +82,16 @@ def options_for(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def transfer(args: argparse.Namespace) -> nn.Module:
-    """The student with its new classifier."""
+def transfer(args: argparse.Namespace) -> None:
+    """Train the student's new classifier."""
     model = load_model(args.student)
     options = options_for(model, args)
     recipe = make_recipe(teacher=None, **options)  # refuses what is out of range before an image is read
     # The processes wait for the one that decodes the images; they are set up as the run will have them.
-    waiting = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))])
-    images = load_images(recipe.data, recipe.seed, say=lambda _: None, main_first=waiting.local_main_process_first)
+    images = load_images(recipe.data, recipe.seed, say=lambda _: None, main_first=join().local_main_process_first)
     set_seed(recipe.seed, 3)
     model.reset_classifier(images.num_classes)  # type: ignore[operator]  # timm's, of every classifier
-    return mgd_timm.train(model, output=args.output, **options)
+    mgd_timm.train(model, output=args.output, **options)
 
 
 def main() -> int:
@@ -119,15 +118,8 @@ def main() -> int:
     parser.add_argument("--checkpoint-interval", type=int, default=0, help="updates between checkpoints; 0: at each epoch's end")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
-    try:
-        transfer(parser.parse_args())
-    except KeyboardInterrupt as stop:
-        print(f"\ntransfer: {stop or 'interrupted'}", file=sys.stderr)
-        return int(getattr(stop, "code", 130))
-    except (ValueError, OSError) as error:
-        print(f"transfer: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse_args()
+    return guarded("transfer", lambda: transfer(args))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def test_finished_cells_are_not_done_again(arguments: list[str], tmp_path: Path,
 
 def test_the_table_pairs_seeds_and_keeps_effects_apart() -> None:
     base = {"pair": "vgg13-vgg8", "teacher": "cifar_vgg13", "student": "cifar_vgg8", "epochs": 240, "teacher_top1": 74.0}
+    base |= {"teacher_sha256": "t", "data_sha256": "d", "precision": "bf16"}
     values = {"alone": (70, 71), "KD": (72, 74), "MAS+KD": (73, 74.5), "AT": (71, 71), "AT+KD": (73, 75), "MAG+AT": (74, 75)}
     rows = [
         {**base, "arm": arm, "seed": seed, "last": float(last), "best": float(last)}

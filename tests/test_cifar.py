@@ -1,7 +1,6 @@
 """The paper's protocol: its pairs and numbers, stages found by digest, and the recipe as a user calls it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from small import environment
 
 import mgd_timm.models  # noqa: F401
 from mgd_timm import cifar
@@ -42,7 +42,9 @@ def test_an_unknown_pair_shows_all() -> None:
         cifar.pair("resnet32x4-resnet8")
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(240, (150, 180, 210)), (24, (15, 18, 21)), (15, (9, 11, 13)), (1, (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(240, (150, 180, 210)), (24, (15, 18, 21)), (15, (9, 11, 13)), (4, (2, 3)), (2, (1,)), (1, (1,))]
+)
 def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, ...]) -> None:
     options = cifar.training_options("cifar_resnet20", epochs)
     assert options["decay_milestones"] == expected
@@ -57,11 +59,11 @@ def test_the_papers_numbers(name: str, lr: float) -> None:
     assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.heads_decay_milestones) == ("live", 60, (30, 45))
 
 
-def call(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.run(
-        [sys.executable, str(RECIPE), *words], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+def call(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"] if processes > 1 else []
+    command = [sys.executable, *launch, str(RECIPE), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
 
 
 def test_the_recipe_runs_all_stages_and_uses_them_again(colours: Path, tmp_path: Path) -> None:
@@ -83,6 +85,20 @@ def test_the_recipe_runs_all_stages_and_uses_them_again(colours: Path, tmp_path:
     assert f"found in {teacher}" in other.stdout
     assert len(list(tmp_path.glob("teacher-*"))) == 1
     assert len(list(tmp_path.glob("cifar_resnet20-*"))) == 2
+
+
+def test_two_processes_go_through_all_stages_as_one_run(colours: Path, tmp_path: Path) -> None:
+    """One folder per stage, written by one of them, and a second call that finds both."""
+    words = ["--pair", "resnet56-resnet20", "--teacher-epochs", "1", "--epochs", "1", "--student", "cifar_resnet8x05"]
+    words += ["--data-dir", str(colours), "--output", str(tmp_path), "--batch-size", "16"]
+    for said in ("started in", "found in"):
+        done = call(*words, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(said) == 2
+        assert done.stdout.count("resnet56-resnet20: teacher") == 1
+    for folder in ("teacher-*", "cifar_resnet8x05-*"):
+        (found,) = tmp_path.glob(folder)
+        assert len((found / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_recipe_refuses_what_it_does_not_know(colours: Path, tmp_path: Path) -> None:

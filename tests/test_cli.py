@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from small import FAST, call
 
 from mgd_timm import cli
 from mgd_timm.cli import main
@@ -268,3 +269,19 @@ def test_an_interruption_says_what_is_left(mgd, monkeypatch, said, expected):
     code, _, errors = mgd("list")
     assert code == 130
     assert expected in errors
+
+
+def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):
+    """Teacher, heads, MAS over AT, an average of weights, and a last batch of another size, which is not compiled.
+
+    In processes of their own: the checks of shapes that tests put around every function cannot be compiled.
+    """
+    words = [*FAST, "--data-dir", str(small_data), "--criterion", "at", "--epochs", "1", "--lr", "0.001", "--batch-size", "48"]
+    words += ["--model-ema", "--model-ema-decay", "0.5", "--heads-protocol", "live", "--heads-epochs", "1"]
+    students = []
+    for flag in ("--no-compile", "--compile"):
+        done = call("distill", *words, flag, "--output", str(tmp_path / flag))
+        assert done.returncode == 0, done.stderr
+        students.append(load_file(tmp_path / flag / "export" / "model.safetensors"))
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(students[1][name], tensor, rtol=1e-2, atol=1e-3)

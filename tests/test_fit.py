@@ -118,6 +118,22 @@ def test_torchs_fused_optimizer_is_taken_where_there_is_one():
         assert bool(build_optimizer(Linear(), Optim(opt=name)).defaults.get("fused")) is fused
 
 
+def test_an_overflow_in_the_first_update_leaves_no_trace():
+    """torch's fused SGD would go on with momentum from memory that nothing was written to: with a scaler nothing is fused."""
+    module = Linear()
+    optimizer = build_optimizer(module, Optim(lr=0.1, weight_decay=0.0), scaled=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    before = module.layer.weight.detach().clone()
+    for gradient in (float("inf"), 1.0):
+        module.layer.weight.grad = torch.full_like(before, gradient * scaler.get_scale())
+        module.layer.bias.grad = torch.zeros_like(module.layer.bias)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(module.layer.weight.detach(), before - 0.1)
+
+
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_accumulation_equals_the_large_batch(accelerator, clip):
     optim = replace(OPTIM, clip_grad=clip)

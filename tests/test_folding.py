@@ -54,6 +54,14 @@ def test_a_network_without_such_norms_is_left_alone(name: str) -> None:
     assert folded(FeatureTap(timm.create_model(name, num_classes=3))) is None
 
 
+def test_a_residual_of_raw_convolutions_keeps_its_norm_and_the_others_are_folded() -> None:
+    """In a WRN of width 1 the stem's output is the first residual as well."""
+    tap = FeatureTap(network("cifar_wrn_16_1"), input_size=(3, 32, 32)).eval()
+    twin = folded(tap)
+    assert twin is not None
+    assert 0 < norms(twin) < norms(tap)
+
+
 def test_a_convolution_that_is_read_elsewhere_too_is_not_folded() -> None:
     class Leaky(nn.Module):
         """The convolution's raw output is added after its BatchNorm."""
@@ -69,4 +77,6 @@ def test_a_convolution_that_is_read_elsewhere_too_is_not_folded() -> None:
 
     model = network("cifar_resnet8")
     model.layer1 = nn.Sequential(Leaky())
-    assert folded(FeatureTap(model, input_size=(3, 32, 32))) is None
+    twin = folded(FeatureTap(model, input_size=(3, 32, 32)))
+    assert twin is not None
+    assert norms(twin.model.layer1) == norms(twin) == 1
