@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm import cifar
@@ -35,9 +36,9 @@ from mgd_timm.build import (
     set_seed,
     teacher_view,
 )
-from mgd_timm.data import load_images
+from mgd_timm.data import Source, load_images
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.evaluation import Metrics, evaluate_taps
+from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
 from mgd_timm.fit import Upkeep, fit
@@ -71,6 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder of CIFAR-100 or CIFAR-10")
     parser.add_argument("--dataset", default="uoft-cs/cifar100", help="hub id, where there is no --data-dir")
     parser.add_argument("--students-per-pass", type=int, default=100, help="how many learn from one pass of the teacher")
+    parser.add_argument(
+        "--noise", nargs="*", type=float, default=[0.02, 0.05, 0.1], help="standard deviations, see mgd-timm evaluate"
+    )
+    parser.add_argument("--noise-seeds", type=int, default=2)
     parser.add_argument("--no-amp", action="store_true", help="float32 instead of bfloat16")
     parser.add_argument("--quick", action="store_true", help="embedded data and teacher, two short seeds")
     parser.add_argument("--output", type=Path, default=Path("runs/cifar"), help="teachers and passes under way")
@@ -215,13 +220,46 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+    noisy = under_noise(taps, watched, accelerator, images.std, args.noise, args.noise_seeds)
     rows = []
     for arm, recipe in cells.items():
         curve = [round(metrics[arm], 2) for metrics in curves]
         scores = {"last": curve[-1], "best": max(curve), "best_epoch": 1 + curve.index(max(curve)), "epochs": len(curve)}
         key = key_of(name, teacher_tap.name, weights, images.train.digest, recipe, arm)
-        rows.append({**key, **scores, "curve": curve, **common})
+        rows.append({**key, **scores, "noise": noisy[arm], "curve": curve, **common})
     return rows
+
+
+def under_noise(
+    taps: dict[str, nn.Module],
+    source: Source,
+    accelerator: Accelerator,
+    std: Sequence[float],
+    sigmas: Sequence[float],
+    seeds: int,
+) -> dict[str, dict[str, float]]:
+    """Top-1 of every student by standard deviation of the noise, mean over noise seeds; all see the same noisy images."""
+    if not sigmas:
+        return {arm: {} for arm in taps}
+    scale = 1 / torch.tensor(std, device=accelerator.device)[:, None, None]
+    cells = {(arm, sigma, seed): f"{arm} {sigma} {seed}" for arm in taps for sigma in sigmas for seed in range(seeds)}
+    for tap in taps.values():
+        tap.eval()
+
+    def predict(batch: Batch) -> dict[str, Tensor]:
+        shown: dict[str, Tensor] = {}
+        for seed in range(seeds):
+            drawn = pixel_noise(batch.images, batch.sample_ids, seed) * scale
+            for sigma in sigmas:
+                images = batch.images + sigma * drawn
+                shown |= {cells[arm, sigma, seed]: tap(images).logits for arm, tap in taps.items()}
+        return shown
+
+    found = evaluate(predict, tuple(cells.values()), source, accelerator, 256)
+    return {
+        arm: {f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2) for s in sigmas}
+        for arm in taps
+    }
 
 
 def reads_maps(recipe: Recipe) -> bool:
@@ -305,6 +343,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(out)
 
 
+def noise_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean and spread of top-1 under noise by arm, of the same students as in `table`."""
+    known = list(arms(TITLES))
+    out = []
+    for alike in dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows if row.get("noise")):
+        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike and row.get("noise")]
+        sigmas = sorted({sigma for row in chosen for sigma in row["noise"]}, key=float)
+        by_arm: dict[str, list[dict[str, float]]] = {}
+        for row in chosen:
+            by_arm.setdefault(row["arm"], []).append({"0": row["last"], **row["noise"]})
+        cells = [
+            [arm, *(spread([found[sigma] for found in by_arm[arm] if sigma in found]) for sigma in ["0", *sigmas])]
+            for arm in sorted(by_arm, key=known.index)
+        ]
+        title = f"{chosen[0]['teacher']} -> {chosen[0]['student']}, top-1 % under Gaussian noise of standard deviation"
+        out.append(f"{title}\n\n{markdown(['arm', '0', *sigmas], cells)}")
+    return "\n\n".join(out)
+
+
 def control(arm: str) -> str:
     """The arm that differs from this one by MAG or MAS alone: the host with KD."""
     host = arm.partition("+")[2]
@@ -351,6 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chosen = {arm: open_cells[arm] for arm in names[start : start + args.students_per_pass]}
                 run_cells(args, name, teacher, chosen, seed)
     print("\n" + table(known_rows(args.results)))
+    print("\n" + noise_table(known_rows(args.results)))
     print(f"\nresults: {args.results}")
 
 

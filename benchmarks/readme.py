@@ -77,9 +77,10 @@ def cifar() -> str:
     first = rows[0]
     seconds = [seconds for *_, seconds in {(row["pair"], row["seed"], row["pass_seconds"]) for row in rows}]
     return (
-        f"{grid.table(rows)}\n\nCIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are "
-        f"differences of the same seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in "
-        f"{sum(seconds) / 3600:.1f} hours of passes, {first['threads']} thread each, {first['precision']}; {about(first)}."
+        f"{grid.table(rows)}\n\n{grid.noise_table(rows)}\n\n"
+        f"CIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are differences of the same "
+        f"seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in {sum(seconds) / 3600:.1f} hours "
+        f"of passes, {first['threads']} thread each, {first['precision']}; {about(first)}."
     )
 
 
@@ -97,6 +98,8 @@ TABLES: dict[str, Callable[[], str]] = {"demo": demo, "step": step, "shortcuts":
 
 def filled(text: str) -> str:
     for name, make in TABLES.items():
+        if not any((HERE / "results" / f"{name}{ending}").is_file() for ending in (".json", ".jsonl")):
+            continue  # not measured yet
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S
         )
