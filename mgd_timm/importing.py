@@ -4,7 +4,6 @@ Nothing in the file is executed: torch's restricted unpickler builds tensors and
 """
 
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -73,7 +72,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged file raises a dozen kinds
         said = str(error)
         found = re.search(r"GLOBAL ([\w.]+)", said)
-        if isinstance(error, pickle.UnpicklingError) and found:
+        if type(error).__name__ == "UnpicklingError" and found:
             raise ValueError(
                 f"{path} holds more than tensors: {found[1]}, and loading that may run code. It is refused, and nothing of it was "
                 "run. Where you trust the file, write its weights alone: torch.save(model.state_dict(), FILE), or as safetensors."
