@@ -147,6 +147,7 @@ def teacher_of(args: argparse.Namespace, network: str, classes: int) -> str:
 
 def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> list[dict[str, Any]]:
     """Train the students of one seed's cells side by side; gives a result for each."""
+    seen = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
     first, accelerator = build_accelerator(first)
     network = build_teacher(make_recipe(teacher=teacher))
@@ -217,7 +218,7 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "precision": str(accelerator.mixed_precision),
-        "versions": versions(),
+        "versions": seen,
         "date": datetime.now(UTC).date().isoformat(),
     }
     noisy = under_noise(taps, watched, accelerator, images.std, args.noise, args.noise_seeds)
@@ -362,6 +363,32 @@ def noise_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(out)
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Every student a dot and every arm's mean a line, as a PNG: how large the effects are beside the spread of seeds."""
+    from matplotlib.figure import Figure
+
+    known = list(arms(TITLES))
+    colours = {"MAG": "#E69F00", "MAS": "#D55E00", "KD": "#0072B2", "": "#000000"}
+    groups = list(dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows))
+    figure = Figure(figsize=(8, 0.6 + 3.6 * len(groups)), layout="constrained")
+    for axis, alike in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
+        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike]
+        names = sorted({row["arm"] for row in chosen}, key=known.index)
+        for place, arm in enumerate(names):
+            values = [row["last"] for row in chosen if row["arm"] == arm]
+            kind = arm[:3] if arm[:3] in colours else "KD" if arm.endswith("KD") else ""
+            axis.plot(values, [place] * len(values), "o", color=colours[kind], markersize=5, alpha=0.7)
+            axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=colours[kind], linewidth=2)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        first = chosen[0]
+        axis.set_title(f"{first['teacher']} ({first['teacher_top1']:.1f} %) teaches {first['student']}, {first['epochs']} epochs")
+        axis.set_xlabel("top-1 (%) on test images after the last epoch; a dot is a seed, a line the mean")
+        axis.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def control(arm: str) -> str:
     """The arm that differs from this one by MAG or MAS alone: the host with KD."""
     host = arm.partition("+")[2]
@@ -409,7 +436,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_cells(args, name, teacher, chosen, seed)
     print("\n" + table(known_rows(args.results)))
     print("\n" + noise_table(known_rows(args.results)))
-    print(f"\nresults: {args.results}")
+    draw(known_rows(args.results), args.results.with_suffix(".png"))
+    print(f"\nresults: {args.results}; picture: {args.results.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
