@@ -370,7 +370,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     known = list(arms(TITLES))
     colours = {"MAG": "#E69F00", "MAS": "#D55E00", "KD": "#0072B2", "": "#000000"}
     groups = list(dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows))
-    figure = Figure(figsize=(8, 0.6 + 3.6 * len(groups)), layout="constrained")
+    figure: Any = Figure(figsize=(8, 0.6 + 3.6 * len(groups)), layout="constrained")
     for axis, alike in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
         chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike]
         names = sorted({row["arm"] for row in chosen}, key=known.index)
