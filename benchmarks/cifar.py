@@ -147,7 +147,7 @@ def teacher_of(args: argparse.Namespace, network: str, classes: int) -> str:
 
 def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> list[dict[str, Any]]:
     """Train the students of one seed's cells side by side; gives a result for each."""
-    seen = versions()  # of the code that runs, whatever is committed meanwhile
+    running = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
     first, accelerator = build_accelerator(first)
     network = build_teacher(make_recipe(teacher=teacher))
@@ -218,7 +218,7 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "precision": str(accelerator.mixed_precision),
-        "versions": seen,
+        "versions": running,
         "date": datetime.now(UTC).date().isoformat(),
     }
     noisy = under_noise(taps, watched, accelerator, images.std, args.noise, args.noise_seeds)

@@ -43,6 +43,7 @@ def test_a_student_in_a_pass_ends_as_it_does_alone(arguments: list[str], tmp_pat
             torch.testing.assert_close(state.tensors["trainee"][f"distillers.{arm}.student.model.{name}"], tensor, rtol=0, atol=0)
     rows = grid.known_rows(tmp_path / "quick.jsonl")
     assert [row["arm"] for row in rows] == list(grid.arms(["kd", "at"]))
+    assert all(row["versions"]["torch"] == torch.__version__.partition("+")[0] and row["noise"] for row in rows)
     summary = json.loads((tmp_path / "MAS+KD" / "summary.json").read_text())
     assert next(row for row in rows if row["arm"] == "MAS+KD")["last"] == round(summary["top1"], 2)
 
