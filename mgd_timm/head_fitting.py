@@ -49,6 +49,7 @@ def fit_heads(
         "heads": as_dict(heads_recipe),
         "teacher": teacher.digest,
         "folded": recipe.fold_teacher,
+        "compiled": recipe.compile,
         "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
         "watched": images.watched.digest if images.watched is not None else None,
