@@ -4,6 +4,7 @@ The feature contract is timm's own (`forward_features`, `forward_intermediates`,
 is set and there is no per-architecture table. How a model turns its embedding into logits is found by a probe at construction.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -24,21 +25,26 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them."""
+    """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them.
+
+    `cam`: class activation maps, the classifier at every position of the last map; their mean is the logits. None unless tapped.
+    """
 
     logits: Float[Tensor, "b k"]
     embedding: Float[Tensor, "b d"]
     maps: tuple[Float[Tensor, "b c h w"], ...] = ()
     codes: dict[str, Float[Tensor, "b g"]] = {}
     views: dict[str, Float[Tensor, "b k"]] = {}
+    cam: Float[Tensor, "b k h w"] | None = None
 
 
 class Shapes(NamedTuple):
-    """Sizes of a network's features; `maps` holds (channels, height, width) of each tapped map."""
+    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation maps."""
 
     num_classes: int
     embed_dim: int
     maps: tuple[tuple[int, int, int], ...]
+    cam: tuple[int, int] | None = None
 
 
 class Pair(NamedTuple):
@@ -83,14 +89,23 @@ class FeatureTap(nn.Module):
         model: Any timm model with a classifier; in the tap it keeps its own `state_dict` under `model.`.
         indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
+        preact: Show the maps as they were before their last activation; cifar_* networks do.
+        cam: Show class activation maps too.
 
     Raises:
         ValueError: The model lacks timm's feature contract, has no classifier, gives an embedding that is not a vector per
-            image, computes logits in a way that the probe cannot reproduce, or has no map of that index.
+            image, computes logits in a way that the probe cannot reproduce, has no map of that index, no maps before an
+            activation, or no class activation maps.
     """
 
     def __init__(
-        self, model: nn.Module, indices: Sequence[int] | None = None, *, input_size: tuple[int, int, int] | None = None
+        self,
+        model: nn.Module,
+        indices: Sequence[int] | None = None,
+        *,
+        input_size: tuple[int, int, int] | None = None,
+        preact: bool = False,
+        cam: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -112,6 +127,15 @@ class FeatureTap(nn.Module):
         self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         self.frozen = self.adapts_batchnorm = False
         self.indices: tuple[int, ...] = ()
+        self.cam = cam
+        self.map_options: dict[str, Any] = {"output_fmt": "NCHW"}
+        if preact:
+            if "preact" not in inspect.signature(cast(Any, model).forward_intermediates).parameters:
+                raise ValueError(
+                    f"{self.name} does not show its maps before their activation, which AB compares: cifar_* networks do "
+                    "(mgd-timm list models --filter 'cifar_*')."
+                )
+            self.map_options["preact"] = True
         maps = self._probe()
         if indices is not None:
             self.indices = _resolve_indices(self.name, indices, len(maps))
@@ -144,7 +168,7 @@ class FeatureTap(nn.Module):
             images = self._image(self.input_size)
             try:
                 expected = model(images)
-                final, maps = model.forward_intermediates(images, output_fmt="NCHW")
+                final, maps = model.forward_intermediates(images, **self.map_options)
                 embedding = model.forward_head(final, pre_logits=True)
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 reason = str(error) or type(error).__name__
@@ -165,7 +189,32 @@ class FeatureTap(nn.Module):
             if self._classify is _by_second_head_call:
                 self._refuse_random_head(final)
             self.num_classes, self.embed_dim = expected.shape[1], embedding.shape[1]
+            if self.cam:
+                self._check_cam(expected, final)
         return maps
+
+    def _class_activation(self, final: Any) -> Tensor | None:
+        """The classifier at every position of what forward_features gives; None where that is no map of the embedding's width."""
+        classifier = cast(Any, self.model).get_classifier()
+        if not isinstance(final, Tensor) or final.ndim != 4 or self._classify not in (_by_classifier, _by_conv_classifier):
+            return None
+        if final.shape[1] == self.embed_dim:
+            final = final.permute(0, 2, 3, 1)
+        if final.shape[3] != self.embed_dim:
+            return None
+        rows = final.flatten(0, 2)
+        logits = classifier(rows) if self._classify is _by_classifier else classifier(rows[..., None, None]).flatten(1)
+        found: Tensor = logits.unflatten(0, final.shape[:3]).permute(0, 3, 1, 2)
+        return found
+
+    def _check_cam(self, expected: Tensor, final: Any) -> None:
+        found = self._class_activation(final)
+        same = found is not None and (found.is_meta or torch.allclose(found.mean((2, 3)), expected, rtol=1e-3, atol=1e-4))
+        if not same:
+            raise ValueError(
+                f"{self.name}'s logits are not the mean over positions of its classifier on the last map: it has no class "
+                "activation maps (CAT-KD). Choose a network that pools and then classifies, such as a resnet, or another criterion."
+            )
 
     def _find_way(self, expected: Tensor, final: Any) -> Classify:
         """The first way that gives the same logits from the same parameters.
@@ -223,11 +272,12 @@ class FeatureTap(nn.Module):
         model = cast(Any, self.model)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.indices:
-                final, maps = model.forward_intermediates(images, indices=list(self.indices), output_fmt="NCHW")
+                final, maps = model.forward_intermediates(images, indices=list(self.indices), **self.map_options)
             else:
                 final, maps = model.forward_features(images), ()
             embedding = model.forward_head(final, pre_logits=True)
-        return Features(self._classify(self.model, final, embedding), embedding, tuple(maps))
+        cam = self._class_activation(final) if self.cam else None
+        return Features(self._classify(self.model, final, embedding), embedding, tuple(maps), cam=cam)
 
     def shapes(self, image_size: int | tuple[int, int]) -> Shapes:
         """Shapes of the features at an image size (pixels: side, or height and width), measured on one forward pass."""
@@ -235,14 +285,15 @@ class FeatureTap(nn.Module):
         with self._probing():
             features = self(self._image((self.input_size[0], height, width)))
         sizes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in features.maps)
-        return Shapes(self.num_classes, self.embed_dim, sizes)
+        cam = (features.cam.shape[2], features.cam.shape[3]) if features.cam is not None else None
+        return Shapes(self.num_classes, self.embed_dim, sizes, cam)
 
     def all_maps(self, image_size: int | tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
         """(channels, height, width) of every map that the model can show at an image size, whatever `indices` chose."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         with self._probing():
             images = self._image((self.input_size[0], height, width))
-            _, maps = cast(Any, self.model).forward_intermediates(images, output_fmt="NCHW")
+            _, maps = cast(Any, self.model).forward_intermediates(images, **self.map_options)
         return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
 
     def freeze_backbone(self, *, adapt_batchnorm: bool = False) -> None:

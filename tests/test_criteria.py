@@ -1,75 +1,21 @@
 """Every criterion against a reference of plain loops in float64, and what all of them promise."""
 
+import copy
 import math
 
+import cases_logits
+import cases_maps
+import cases_relational
 import pytest
 import torch
+from cases import BATCH, CLASSES, PAIR, Case, batch, features, loop_kl, loop_pool, wave
 from torch import Tensor, nn
 
-from mgd_timm.criteria import AT, CRITERIA, KD, CrossEntropy, FitNet, Objective, kl_divergence
+from mgd_timm.criteria import AT, CRITERIA, KD, Criterion, CrossEntropy, FitNet, Objective, kl_divergence
 from mgd_timm.criteria.at import attention_transfer
 from mgd_timm.criteria.fitnet import HintAdapter
 from mgd_timm.features import Batch, Features, Pair, Shapes
-
-BATCH, CLASSES = 4, 6
-PAIR = Pair(
-    student=Shapes(CLASSES, 10, ((4, 8, 8), (6, 4, 4))),
-    teacher=Shapes(CLASSES, 14, ((5, 4, 4), (7, 4, 4))),
-    num_samples=16,
-    labels=torch.arange(16) % CLASSES,
-    teacher_classifier=nn.Linear(14, CLASSES).requires_grad_(False),
-)
-
-
-def wave(shape: tuple[int, ...], a: float, b: float, gain: float = 1.0) -> Tensor:
-    """The generator of the golden values: gain * sin(a n + b)."""
-    return gain * torch.sin(a * torch.arange(math.prod(shape), dtype=torch.float64) + b).reshape(shape)
-
-
-def features(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Features:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
-    return Features(draw(shapes.num_classes), draw(shapes.embed_dim), tuple(draw(*m) for m in shapes.maps))
-
-
-def batch(labels: Tensor | None = None) -> Batch:
-    ids = torch.arange(BATCH)
-    return Batch(torch.zeros(BATCH, 3, 8, 8), ids % CLASSES if labels is None else labels, ids)
-
-
-# References: plain Python numbers, none of the package's code.
-
-
-def log_softmax(row: list[float]) -> list[float]:
-    top = max(row)
-    norm = top + math.log(sum(math.exp(v - top) for v in row))
-    return [v - norm for v in row]
-
-
-def loop_kl(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    total = 0.0
-    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        log_s, log_t = log_softmax([v / temperature for v in s]), log_softmax([v / temperature for v in t])
-        total += sum(math.exp(q) * (q - p) for p, q in zip(log_s, log_t, strict=True))
-    return total * temperature**2 / len(student)
-
-
-def loop_ce(logits: Tensor, target: Tensor) -> float:
-    """Cross-entropy with a distribution per sample."""
-    rows = zip(logits.tolist(), target.tolist(), strict=True)
-    return -sum(y * p for row, weights in rows for y, p in zip(weights, log_softmax(row), strict=True)) / len(logits)
-
-
-def loop_pool(image: list[list[float]], size: int) -> list[list[float]]:
-    """Average over the cells of a size x size grid; the side is a multiple of it."""
-    step = len(image) // size
-    cells = range(step)
-    return [
-        [sum(image[i * step + u][j * step + v] for u in cells for v in cells) / step**2 for j in range(size)] for i in range(size)
-    ]
+from mgd_timm.granularity import MAG, MAS, GranularityHeads
 
 
 def loop_attention(sample: list[list[list[float]]], size: int) -> list[float]:
@@ -103,124 +49,208 @@ def loop_fitnet(criterion: FitNet, student: Features, teacher: Features) -> floa
     return total / (len(places) * len(weight))
 
 
-REFERENCES = {
-    "ce": lambda c, s, t: loop_ce(s.logits, torch.eye(CLASSES, dtype=torch.float64)[batch().labels]),
-    "kd": lambda c, s, t: loop_kl(s.logits, t.logits, 4.0),
-    "fitnet": loop_fitnet,
-    "at": lambda c, s, t: sum(loop_at(*maps) for maps in zip(s.maps, t.maps, strict=True)),
-}
+def zero_ce(criterion: Criterion, student: Features) -> tuple[Features, Features]:
+    return student._replace(logits=1e4 * torch.eye(CLASSES, dtype=torch.float64)[batch().labels]), student
 
+
+def zero_fitnet(criterion: FitNet, student: Features) -> tuple[Features, Features]:
+    return student, student._replace(maps=tuple(criterion.adapter(m) if i else m for i, m in enumerate(student.maps)))
+
+
+def zero_at(criterion: AT, student: Features) -> tuple[Features, Features]:
+    return student, student._replace(maps=tuple(-3 * m for m in student.maps))  # neither sign nor scale is attention
+
+
+CASES: dict[str, Case] = {
+    "ce": Case(lambda c, s, t, b: loop_ce(s.logits, torch.eye(CLASSES, dtype=torch.float64)[b.labels]), zero_ce),
+    "kd": Case(lambda c, s, t, b: loop_kl(s.logits, t.logits, 4.0), lambda c, s: (s, s)),
+    "fitnet": Case(lambda c, s, t, b: loop_fitnet(c, s, t), zero_fitnet),
+    "at": Case(lambda c, s, t, b: sum(loop_at(*maps) for maps in zip(s.maps, t.maps, strict=True)), zero_at),
+    **cases_relational.CASES,
+    **cases_maps.CASES,
+    **cases_logits.CASES,
+}
 every = pytest.mark.parametrize("name", CRITERIA)
+
+
+def built(name: str, pair: Pair | None = None, seed: int = 0) -> Criterion:
+    torch.manual_seed(seed)
+    return CRITERIA[name](CASES[name].pair if pair is None else pair).double()
+
+
+def both(name: str, grad: bool = False) -> tuple[Features, Features]:
+    pair = CASES[name].pair
+    return features(pair.student, 1, grad=grad), features(pair.teacher, 2)
+
+
+def value(criterion: Criterion, student: Features, teacher: Features, shown: Batch | None = None) -> Tensor:
+    """The loss of a copy, whose buffers may move, with the same random numbers on every call."""
+    criterion = copy.deepcopy(criterion)
+    torch.manual_seed(5)
+    return criterion(student, teacher, batch() if shown is None else shown)
+
+
+def trained(criterion: Criterion) -> list[nn.Parameter]:
+    return [p for p in criterion.parameters() if p.requires_grad]
 
 
 @every
 def test_reference(name):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR).double()
-    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
-    assert criterion(student, teacher, batch()).item() == pytest.approx(REFERENCES[name](criterion, student, teacher), abs=1e-10)
+    criterion, (student, teacher) = built(name), both(name)
+    loss = value(criterion, student, teacher)
+    torch.manual_seed(5)
+    expected = CASES[name].reference(copy.deepcopy(criterion), student, teacher, batch())
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
 @every
 def test_gradients_reach_the_student_and_every_parameter(name):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR).double()
-    student, teacher = features(PAIR.student, 1, grad=True), features(PAIR.teacher, 2)
+    criterion, (student, teacher) = built(name), both(name, grad=True)
     criterion(student, teacher, batch()).backward()
-    grads = [v.grad for v in (student.logits, student.embedding, *student.maps) if v.grad is not None]
+    parts = (student.logits, student.embedding, *student.maps, *([student.cam] if student.cam is not None else []))
+    grads = [v.grad for v in parts if v.grad is not None]
     assert any(g.abs().sum() > 0 for g in grads)
     assert all(g.isfinite().all() for g in grads)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in criterion.parameters())
-    assert PAIR.teacher_classifier.weight.grad is None
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(criterion))
+    assert CASES[name].pair.teacher_classifier.weight.grad is None
 
 
 @every
 def test_needs_are_what_is_read_of_the_teacher(name):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR).double()
-    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
-    other = features(PAIR.teacher, 3)
-    loss = criterion(student, teacher, batch())
-    for part in ("logits", "embedding", "maps"):
-        changed = criterion(student, teacher._replace(**{part: getattr(other, part)}), batch())
-        assert torch.equal(changed, loss) is (part not in criterion.needs)
+    criterion, (student, teacher) = built(name), both(name)
+    other = features(CASES[name].pair.teacher, 3)
+    loss = value(criterion, student, teacher)
+    for need, part in {"logits": "logits", "embedding": "embedding", "maps": "maps", "cams": "cam"}.items():
+        changed = value(criterion, student, teacher._replace(**{part: getattr(other, part)}))
+        assert torch.equal(changed, loss) is (need not in criterion.needs), need
 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gain", [1, 300])
 def test_half_precision_is_finite_and_widened(name, dtype, gain):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR)
+    criterion = built(name).float()
 
     def half(shapes: Shapes, seed: int) -> Features:
         wide = features(shapes, seed, torch.float32)
-        return Features(
-            (gain * wide.logits).to(dtype), (gain * wide.embedding).to(dtype), tuple((gain * m).to(dtype) for m in wide.maps)
-        )
+        maps = tuple((gain * m).to(dtype).requires_grad_(True) for m in wide.maps)
+        cam = (gain * wide.cam).to(dtype).requires_grad_(True) if wide.cam is not None else None
+        logits, embedding = ((gain * v).to(dtype).requires_grad_(True) for v in (wide.logits, wide.embedding))
+        return Features(logits, embedding, maps, cam=cam)
 
+    student, teacher = half(CASES[name].pair.student, 1), half(CASES[name].pair.teacher, 2)
     with torch.autocast("cpu", dtype):
-        loss = criterion(half(PAIR.student, 1), half(PAIR.teacher, 2), batch())
+        loss = criterion(student, teacher, batch())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
-    assert loss >= 0
+    assert loss >= 0 or CASES[name].negative
+    if gain == 1:  # in fp16 a loss scale must be found for larger ones
+        loss.backward()
+        found = [v.grad for v in (student.logits, student.embedding, *student.maps, student.cam) if v is not None]
+        assert all(g.isfinite().all() for g in found if g is not None)
 
 
 @every
-def test_the_order_of_the_batch_does_not_matter(name):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR).double()
-    student, teacher, order = features(PAIR.student, 1), features(PAIR.teacher, 2), torch.tensor([2, 0, 3, 1])
+def test_the_order_of_the_batch_matters_only_where_the_paper_says_so(name):
+    criterion, (student, teacher), order = built(name), both(name), torch.tensor([2, 0, 3, 1])
 
     def shuffled(f: Features) -> Features:
-        return Features(f.logits[order], f.embedding[order], tuple(m[order] for m in f.maps))
+        cam = f.cam[order] if f.cam is not None else None
+        return Features(f.logits[order], f.embedding[order], tuple(m[order] for m in f.maps), cam=cam)
 
+    if CASES[name].draws:
+        return  # its random numbers belong to places in the batch
     mixed = Batch(*(part[order] for part in batch()))
-    torch.testing.assert_close(criterion(shuffled(student), shuffled(teacher), mixed), criterion(student, teacher, batch()))
+    one, two = value(criterion, shuffled(student), shuffled(teacher), mixed), value(criterion, student, teacher)
+    assert torch.allclose(one, two, rtol=1e-9) is not CASES[name].ordered
 
 
 @every
 def test_sgd_lowers_the_loss(name):
-    torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR).double()
-    student, teacher = features(PAIR.student, 1, grad=True), features(PAIR.teacher, 2)
-    optimizer = torch.optim.SGD([student.logits, student.embedding, *student.maps, *criterion.parameters()], lr=0.1)
-    losses = []
-    for _ in range(21):
+    criterion, (student, teacher) = built(name), both(name, grad=True)
+    parts = [student.logits, student.embedding, *student.maps, *([student.cam] if student.cam is not None else [])]
+    optimizer = torch.optim.SGD([*parts, *trained(criterion)], lr=CASES[name].rate)
+    first = value(criterion, student, teacher).item()
+    for step in range(20):
+        torch.manual_seed(step)
         loss = criterion(student, teacher, batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert value(criterion, student, teacher).item() < first
 
 
 @every
 def test_state_dict_round_trip(name):
-    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
-    torch.manual_seed(0)
-    one = CRITERIA[name](PAIR).double()
+    student, teacher = both(name)
+    one = built(name)
     one(student, teacher, batch())
-    torch.manual_seed(1)
-    two = CRITERIA[name](PAIR).double()
+    two = built(name, seed=1)
     two.load_state_dict(one.state_dict())
-    assert torch.equal(one.eval()(student, teacher, batch()), two.eval()(student, teacher, batch()))
+    assert torch.equal(value(one.eval(), student, teacher), value(two.eval(), student, teacher))
 
 
 @every
 def test_it_is_zero_where_the_maths_says_so(name):
+    zero = CASES[name].zero
+    if zero is None:
+        return
+    pair = CASES[name].pair
+    pair = pair._replace(teacher=pair.student._replace(num_classes=pair.teacher.num_classes))
+    if pair.teacher_classifier is not None:
+        pair = pair._replace(teacher_classifier=nn.Linear(pair.teacher.embed_dim, CLASSES).double().requires_grad_(False))
+    criterion = built(name, pair)
+    student, teacher = zero(criterion, features(pair.student, 1))
+    assert criterion(student, teacher, batch()).item() == pytest.approx(0, abs=1e-15)
+
+
+# What networks show: CNN to CNN of other channels and sizes, tokens of a ViT (square maps of one size) on either side.
+CNN = Shapes(CLASSES, 10, ((4, 8, 8), (6, 4, 4), (8, 2, 2)), cam=(2, 2))
+WIDE = Shapes(CLASSES, 12, ((8, 8, 8), (12, 4, 4), (16, 2, 2)), cam=(2, 2))
+LARGE = Shapes(CLASSES, 12, ((8, 15, 15), (12, 8, 8), (16, 4, 4)), cam=(4, 4))
+VIT = Shapes(CLASSES, 12, ((12, 6, 6), (12, 6, 6), (12, 6, 6)))
+
+
+@every
+@pytest.mark.parametrize(
+    "kinds", [(CNN, WIDE), (CNN, LARGE), (CNN, CNN), (CNN, VIT), (VIT, CNN)], ids=["cc", "cl", "same", "cv", "vc"]
+)
+def test_any_pair_or_a_reason(name, kinds):
+    """A pair is bridged, with gradients everywhere, or refused at construction with the way out."""
+    student, teacher = kinds
+    classifier = nn.Linear(teacher.embed_dim, CLASSES).requires_grad_(False)
+    pair = Pair(student, teacher, 16, torch.arange(16) % CLASSES, classifier)
+    if "cams" in CRITERIA[name].needs and VIT in kinds:
+        with pytest.raises(ValueError, match="class activation maps"):
+            CRITERIA[name](pair)
+        return
+    criterion = built(name, pair)
+    shown = features(student, 1, grad=True)
+    loss = criterion(shown, features(teacher, 2), batch())
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad is not None for p in trained(criterion))
+
+
+@every
+@pytest.mark.parametrize("method", [MAG, MAS])
+def test_it_composes_with_mag_and_mas(name, method):
+    pair, (student, teacher) = CASES[name].pair, both(name, grad=True)
     torch.manual_seed(0)
-    pair = PAIR._replace(student=PAIR.teacher)
-    criterion = CRITERIA[name](pair).double()
-    student = features(pair.student, 1)
-    teacher = student
-    if name == "ce":
-        student = student._replace(logits=1e4 * torch.eye(CLASSES, dtype=torch.float64)[batch().labels])
-    elif name == "fitnet":
-        teacher = student._replace(maps=tuple(criterion.adapter(m) if i else m for i, m in enumerate(student.maps)))
-    elif name == "at":
-        teacher = student._replace(maps=tuple(-3 * m for m in student.maps))  # neither sign nor scale is attention
-    assert criterion(student, teacher, batch()).item() == pytest.approx(0, abs=1e-20)
+    terms = {"task": (1.0, CrossEntropy(pair)), "kd": (1.0, KD(pair))}
+    whole = method(pair, Objective(**terms, **({} if name in ("ce", "kd") else {name: (2.0, CRITERIA[name](pair))}))).double()
+    heads = GranularityHeads(pair.teacher.embed_dim, CLASSES).double()
+    codes = {n: c.detach() for n, c in heads.encode(teacher.embedding).items()}
+    views = {n: v.detach() for n, v in heads.decode(codes).items()}
+    found = whole(student, teacher._replace(codes=codes, views=views), batch())
+    assert set(found) == {"task", "kd", *([] if name == "ce" else [name]), "abstract", "detailed"}
+    sum(found.values()).backward()
+    assert all(p.grad is not None for p in whole.parameters() if p.requires_grad)
+    if "logits" in CRITERIA[name].needs and method is MAS:
+        stable = teacher._replace(logits=torch.stack([teacher.logits, *views.values()]).mean(0))
+        weight, term = (1.0 if name == "kd" else 2.0), whole.objective.criteria[name]
+        torch.manual_seed(0)
+        torch.testing.assert_close(found[name], weight * term(student, stable, batch()))
 
 
 NO_MAPS = PAIR._replace(teacher=PAIR.teacher._replace(maps=()))
@@ -374,6 +404,6 @@ def test_objective_weighs_names_and_drops():
 def test_every_criterion_states_its_weight_and_needs():
     for criterion in CRITERIA.values():
         assert criterion.weight > 0
-        assert criterion.needs <= {"logits", "embedding", "maps"}
+        assert criterion.needs <= {"logits", "embedding", "maps", "cams"}
         assert "Reference:" in criterion.__doc__ or criterion is CrossEntropy
-    assert set(REFERENCES) == set(CRITERIA)
+    assert set(CASES) == set(CRITERIA)

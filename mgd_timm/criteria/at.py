@@ -8,6 +8,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from mgd_timm.criteria.adapters import paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -19,10 +20,7 @@ def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
 
 def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
     """Mean squared difference of both attentions, the larger map average-pooled to the smaller one's size."""
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    student, teacher = (
-        m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in (at_least_float32(student), at_least_float32(teacher))
-    )
+    student, teacher = pool_larger(at_least_float32(student), at_least_float32(teacher))
     return (attention(student) - attention(teacher)).pow(2).mean()
 
 
@@ -31,6 +29,8 @@ class AT(Criterion):
 
     Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2; the official code squares
     and averages over all elements where the paper has a norm.
+
+    Weight: 1000 (RepDistiller; the MGD authors' script).
 
     Differs: as the official code and RepDistiller. Maps of unequal size are pooled on both axes (there: square maps).
 
@@ -41,16 +41,12 @@ class AT(Criterion):
         ValueError: No maps, or a different number of maps on each side.
     """
 
-    weight: ClassVar[float] = 1000.0  # RepDistiller; the MGD authors' script
+    weight: ClassVar[float] = 1000.0
     needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        if not pair.teacher.maps or len(pair.student.maps) != len(pair.teacher.maps):
-            raise ValueError(
-                f"AT pairs maps one to one: the student shows {len(pair.student.maps)} {pair.student.maps}, the teacher "
-                f"{len(pair.teacher.maps)} {pair.teacher.maps}. Choose maps that both have: maps='last' or a number."
-            )
+        paired_maps("AT", pair)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mgd_timm.features import Batch, Features, Pair
 
-Need = Literal["logits", "embedding", "maps"]
+Need = Literal["logits", "embedding", "maps", "cams"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -49,12 +49,24 @@ def check_temperature(temperature: float) -> float:
 class Criterion(nn.Module):
     """One distillation method: a scalar from the features of student and teacher.
 
-    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features. `weight` is the method's usual weight,
-    `needs` names the parts of the teacher's features that it reads.
+    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features.
+
+    Attributes:
+        weight: The method's usual weight.
+        needs: The parts of the teacher's features that it reads.
+        relational: It compares the samples of a batch: under several processes it sees the local batch only.
+        preact: The maps that it reads are those before an activation.
+        fits: What is fitted before the run, by `fit` as the granularity heads are: "teacher", own modules on the teacher's
+            features (`fitting`); "student", the student's backbone by this criterion alone, which the run then leaves out.
+        peers: It is made for two students that teach each other.
     """
 
     weight: ClassVar[float]
     needs: ClassVar[frozenset[Need]]
+    relational: ClassVar[bool] = False
+    preact: ClassVar[bool] = False
+    fits: ClassVar[Literal["teacher", "student"] | None] = None
+    peers: ClassVar[bool] = False
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """The unweighted loss, at least float32."""
@@ -62,6 +74,14 @@ class Criterion(nn.Module):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
+
+    def fitting(self) -> nn.Module | None:
+        """What `fits="teacher"` fits: a module whose forward(batch, teacher) gives losses by name, and logits."""
+        return None
+
+    def remark(self) -> str | None:
+        """What a user should know before the run, such as the size of a memory bank."""
+        return None
 
 
 class Objective(nn.Module):

@@ -15,6 +15,8 @@ class CrossEntropy(Criterion):
 
     -1/B sum_b sum_k y(b, k) log softmax(z_s)(b, k); the teacher is not read.
 
+    Weight: 1, and 0.2 beside kd alone (the MGD authors' script).
+
     Args:
         pair: Shapes of both networks.
         smoothing: Label smoothing in [0, 1): y becomes (1 - smoothing) y + smoothing / K.

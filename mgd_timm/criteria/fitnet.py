@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mgd_timm.criteria.adapters import paired_maps
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -53,6 +54,8 @@ class FitNet(Criterion):
 
     Reference: Romero et al., "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550), equation 3.
 
+    Weight: 100 (RepDistiller; the MGD authors' script).
+
     Differs: one stage (the paper fits the hint first), adapter as in RepDistiller, which the MGD authors use; its final ReLU cannot
     reach a teacher's negative values, relu=False lifts that. Sizes that RepDistiller refuses are pooled or upsampled.
 
@@ -65,21 +68,17 @@ class FitNet(Criterion):
         ValueError: A different number of maps on each side, or no map of that index.
     """
 
-    weight: ClassVar[float] = 100.0  # RepDistiller; the MGD authors' script
+    weight: ClassVar[float] = 100.0
     needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, hint: int | None = None, relu: bool = True) -> None:
         super().__init__(pair)
-        count = len(pair.teacher.maps)
-        if not count or len(pair.student.maps) != count:
-            raise ValueError(
-                f"FitNet pairs maps one to one: the student shows {len(pair.student.maps)} {pair.student.maps}, the teacher "
-                f"{count} {pair.teacher.maps}. Choose maps that both have: maps='last' or a number."
-            )
+        maps = paired_maps("FitNet", pair)
+        count = len(maps)
         self.hint = min(1, count - 1) if hint is None else hint
         if not 0 <= self.hint < count:
             raise ValueError(f"hint={hint}: {count} maps are tapped, choose 0 to {count - 1}.")
-        self.adapter = HintAdapter(pair.student.maps[self.hint], pair.teacher.maps[self.hint], relu=relu)
+        self.adapter = HintAdapter(*maps[self.hint], relu=relu)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""

@@ -14,7 +14,9 @@ class KD(Criterion):
 
     Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
 
-    Differs: nothing. The weight, 0.8 beside 0.2 of the task, is the one of the MGD authors' scripts; RepDistiller has 0.9 and 0.1.
+    Weight: 0.8 beside 0.2 of the task (the MGD authors' script; RepDistiller: 0.9 and 0.1).
+
+    Differs: nothing.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.

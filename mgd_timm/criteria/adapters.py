@@ -1,0 +1,45 @@
+"""What bridges two networks' maps: their pairing, their sizes and their channels, built from measured shapes."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.features import Pair
+
+MapShape = tuple[int, int, int]
+
+
+def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
+    """(channels, height, width) of student and teacher, map by map.
+
+    Raises:
+        ValueError: No maps, or a different number on each side: none is left out silently.
+    """
+    student, teacher = pair.student.maps, pair.teacher.maps
+    if not teacher or len(student) != len(teacher):
+        both = min(len(student), len(teacher))
+        hint = f"maps='last' or maps='{both}'" if both > 1 else "maps='last' or a number"
+        raise ValueError(
+            f"{method} pairs maps one to one: the student shows {len(student)} {student}, the teacher {len(teacher)} {teacher}. "
+            f"Choose maps that both have: {hint}."
+        )
+    return list(zip(student, teacher, strict=True))
+
+
+def pool_larger(
+    student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]
+) -> tuple[Float[Tensor, "b c h3 w3"], Float[Tensor, "b c2 h3 w3"]]:
+    """Both maps at the smaller height and the smaller width of the two, by adaptive average pooling."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    one, two = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+    return one, two
+
+
+class ChannelAdapter(nn.Sequential):
+    """1x1 convolution and BatchNorm from the student's channels to the teacher's; nothing at all where they agree."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        if student_channels != teacher_channels:
+            self.append(nn.Conv2d(student_channels, teacher_channels, 1, bias=False))
+            self.append(nn.BatchNorm2d(teacher_channels))
