@@ -8,7 +8,7 @@ import cases_maps
 import cases_relational
 import pytest
 import torch
-from cases import BATCH, CLASSES, PAIR, Case, batch, features, loop_kl, loop_pool, wave
+from cases import BATCH, CLASSES, PAIR, Case, batch, features, loop_ce, loop_kl, loop_pool, wave
 from torch import Tensor, nn
 
 from mgd_timm.criteria import AT, CRITERIA, KD, Criterion, CrossEntropy, FitNet, Objective, kl_divergence
