@@ -54,19 +54,23 @@ class Criterion(nn.Module):
     Attributes:
         weight: The method's usual weight.
         needs: The parts of the teacher's features that it reads.
+        student_needs: The parts of the student's features that it reads beside those.
         relational: It compares the samples of a batch: under several processes it sees the local batch only.
         preact: The maps that it reads are those before an activation.
         fits: What is fitted before the run, by `fit` as the granularity heads are: "teacher", own modules on the teacher's
             features (`fitting`); "student", the student's backbone by this criterion alone, which the run then leaves out.
         peers: It is made for two students that teach each other.
+        synchronised: Buffers that the criterion itself keeps identical on all processes, so that nothing else need send them.
     """
 
     weight: ClassVar[float]
     needs: ClassVar[frozenset[Need]]
+    student_needs: ClassVar[frozenset[Need]] = frozenset()
     relational: ClassVar[bool] = False
     preact: ClassVar[bool] = False
     fits: ClassVar[Literal["teacher", "student"] | None] = None
     peers: ClassVar[bool] = False
+    synchronised: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """The unweighted loss, at least float32."""
@@ -88,26 +92,43 @@ class Objective(nn.Module):
     """Named, weighted criteria; the loss is their sum.
 
     Args:
-        **terms: name=(weight, criterion). The name is the one in logs.
+        **terms: name=(weight, criterion), or name=(weight, criterion, warmup): epochs over which the weight rises linearly from 0.
+            The name is the one in logs.
 
     Raises:
-        ValueError: No term at all, or a negative or non-finite weight.
+        ValueError: No term at all, or a negative or non-finite weight or warm-up.
     """
 
-    def __init__(self, **terms: tuple[float, Criterion]) -> None:
+    progress: Tensor
+
+    def __init__(self, **terms: tuple[float, Criterion] | tuple[float, Criterion, float]) -> None:
         super().__init__()
         if not terms:
             raise ValueError("Objective() has no term: give at least one, such as task=(1.0, CrossEntropy(pair)).")
-        for name, (weight, _) in terms.items():
+        for name, (weight, _, *rest) in terms.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"weight of {name!r} is {weight}: expected a finite number, 0 or more.")
-        self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
+            if rest and not 0 <= rest[0] < float("inf"):
+                raise ValueError(f"warm-up of {name!r} is {rest[0]} epochs: expected a finite number, 0 or more.")
+        self.weights = {name: float(weight) for name, (weight, *_) in terms.items()}
+        self.warmups = {name: float(term[2]) for name, term in terms.items() if len(term) == 3 and term[2] and term[0]}
         # A criterion of weight 0 is left out: its adapters would never see a gradient.
-        self.criteria = nn.ModuleDict({name: criterion for name, (weight, criterion) in terms.items() if weight})
+        self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
+        if self.warmups:
+            # A buffer, which a compiled step reads anew. Full weights until a loop says how far it is.
+            self.register_buffer("progress", torch.tensor(float("inf")), persistent=False)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """The weighted scalars by name, without the terms of weight 0."""
-        return {name: self.weights[name] * term(student, teacher, batch) for name, term in self.criteria.items()}
+        terms = {name: self.weights[name] * term(student, teacher, batch) for name, term in self.criteria.items()}
+        for name, epochs in self.warmups.items():
+            terms[name] = terms[name] * (self.progress / epochs).clamp(max=1.0).to(terms[name].dtype)
+        return terms
+
+    def set_progress(self, epochs: float) -> None:
+        """Epochs of training done, which warm-ups go by."""
+        if self.warmups:
+            self.progress.fill_(epochs)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -1,0 +1,57 @@
+"""CC: correlation congruence (Peng et al. 2019)."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.features import Batch, Features, Pair
+
+
+def correlation_congruence(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Mean over neighbours in the batch of <|s_i - t_i|, |s_(i+1) - t_(i+1)|>; 0 for a batch of one."""
+    delta = (student - teacher).abs()
+    return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
+
+
+class CC(Criterion):
+    """Correlation congruence: mean over i of <d_i, d_(i+1)>, d_i = |W_s e_s,i - W_t e_t,i|, neighbouring samples of the batch.
+
+    Compares the samples of a batch, in their order: under several processes it sees the local batch.
+
+    Reference: Peng et al., "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802), section 3; the form is the one
+    of RepDistiller, which had it from the first author.
+
+    Weight: 0.02 (RepDistiller), with embeddings of 128 dims.
+
+    Differs: from the paper, whose correlation is a Gaussian kernel's Taylor expansion between all samples of a batch (from memory
+    of it); nothing from RepDistiller. Both linear maps are trained, as there: the teacher's can make the task easier for the
+    student.
+
+    Args:
+        pair: Shapes of both networks; any embeddings.
+        dim: Width of the common space, 1 or more.
+
+    Raises:
+        ValueError: A width below 1.
+    """
+
+    weight: ClassVar[float] = 0.02
+    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
+    relational: ClassVar[bool] = True
+
+    def __init__(self, pair: Pair, *, dim: int = 128) -> None:
+        super().__init__(pair)
+        if dim < 1:
+            raise ValueError(f"dim={dim}: expected 1 or more; 128 is RepDistiller's.")
+        self.student_embed = nn.Linear(pair.student.embed_dim, dim)
+        self.teacher_embed = nn.Linear(pair.teacher.embed_dim, dim)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        with torch.autocast(student.embedding.device.type, enabled=False):
+            one = self.student_embed(at_least_float32(student.embedding))
+            two = self.teacher_embed(at_least_float32(teacher.embedding))
+            return correlation_congruence(one, two)

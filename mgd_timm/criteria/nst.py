@@ -1,0 +1,64 @@
+"""NST: neuron selectivity transfer (Huang and Wang 2017)."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mgd_timm.criteria.adapters import paired_maps, pool_larger
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.features import Batch, Features, Pair
+
+
+def selectivity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c n"]:
+    """Where each channel is active: its flattened map of unit L2 norm."""
+    return F.normalize(maps.flatten(2), dim=2)
+
+
+def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
+    """Squared maximum mean discrepancy of both networks' channels under (a . b)^2, mean over the batch.
+
+    mean k(t, t) + mean k(s, s) - 2 mean k(s, t) is also || S^T S / c_s - T^T T / c_t ||_F^2: whichever products are smaller are
+    made, those of channels or those of positions.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        one, two = (selectivity(m) for m in pool_larger(at_least_float32(student), at_least_float32(teacher)))
+        (_, c_s, places), c_t = one.shape, two.shape[1]
+        if places * (c_s + c_t) <= c_s**2 + c_t**2 + c_s * c_t:
+            return (one.mT @ one / c_s - two.mT @ two / c_t).pow(2).sum((1, 2)).mean()
+        within = (two @ two.mT).pow(2).mean() + (one @ one.mT).pow(2).mean()
+        return within - 2 * (one @ two.mT).pow(2).mean()
+
+
+class NST(Criterion):
+    """Neuron selectivity transfer: sum over maps of mean k(f_t, f_t) + mean k(f_s, f_s) - 2 mean k(f_s, f_t), k(a, b) = (a . b)^2.
+
+    f are all channels of a map, each flattened and of unit norm: a maximum mean discrepancy (MMD) within every sample.
+
+    Reference: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv 1707.01219), section 4.
+
+    Weight: 50 (RepDistiller).
+
+    Differs: as RepDistiller, from which only the way to compute it differs: matrix products of b x c x c or b x hw x hw numbers,
+    where its broadcast has b x c x c x hw. Maps of unequal size are pooled on both axes (there: square maps).
+
+    Args:
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+
+    Raises:
+        ValueError: No maps, or a different number of maps on each side.
+    """
+
+    weight: ClassVar[float] = 50.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair)
+        paired_maps("NST", pair)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        pairs = zip(student.maps, teacher.maps, strict=True)
+        return torch.stack([neuron_selectivity(s, t) for s, t in pairs]).sum()

@@ -1,0 +1,60 @@
+"""SP: similarity-preserving distillation (Tung and Mori 2019)."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.features import Batch, Features, Pair
+
+
+def similarity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b b"]:
+    """Inner products of all samples' flattened maps, every row of unit L2 norm."""
+    flat = maps.flatten(1)
+    return F.normalize(flat @ flat.T, dim=1)
+
+
+def similarity_preserving(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
+    """Mean squared difference of both similarity matrices; channels and sizes may differ."""
+    with torch.autocast(
+        student.device.type, enabled=False
+    ):  # a half-precision Gram matrix overflows, and rounds near-equal rows alike
+        return (similarity(at_least_float32(student)) - similarity(at_least_float32(teacher))).pow(2).mean()
+
+
+class SP(Criterion):
+    """Similarity preserving: ||G_t - G_s||_F^2 / b^2 on the last maps, G = Q Q^T with rows of unit norm, Q the flattened maps.
+
+    Compares the samples of a batch: under several processes it sees the local batch.
+
+    Reference: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (arXiv 1907.09682), section 3.
+
+    Weight: 3000 (RepDistiller; the MGD authors' script).
+
+    Differs: the paper sums over several layers; RepDistiller, the MGD authors and we take the last map of each network.
+
+    Args:
+        pair: Shapes of both networks; each shows at least one map, of which the last is read.
+
+    Raises:
+        ValueError: A network that shows no maps.
+    """
+
+    weight: ClassVar[float] = 3000.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    relational: ClassVar[bool] = True
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair)
+        if not pair.student.maps or not pair.teacher.maps:
+            raise ValueError(
+                f"SP reads the last map of each network: the student shows {len(pair.student.maps)}, the teacher "
+                f"{len(pair.teacher.maps)}. Tap them with maps='last' or a number."
+            )
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        return similarity_preserving(student.maps[-1], teacher.maps[-1])
