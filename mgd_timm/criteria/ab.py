@@ -1,0 +1,62 @@
+"""AB: activation boundaries (Heo et al. 2019)."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.adapters import paired_maps
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.fitnet import HintAdapter
+from mgd_timm.features import Batch, Features, Pair
+
+
+def activation_boundary(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], margin: float) -> Float[Tensor, ""]:
+    """Squared distance to the teacher's side of 0 plus a margin, summed over a sample's elements, mean over the batch."""
+    values = at_least_float32(student)
+    return torch.where(teacher > 0, margin - values, margin + values).relu().pow(2).sum() / len(values)
+
+
+class AB(Criterion):
+    """Activation boundaries: 3/1000 sum_i 2^(i-n+1) / B sum(relu(m - s)^2 where t > 0, relu(m + s)^2 elsewhere), i = 0..n-1.
+
+    t and s = r(F_s) are a map's values before its activation, r the student's connector: only whether the teacher's neurons are
+    active is taught. It fits the student's backbone before the run, which then leaves it out.
+
+    Reference: Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons" (arXiv
+    1811.03233), the piecewise differentiable loss; RepDistiller (distiller_zoo/AB.py, models/util.py).
+
+    Weight: 1 (RepDistiller's script), margin 1; the factors 2^(i-n+1) and 3/1000 and a stage of 30 epochs at the run's learning
+    rate are RepDistiller's too.
+
+    Differs: as RepDistiller, whose connector is nothing where both maps have one shape, and else the convolution of its FitNet with
+    BatchNorm. Sizes that RepDistiller refuses are pooled or upsampled.
+
+    Args:
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+        margin: m > 0: how far beyond 0 a student's neuron is to be.
+
+    Raises:
+        ValueError: No maps, a different number of maps on each side, or a margin out of range.
+    """
+
+    weight: ClassVar[float] = 1.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    preact: ClassVar[bool] = True
+    fits: ClassVar[Literal["teacher", "student"] | None] = "student"
+
+    def __init__(self, pair: Pair, *, margin: float = 1.0) -> None:
+        super().__init__(pair)
+        if not 0 < margin < float("inf"):
+            raise ValueError(f"margin={margin}: expected a positive, finite number.")
+        self.margin = margin
+        shapes = paired_maps("AB", pair)
+        self.connectors = nn.ModuleList(nn.Identity() if s == t else HintAdapter(s, t, relu=False) for s, t in shapes)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        count = len(self.connectors)
+        triples = enumerate(zip(self.connectors, student.maps, teacher.maps, strict=True))
+        parts = [2.0 ** (i - count + 1) * activation_boundary(connect(s), t, self.margin) for i, (connect, s, t) in triples]
+        return torch.stack(parts).sum() * 3 / 1000

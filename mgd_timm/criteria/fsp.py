@@ -1,0 +1,63 @@
+"""FSP: flow of the solution procedure (Yim et al. 2017)."""
+
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps, pool_larger
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.features import Batch, Features, Pair
+
+
+def flow(lower: Float[Tensor, "b c h w"], upper: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, "b c2 c"]:
+    """Products of all channels of two maps of one network, mean over positions; the larger map is average-pooled."""
+    lower, upper = pool_larger(at_least_float32(lower), at_least_float32(upper))
+    with torch.autocast(lower.device.type, enabled=False):
+        return upper.flatten(2) @ lower.flatten(2).mT / (lower.shape[2] * lower.shape[3])
+
+
+class FSP(Criterion):
+    """Flow of the solution procedure: sum over neighbouring maps of mean((G(F_s,i, F_s,i+1) - G(F_t,i, F_t,i+1))^2).
+
+    G is the matrix of products of the channels of two maps, mean over positions. It fits the student's backbone before the run,
+    which then leaves it out.
+
+    Reference: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
+    Learning" (CVPR 2017), the FSP matrix and its loss; RepDistiller (distiller_zoo/FSP.py).
+
+    Weight: 50 (RepDistiller's script, which sets it and then leaves the loss out of the run), in a stage of 30 epochs at the run's
+    learning rate.
+
+    Differs: the paper and RepDistiller need equal channels; here a 1x1 convolution and BatchNorm bring the student's map to the
+    teacher's channels where they differ. The larger of two neighbours is average-pooled as in RepDistiller (the paper, from
+    memory: max-pooled), on both axes. G is a matrix product; RepDistiller's broadcast has every product in memory.
+
+    Args:
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 2.
+
+    Raises:
+        ValueError: Fewer than 2 maps, or a different number of maps on each side.
+    """
+
+    weight: ClassVar[float] = 50.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    fits: ClassVar[Literal["teacher", "student"] | None] = "student"
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair)
+        shapes = paired_maps("FSP", pair)
+        if len(shapes) < 2:
+            raise ValueError(
+                f"FSP compares how maps follow each other: {len(shapes)} map of each network is tapped, 2 or more are needed. "
+                "Choose maps='stages' or maps='2'."
+            )
+        self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in shapes)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        adapted = [adapter(m) for adapter, m in zip(self.adapters, student.maps, strict=True)]
+        steps = zip(pairwise(adapted), pairwise(teacher.maps), strict=True)
+        return torch.stack([(flow(*s) - flow(*t)).pow(2).mean() for s, t in steps]).sum()
