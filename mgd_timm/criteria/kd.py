@@ -1,6 +1,6 @@
-"""KD: soft targets (Hinton et al. 2015)."""
+"""KD: soft targets (Hinton et al. 2015), and the direction of their divergence."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -8,37 +8,78 @@ from torch import Tensor
 from mgd_timm.criteria.base import Criterion, Need, check_temperature, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 
+Divergence = Literal["forward", "reverse", "balanced"]
+
+
+def check_one_label_space(method: str, pair: Pair) -> None:
+    """ValueError unless student and teacher have the same number of classes, 2 or more."""
+    student, teacher = pair.student.num_classes, pair.teacher.num_classes
+    if student != teacher:
+        raise ValueError(
+            f"{method} needs one label space: the student has {student} classes, the teacher {teacher}. Retrain the teacher's "
+            "classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
+        )
+    if student < 2:
+        raise ValueError(f"{method} compares classes, and there is {student}: give a data set of 2 classes or more.")
+
+
+def soft_divergence(
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    temperature: float,
+    divergence: Divergence = "forward",
+) -> Float[Tensor, ""]:
+    """Between the softened distributions p_t and p_s, times T^2, mean over the batch.
+
+    forward: KL(p_t || p_s), which wants p_s wherever p_t is. reverse: KL(p_s || p_t), which wants p_s nowhere else. balanced: the
+    mean of both.
+
+    Args:
+        student_logits, teacher_logits: Raw scores; any float dtype, at least float32 inside.
+        temperature: T > 0.
+        divergence: Which one.
+    """
+    if divergence == "reverse":
+        return kl_divergence(teacher_logits, student_logits, temperature)
+    forward = kl_divergence(student_logits, teacher_logits, temperature)
+    if divergence == "forward":
+        return forward
+    return (forward + kl_divergence(teacher_logits, student_logits, temperature)) / 2
+
 
 class KD(Criterion):
     """Knowledge distillation: T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
-    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
+    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531). divergence="reverse": Gu et
+    al., "MiniLLM" (arXiv 2306.08543). divergence="balanced": half of Jeffreys' symmetric divergence ("An invariant form for the
+    prior probability in estimation problems", 1946); in distillation Amara et al., "BD-KD: Balancing the Divergences for Online
+    Knowledge Distillation" (arXiv 2212.12965).
 
     Weight: 0.8 beside 0.2 of the task (the MGD authors' script; RepDistiller: 0.9 and 0.1).
 
-    Differs: nothing.
+    Differs: nothing where divergence is forward. MiniLLM takes its divergence over generated sequences, BD-KD weighs both
+    directions by sample from the gap of the two entropies: here each direction counts one half for every sample.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.
         temperature: T > 0; 4 as in RepDistiller and the MGD authors' scripts.
+        divergence: forward, reverse or balanced, as `soft_divergence`.
 
     Raises:
-        ValueError: floats of classes that differ, or a temperature that is not positive.
+        ValueError: Numbers of classes that differ, a temperature that is not positive, or another divergence.
     """
 
     weight: ClassVar[float] = 0.8
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
 
-    def __init__(self, pair: Pair, *, temperature: float = 4.0) -> None:
+    def __init__(self, pair: Pair, *, temperature: float = 4.0, divergence: Divergence = "forward") -> None:
         super().__init__(pair)
-        if pair.student.num_classes != pair.teacher.num_classes:
-            raise ValueError(
-                f"KD needs one label space: the student has {pair.student.num_classes} classes, the teacher "
-                f"{pair.teacher.num_classes}. Retrain the teacher's classifier for these classes (mgd-timm train) "
-                "or use a criterion that needs no logits."
-            )
+        check_one_label_space("KD", pair)
+        if divergence not in get_args(Divergence):
+            raise ValueError(f"divergence={divergence!r}: expected {', '.join(get_args(Divergence))}.")
         self.temperature = check_temperature(temperature)
+        self.divergence: Divergence = divergence
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar divergence, at least float32."""
-        return kl_divergence(student.logits, teacher.logits, self.temperature)
+        return soft_divergence(student.logits, teacher.logits, self.temperature, self.divergence)

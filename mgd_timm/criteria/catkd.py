@@ -1,0 +1,65 @@
+"""CAT-KD: class attention transfer (Guo et al. 2023)."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.features import Batch, Features, Pair
+
+
+def class_attention(cam: Float[Tensor, "b k h w"], size: tuple[int, int], normalise: bool) -> Float[Tensor, "b k h2 w2"]:
+    """Class activation maps averaged to a size; `normalise` gives every map of every sample unit L2 norm."""
+    pooled = F.adaptive_avg_pool2d(at_least_float32(cam), size)
+    return pooled / torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True).clamp_min(1e-12) if normalise else pooled
+
+
+class CATKD(Criterion):
+    """Class attention transfer: mean((phi(A_s) - phi(A_t))^2), A the class activation maps, phi their average pooling.
+
+    Reference: Guo et al., "Class Attention Transfer Based Knowledge Distillation" (arXiv 2304.12777), the CAT loss.
+
+    Weight: 15 beside 1 of the task, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4). It goes with the
+    scale of the maps; theirs are 0.7 to 15 within a family; normalised 15 to 40 at 2x2 (to MobileNetV2), 80 and 600 at 4x4 (to
+    ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 -> MobileNet).
+
+    Differs: the networks keep their classifier, whose bias is part of the maps (there it becomes a 1x1 convolution without bias).
+    Where a network shows fewer positions than `resolution`, both are pooled to those.
+
+    Args:
+        pair: Shapes of both networks, with class activation maps of the same classes.
+        resolution: Side of the pooled maps in positions, 1 or more.
+        normalise: Give every map unit L2 norm, which the authors do between families.
+
+    Raises:
+        ValueError: A network without class activation maps, numbers of classes that differ, or a resolution below 1.
+    """
+
+    weight: ClassVar[float] = 15.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"cams"})
+
+    def __init__(self, pair: Pair, *, resolution: int = 2, normalise: bool = False) -> None:
+        super().__init__(pair)
+        lacking = [name for name, shapes in (("student", pair.student), ("teacher", pair.teacher)) if shapes.cam is None]
+        if pair.student.cam is None or pair.teacher.cam is None:
+            raise ValueError(
+                f"CAT-KD compares class activation maps, and the {' and the '.join(lacking)} shows none: tap it with "
+                "FeatureTap(model, cam=True). That takes a network that averages its last map and then classifies: a resnet, say."
+            )
+        check_one_label_space("CAT-KD", pair)
+        if resolution < 1:
+            raise ValueError(f"resolution={resolution}: expected 1 or more positions a side.")
+        (height_s, width_s), (height_t, width_t) = pair.student.cam, pair.teacher.cam
+        self.size = (min(resolution, height_s, height_t), min(resolution, width_s, width_t))
+        self.normalise = normalise
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        assert student.cam is not None  # the shapes have them
+        assert teacher.cam is not None
+        one, two = (class_attention(cam, self.size, self.normalise) for cam in (student.cam, teacher.cam))
+        return F.mse_loss(one, two)

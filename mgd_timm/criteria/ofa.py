@@ -1,0 +1,147 @@
+"""OFA-KD: one-for-all distillation between architectures (Hao et al. 2023)."""
+
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mgd_timm.criteria.adapters import MapShape
+from mgd_timm.criteria.base import Need, at_least_float32, check_temperature
+from mgd_timm.criteria.dkd import target_classes
+from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.criteria.standardisation import ComputesLogits
+from mgd_timm.features import Batch, Features, Pair
+
+
+def enhanced_divergence(
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    targets: Int[Tensor, " b"],
+    eps: float,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy with the teacher's distribution whose target class y is raised, mean over the batch.
+
+    - sum_k ((p_t(k) + [k = y])^eps - [k = y]) log p_s(k), with p = softmax(z / T).
+    """
+    log_student = torch.log_softmax(at_least_float32(student_logits) / temperature, 1)
+    teacher = torch.softmax(at_least_float32(teacher_logits) / temperature, 1)
+    target = torch.zeros_like(teacher).scatter(1, targets[:, None], 1.0)
+    return -(((teacher + target) ** eps - target) * log_student).sum(1).mean()
+
+
+def _separable(inputs: int, outputs: int) -> list[nn.Module]:
+    """Two depthwise-separable 3x3 convolutions with BatchNorm and ReLU; the first one halves the sides."""
+    layers: list[nn.Module] = []
+    for stride, width in ((2, inputs), (1, outputs)):
+        layers.append(nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False))
+        layers += [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return layers
+
+
+def map_branch(channels: int, deeper: int, width: int, num_classes: int) -> nn.Sequential:
+    """Logits from a convolutional map: one separable halving per stage that follows (else a 1x1 convolution), mean, classifier."""
+    layers: list[nn.Module] = []
+    for left in reversed(range(deeper)):
+        layers += _separable(channels, 2 * channels if left else width)
+        channels *= 2
+    layers = layers or [nn.Conv2d(channels, width, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+
+class TokenBranch(nn.Module):
+    """Logits from a map of tokens: neighbours merged two by two while 14 a side or more, transformer blocks, mean, classifier."""
+
+    def __init__(self, shape: MapShape, deeper: int, num_classes: int) -> None:
+        super().__init__()
+        channels, *sides = shape
+        self.merging = nn.ModuleList()
+        while min(sides) >= 14 and not any(side % 2 for side in sides):
+            sides = [side // 2 for side in sides]
+            layers = nn.LayerNorm(4 * channels), nn.Linear(4 * channels, channels, bias=False), nn.GELU()
+            self.merging.append(nn.Sequential(*layers))
+        heads = 1 if channels % 4 else 4
+        self.blocks = nn.Sequential(*(Block(channels, heads) for _ in range(max(deeper, 1))))
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Logits."""
+        for merge in self.merging:
+            maps = rearrange(merge(rearrange(maps, "b c (h u) (w v) -> b h w (u v c)", u=2, v=2)), "b h w c -> b c h w")
+        return self.classifier(self.blocks(rearrange(maps, "b c h w -> b (h w) c")).mean(1))
+
+
+def _start(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class OFA(ComputesLogits):
+    """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with the target raised.
+
+    L = L_eps(z_s, z_t) + branch_weight sum_i L_eps(branch_i(F_s,i), z_t), L_eps = - sum_k ((p_t(k) + [k = y])^eps - [k = y])
+    log p_s(k). Nothing of the teacher but its logits is read, so any architecture teaches any other.
+
+    Reference: Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation" (arXiv
+    2310.19444), the loss with adaptive target enhancement.
+
+    Weight: 1 beside 1 of the task, eps 1, T 1, branch_weight 1 (defaults of the official code; its README: eps 1.5 for DeiT-T ->
+    ResNet-18 on ImageNet, eps 1 on CIFAR-100, where the authors' issue threads have branch_weight 0.1).
+
+    Differs: loss as the official code, which raises every class to eps (paper: the target alone) and has no T^2. Branches as there:
+    separable convolutions for maps that shrink, transformer blocks for maps of one size (ViT, mixers), 4 stages being the maps that
+    are tapped. A ViT's maps have no class token here, so their branch averages tokens; merging keeps the width and always ends in
+    GELU. Labels that are distributions (mixup) count as their likeliest class. The smallest possible loss is the teacher's entropy,
+    not 0.
+
+    Args:
+        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map.
+        eps: Exponent, 1 or more, the larger the more the target counts; one for all, or one per map and a last one for the logits.
+        temperature: T > 0.
+        branch_weight: Weight of the branches' sum, above 0.
+
+    Raises:
+        ValueError: Numbers of classes that differ, a student without maps, or a hyper-parameter out of range.
+    """
+
+    weight: ClassVar[float] = 1.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    student_needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+
+    def __init__(
+        self, pair: Pair, *, eps: float | tuple[float, ...] = 1.0, temperature: float = 1.0, branch_weight: float = 1.0
+    ) -> None:
+        super().__init__(pair)
+        check_one_label_space("OFA-KD", pair)
+        maps, classes = pair.student.maps, pair.student.num_classes
+        if not maps:
+            raise ValueError("OFA-KD reads the student's maps, and none is tapped: choose some, maps='stages' or maps='last'.")
+        self.eps = eps if isinstance(eps, tuple) else (eps,) * (len(maps) + 1)
+        if len(self.eps) != len(maps) + 1 or not all(1 <= value < float("inf") for value in self.eps):
+            raise ValueError(f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} of them: one per map and the logits'.")
+        if not 0 < branch_weight < float("inf"):
+            raise ValueError(f"branch_weight={branch_weight}: expected a positive, finite number; without branches use kd.")
+        self.temperature, self.branch_weight = check_temperature(temperature), branch_weight
+        width = max(pair.student.embed_dim, pair.teacher.embed_dim)
+        tokens = len(maps) > 1 and len({shape[1:] for shape in maps}) == 1
+        self.branches = nn.ModuleList()
+        for deeper, shape in zip(reversed(range(len(maps))), maps, strict=True):
+            branch = TokenBranch(shape, deeper, classes) if tokens else map_branch(shape[0], deeper, width, classes)
+            self.branches.append(branch.apply(_start))
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        targets = target_classes(batch.labels)
+        logits = [self.shown(branch(maps)) for branch, maps in zip(self.branches, student.maps, strict=True)]
+        *branches, final = (
+            enhanced_divergence(one, teacher.logits, targets, eps, self.temperature)
+            for one, eps in zip((*logits, student.logits), self.eps, strict=True)
+        )
+        return final + self.branch_weight * torch.stack(branches).sum()

@@ -1,0 +1,79 @@
+"""SRRL: softmax regression representation learning (Yang et al. 2021)."""
+
+import copy
+from typing import ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.base import Need, at_least_float32
+from mgd_timm.criteria.dkd import check_parts
+from mgd_timm.criteria.standardisation import ComputesLogits
+from mgd_timm.features import Batch, Features, Pair
+
+
+class Connector(nn.Sequential):
+    """Linear layer without bias, BatchNorm and (by default) ReLU, from the student's embedding to the teacher's width."""
+
+    def __init__(self, student_dim: int, teacher_dim: int, *, relu: bool = True) -> None:
+        linear = nn.Linear(student_dim, teacher_dim, bias=False)
+        nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+        super().__init__(linear, nn.BatchNorm1d(teacher_dim), *([nn.ReLU()] if relu else []))
+
+
+class SRRL(ComputesLogits):
+    """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t h_t)^2).
+
+    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy.
+
+    Reference: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021, OpenReview
+    ZzwDy_wiWv), L_FM and L_SR.
+
+    Weight: 1 beside 1 of the task, alpha 1, beta 1 (official code).
+
+    Differs: the official connector (1x1 convolution, BatchNorm, ReLU) works on the last map before pooling, here the same three
+    work on the embedding, which every pair of networks has (other public code for SRRL does the same). L_SR is the paper's L2 form
+    between logits, as in the official code. The ReLU cannot reach an embedding's negative values (ViT, ConvNeXt): relu=False lifts
+    that. The near relative SimKD (Chen et al., arXiv 2203.14001) is left out on purpose: it puts projector and teacher's classifier
+    inside the student, which then is no plain timm model any more and cannot be exported for timm.create_model; SRRL keeps the
+    student whole.
+
+    Args:
+        pair: Shapes of both networks, and the teacher's classifier as a module on its embedding. Numbers of classes may differ.
+        alpha: Weight of the embeddings' part, 0 or more.
+        beta: Weight of the logits' part, 0 or more.
+        relu: End the connector in a ReLU, as in the official code.
+
+    Raises:
+        ValueError: A teacher without such a classifier, or a weight out of range.
+    """
+
+    weight: ClassVar[float] = 1.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits", "embedding"})
+
+    def __init__(self, pair: Pair, *, alpha: float = 1.0, beta: float = 1.0, relu: bool = True) -> None:
+        super().__init__(pair)
+        if pair.teacher_classifier is None:
+            raise ValueError(
+                "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its embedding to "
+                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion."
+            )
+        self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
+        self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)
+        # A copy, as this criterion's device and dtype are not the teacher's affair; in float32, as the connector is.
+        self.classifier = copy.deepcopy(pair.teacher_classifier).float().requires_grad_(False).eval()
+
+    # "SRRL", not Self, which beartype refuses in a class that it does not decorate as a whole.
+    def train(self, mode: bool = True) -> "SRRL":
+        """As ever, but that the teacher's classifier stays in eval mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """Scalar, at least float32."""
+        connected = self.connector(student.embedding)
+        logits = self.shown(at_least_float32(self.classifier(connected)))
+        features = F.mse_loss(at_least_float32(connected), at_least_float32(teacher.embedding))
+        return self.alpha * features + self.beta * F.mse_loss(logits, at_least_float32(teacher.logits))

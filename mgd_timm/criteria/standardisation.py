@@ -1,0 +1,79 @@
+"""Logit standardisation (Sun et al. 2024): a transform of logits around any criterion that compares them."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mgd_timm.criteria.base import Criterion, at_least_float32
+from mgd_timm.features import Batch, Features
+
+
+def standardise(logits: Float[Tensor, "b k"], eps: float = 1e-7) -> Float[Tensor, "b k"]:
+    """Every sample's logits at mean 0 and standard deviation 1: (z - mean(z)) / (std(z) + eps), at least float32.
+
+    The deviation divides by K - 1 (official code; the paper by K), and eps is the official code's.
+
+    Args:
+        logits: Raw scores of 2 classes or more. Where they are all equal the result is 0 and its gradient about 1 / eps.
+        eps: Added to the deviation.
+    """
+    logits = at_least_float32(logits)
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+
+
+class ComputesLogits(Criterion):
+    """A criterion that compares logits of its own making as well, which a standardisation of features alone would miss."""
+
+    standardised = False
+
+    def shown(self, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+        """Logits of its own making as it compares them: standardised where those of the features are."""
+        return standardise(logits) if self.standardised else logits
+
+
+class Standardised(Criterion):
+    """Any logit criterion on standardised logits: L(Z(z_s), Z(z_t)), Z(z) = (z - mean(z)) / std(z) per sample.
+
+    The temperature becomes a base temperature, in units of each network's own deviation: only the relations among logits are
+    taught.
+
+    Reference: Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427), the Z-score
+    pre-process.
+
+    Weight: the criterion's own. Official: KD with weight 9 beside 0.1 of the task, DKD with 9 times its alpha and beta, both at T
+    2.
+
+    Differs: as the official code for KD and DKD. What a criterion computes itself (OFA's branches, SRRL's logits by the teacher's
+    classifier) is standardised as well. Under MAS the stable excitation is standardised after its mean is taken.
+
+    Args:
+        criterion: Reads the teacher's logits; from now on it belongs to this one.
+
+    Raises:
+        ValueError: A criterion that reads no logits of the teacher, or one that is standardised already.
+    """
+
+    def __init__(self, criterion: Criterion) -> None:
+        nn.Module.__init__(self)
+        name = type(criterion).__name__
+        if isinstance(criterion, Standardised) or (isinstance(criterion, ComputesLogits) and criterion.standardised):
+            raise ValueError(f"{name}'s logits are standardised already: once is enough.")
+        if "logits" not in criterion.needs:
+            raise ValueError(f"{name} reads no logits of the teacher: there is nothing to standardise, use it as it is.")
+        for what in ("weight", "needs", "student_needs", "relational", "preact", "fits", "peers"):
+            setattr(self, what, getattr(criterion, what))
+        if isinstance(criterion, ComputesLogits):
+            criterion.standardised = True
+        self.criterion = criterion
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
+        """The criterion's scalar of features whose logits are standardised."""
+        student, teacher = (shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher))
+        return self.criterion(student, teacher, batch)
+
+    def fitting(self) -> nn.Module | None:
+        """The criterion's own."""
+        return self.criterion.fitting()
+
+    def remark(self) -> str | None:
+        """The criterion's own."""
+        return self.criterion.remark()

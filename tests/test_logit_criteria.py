@@ -1,0 +1,426 @@
+"""What is particular to the criteria that compare logits, or classify with the teacher."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from cases import BATCH, CLASSES, PAIR, batch, features, loop_kl, wave
+from cases_logits import loop_catkd, loop_dist, loop_dkd, loop_enhanced
+from torch import Tensor, nn
+
+import mgd_timm.models  # noqa: F401 - registers cifar_*
+from mgd_timm.criteria import AT, CATKD, DIST, DKD, DML, KD, OFA, SRRL, CrossEntropy, FitNet, Objective, Standardised, standardise
+from mgd_timm.criteria.catkd import class_attention
+from mgd_timm.criteria.dist import pearson_distance, relation_distance
+from mgd_timm.criteria.dkd import decoupled_divergence, target_classes
+from mgd_timm.criteria.kd import soft_divergence
+from mgd_timm.criteria.ofa import TokenBranch, enhanced_divergence
+from mgd_timm.features import Features, FeatureTap, Pair, Shapes
+from mgd_timm.granularity import MAS, GranularityHeads
+
+Z_S, Z_T = wave((4, 10), 0.7, 0.1, 3), wave((4, 10), 0.9, 0.3, 3)
+TARGETS = torch.tensor([1, 3, 5, 7])
+TEN = Shapes(10, 1, ())
+OTHER = PAIR._replace(teacher=PAIR.teacher._replace(num_classes=9))
+ONE_CLASS = PAIR._replace(student=PAIR.student._replace(num_classes=1), teacher=PAIR.teacher._replace(num_classes=1))
+
+
+def only(logits: Tensor) -> Features:
+    return Features(logits, torch.zeros(len(logits), 1, dtype=logits.dtype))
+
+
+def soft(ids: Tensor, classes: int) -> Tensor:
+    """Labels as mixup gives them, the first image's share the larger one."""
+    target = torch.eye(classes, dtype=torch.float64)[ids]
+    return 0.7 * target + 0.3 * target.flip(0)
+
+
+# KD: directions.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_directions_of_the_divergence_against_loops(temperature):
+    forward, reverse = loop_kl(Z_S, Z_T, temperature), loop_kl(Z_T, Z_S, temperature)
+    assert forward != pytest.approx(reverse)
+    for divergence, value in {"forward": forward, "reverse": reverse, "balanced": (forward + reverse) / 2}.items():
+        assert soft_divergence(Z_S, Z_T, temperature, divergence).item() == pytest.approx(value, abs=1e-12)
+        criterion = KD(Pair(TEN, TEN), temperature=temperature, divergence=divergence)
+        assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(value, abs=1e-12)
+    same = KD(Pair(TEN, TEN), temperature=temperature)(only(Z_S), only(Z_T), batch(TARGETS))
+    assert same.item() == pytest.approx(forward, abs=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "balanced"])
+def test_every_direction_has_a_gradient_that_is_finite_where_probabilities_vanish(divergence):
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    assert soft_divergence(logits, logits.detach(), 2.0, divergence).item() == 0
+    loss = soft_divergence(logits, logits.detach().flip(1), 2.0, divergence)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+# DKD.
+
+
+@pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (0.0, 1.0, 1.0), (2.5, 0.0, 2.0)])
+def test_dkd_against_loops(alpha, beta, temperature):
+    value = loop_dkd(Z_S, Z_T, TARGETS.tolist(), alpha, beta, temperature)
+    assert decoupled_divergence(Z_S, Z_T, TARGETS, alpha, beta, temperature).item() == pytest.approx(value, abs=1e-11)
+    criterion = DKD(Pair(TEN, TEN), alpha=alpha, beta=beta, temperature=temperature)
+    assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(value, abs=1e-11)
+
+
+def test_dkd_is_kd_where_the_parts_are_weighted_as_the_paper_finds_them():
+    """KL = TCKD + (1 - p_t(y)) NCKD for a sample."""
+    for i in range(len(Z_S)):
+        s, t, y = Z_S[i : i + 1], Z_T[i : i + 1], TARGETS[i : i + 1]
+        rest = 1 - torch.softmax(t / 4, 1)[0, y[0]].item()
+        assert decoupled_divergence(s, t, y, 1.0, rest, 4.0).item() == pytest.approx(loop_kl(s, t, 4.0), abs=1e-12)
+
+
+def test_dkd_does_not_know_offsets_nor_the_order_of_classes():
+    loss = decoupled_divergence(Z_S, Z_T, TARGETS, 1.0, 8.0, 4.0)
+    shift, order = wave((4, 1), 0.3, 0.2, 50), torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(decoupled_divergence(Z_S + shift, Z_T - shift, TARGETS, 1.0, 8.0, 4.0), loss)
+    torch.testing.assert_close(decoupled_divergence(Z_S[:, order], Z_T[:, order], order.argsort()[TARGETS], 1.0, 8.0, 4.0), loss)
+
+
+def test_soft_labels_count_as_their_likeliest_class():
+    for ids in (TARGETS, TARGETS.int()):
+        assert torch.equal(target_classes(ids), TARGETS)
+    assert torch.equal(target_classes(soft(TARGETS, 10)), TARGETS)
+    assert torch.equal(target_classes(torch.full((2, 4), 0.25)), torch.tensor([0, 0]))
+    for criterion in (DKD(Pair(TEN, TEN)), OFA(PAIR).double()):
+        wide = isinstance(criterion, DKD)
+        student, teacher = (only(Z_S), only(Z_T)) if wide else (features(PAIR.student, 1), features(PAIR.teacher, 2))
+        ids = TARGETS if wide else TARGETS % CLASSES
+        labels = soft(ids, 10 if wide else CLASSES)
+        torch.testing.assert_close(criterion(student, teacher, batch(labels)), criterion(student, teacher, batch(ids)))
+
+
+# Two classes, and logits that say nothing or too much.
+
+TWO = PAIR._replace(
+    student=PAIR.student._replace(num_classes=2), teacher=PAIR.teacher._replace(num_classes=2), teacher_classifier=nn.Linear(14, 2)
+)
+BUILT = {
+    "kd": KD,
+    "reverse": lambda pair: KD(pair, divergence="reverse"),
+    "dkd": DKD,
+    "dist": DIST,
+    "ofa": OFA,
+    "srrl": SRRL,
+    "dml": DML,
+}
+logit_criteria = pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+
+
+@logit_criteria
+@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("kind", ["drawn", "constant", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_classes_and_odd_logits_are_finite(build, standardised, kind, dtype):
+    torch.manual_seed(0)
+    criterion = Standardised(build(TWO)) if standardised else build(TWO)
+    student, teacher = features(TWO.student, 1, torch.float32), features(TWO.teacher, 2, torch.float32)
+    logits = {"drawn": student.logits, "constant": torch.full((BATCH, 2), 1.5), "large": 1e4 * student.logits}[kind]
+    logits = logits.to(dtype).requires_grad_(True)
+    shown = student._replace(logits=logits, embedding=student.embedding.requires_grad_(True))
+    shown.maps[0].requires_grad_(True)
+    loss = criterion(
+        shown, teacher._replace(logits=(logits.detach().flip(0) if kind == "large" else teacher.logits)), batch(TARGETS % 2)
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert all(v.grad is None or v.grad.isfinite().all() for v in (logits, shown.embedding, *shown.maps))
+    assert all(p.grad.isfinite().all() for p in criterion.parameters() if p.requires_grad)
+
+
+def test_dkd_of_two_classes_is_its_target_part():
+    two_s, two_t, ids = Z_S[:, :2], Z_T[:, :2], TARGETS % 2
+    loss = decoupled_divergence(two_s, two_t, ids, 1.0, 8.0, 4.0)
+    assert loss.item() == pytest.approx(loop_kl(two_s, two_t, 4.0), abs=1e-12)
+
+
+# DIST.
+
+
+@pytest.mark.parametrize(("beta", "gamma", "temperature"), [(1.0, 1.0, 1.0), (2.0, 0.0, 4.0), (0.0, 0.5, 2.0)])
+def test_dist_against_loops(beta, gamma, temperature):
+    value = loop_dist(Z_S, Z_T, beta, gamma, temperature)
+    criterion = DIST(Pair(TEN, TEN), beta=beta, gamma=gamma, temperature=temperature)
+    assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(value, abs=1e-11)
+
+
+def test_dist_knows_relations_alone():
+    torch.testing.assert_close(pearson_distance(Z_S, 3 * Z_S + 2), torch.tensor(0.0, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(pearson_distance(Z_S, -Z_S), torch.tensor(2.0, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert relation_distance(Z_S, Z_S, 1.0, 1.0, 4.0).item() == pytest.approx(0, abs=1e-4)
+    loss = relation_distance(Z_S, Z_T, 1.0, 1.0, 1.0)
+    shift, order = wave((4, 1), 0.3, 0.2, 50), torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(relation_distance(Z_S + shift, Z_T, 1.0, 1.0, 1.0), loss)
+    torch.testing.assert_close(relation_distance(Z_S[:, order], Z_T[:, order], 1.0, 1.0, 1.0), loss)
+    torch.testing.assert_close(relation_distance(Z_S.repeat(3, 1), Z_T.repeat(3, 1), 1.0, 1.0, 1.0), loss, atol=1e-6, rtol=0)
+
+
+# SRRL.
+
+
+def test_srrl_keeps_a_frozen_copy_of_the_teachers_classifier_in_eval_mode():
+    classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(14, CLASSES)).bfloat16()
+    criterion = SRRL(PAIR._replace(teacher_classifier=classifier))
+    assert classifier.training
+    assert {p.dtype for p in criterion.parameters()} == {torch.float32}
+    criterion.double().train()
+    assert criterion.training
+    assert criterion.connector.training
+    assert not any(module.training for module in criterion.classifier.modules())
+    assert not any(p.requires_grad for p in criterion.classifier.parameters())
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in classifier.parameters())
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    assert torch.equal(criterion(student, teacher, batch()), criterion(student, teacher, batch()))  # no dropout
+    with torch.no_grad():
+        classifier[1].weight.zero_()
+    assert criterion.classifier[1].weight.abs().sum() > 0
+
+
+def test_srrl_weighs_its_parts_and_needs_no_common_classes():
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    parts = []
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        torch.manual_seed(0)
+        parts.append(SRRL(PAIR, alpha=alpha, beta=beta).double()(student, teacher, batch()))
+    torch.testing.assert_close(2 * parts[0] + 3 * parts[1], parts[2])
+    nine = PAIR._replace(teacher=PAIR.teacher._replace(num_classes=9), teacher_classifier=nn.Linear(14, 9))
+    assert SRRL(nine).double()(student, features(nine.teacher, 2), batch()).isfinite()
+
+
+def test_srrl_without_relu_reaches_negative_values():
+    embedding = features(PAIR.student, 1).embedding
+    ranges = [SRRL(PAIR, relu=relu).double().connector(embedding).min().item() for relu in (True, False)]
+    assert ranges[0] == 0
+    assert ranges[1] < 0
+
+
+# OFA-KD.
+
+
+@pytest.mark.parametrize(("eps", "temperature"), [(1.0, 1.0), (1.5, 1.0), (2.0, 4.0)])
+def test_enhanced_divergence_against_loops(eps, temperature):
+    value = loop_enhanced(Z_S.tolist(), Z_T, TARGETS.tolist(), eps, temperature)
+    assert enhanced_divergence(Z_S, Z_T, TARGETS, eps, temperature).item() == pytest.approx(value, abs=1e-11)
+
+
+def test_enhanced_divergence_at_one_is_cross_entropy_with_the_teacher():
+    entropy = -(torch.softmax(Z_T, 1) * torch.log_softmax(Z_T, 1)).sum(1).mean().item()
+    assert enhanced_divergence(Z_S, Z_T, TARGETS, 1.0, 1.0).item() == pytest.approx(loop_kl(Z_S, Z_T, 1.0) + entropy, abs=1e-11)
+
+
+def test_ofa_weighs_branches_and_takes_an_exponent_for_each():
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+
+    def value(**options) -> Tensor:
+        torch.manual_seed(0)
+        return OFA(PAIR, **options).double()(student, teacher, batch())
+
+    final = enhanced_divergence(student.logits, teacher.logits, batch().labels, 1.0, 1.0)
+    branches = value() - final
+    torch.testing.assert_close(value(branch_weight=0.1), final + 0.1 * branches)
+    torch.testing.assert_close(value(eps=(1.0, 1.0, 1.0)), value(eps=1.0))
+    raised = enhanced_divergence(student.logits, teacher.logits, batch().labels, 1.5, 1.0)
+    torch.testing.assert_close(value(eps=(1.0, 1.0, 1.5)), raised + branches)
+    assert value(eps=(2.0, 1.0, 1.0)) != value(eps=(1.0, 2.0, 1.0))
+    assert value(temperature=4.0) != value()
+
+
+@pytest.mark.parametrize(
+    ("maps", "tokens"),
+    [
+        (((4, 16, 16), (6, 8, 8), (8, 4, 4), (10, 2, 2)), None),
+        (((4, 9, 7), (6, 5, 4), (8, 1, 1)), None),
+        (((4, 7, 7),), None),
+        (((8, 14, 14), (8, 14, 14)), 49),
+        (((8, 16, 28), (8, 16, 28)), 112),
+        (((6, 27, 27), (6, 27, 27), (6, 27, 27)), 729),
+        (((8, 28, 28), (8, 28, 28)), 49),
+        (((8, 6, 6), (8, 6, 6)), 36),
+    ],
+)
+def test_ofa_reads_any_maps(maps, tokens):
+    pair = PAIR._replace(student=PAIR.student._replace(maps=maps, cam=None))
+    criterion, student = OFA(pair), features(pair.student, 1, torch.float32, grad=True)
+    seen = []
+    for branch in criterion.branches:
+        assert isinstance(branch, TokenBranch) is (tokens is not None)
+        if isinstance(branch, TokenBranch):
+            branch.blocks.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    criterion(student, features(pair.teacher, 2, torch.float32), batch()).backward()
+    assert seen == ([tokens] * len(maps) if tokens else [])
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in criterion.parameters())
+    assert all(m.grad.abs().sum() > 0 for m in student.maps)
+    if tokens:
+        assert [len(branch.blocks) for branch in criterion.branches] == [max(i, 1) for i in reversed(range(len(maps)))]
+
+
+# CAT-KD.
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("side", [1, 2])
+def test_class_attention_against_loops(normalise, side):
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    criterion = CATKD(PAIR, resolution=side, normalise=normalise)
+    value = loop_catkd(student.cam, teacher.cam, side, normalise)
+    assert criterion(student, teacher, batch()).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_class_attention_is_pooled_to_what_both_have_and_normalised_by_map():
+    assert CATKD(PAIR, resolution=8).size == (2, 2)
+    wide = PAIR._replace(student=PAIR.student._replace(cam=(4, 1)), teacher=PAIR.teacher._replace(cam=(3, 6)))
+    assert CATKD(wide, resolution=4).size == (3, 1)
+    assert CATKD(wide)(features(wide.student, 1), features(wide.teacher, 2), batch()).isfinite()
+    cam = features(PAIR.student, 1).cam
+    scale = wave((BATCH, CLASSES, 1, 1), 0.3, 0.1).abs() + 0.1
+    torch.testing.assert_close(class_attention(scale * cam, (2, 2), True), class_attention(cam, (2, 2), True))
+    still = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    class_attention(still, (2, 2), True).sum().backward()
+    assert still.grad.isfinite().all()
+
+
+def test_class_attention_and_srrl_of_real_networks():
+    networks = [timm.create_model(name, num_classes=5) for name in ("cifar_resnet8", "cifar_resnet14")]
+    taps = [FeatureTap(network, input_size=(3, 32, 32), cam=True) for network in networks]
+    shapes = [tap.shapes(32) for tap in taps]
+    pair = Pair(*shapes, teacher_classifier=taps[1].classifier)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shown = batch(torch.tensor([1, 4]))._replace(images=images, sample_ids=torch.arange(2))
+    with torch.no_grad():
+        teacher = taps[1].eval()(images)
+    for criterion in (CATKD(pair), SRRL(pair), Standardised(SRRL(pair))):
+        taps[0].zero_grad()
+        criterion(taps[0](images), teacher, shown).backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in taps[0].parameters())
+    connected = SRRL(pair).classifier(teacher.embedding)
+    torch.testing.assert_close(connected, teacher.logits)
+
+
+# DML.
+
+
+def test_mutual_learning_golden_values():
+    both = only(Z_S), only(Z_T.clone().requires_grad_(True))
+    assert DML(Pair(TEN, TEN))(*both, batch(TARGETS)).item() == pytest.approx(2.3216683293, abs=1e-8)
+    assert DML(Pair(TEN, TEN), element_mean=True)(*both, batch(TARGETS)).item() == pytest.approx(0.2321668329, abs=1e-8)
+    assert not DML(Pair(TEN, TEN))(*both, batch(TARGETS)).requires_grad  # the other student's logits are a constant
+    assert DML.peers
+    assert not any(kind.peers for kind in (KD, DKD, DIST, OFA, SRRL, CATKD))
+
+
+# Standardisation.
+
+
+def test_standardise_against_loops():
+    for row, found in zip(Z_S.tolist(), standardise(Z_S).tolist(), strict=True):
+        mean = sum(row) / len(row)
+        std = math.sqrt(sum((v - mean) ** 2 for v in row) / (len(row) - 1))
+        assert found == pytest.approx([(v - mean) / (std + 1e-7) for v in row], abs=1e-12)
+
+
+@logit_criteria
+def test_standardised_criteria_do_not_know_scale_nor_offset(build):
+    torch.manual_seed(0)
+    plain = build(PAIR).double()
+    criterion = Standardised(copy.deepcopy(plain))
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+
+    def scaled(shown: Features, a: float, b: float) -> Features:
+        scale, shift = wave((BATCH, 1), a, 0.1).abs() + 0.5, wave((BATCH, 1), b, 0.2, 20)
+        return shown._replace(logits=scale * shown.logits + shift)
+
+    loss = criterion(student, teacher, batch())
+    torch.testing.assert_close(criterion(scaled(student, 0.3, 0.7), scaled(teacher, 1.3, 0.4), batch()), loss, atol=1e-5, rtol=1e-6)
+    by_hand = [shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher)]
+    expected = plain(*by_hand, batch())
+    same = not isinstance(plain, OFA | SRRL)  # which compare logits of their own making too
+    assert torch.allclose(loss, expected) is same
+    for what in ("weight", "needs", "relational", "preact", "fits", "peers"):
+        assert getattr(criterion, what) == getattr(plain, what)
+    assert criterion.fitting() is None
+    assert criterion.remark() is None
+
+
+@pytest.mark.parametrize(("kind", "classifier"), [(OFA, lambda c: c.branches[0][-1]), (SRRL, lambda c: c.classifier)])
+def test_logits_of_a_criterions_own_making_are_standardised_too(kind, classifier):
+    torch.manual_seed(0)
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    for criterion, same in ((kind(PAIR).double(), False), (Standardised(kind(PAIR).double()), True)):
+        loss = criterion(student, teacher, batch())
+        with torch.no_grad():
+            for p in classifier(getattr(criterion, "criterion", criterion)).parameters():
+                p.mul_(3)
+        assert torch.allclose(criterion(student, teacher, batch()), loss, rtol=1e-5) is same
+
+
+def test_standardised_terms_compose_with_mas():
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    criterion = Standardised(KD(PAIR, temperature=2.0))
+    whole = MAS(PAIR, Objective(task=(1.0, CrossEntropy(PAIR)), kd=(9.0, criterion))).double()
+    heads = GranularityHeads(PAIR.teacher.embed_dim, CLASSES).double()
+    codes = heads.encode(teacher.embedding)
+    views = heads.decode(codes)
+    found = whole(student, teacher._replace(codes=codes, views=views), batch())
+    stable = torch.stack([teacher.logits, *views.values()]).mean(0)
+    value = loop_kl(standardise(student.logits), standardise(stable), 2.0)
+    assert found["kd"].item() == pytest.approx(9 * value, abs=1e-10)
+
+
+CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.teacher._replace(cam=None))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        *(
+            (lambda kind=kind: kind(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train")
+            for kind in BUILT.values()
+            if kind is not SRRL
+        ),
+        (lambda: CATKD(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train"),
+        *((lambda kind=kind: kind(ONE_CLASS), "2 classes or more") for kind in BUILT.values() if kind is not SRRL),
+        (lambda: DKD(PAIR, alpha=-1.0), "alpha=-1.0, beta=8.0: expected finite numbers, 0 or more"),
+        (lambda: DKD(PAIR, alpha=0, beta=0), "not all 0"),
+        (lambda: DKD(PAIR, beta=float("inf")), "beta=inf"),
+        (lambda: DKD(PAIR, temperature=0), "temperature=0: expected a positive"),
+        (lambda: DIST(PAIR, beta=0, gamma=0), "not all 0"),
+        (lambda: DIST(PAIR, gamma=float("nan")), "gamma=nan"),
+        (lambda: DIST(PAIR, temperature=-1), "temperature=-1: expected a positive"),
+        (lambda: SRRL(PAIR._replace(teacher_classifier=None)), "no single module that maps its embedding to logits: choose one"),
+        (lambda: SRRL(PAIR, alpha=0, beta=0), "not all 0"),
+        (lambda: SRRL(PAIR, beta=-0.1), "beta=-0.1"),
+        (lambda: OFA(PAIR._replace(student=PAIR.student._replace(maps=()))), "reads the student's maps, and none .*maps='last'"),
+        (lambda: OFA(PAIR, eps=0.5), "eps=0.5: expected a number of 1 or more, or 3 of them"),
+        (lambda: OFA(PAIR, eps=(1.0, 1.0)), r"eps=\(1.0, 1.0\): .* 3 of them"),
+        (lambda: OFA(PAIR, eps=float("nan")), "eps=nan"),
+        (lambda: OFA(PAIR, branch_weight=0), "branch_weight=0: expected a positive"),
+        (lambda: OFA(PAIR, temperature=0), "temperature=0: expected a positive"),
+        (lambda: CATKD(CAMLESS), "class activation maps, and the student and the teacher shows none: .*cam=True.*a resnet"),
+        (lambda: CATKD(PAIR._replace(teacher=CAMLESS.teacher)), "class activation maps, and the teacher shows none"),
+        (lambda: CATKD(PAIR, resolution=0), "resolution=0: expected 1 or more"),
+        (lambda: Standardised(AT(PAIR)), "AT reads no logits of the teacher"),
+        (lambda: Standardised(FitNet(PAIR)), "FitNet reads no logits of the teacher"),
+        (lambda: Standardised(CrossEntropy(PAIR)), "CrossEntropy reads no logits of the teacher"),
+        (lambda: Standardised(Standardised(KD(PAIR))), "standardised already"),
+        (lambda: Standardised(Standardised(OFA(PAIR)).criterion), "OFA's logits are standardised already"),
+    ],
+)
+def test_what_cannot_work_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_an_unknown_divergence_is_refused():
+    with pytest.raises(Exception, match="divergence"):  # by the type checker of the tests, before the criterion's own ValueError
+        KD(PAIR, divergence="sideways")
