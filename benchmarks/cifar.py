@@ -26,13 +26,11 @@ from torch import Tensor, nn
 from mgd_timm import cifar
 from mgd_timm.build import (
     build_accelerator,
-    build_objective,
     build_student,
+    build_tap,
     build_teacher,
     check_label_spaces,
     defaults_of,
-    needs_maps,
-    parse_criteria,
     set_seed,
     teacher_view,
 )
@@ -40,17 +38,18 @@ from mgd_timm.data import Source, load_images
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.export import versions
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, choose_maps
+from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.fit import Upkeep, fit
 from mgd_timm.folding import folded
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe
 from mgd_timm.report import machine, markdown, read_metrics
+from mgd_timm.terms import build_objective, needs
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
-TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT"}
+TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT", "sp": "SP", "vid": "VID", "rkd": "RKD", "crd": "CRD", "afd": "AFD"}
 DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
 """What tells one cell from another."""
 ALIKE = ("pair", "teacher", "teacher_sha256", "student", "data_sha256", "epochs", "precision")
@@ -155,19 +154,16 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     taps: dict[str, nn.Module] = {}
     distillers: dict[str, Distiller] = {}
     view = teacher_view(network, images)
-    sizes = FeatureTap(network, input_size=images.input_size).all_maps(images.input_size[1:])
-    mapped = any(reads_maps(r) for r in cells.values())
-    teacher_tap = FeatureTap(network, choose_maps(sizes, first.maps) if mapped else None, input_size=images.input_size)
+    mapped = any(needs(recipe, "maps") for recipe in cells.values())
+    teacher_tap = build_tap(network, images.input_size, first.maps if mapped else None)
     seen = teacher_tap.shapes(images.input_size[1:])
     for arm, recipe in cells.items():
         set_seed(seed, 3)  # as `run` does: the same weights whatever the arm
         student = build_student(recipe, images)
         check_label_spaces(network, student, images)
-        own = FeatureTap(student, input_size=images.input_size).all_maps(images.input_size[1:])
-        wanted = choose_maps(own, recipe.maps) if reads_maps(recipe) else None
-        tap = taps[arm] = FeatureTap(student, wanted, input_size=images.input_size)
+        tap = taps[arm] = build_tap(student, images.input_size, recipe.maps if needs(recipe, "maps", student=True) else None)
         set_seed(seed, 4)
-        pair = Pair(tap.shapes(images.input_size[1:]), seen, images.num_samples, images.labels, teacher_tap.classifier)
+        pair = Pair(tap.shapes(images.input_size[1:]), seen, images.num_samples, images.trained_labels(), teacher_tap.classifier)
         distillers[arm] = Distiller(tap, build_objective(recipe, pair))
     weights = module_digest(network)
     frozen = Teacher(folded(teacher_tap) or teacher_tap, view=view, digest=weights)
@@ -261,10 +257,6 @@ def under_noise(
         arm: {f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2) for s in sigmas}
         for arm in taps
     }
-
-
-def reads_maps(recipe: Recipe) -> bool:
-    return recipe.teacher is not None and needs_maps(parse_criteria(recipe))
 
 
 def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> None:

@@ -18,7 +18,7 @@ from mgd_timm.run import read_recipe, run
 
 
 def distill(
-    teacher: str | nn.Module = "embedded",
+    teacher: str | nn.Module | None = None,
     student: str | nn.Module = "cifar_resnet8x05",
     data: str | Data = "embedded",
     *,
@@ -28,7 +28,8 @@ def distill(
     """Distil a teacher into a student and return the student, on the CPU and in eval mode.
 
     Args:
-        teacher: A model with weights: 'embedded', a timm name, local-dir:PATH, hf-hub:ID, a run folder, or a module.
+        teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder, or a module.
+            None with a peer: two students then teach each other, and the first is returned.
         student: A timm name, or a module that timm built.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data, whose values `options`
             replace.
@@ -39,7 +40,9 @@ def distill(
         ValueError: An unknown option, model, criterion or data set, or networks and data that do not fit.
         FileExistsError: The output folder exists.
     """
-    names: dict[str, Any] = {"teacher": _name_of(teacher), "student": _name_of(student), "output": str(output)}
+    names: dict[str, Any] = {"student": _name_of(student), "output": str(output)}
+    if teacher is not None:
+        names["teacher"] = _name_of(teacher)
     recipe = make_recipe(**names, **_over(data, options))
     teacher_module = teacher if isinstance(teacher, nn.Module) else None
     student_module = student if isinstance(student, nn.Module) else None

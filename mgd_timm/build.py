@@ -18,10 +18,8 @@ from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pr
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
-from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.data import EMBEDDED, Defaults, Images
-from mgd_timm.features import Pair, TeacherView
-from mgd_timm.granularity import MAG, MAS
+from mgd_timm.features import FeatureTap, TeacherView, choose_maps
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown
@@ -272,23 +270,32 @@ def channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | 
     return tuple(float(v) for v in values)
 
 
+def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, **options: Any) -> nn.Module:
+    """A timm model for an image size and a number of classes.
+
+    Raises:
+        ValueError: Unknown name, or an argument that the architecture does not take.
+    """
+    check_model_name(name)
+    inputs = {"in_chans": input_size[0], "img_size": input_size[1:]}
+    try:
+        return timm.create_model(**resolve_model_input_args(name, inputs, num_classes=num_classes, **options))
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be built for {input_size} images and {num_classes} classes: {error}") from error
+
+
 def build_student(recipe: Recipe, images: Images) -> nn.Module:
     """The student for the data's classes and image size, from the seed or from given weights.
 
     Raises:
         ValueError: Unknown name, an argument that the architecture does not take, or a checkpoint that does not fit.
     """
-    check_model_name(recipe.student)
-    options: dict[str, Any] = {"num_classes": images.num_classes, "pretrained": recipe.student_pretrained}
+    options: dict[str, Any] = {"pretrained": recipe.student_pretrained}
     if recipe.drop:
         options["drop_rate"] = recipe.drop
     if recipe.drop_path is not None:
         options["drop_path_rate"] = recipe.drop_path
-    inputs = {"in_chans": images.input_size[0], "img_size": images.input_size[1:]}
-    try:
-        model = timm.create_model(**resolve_model_input_args(recipe.student, inputs, **options))
-    except Exception as error:
-        raise ValueError(f"student {recipe.student!r} cannot be built for {images.input_size} images: {error}") from error
+    model = build_named(recipe.student, images.input_size, images.num_classes, **options)
     if recipe.student_checkpoint is not None:
         load_weights(model, recipe.student, recipe.student_checkpoint)
     return model
@@ -336,63 +343,28 @@ def teacher_view(teacher: nn.Module, images: Images) -> TeacherView:
     return TeacherView(images.mean, images.std, mean, std, (size[0], size[1]) if fixed else None)
 
 
-def parse_criteria(recipe: Recipe) -> dict[str, float]:
-    """Weights by term: task, kd and the host methods, from the recipe's words and the presets of the MGD authors' scripts.
-
-    The only host KD: 0.2 task, 0.8 kd. Another host X: 1 task, X's weight, and kd 1 under mag and mas, none else.
-
-    Raises:
-        ValueError: An unknown criterion, a weight that is no number, or two different weights of one term.
-    """
-    given: dict[str, float | None] = {}
-    for word in recipe.criterion:
-        name, _, weight = word.partition(":")
-        if name not in CRITERIA:
-            raise unknown("criterion", name, CRITERIA)
-        try:
-            given[name] = float(weight) if weight else None
-        except ValueError:
-            raise ValueError(f"criterion {word!r}: expected NAME or NAME:WEIGHT, and {weight!r} is no number.") from None
-    for name, value in (("ce", recipe.task_weight), ("kd", recipe.kd_weight)):
-        if value is not None:
-            if given.get(name) not in (None, value):
-                raise ValueError(f"two weights of {name}: {given[name]} in --criterion and {value} as an option of its own.")
-            given[name] = value
-    hosts = [name for name in given if name not in ("ce", "kd")]
-    alone = "kd" in [word.partition(":")[0] for word in recipe.criterion] and not hosts
-    weights = {"task": given.get("ce"), "kd": given.get("kd"), **{name: given[name] for name in hosts}}
-    if weights["task"] is None:
-        weights["task"] = 0.2 if alone else 1.0
-    if weights["kd"] is None:
-        beside = hosts and recipe.method != "none"
-        weights["kd"] = CRITERIA["kd"].weight if alone else 1.0 if beside or "kd" in given else 0.0
-    return {name: CRITERIA[name].weight if value is None else value for name, value in weights.items()}
-
-
-def needs_maps(weights: Mapping[str, float]) -> bool:
-    """Whether a term with a weight reads maps."""
-    return any(value and "maps" in CRITERIA[name].needs for name, value in weights.items() if name in CRITERIA)
-
-
-def build_objective(recipe: Recipe, pair: Pair) -> Objective | MAG:
-    """The recipe's terms, and MAG or MAS around them.
+def build_tap(
+    model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
+) -> FeatureTap:
+    """The features of a model that a recipe's word for maps stands for (features.choose_maps); None for none.
 
     Raises:
-        ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
+        ValueError: As FeatureTap and choose_maps.
     """
-    if recipe.teacher is None:
-        return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
-    terms: dict[str, Any] = {}
-    for name, weight in parse_criteria(recipe).items():
-        if name == "task":
-            terms[name] = (weight, CrossEntropy(pair, smoothing=recipe.smoothing))
-        elif weight:
-            options = {"temperature": recipe.kd_temperature} if name == "kd" else {}
-            terms[name] = (weight, CRITERIA[name](pair, **options))
-    objective = Objective(**terms)
-    if recipe.method == "none":
-        return objective
-    return {"mag": MAG, "mas": MAS}[recipe.method](pair, objective, recipe.heads.granularities)
+    if maps is None:
+        return FeatureTap(model, input_size=input_size, cam=cam)
+    sizes = FeatureTap(model, input_size=input_size, preact=preact).all_maps(input_size[1:])
+    return FeatureTap(model, choose_maps(sizes, maps), input_size=input_size, preact=preact, cam=cam)
+
+
+def lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
+
+    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process (BasicBlock).
+    """
+    safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
+    if recipe.channels_last if recipe.channels_last is not None else safe:
+        module.to(memory_format=torch.channels_last)
 
 
 def set_seed(*key: int) -> None:

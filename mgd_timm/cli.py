@@ -34,7 +34,14 @@ _DISTILL_ONLY = {
     "kd_weight",
     "kd_temperature",
     "maps",
+    "peer",
+    "criterion_options",
+    "standardise_logits",
+    "fitting_epochs",
+    "fitting_lr",
 }
+
+_BY_PEER = ("teacher", "criterion", "method")
 
 
 class _Parser(ArgumentParser):
@@ -120,6 +127,9 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _distill(arguments: Sequence[str]) -> None:
     values = _options(run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
+    if values["peer"] is not None:  # what these are by default depends on whether there is one
+        given = given_options(run_parser("mgd-timm distill", distill=True), arguments)
+        values = {name: value for name, value in values.items() if name not in _BY_PEER or name in given}
     from mgd_timm.recipe import make_recipe
     from mgd_timm.run import run
 
@@ -194,14 +204,20 @@ def _list(arguments: Sequence[str]) -> None:
     parser = _Parser(prog="mgd-timm list", description="What there is to name.")
     parser.add_argument("what", type=typing.Literal["criteria", "models", "data"], help="criteria, models or data")
     parser.add_argument("--filter", type=str, default="", help="models: a wildcard, such as cifar_*")
+    parser.add_argument(
+        "--teacher", type=str, default="cifar_resnet32x4", help="criteria: for which pair; its weights do not matter"
+    )
+    parser.add_argument("--student", type=str, default="cifar_resnet8x4", help="criteria: for which pair")
+    parser.add_argument("--img-size", type=int, default=32, help="criteria: side of the images in pixels")
+    parser.add_argument("--num-classes", type=int, default=100, help="criteria: of the data")
+    parser.add_argument("--num-samples", type=int, default=50_000, help="criteria: training images, which size CRD's memory banks")
+    parser.add_argument("--maps", type=str, default="stages", help="criteria: stages, last, mid, all, or a number of maps")
+    parser.add_argument(
+        "--markdown", action=ActionYesNo(no_prefix="no-"), default=False, help="criteria: all that is known of them"
+    )
     values = parser.parse_args(list(arguments))
     if values.what == "criteria":
-        from mgd_timm.criteria import CRITERIA
-
-        for name, criterion in CRITERIA.items():
-            first = (criterion.__doc__ or "").strip().splitlines()[0]
-            needs = ", ".join(sorted(criterion.needs)) or "labels only"
-            print(f"{name:8} weight {criterion.weight:<7g} reads {needs:10} {first}")
+        _list_criteria(values)
     elif values.what == "models":
         import timm
 
@@ -212,6 +228,21 @@ def _list(arguments: Sequence[str]) -> None:
         print("embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package")
         print("HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100")
         print("FOLDER       parquet or arrow files, or train/CLASS/*.png and test/CLASS/*.png")
+
+
+def _list_criteria(values: Namespace) -> None:
+    from mgd_timm import methods
+    from mgd_timm.build import build_named, load_model
+
+    if values.markdown:
+        print(methods.markdown(), end="")
+        return
+    size = (3, values.img_size, values.img_size)
+    given = values.teacher == "embedded" or Path(values.teacher).exists() or ":" in values.teacher
+    teacher = load_model(values.teacher) if given else build_named(values.teacher, size, values.num_classes)
+    student = build_named(values.student, size, values.num_classes)
+    for line in methods.table(methods.Connection(teacher, student, size, values.maps, values.num_samples)):
+        print(line)
 
 
 _COMMANDS = {

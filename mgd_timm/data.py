@@ -87,6 +87,11 @@ class Images:
         """Number of classes."""
         return len(self.class_names)
 
+    def trained_labels(self) -> Tensor:
+        """Class ids by sample id, the likeliest class of a distribution; -1 for those that are held out of training."""
+        known = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
+        return torch.full_like(known, -1).index_copy_(0, self.train.ids, known[self.train.ids])
+
     @property
     def watched(self) -> Source | None:
         """What is evaluated each epoch: the validation cut where there is one, else the test split."""

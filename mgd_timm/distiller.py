@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Objective
-from mgd_timm.features import Batch, Features, FeatureTap
+from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
 
@@ -48,6 +48,11 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 - whatever it is
         """Stays in eval mode: BatchNorm statistics and dropout of a teacher never move."""
         return super().train(False)
+
+    def size(self, image_size: tuple[int, ...]) -> tuple[int, int]:
+        """(height, width) at which the teacher sees images of a size."""
+        fixed = self.view.size if isinstance(self.view, TeacherView) else None
+        return fixed or (image_size[0], image_size[1])
 
     @torch.no_grad()  # not inference_mode: adapters that read teacher maps save them for backward
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
@@ -101,3 +106,52 @@ class Distiller(nn.Module):
                 raise ValueError(f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: give its features.")
             teacher = student  # no term looks at it
         return self.objective(student, teacher, batch), student.logits
+
+
+class MutualLearning(nn.Module):
+    """Two students that teach each other, in one module: to each one's objective the other is the teacher, detached.
+
+    Under MAG each learns the other's codes as well, which the encoders of both give (MGD-DML).
+
+    Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors' code.
+
+    Differs: one update for both, each seen before it (there: one after the other; in the MGD authors' code from the same forward
+    pass, so with one optimiser's rule for both this is the same).
+
+    Args:
+        student, peer: Features of both.
+        objective: The student's, or a MAG around it.
+        peer_objective: The peer's, of its own parameters.
+    """
+
+    def __init__(self, student: FeatureTap, peer: FeatureTap, objective: Objective | MAG, peer_objective: Objective | MAG) -> None:
+        super().__init__()
+        self.student, self.peer = student, peer
+        self.objective, self.peer_objective = objective, peer_objective
+
+    def forward(
+        self,
+        batch: Batch,
+        teacher: Features | None = None,  # noqa: ARG002 - there is none
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+        """Weighted losses by name, the peer's as peer_NAME, and the student's logits."""
+        one = _with_codes(self.student(batch.images), self.objective)
+        two = _with_codes(self.peer(batch.images), self.peer_objective)
+        terms = self.objective(one, _detached(two), batch)
+        peers = self.peer_objective(two, _detached(one), batch)
+        return {**terms, **{f"peer_{name}": term for name, term in peers.items()}}, one.logits
+
+
+def _with_codes(shown: Features, objective: Objective | MAG) -> Features:
+    return shown._replace(codes=objective.student_heads.encode(shown.embedding)) if isinstance(objective, MAG) else shown
+
+
+def _detached(shown: Features) -> Features:
+    return Features(
+        shown.logits.detach(),
+        shown.embedding.detach(),
+        tuple(m.detach() for m in shown.maps),
+        {name: code.detach() for name, code in shown.codes.items()},
+        {},
+        shown.cam.detach() if shown.cam is not None else None,
+    )

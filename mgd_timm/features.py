@@ -48,7 +48,7 @@ class Shapes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """All that a criterion may know when it is built."""
+    """All that a criterion may know when it is built; `labels` are class ids by sample id, -1 for samples held out of training."""
 
     student: Shapes
     teacher: Shapes
@@ -354,9 +354,9 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
 
     Args:
         sizes: (channels, height, width) of every map of the model, shallow to deep.
-        maps: "last"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them; "stages": the
-            deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution never changes
-            (ViT, mixers); or a number N of evenly spaced maps, the last one included.
+        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them;
+            "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution
+            never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
 
     Raises:
         ValueError: Another word, or more maps than the model has.
@@ -364,8 +364,8 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
     count = len(sizes)
     if maps == "last":
         return (count - 1,)
-    if maps == "mid" and count > 1:
-        return tuple(range(1, count))
+    if maps == "all" or (maps == "mid" and count > 1):
+        return tuple(range(maps == "mid", count))
     if maps == "stages":
         deepest = [i for i in range(count) if i + 1 == count or sizes[i + 1][1:] != sizes[i][1:]]
         if len(deepest) > 1:
@@ -373,7 +373,7 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
         maps = str(min(4, count))
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
         raise ValueError(
-            f"maps={maps!r}: expected 'stages', 'last', 'mid' or a number from 1 to {count}, which is all the model has."
+            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the model has."
         )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 

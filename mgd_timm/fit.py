@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mgd_timm import checkpoint
-from mgd_timm.criteria.base import at_least_float32
+from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data import Source
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
@@ -66,9 +66,10 @@ class Upkeep:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` leaves: metrics of the last epoch, the best value of `top1` and its epoch (from 1), and the averaged module."""
+    """What `fit` leaves: metrics and losses of the last epoch, the best `top1` and its epoch (from 1), and the averaged module."""
 
     last: Metrics
+    losses: Metrics
     best: float
     best_epoch: int
     updates: int
@@ -160,6 +161,13 @@ class _Wrapper(nn.Module):
         self.trainee, self.batch_size = trainee, batch_size
         # Beside the module, not in it: a compiled module would register the same parameters again.
         self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
+        # DDP's: not to be sent from the first process before every step, as a criterion keeps them identical itself.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"trainee.{place}.{name}"
+            for place, module in trainee.named_modules()
+            if isinstance(module, Criterion)
+            for name in module.synchronised
+        ]
 
     def forward(self, batch: Batch, teacher: Features | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
@@ -193,6 +201,7 @@ class _Loop:
         self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
         self.parameters = [p for p in trainee.parameters() if p.requires_grad]
+        self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
         self.updates_per_epoch = len(self._updates(0))
         self.schedule = build_schedule(optimizer, optim, self.updates_per_epoch)
@@ -216,6 +225,7 @@ class _Loop:
         self.sums: dict[str, float] = {}
         self.seconds = 0.0
         self.last: Metrics = {}
+        self.losses: Metrics = {}
         self.best, self.best_epoch = -1.0, 0
         self.pending: list[Tensor] = []
         self.names: list[str] = []
@@ -242,7 +252,7 @@ class _Loop:
                 self._run_epoch(bar, caught)
         averaged = self.ema.module if self.ema is not None else None
         self.accelerator.free_memory()
-        return Fitted(self.last, self.best, self.best_epoch, self.done, self.seconds, averaged)
+        return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, averaged)
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
         order = self.source.ids[epoch_order(len(self.source.ids), self.seed, epoch)]
@@ -279,6 +289,8 @@ class _Loop:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         total, steps = sum(len(slot) for slot in slots), len(slots) // processes
         self.schedule.step_update(self.done)
+        for objective in self.objectives:
+            objective.set_progress(self.done / self.updates_per_epoch)
         row: Tensor | None = None
         for step in range(steps):
             batch = next(batches)
@@ -358,6 +370,7 @@ class _Loop:
         metrics = self.watch(self.ema.module if self.ema is not None else None) if self.watch is not None else {}
         top1 = metrics.get("top1", -1.0)
         self.last = metrics
+        self.losses = {name: value for name, value in train.items() if name != "top1"}
         self.epoch, self.update, self.sums = self.epoch + 1, 0, {}
         if top1 > self.best:
             self.best, self.best_epoch = top1, self.epoch
@@ -440,7 +453,7 @@ class _Loop:
             setattr(self, name, state.values[name])
 
 
-_COUNTERS = ("epoch", "update", "done", "sums", "seconds", "last", "best", "best_epoch")
+_COUNTERS = ("epoch", "update", "done", "sums", "seconds", "last", "losses", "best", "best_epoch")
 
 
 def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:

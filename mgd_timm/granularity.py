@@ -155,13 +155,13 @@ class MAG(nn.Module):
         return self.objective.needs | {"embedding"}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        """The objective's weighted terms, and one per granularity.
+        """The objective's weighted terms, and one per granularity; the student's codes are computed where it shows none.
 
         Raises:
             ValueError: The teacher shows no codes of a granularity, or codes of another width.
         """
         terms = dict(self.objective(student, teacher, batch))
-        codes = self.student_heads.encode(student.embedding)
+        codes = student.codes or self.student_heads.encode(student.embedding)
         for g in self.granularities:
             if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
                 shown = {name: code.shape[1] for name, code in teacher.codes.items()}

@@ -7,16 +7,16 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mgd_timm import checkpoint
 from mgd_timm.build import set_seed
-from mgd_timm.data import Images, cache_folder
+from mgd_timm.data import Images
 from mgd_timm.distiller import Teacher, live
 from mgd_timm.evaluation import Metrics, evaluate
-from mgd_timm.features import Batch, Features, TeacherView
+from mgd_timm.features import Batch, Features
 from mgd_timm.fit import Upkeep, compile_mode, fit
+from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
-from mgd_timm.processes import decided, on_main, share
-from mgd_timm.recipe import Optim, Recipe, as_dict, digest
+from mgd_timm.processes import on_main
+from mgd_timm.recipe import Optim, Recipe, as_dict
 from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teacher_store import StoredViews
 
@@ -45,37 +45,20 @@ def fit_heads(
     ):
         stored = None
     heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
-    made_of = {
-        "heads": as_dict(heads_recipe),
-        "teacher": teacher.digest,
-        "folded": recipe.fold_teacher,
-        "compiled": recipe.compile,
-        "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
-        "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
-        "watched": images.watched.digest if images.watched is not None else None,
-        "shown": as_dict(recipe.data, digest_only=True),
-        "seed": recipe.seed,
-        "precision": str(accelerator.mixed_precision),
-        "processes": accelerator.num_processes,
-    }
+    made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
     if stored is not None:
         made_of["store"] = stored.store.digest
     set_seed(recipe.seed, 5)
     heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(accelerator.device)
-    place = cache_folder() / "heads" / digest(made_of)[:32]
-    # One process looks and decides: others may have a disk of their own.
-    state = checkpoint.newest(place, print) if accelerator.is_main_process else None
-    if decided(accelerator, state is not None):
-        metrics: Metrics = {}
-        if state is not None:
-            heads.load_state_dict(dict(state.tensors["heads"]))
-            metrics = dict(state.values["metrics"])
-        share(heads.state_dict().values(), accelerator)
+    metrics, found = found_or_fitted(
+        "heads",
+        heads,
+        made_of,
+        accelerator,
+        lambda: _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, quiet),
+    )
+    if found:
         accelerator.print("granularity heads: fitted before, from the cache")
-    else:
-        metrics = _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, quiet)
-        fresh = checkpoint.State({"heads": heads.state_dict()}, {"made_of": made_of, "metrics": metrics})
-        on_main(accelerator, lambda: checkpoint.save(place, 1, fresh))
     summary["heads"] = metrics
     shown = {name: value for name, value in metrics.items() if name in ("teacher", "top1", *(g.name for g in heads.granularities))}
     if shown:

@@ -42,7 +42,7 @@ def _chosen(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def typed(name: str, value: Any, kind: Any) -> Any:
     """The value of an option as its field's annotation has it: lists and single strings as tuples, whole numbers as floats."""
     for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
         if get_origin(option) is tuple:
@@ -219,6 +219,7 @@ class Recipe:
         "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; none to train alone",
         digest=False,
     )
+    peer: str | None = _option(None, "a second student, in place of a teacher: both learn from the labels and from each other")
     teacher_checkpoint: str | None = _option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
@@ -234,13 +235,25 @@ class Recipe:
     method: Literal["none", "mag", "mas"] = _option(
         "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target)"
     )
-    criterion: tuple[str, ...] = _option(("kd",), "host methods, each NAME or NAME:WEIGHT (mgd-timm list criteria)")
+    criterion: tuple[str, ...] = _option(
+        ("kd",),
+        "host methods, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, over which the weight rises from 0 (mgd-timm list criteria); "
+        "default: kd, and dml with a peer",
+    )
+    criterion_options: tuple[str, ...] = _option(
+        (), "their hyper-parameters, each NAME.OPTION=VALUE, such as kd.divergence=reverse"
+    )
+    standardise_logits: bool = _option(
+        False, "criteria compare standardised logits: mean 0, deviation 1 (its authors: --kd-temperature 2 --kd-weight 9)"
+    )
+    fitting_epochs: int = _option(30, "epochs of what a criterion fits before the run (ab, fsp, ft)")
+    fitting_lr: float | None = _option(None, "its constant learning rate; default: the run's for ab and fsp, 0.01 for ft")
     task_weight: float | None = _option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
     kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
     kd_temperature: float = _option(4.0, "temperature of logit KD")
     smoothing: float = _option(0.0, "label smoothing of the labels' loss")
     maps: str = _option(
-        "stages", "maps for criteria that read them: stages, last, mid (all but the first), or a number of evenly spaced ones"
+        "stages", "maps for criteria that read them: stages, last, mid (all but the first), all, or a number of evenly spaced ones"
     )
     drop: float = _option(0.0, "dropout before the student's classifier")
     drop_path: float | None = _option(None, "stochastic depth of the student")
@@ -288,6 +301,18 @@ class Recipe:
             )
         if self.adapt_batchnorm and self.train_only == "all":
             raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
+        if self.peer is not None and self.teacher is not None:
+            raise ValueError(f"peer={self.peer!r} stands in place of a teacher, and there is one, {self.teacher!r}: leave one out.")
+        if self.peer is not None and self.method == "mas":
+            raise ValueError(
+                f"method='mas' with the peer {self.peer!r}: two students have no fitted heads whose views there could be. Choose "
+                "'mag' (with dml: MGD-DML) or 'none'."
+            )
+        if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
+            raise ValueError(
+                f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
+                "none."
+            )
         if self.teacher_store is not None and self.teacher is None:
             raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
         for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):
@@ -345,9 +370,13 @@ PARTS: dict[str, type] = {"data": Data, "optim": Optim, "heads": Heads}
 def make_recipe(**options: Any) -> Recipe:
     """A Recipe from flat options, named as the command line's flags with underscores.
 
+    With a peer, the teacher is None, the criterion dml and the method "none" where they are not given.
+
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
+    if options.get("peer") is not None:
+        options = {"teacher": None, "criterion": ("dml",), "method": "none", **options}
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
     homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
     homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
@@ -355,7 +384,7 @@ def make_recipe(**options: Any) -> Recipe:
         if name not in homes:
             raise unknown("option", name, homes)
         home, annotation = homes[name]
-        values[home][name] = _typed(name, value, annotation)
+        values[home][name] = typed(name, value, annotation)
     parts = {part: kind(**values[part]) for part, kind in PARTS.items()}
     return Recipe(**values["recipe"], **parts)
 

@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from torch import nn
@@ -15,24 +14,24 @@ from torch import nn
 from mgd_timm import checkpoint
 from mgd_timm.build import (
     build_accelerator,
-    build_objective,
     build_student,
+    build_tap,
     build_teacher,
     check_label_spaces,
     defaults_of,
     identity,
-    needs_maps,
-    parse_criteria,
+    lay_out,
     set_seed,
     teacher_view,
 )
-from mgd_timm.criteria import Objective
+from mgd_timm.criteria import Criterion, Objective
 from mgd_timm.data import Images, load_images
-from mgd_timm.distiller import Distiller, Teacher, live
+from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
-from mgd_timm.features import FeatureTap, Pair, choose_maps
+from mgd_timm.features import FeatureTap, Pair
 from mgd_timm.fit import Fitted, Metrics, Upkeep, compile_mode, fit
+from mgd_timm.fitting import StudentStage, fit_criteria, student_stages
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
@@ -40,6 +39,7 @@ from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
 from mgd_timm.teacher_store import StoredViews, check_storable, open_store
+from mgd_timm.terms import build_objective, needs, parse_terms
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
 
     def leave() -> None:
         export_model(trained, folder / "export", provenance=provenance, overwrite=True)
+        if networks.peer is not None:
+            export_model(networks.peer.model, folder / "export_peer", provenance=provenance, overwrite=True)
         checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
     on_main(accelerator, leave)
@@ -115,6 +117,9 @@ class _Networks:
     student: FeatureTap
     objective: Objective | MAG
     teacher: Teacher | None
+    peer: FeatureTap | None
+    peer_objective: Objective | MAG | None
+    stages: list[StudentStage]
     identity: dict[str, Any]
     stored: StoredViews | None
 
@@ -123,8 +128,9 @@ def _build(
     recipe: Recipe, accelerator: Accelerator, teacher: nn.Module | None, student: nn.Module | None
 ) -> tuple[Images, _Networks]:
     """Read the images and connect the networks; whatever does not fit is refused here."""
+    if recipe.teacher is not None or recipe.peer is not None:
+        parse_terms(recipe)  # a wrong word is said before the first image is read
     if recipe.teacher is not None:
-        parse_criteria(recipe)  # a wrong word is said before the first image is read
         if recipe.teacher_store is not None:
             check_storable(recipe)
         teacher = build_teacher(recipe) if teacher is None else teacher
@@ -139,8 +145,46 @@ def _build(
         check_label_spaces(teacher, student, images)
     elif student.num_classes != images.num_classes:
         raise ValueError(f"the model has {student.num_classes} classes, the data {images.num_classes}: they must agree.")
+    _describe(student, images, recipe)
+    cam, maps = needs(recipe, "cams"), recipe.maps if needs(recipe, "maps") else None
+    own_maps = recipe.maps if needs(recipe, "maps", student=True) else None
+    tap = build_tap(student, images.input_size, own_maps, cam=cam)
+    if recipe.train_only == "classifier":
+        tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
+        if drawn:
+            accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
+    shapes = seen = tap.shapes(images.input_size[1:])
+    whole = classifier = other = stored = None
+    if teacher is not None:
+        view = teacher_view(teacher, images)
+        size = view.size or (images.input_size[1], images.input_size[2])
+        teacher_tap = build_tap(teacher, (images.input_size[0], *size), maps, cam=cam)
+        seen, classifier = teacher_tap.shapes(size), teacher_tap.classifier
+        own_digest = module_digest(teacher)
+        if recipe.fold_teacher:
+            teacher_tap = folded(teacher_tap) or teacher_tap
+        whole = Teacher(teacher_tap, view=view, digest=own_digest).to(accelerator.device)
+        lay_out(whole, teacher_tap, recipe, accelerator)
+    if recipe.peer is not None:
+        set_seed(recipe.seed, 6)
+        drawn_peer = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
+        other = build_tap(build_student(drawn_peer, images), images.input_size, maps, cam=cam)
+        _describe(other.model, images, recipe)
+        seen = other.shapes(images.input_size[1:])
+    pair = Pair(shapes, seen, images.num_samples, images.trained_labels(), classifier)
+    own = identity(recipe, images, accelerator, student, teacher)
+    set_seed(recipe.seed, 4)
+    objective = build_objective(recipe, pair)
+    peers = build_objective(recipe, pair._replace(student=seen, teacher=shapes)) if other is not None else None
+    stages = student_stages(recipe, tap, whole, images, pair) if whole is not None else []
+    if whole is not None and recipe.teacher_store is not None:
+        stored = open_store(recipe, whole, images, accelerator)
+    return images, _Networks(tap, objective, whole, other, peers, stages, own, stored)
+
+
+def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
     describe(
-        student,
+        model,
         input_size=images.input_size,
         mean=images.mean,
         std=images.std,
@@ -148,39 +192,20 @@ def _build(
         license=recipe.license,
         tag=weights_tag(recipe),
     )
-    tap = _tap(student, images.input_size, recipe)
-    if recipe.train_only == "classifier":
-        tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
-        if drawn:
-            accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
-    shapes = seen = tap.shapes(images.input_size[1:])
-    whole = classifier = None
-    if teacher is not None:
-        view = teacher_view(teacher, images)
-        size = view.size or (images.input_size[1], images.input_size[2])
-        teacher_tap = _tap(teacher, (images.input_size[0], *size), recipe)
-        seen, classifier = teacher_tap.shapes(size), teacher_tap.classifier
-        own_digest = module_digest(teacher)
-        if recipe.fold_teacher:
-            teacher_tap = folded(teacher_tap) or teacher_tap
-        whole = Teacher(teacher_tap, view=view, digest=own_digest).to(accelerator.device)
-        _lay_out(whole, teacher_tap, recipe, accelerator)
-    set_seed(recipe.seed, 4)
-    pair = Pair(shapes, seen, images.num_samples, images.labels, classifier)
-    own = identity(recipe, images, accelerator, student, teacher)
-    objective = build_objective(recipe, pair)
-    stored = None
-    if whole is not None and recipe.teacher_store is not None:
-        stored = open_store(recipe, whole, images, accelerator)
-    return images, _Networks(tap, objective, whole, own, stored)
+
+
+def _trainee(networks: _Networks) -> Distiller | MutualLearning:
+    if networks.peer is None or networks.peer_objective is None:
+        return Distiller(networks.student, networks.objective)
+    return MutualLearning(networks.student, networks.peer, networks.objective, networks.peer_objective)
 
 
 def weights_tag(recipe: Recipe) -> str:
     """timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
-    if recipe.teacher is not None:
-        hosts = [name.partition(":")[0] for name in recipe.criterion]
+    if recipe.teacher is not None or recipe.peer is not None:
+        hosts = [word.partition(":")[0] for words in recipe.criterion for word in words.split(",")]
         words = [*([recipe.method] if recipe.method != "none" else []), *hosts, place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 
@@ -195,12 +220,22 @@ def _train_student(
     if teacher is not None and recipe.method != "none":
         heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, quiet=quiet)
         teacher = Teacher(teacher.tap, heads, view=teacher.view, digest=teacher.digest).to(accelerator.device)
+    if teacher is not None:
+        fit_criteria(
+            networks.objective.to(accelerator.device), teacher, networks.stages, images, recipe, accelerator, summary, quiet=quiet
+        )
     if teacher is not None and stored is not None:
         teacher.tap.to("cpu")  # its outputs are there: the device's memory is the student's
-    distiller = Distiller(tap, networks.objective).to(accelerator.device)
-    _lay_out(distiller, tap, recipe, accelerator)
-    count = sum(p.numel() for p in tap.parameters())
-    accelerator.print(f"student {tap.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images")
+    trainee = _trainee(networks).to(accelerator.device)
+    for shown in (tap, networks.peer):
+        if shown is not None:
+            lay_out(trainee if shown is tap else shown, shown, recipe, accelerator)
+            count = sum(p.numel() for p in shown.parameters())
+            role = "student" if shown is tap else "peer"
+            accelerator.print(f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images")
+    for place, module in trainee.named_modules():
+        if isinstance(module, Criterion) and module.remark() is not None:
+            accelerator.print(f"{place.rpartition('.')[2]}: {module.remark()}")
     watched = images.watched
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
@@ -208,19 +243,22 @@ def _train_student(
     def watch(averaged: nn.Module | None) -> Metrics:
         assert watched is not None
         taps: dict[str, nn.Module] = {"student": tap} if averaged is None else {"student": averaged, "raw": tap}
+        if networks.peer is not None:
+            taps["peer"] = networks.peer
         found = evaluate_taps(taps, watched, accelerator, recipe.data.validation_batch_size)
-        extra = {f"raw_{name}": value for name, value in found.get("raw", {}).items() if name != "n"}
-        return {**found["student"], **extra}
+        student = found.pop("student")
+        extra = {f"{role}_{name}": value for role, row in found.items() for name, value in row.items() if name != "n"}
+        return {**student, **extra}
 
     teach = None
     if teacher is not None and stored is not None:
         teach = stored.teacher(teacher.heads)
-    elif teacher is not None:
+    elif teacher is not None and networks.objective.needs:
         teach = live(teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
-        stage="train" if teacher is None else "distil",
+        stage="train" if teacher is None and networks.peer is None else "distil",
         resume=recipe.resume,
         checkpoint_interval=recipe.checkpoint_interval,
         checkpoint_hist=recipe.checkpoint_hist,
@@ -228,7 +266,7 @@ def _train_student(
         quiet=quiet,
     )
     fitted = fit(
-        distiller,
+        trainee,
         images.train if stored is None else stored,
         recipe.optim,
         accelerator,
@@ -244,23 +282,6 @@ def _train_student(
     final = (fitted.averaged or tap).model
     assert isinstance(final, nn.Module)
     return fitted, final
-
-
-def _lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
-
-    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process (BasicBlock).
-    """
-    safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
-    if recipe.channels_last if recipe.channels_last is not None else safe:
-        module.to(memory_format=torch.channels_last)
-
-
-def _tap(model: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> FeatureTap:
-    if recipe.teacher is None or not needs_maps(parse_criteria(recipe)):
-        return FeatureTap(model, input_size=input_size)
-    sizes = FeatureTap(model, input_size=input_size).all_maps(input_size[1:])
-    return FeatureTap(model, choose_maps(sizes, recipe.maps), input_size=input_size)
 
 
 def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]) -> None:

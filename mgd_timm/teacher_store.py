@@ -29,7 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm import checkpoint
-from mgd_timm.build import parse_criteria
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.data import FileSource, Images, Source, StoreSource
 from mgd_timm.distiller import Teacher
@@ -38,6 +37,7 @@ from mgd_timm.features import Batch, Features, TeacherView
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import Recipe, differences, digest
+from mgd_timm.terms import parse_terms
 
 INDEX = "store.json"
 FORMAT = 1
@@ -52,8 +52,8 @@ class StoreError(ValueError):
 
 def check_storable(recipe: Recipe) -> None:
     """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
-    for name, weight in parse_criteria(recipe).items():
-        lacking = sorted(CRITERIA[name].needs - {"logits", "embedding"}) if weight and name in CRITERIA else []
+    for name, term in parse_terms(recipe).items():
+        lacking = sorted(CRITERIA[term.criterion].needs - {"logits", "embedding"}) if term.weight else []
         if lacking:
             raise ValueError(
                 f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits and embedding "

@@ -44,7 +44,7 @@ def test_help_version_and_lists(mgd):
     assert mgd("--version")[1].strip() == "0.1.0"
     code, out, _ = mgd("list", "criteria")
     assert code == 0
-    assert all(name in out for name in ("ce", "kd", "fitnet", "at", "weight 1000"))
+    assert all(name in out for name in ("ce", "kd", "fitnet", "at", "1000", "arXiv 1612.03928", "fitting stage", "local batch"))
     assert "cifar_resnet8x4" in mgd("list", "models", "--filter", "cifar_*")[1].split()
     assert "Fashion-MNIST" in mgd("list", "data")[1]
 
@@ -147,7 +147,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--teacher", "cifar_resnet20"], ["'cifar_resnet20' has no published weights", "--teacher-checkpoint"]),
         (["distill", "--teacher", "local-dir:nowhere"], ["nowhere: no export in it", "mgd-timm export"]),
         (["distill", "--criterion", "fitnat"], ["unknown criterion 'fitnat'", "did you mean fitnet"]),
-        (["distill", "--criterion", "at:much"], ["'at:much'", "expected NAME or NAME:WEIGHT"]),
+        (["distill", "--criterion", "at:much"], ["'at:much'", "expected NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS"]),
         (["distill", "--criterion", "kd:0.5", "--kd-weight", "0.7"], ["two weights of kd: 0.5", "0.7"]),
         (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
         (["distill", "--data-dir", "nowhere"], ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"]),

@@ -1,0 +1,158 @@
+"""What the criteria are, from their own words: the table of `mgd-timm list criteria`, and docs/methods.md."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mgd_timm.build import build_tap
+from mgd_timm.criteria import CRITERIA, Criterion
+from mgd_timm.criteria.standardisation import Standardised
+from mgd_timm.features import FeatureTap, Pair
+from mgd_timm.granularity import MAG, MAS
+from mgd_timm.terms import hyper_parameters
+
+
+def paragraphs(kind: type) -> list[str]:
+    """The paragraphs of a class's docstring; lists of arguments and errors keep their lines."""
+    blocks = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
+    return [block if block.startswith(("Args:", "Raises:")) else " ".join(block.split()) for block in blocks]
+
+
+def said(kind: type, word: str) -> str:
+    """What follows "WORD: " at the start of a paragraph; empty without one."""
+    return next((text.removeprefix(f"{word}: ") for text in paragraphs(kind) if text.startswith(f"{word}: ")), "")
+
+
+def paper(kind: type[Criterion]) -> str:
+    """Authors of a method's paper, with its number or where it appeared."""
+    reference = said(kind, "Reference")
+    authors, _, rest = reference.partition(' "')
+    names = [name for name in authors.rstrip(",").split(", ") if name]
+    place = re.search(r"arXiv[: ]\d{4}\.\d{4,5}", rest) or re.search(r"(?<=\" \()[^)]+", rest)
+    who = ", ".join(names) if len(names) < 3 else f"{names[0]} et al."
+    return f"{who} ({place[0]})" if place else who
+
+
+def traits(kind: type[Criterion]) -> list[str]:
+    """What a method needs beside the student's logits, in words."""
+    words = {"maps": "maps before their activation" if kind.preact else "maps", "cams": "class activation maps"}
+    found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
+    found += [f"the student's {part}" for part in sorted(kind.student_needs)]
+    found += {"teacher": ["fitting stage"], "student": ["fitting stage of the student"]}.get(kind.fits or "", [])
+    found += ["local batch"] if kind.relational else []
+    return [*found, "peer"] if kind.peers else found
+
+
+class Connection:
+    """Shapes of a teacher and a student as each criterion would see them.
+
+    Args:
+        teacher, student: Models of one number of classes; their weights do not matter.
+        input_size: (channels, height, width) of the images.
+        maps: Word for the maps (features.choose_maps).
+        num_samples: Training images, which size CRD's memory banks.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, input_size: tuple[int, int, int], maps: str, num_samples: int
+    ) -> None:
+        self.models, self.input_size, self.maps, self.num_samples = (student, teacher), input_size, maps, num_samples
+        self._seen: dict[Any, FeatureTap] = {}
+
+    def build(self, name: str) -> Criterion:
+        """The criterion for this pair.
+
+        Raises:
+            ValueError: Why it is none for this pair.
+        """
+        kind = CRITERIA[name]
+        taps = []
+        for model, read in zip(self.models, (kind.needs | kind.student_needs, kind.needs), strict=True):
+            key = (model, "maps" in read, kind.preact, "cams" in read)
+            if key not in self._seen:
+                maps = self.maps if key[1] else None
+                self._seen[key] = build_tap(model, self.input_size, maps, preact=key[2], cam=key[3])
+            taps.append(self._seen[key])
+        student, teacher = (tap.shapes(self.input_size[1:]) for tap in taps)
+        labels = torch.arange(self.num_samples) % student.num_classes
+        return kind(Pair(student, teacher, self.num_samples, labels, taps[1].classifier))
+
+
+def table(connection: Connection) -> Iterator[str]:
+    """Lines of `mgd-timm list criteria`: a line per criterion, and beneath it what is to be known of it for this pair."""
+    width = max(map(len, CRITERIA))
+    needed = max(len(", ".join(traits(kind))) for kind in CRITERIA.values())
+    yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
+    for name, kind in CRITERIA.items():
+        notes = []
+        try:
+            built = connection.build(name)
+            count = f"{sum(p.numel() for p in built.parameters()):,}"
+            notes = [built.remark()]
+        except ValueError as reason:
+            count, notes = "none: see below", [str(reason)]
+        yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {', '.join(traits(kind)):{needed}}  {paper(kind)}".rstrip()
+        for note in notes:
+            if note:
+                yield textwrap.fill(note, 128, initial_indent=" " * (width + 1), subsequent_indent=" " * (width + 1))
+
+
+_HEAD = """# Methods
+
+Generated from the docstrings by `mgd-timm list criteria --markdown > docs/methods.md`; a test keeps it current.
+What each one needs for a pair of yours, and why one is refused: `mgd-timm list criteria --teacher NAME --student NAME`.
+
+Several at once, each with its weight, and a warm-up over which the weight rises from 0 (here 20 epochs); options by name:
+
+```
+mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 --criterion-options crd.queue=65536 dkd.beta=2
+```
+
+Each of them goes with `--method none`, `mag` or `mas`. The task's loss is always there (`--task-weight`); `mag` and `mas` add
+logit KD of weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). A weight that
+is not given is the one below. "Local batch": the method compares the samples of a batch, and under several processes it sees those
+of its own only.
+
+| name | method | paper | weight | needs |
+|---|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The text of docs/methods.md."""
+    rows = "".join(
+        f"| [`{name}`](#{name}) | {paragraphs(kind)[0].split(':')[0]} | {paper(kind)} | "
+        f"{kind.weight:g} | {', '.join(traits(kind))} |\n"
+        for name, kind in CRITERIA.items()
+    )
+    parts = [_HEAD + rows]
+    parts += [f"## {name}\n\n{_section(kind)}" for name, kind in CRITERIA.items()]
+    parts.append(f"## Standardised logits: `--standardise-logits`\n\n{_section(Standardised)}")
+    parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
+    return "\n".join(parts)
+
+
+def _section(kind: type) -> str:
+    shown = []
+    for text in paragraphs(kind):
+        if not text.startswith(("Args:", "Raises:")):
+            word = re.match(r"(Reference|Weight|Differs): ", text)
+            shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
+    if issubclass(kind, Criterion) and hyper_parameters(kind):
+        shown.append("Options:\n" + "\n".join(_options(kind)))
+    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in shown) + "\n"
+
+
+def _options(kind: type[Criterion]) -> Iterator[str]:
+    """A line per hyper-parameter: its name, default and words."""
+    words: dict[str, str] = {}
+    block = next((text for text in paragraphs(kind) if text.startswith("Args:")), "")
+    for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", block, re.MULTILINE):
+        words |= {name.strip(): " ".join(about.split()) for name in names.split(",")}
+    for name, parameter in hyper_parameters(kind).items():
+        yield f"- `{name}` ({parameter.default}): {words.get(name, '')}"
