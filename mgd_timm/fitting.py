@@ -141,7 +141,7 @@ def fit_criteria(
         )
         summary.setdefault("fitted", {})[name] = metrics
         losses = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        said = "from the cache" if found else f"{recipe.fitting_epochs} epochs"
+        said = "from the cache" if found else f"{recipe.fitting_epochs} epoch{'s' if recipe.fitting_epochs > 1 else ''}"
         accelerator.print(f"{name}: fitted before the run, {said}; last loss: {losses}")
 
     for name, term in fitted_first(recipe, "teacher").items():

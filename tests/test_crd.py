@@ -11,7 +11,6 @@ import pytest
 import torch
 from cases import CLASSES, PAIR
 from cases_relational import dot, loop_contrast, loop_linear, unit
-from small import environment
 from torch import Tensor
 
 from mgd_timm.criteria import CRD
@@ -299,8 +298,9 @@ def main(folder: Path) -> None:
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launch, __file__, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=one_thread, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from small import FAST, call, command, end_at, environment
 
+from mgd_timm.criteria import CRITERIA
+
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
     return ["distill", *FAST, "--epochs", "2", "--data-dir", str(data), "--output", str(output), *more]
@@ -39,6 +41,17 @@ def test_learning_rate_and_losses_do_not_depend_on_the_number_of_processes(runs)
     assert [row["lr"] for row in one] == [row["lr"] for row in two]
     for name in ("task", "kd", "at", "abstract", "detailed", "top1"):
         assert two[0]["train"][name] == pytest.approx(one[0]["train"][name], rel=2e-3), name
+
+
+def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
+    """Under MAS, after the stages of AB and FT: no parameter is left without a gradient, which DDP would wait for in vain."""
+    names = [name for name, kind in CRITERIA.items() if name not in ("ce", "kd", "fsp") and not kind.peers]
+    more = ["--criterion", ",".join(names), "--fitting-epochs", "1", "--epochs", "1", "--batch-size", "16", "--img-size", "32"]
+    done = call(*flags(small_data, tmp_path / "run", *more), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "memory banks 2 x 320 x 128: 0.3 MB" in done.stdout
+    terms = set(history(tmp_path / "run")[-1]["train"])
+    assert terms == {"task", "kd", "abstract", "detailed", "top1", *(name for name in names if name != "ab")}
 
 
 def test_evaluation_counts_each_image_once_on_two_processes(runs):
