@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import cifar as grid  # type: ignore[import-not-found]  # beside this script
+import criteria as methods  # type: ignore[import-not-found]
+import hosts as each  # type: ignore[import-not-found]
 
 from mgd_timm.report import markdown
 
@@ -93,7 +95,38 @@ def public() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "step": step, "shortcuts": shortcuts, "cifar": cifar, "public": public}
+def criteria() -> str:
+    rows = json.loads((HERE / "results" / "criteria.json").read_text())
+    measured = [row for row in rows if "refused" not in row]
+    refused = "".join(
+        f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})." for row in rows if "refused" in row
+    )
+    sizes = sorted({(row["ratio"]["n"], row["ratio"]["steps"]) for row in measured})
+    turns = " or ".join(f"{n} turns of {steps} steps" for n, steps in sizes)
+    return (
+        f"{methods.table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
+        f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
+        f"`benchmarks/criteria.py`; {about(measured[0])}."
+    )
+
+
+def hosts() -> str:
+    rows = each.known_rows(HERE / "results" / "hosts.jsonl")
+    seeds, epochs = sorted({row["seed"] for row in rows}), sorted({row["epochs"] for row in rows})
+    return (
+        f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {epochs[0]} epochs from the "
+        f"embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds. `benchmarks/hosts.py`; {about(rows[0])}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "step": step,
+    "shortcuts": shortcuts,
+    "cifar": cifar,
+    "public": public,
+    "criteria": criteria,
+}
 
 
 def filled(text: str) -> str:

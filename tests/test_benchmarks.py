@@ -9,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cifar as grid
+import criteria as steps
+import hosts as each
 from safetensors.torch import load_file
 
 from mgd_timm import checkpoint
@@ -74,3 +76,29 @@ def test_the_table_pairs_seeds_and_keeps_effects_apart() -> None:
     assert lines["MAG+AT"][3] == "+0.50 ± 0.71"  # over AT+KD, not over AT
     assert lines["AT"][2:4] == ["+0.50 ± 0.71", ""]
     assert lines["KD"][-2:] == ["73.18", "72.98"]
+
+
+def test_the_table_and_picture_of_step_times(tmp_path: Path) -> None:
+    row = {"pair": "cnn", "criterion": "at", "peak_bytes": 3 * 2**20, "kd_peak_bytes": 2**20, "ratio": {"median": 1.5}}
+    row["ratio"] = {"median": 1.5, "quartiles": [1.4, 1.6], "n": 5, "steps": 2}  # type: ignore[dict-item]
+    rows = [row, {**row, "criterion": "rkd"}, {"pair": "vit", "criterion": "at", "refused": "AT pairs maps"}]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in steps.table(rows).splitlines()[2:]]
+    assert lines == [["at", "1.25", "1.50 (1.40 to 1.60)", "+2", "refused", ""], ["rkd", "-", "1.50 (1.40 to 1.60)", "+2", "", ""]]
+    steps.draw(rows, tmp_path / "times.png")
+    assert (tmp_path / "times.png").stat().st_size > 5000
+
+
+def test_the_table_of_hosts_pairs_seeds() -> None:
+    found = {
+        ("at", "X"): (80, 81),
+        ("at", "X+KD"): (82, 84),
+        ("at", "MAS+X"): (83, 83),
+        ("dml", "X"): (80,),
+        ("dml", "MAG+X"): (81,),
+    }
+    rows = [{"host": h, "arm": a, "seed": s, "top1": float(v)} for (h, a), values in found.items() for s, v in enumerate(values)]
+    lines = {
+        cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in each.table(rows).splitlines())
+    }
+    assert lines["at"] == ["80.50 ± 0.71", "83.00 ± 1.41", "83.00 ± 0.00", "+0.00 ± 1.41"]
+    assert lines["dml"] == ["80.00", "", "81.00", "+1.00"]

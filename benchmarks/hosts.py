@@ -1,0 +1,119 @@
+"""Every criterion at work on the embedded data: a small student taught by it alone, with logit KD, and under MAS.
+
+    python benchmarks/hosts.py                             all of them; continues where it was stopped
+    python benchmarks/hosts.py --hosts crd at --seeds 0    some of them
+
+Each student learns from the task and the one criterion with its usual weight (X), from these and KD of weight 1 (X+KD), and from
+the same under MAS. AB, FSP and FT have a fitting stage of 2 epochs first. DML: a second student of the same architecture, none and
+MAG. The runs are short, and the data are easy: this shows that each method trains at its usual weight, and does not rank them.
+Writes benchmarks/results/hosts.jsonl.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mgd_timm.criteria import CRITERIA
+from mgd_timm.export import versions
+from mgd_timm.recipe import make_recipe
+from mgd_timm.report import machine, markdown
+from mgd_timm.run import run
+
+RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"
+BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}
+HOSTS = ["alone", *(name for name in CRITERIA if name != "ce")]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=Path("runs/hosts"))
+    return parser.parse_args(arguments)
+
+
+def arms(host: str) -> dict[str, dict[str, Any]]:
+    """Options of each arm of a host."""
+    if host == "alone":
+        return {"alone": {"teacher": None, "method": "none"}}
+    if host == "kd":
+        weights = {"task_weight": 0.2, "kd_weight": 0.8}
+        return {"KD": {"method": "none", **weights}, "MAS+KD": {"method": "mas", **weights}}
+    if CRITERIA[host].peers:
+        peer = {"peer": BUDGET["student"], "criterion": (host,)}
+        return {"X": {**peer, "method": "none"}, "MAG+X": {**peer, "method": "mag"}}
+    both = {"criterion": (host,), "fitting_epochs": 2}
+    return {
+        "X": {**both, "method": "none", "kd_weight": 0.0},
+        "X+KD": {**both, "method": "none", "kd_weight": 1.0},
+        "MAS+X": {**both, "method": "mas", "kd_weight": 1.0},
+    }
+
+
+def known_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per host: mean top-1 of its arms, and what MAS adds to the host with KD, seed by seed."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        found.setdefault((row["host"], row["arm"]), {})[row["seed"]] = row["top1"]
+
+    def cell(host: str, *names: str) -> str:
+        values = next((found[host, name] for name in names if (host, name) in found), {})
+        return spread(list(values.values()))
+
+    cells = []
+    for host in [host for host in HOSTS if any(row["host"] == host for row in rows)]:
+        base = found.get((host, "KD" if host == "kd" else "X" if host == "dml" else "X+KD"), {})
+        top = next((found[host, name] for name in ("MAS+X", "MAS+KD", "MAG+X") if (host, name) in found), {})
+        gains = [top[seed] - base[seed] for seed in sorted(set(base) & set(top))]
+        cells.append(
+            [host, cell(host, "alone", "X"), cell(host, "X+KD", "KD"), cell(host, "MAS+X", "MAS+KD", "MAG+X"), spread(gains, "+")]
+        )
+    return markdown(["host", "X top-1 %", "X+KD", "MAS+X (dml: MAG+X)", "MAS adds to X+KD (dml: MAG to X)"], cells)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for host in args.hosts:
+            for arm, options in arms(host).items():
+                key = {"host": host, "arm": arm, "seed": seed, "epochs": args.epochs}
+                if any(all(row[name] == value for name, value in key.items()) for row in known_rows(args.results)):
+                    continue
+                print(f"\n== {host}: {arm}, seed {seed}", flush=True)
+                folder = args.output / f"{host}-{arm}-{seed}"
+                shutil.rmtree(folder, ignore_errors=True)
+                running = versions()  # of the code that runs, whatever is committed meanwhile
+                result = run(make_recipe(**BUDGET | {"epochs": args.epochs, "seed": seed, "output": str(folder)} | options))
+                row = {
+                    **key,
+                    "top1": result.summary["top1"],
+                    "seconds": result.summary["seconds"],
+                    "n_test": result.summary["last"]["n"],
+                }
+                row |= {"machine": machine(), "versions": running, "date": datetime.now(UTC).date().isoformat()}
+                with args.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                shutil.rmtree(folder)
+    print("\n" + table(known_rows(args.results)))
+
+
+if __name__ == "__main__":
+    main()
