@@ -176,15 +176,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
-    figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 0.28 * len(names) + 1.2), sharey=True, squeeze=False)
-    for axis, pair in zip(axes[0], pairs, strict=True):
+    figure: Any = Figure(figsize=(2 + 4 * len(pairs), 1.6 + 0.28 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
+    for axis, pair in zip(axes, pairs, strict=True):
         found = {row["criterion"]: row for row in rows if row["pair"] == pair and "refused" not in row}
         for place, name in enumerate(names):
             if name in found:
@@ -200,11 +198,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         teacher, student, side = PAIRS[pair]
         axis.set(title=f"{teacher}\n-> {student}, {side} px", xlabel="step time over KD's (dashed: the aim)")
         axis.title.set_fontsize(9)
-    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    figure.tight_layout()
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def known_rows(path: Path) -> list[dict[str, Any]]:

@@ -114,8 +114,8 @@ def hosts() -> str:
     rows = each.known_rows(HERE / "results" / "hosts.jsonl")
     seeds, epochs = sorted({row["seed"] for row in rows}), sorted({row["epochs"] for row in rows})
     return (
-        f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {epochs[0]} epochs from the "
-        f"embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds. `benchmarks/hosts.py`; {about(rows[0])}."
+        f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {epochs[0]} epochs "
+        f"from the embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds. `benchmarks/hosts.py`; {about(rows[0])}."
     )
 
 
