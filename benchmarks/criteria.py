@@ -180,7 +180,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
-    figure: Any = Figure(figsize=(2 + 4 * len(pairs), 1.6 + 0.28 * len(names)), layout="constrained")
+    figure: Any = Figure(figsize=(3 + 4 * len(pairs), 2.4 + 0.28 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
     for axis, pair in zip(axes, pairs, strict=True):
         found = {row["criterion"]: row for row in rows if row["pair"] == pair and "refused" not in row}
