@@ -111,6 +111,9 @@ def measure_memory(args: argparse.Namespace) -> None:
         step()
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
+    elif sys.platform == "linux":  # not ru_maxrss, which counts what the parent held when it forked
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        print(int(line.split()[1]) * 1024)
     else:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
@@ -180,7 +183,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
     names = list(dict.fromkeys(row["criterion"] for row in rows))
-    figure: Any = Figure(figsize=(3 + 4 * len(pairs), 2.4 + 0.28 * len(names)), layout="constrained")
+    figure: Any = Figure(figsize=(2 + 4 * len(pairs), 3 + 0.28 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
     for axis, pair in zip(axes, pairs, strict=True):
         found = {row["criterion"]: row for row in rows if row["pair"] == pair and "refused" not in row}
@@ -193,11 +196,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 )
             else:
                 axis.text(0.02, place, "refused", va="center", fontsize=8, color="0.4")
+        axis.set_xlim(0, 1.05 * max([1.25, *(row["ratio"]["quartiles"][1] for row in found.values())]))
         axis.axvline(1.0, color="0.3", linewidth=0.8)
         axis.axvline(1.25, color="0.6", linewidth=0.8, linestyle="--")
         teacher, student, side = PAIRS[pair]
-        axis.set(title=f"{teacher}\n-> {student}, {side} px", xlabel="step time over KD's (dashed: the aim)")
-        axis.title.set_fontsize(9)
+        axis.set_title(f"{teacher}\n-> {student}, {side} px", fontsize=9)
+        axis.set_xlabel("step time over KD's (dashed: the aim)", fontsize=9)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
