@@ -49,6 +49,7 @@ from mgd_timm.terms import build_objective, needs
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
+# Hosts without a fitting stage, class activation maps or a peer, which a pass does not know.
 TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT", "sp": "SP", "vid": "VID", "rkd": "RKD", "crd": "CRD", "afd": "AFD"}
 DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
 """What tells one cell from another."""

@@ -5,10 +5,11 @@
 
 A step: the frozen teacher's forward, the student's forward and backward with cross-entropy and the one criterion, SGD with
 momentum, on float batches that lie ready; maps are tapped only where the criterion reads them. Each criterion takes its turns with
-KD in the same process, and a ratio is that of two neighbouring turns. AB and FSP: a step of the stage that fits the student. CRD:
-banks of 50,000 samples, 16,384 negatives. Peak memory is that of a process of its own for each: resident on a CPU, allocated on a
-GPU. Pairs: cnn is cifar_resnet32x4 -> cifar_resnet8x4 at 32 px, vit is vit_tiny_patch16_224 -> resnet18 at 96 px; 100 classes,
-batches of 64. Writes benchmarks/results/criteria.json and criteria.png.
+KD in the same process, and a ratio is that of two neighbouring turns. AB and FSP: a step of the stage that fits the student, but
+with cross-entropy. DML: from a frozen teacher, so that its second student is not in the time. CRD: banks of 50,000 samples, 16,384
+negatives. Peak memory is that of a process of its own for each: resident on a CPU, allocated on a GPU. Pairs: cnn is
+cifar_resnet32x4 -> cifar_resnet8x4 at 32 px, vit is vit_tiny_patch16_224 -> resnet18 at 96 px; 100 classes, batches of 64. Writes
+benchmarks/results/criteria.json and criteria.png.
 """
 
 import argparse
@@ -48,12 +49,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
     parser.add_argument("--criteria", nargs="+", choices=tuple(CRITERIA), default=[name for name in CRITERIA if name != "ce"])
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each, 2 or more")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", choices=tuple(CRITERIA), help=argparse.SUPPRESS)  # a process that measures its own memory
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: expected 2 or more, for quartiles")
+    return args
 
 
 def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
@@ -118,23 +122,22 @@ def measure_memory(args: argparse.Namespace) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
-def measure(pair: str, name: str, base: Step, base_peak: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(pair: str, name: str, base: Step, step: Step, base_peak: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: a criterion in turn with KD."""
-    step = base if name == "kd" else maker(pair, name, args)
     for warm in (base, step):
         for _ in range(2):
             warm()
     times: list[list[float]] = []
-    for _ in range(args.rounds):
-        turn = []
-        for run in (base, step):
+    for number in range(args.rounds):
+        turn = {}
+        for run in (base, step)[:: 1 - 2 * (number % 2)]:  # each is first in turn
             start = time.perf_counter()
             for _ in range(args.steps):
                 run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            turn.append((time.perf_counter() - start) / args.steps * 1000)
-        times.append(turn)
+            turn[run] = (time.perf_counter() - start) / args.steps * 1000
+        times.append([turn[base], turn[step]])
     ratios = [own / other for other, own in times]
     low, _, high = statistics.quantiles(ratios, n=4)
     peak = base_peak if name == "kd" else peak_bytes(pair, name, args)
@@ -227,16 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             base, base_peak = maker(pair, "kd", args), peak_bytes(pair, "kd", args)
             for name in args.criteria:
                 try:
-                    row = measure(pair, name, base, base_peak, args)
+                    step = maker(pair, name, args)
                 except ValueError as reason:
                     row = {"pair": pair, "criterion": name, "precision": "bfloat16" if args.amp else "float32"}
                     row |= {"batch_size": args.batch_size, "machine": machine(), "versions": versions(), "refused": str(reason)}
+                else:
+                    row = measure(pair, name, base, step, base_peak, args)
                 rows = [old for old in known_rows(path) if key(old) != key(row)]
                 order = {name: place for place, name in enumerate(CRITERIA)}
                 rows = sorted([*rows, row], key=lambda row: (row["pair"], order.get(row["criterion"], len(order))))
                 path.write_text(json.dumps(rows, indent=2) + "\n")
                 bar.update()
-    mine = [row for row in rows if row["precision"] == ("bfloat16" if args.amp else "float32")]
+    mine = [other for other in rows if key(other)[2:] == key(row)[2:]]
     draw(mine, args.output / "criteria.png")
     print(table(mine))
     for row in mine:

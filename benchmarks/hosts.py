@@ -58,7 +58,9 @@ def arms(host: str) -> dict[str, dict[str, Any]]:
 
 
 def known_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a file; a line that was being written when its run was stopped is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -375,7 +375,12 @@ def set_seed(*key: int) -> None:
 
 
 def identity(
-    recipe: Recipe, images: Images, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None
+    recipe: Recipe,
+    images: Images,
+    accelerator: Accelerator,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    peer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What decides the weights: the recipe's values, images and networks by digest, processes and precision."""
     return {
@@ -385,6 +390,7 @@ def identity(
         "std": list(images.std),
         "student_sha256": module_digest(student),
         "teacher_sha256": module_digest(teacher) if teacher is not None else None,
+        "peer_sha256": module_digest(peer) if peer is not None else None,
         "processes": accelerator.num_processes,
         "precision": str(accelerator.mixed_precision),
     }

@@ -42,6 +42,7 @@ _DISTILL_ONLY = {
 }
 
 _BY_PEER = ("teacher", "criterion", "method")
+"""What these are by default depends on whether there is a peer: make_recipe says it."""
 
 
 class _Parser(ArgumentParser):
@@ -98,6 +99,7 @@ def run_parser(prog: str, *, distill: bool) -> ArgumentParser:
     _add_fields(parser, Optim, "optimisation", set(), {})
     if distill:
         _add_fields(parser, Heads, "granularity heads", set(), {})
+        parser.set_defaults(dict.fromkeys(_BY_PEER))
     else:
         parser.set_defaults(output="runs/train")
     return parser
@@ -127,9 +129,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _distill(arguments: Sequence[str]) -> None:
     values = _options(run_parser("mgd-timm distill", distill=True).parse_args(list(arguments)))
-    if values["peer"] is not None:  # what these are by default depends on whether there is one
-        given = given_options(run_parser("mgd-timm distill", distill=True), arguments)
-        values = {name: value for name, value in values.items() if name not in _BY_PEER or name in given}
+    values = {name: value for name, value in values.items() if name not in _BY_PEER or value is not None}
     from mgd_timm.recipe import make_recipe
     from mgd_timm.run import run
 
@@ -208,8 +208,12 @@ def _list(arguments: Sequence[str]) -> None:
         "--teacher", type=str, default="cifar_resnet32x4", help="criteria: for which pair; its weights do not matter"
     )
     parser.add_argument("--student", type=str, default="cifar_resnet8x4", help="criteria: for which pair")
-    parser.add_argument("--img-size", type=int, default=32, help="criteria: side of the images in pixels")
-    parser.add_argument("--num-classes", type=int, default=100, help="criteria: of the data")
+    parser.add_argument(
+        "--img-size", type=int | None, default=None, help="criteria: side in pixels; default: the teacher's, 32 of cifar_*"
+    )
+    parser.add_argument(
+        "--num-classes", type=int | None, default=None, help="criteria: of the data; default: a trained teacher's, or 100"
+    )
     parser.add_argument("--num-samples", type=int, default=50_000, help="criteria: training images, which size CRD's memory banks")
     parser.add_argument("--maps", type=str, default="stages", help="criteria: stages, last, mid, all, or a number of maps")
     parser.add_argument(
@@ -231,16 +235,27 @@ def _list(arguments: Sequence[str]) -> None:
 
 
 def _list_criteria(values: Namespace) -> None:
+    from timm.models import get_model_input_config, get_pretrained_cfg
+
     from mgd_timm import methods
-    from mgd_timm.build import build_named, load_model
+    from mgd_timm.build import build_named, check_model_name, load_model
 
     if values.markdown:
         print(methods.markdown(), end="")
         return
-    size = (3, values.img_size, values.img_size)
-    given = values.teacher == "embedded" or Path(values.teacher).exists() or ":" in values.teacher
-    teacher = load_model(values.teacher) if given else build_named(values.teacher, size, values.num_classes)
-    student = build_named(values.student, size, values.num_classes)
+    teacher, classes = None, 100
+    if values.teacher == "embedded" or Path(values.teacher).exists() or ":" in values.teacher:
+        teacher = load_model(values.teacher)
+        shown, classes = get_model_input_config(teacher)["input_size"], int(getattr(teacher, "num_classes", 0))
+    else:
+        check_model_name(values.teacher)
+        config = get_pretrained_cfg(values.teacher)
+        shown = config.input_size if config is not None else (3, 224, 224)
+    side, classes = values.img_size or shown[-1], values.num_classes or classes
+    size = (shown[0], side, side)
+    student = build_named(values.student, size, classes)
+    if teacher is None:
+        teacher = build_named(values.teacher, size, classes)
     for line in methods.table(methods.Connection(teacher, student, size, values.maps, values.num_samples)):
         print(line)
 

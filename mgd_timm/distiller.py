@@ -115,8 +115,10 @@ class MutualLearning(nn.Module):
 
     Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors' code.
 
-    Differs: one update for both, each seen before it (there: one after the other; in the MGD authors' code from the same forward
-    pass, so with one optimiser's rule for both this is the same).
+    Differs: both are updated at once from one forward pass of each (the paper: one after the other, each time after new forward
+    passes; the MGD authors: one after the other from one pass, which with one rule for both is the same). Divergences of codes are
+    means over the batch, as in MAG; the MGD authors' also divide by the codes' width. Constant codes of both encoders minimise
+    their divergence, as nothing else holds them: the gain of the codes is to be watched, not assumed.
 
     Args:
         student, peer: Features of both.

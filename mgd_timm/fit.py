@@ -51,6 +51,7 @@ class Upkeep:
         log_interval: Updates between checks and reports of the losses.
         quiet: No progress bar.
         track: Report to accelerate's trackers.
+        advice: The way out that an error names where a loss or weight is not finite.
     """
 
     folder: Path | None = None
@@ -62,6 +63,7 @@ class Upkeep:
     log_interval: int = 50
     quiet: bool = False
     track: bool = True
+    advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ class _Loop:
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch {self.epoch + 1}, "
-                        f"lr {self._lr():.3g}). Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+                        f"lr {self._lr():.3g}). {self.upkeep.advice}"
                     )
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 shown[name] = value / count
@@ -407,7 +409,7 @@ class _Loop:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
                     f"{self.upkeep.stage}: {name} is not finite after update {self.done} (epoch {self.epoch + 1}), which is not "
-                    "saved. Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+                    f"saved. {self.upkeep.advice}"
                 )
         tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
         if self.ema is not None:

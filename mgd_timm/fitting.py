@@ -21,11 +21,12 @@ from mgd_timm.distiller import Distiller, Teacher, live
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import FeatureTap, Pair, TeacherView
 from mgd_timm.fit import Upkeep, compile_mode, fit
+from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Recipe, as_dict, digest
-from mgd_timm.terms import Term, build_criterion, fitted_first
+from mgd_timm.terms import Term, build_criterion, fitted_first, hyper_parameters
 
 
 def found_or_fitted(
@@ -45,7 +46,9 @@ def found_or_fitted(
     """
     place = cache_folder() / kind / digest(made_of)[:32]
     # One process looks and decides: others may have a disk of their own.
-    state = checkpoint.newest(place, print) if accelerator.is_main_process else None
+    seen: list[checkpoint.State | None] = [None]
+    on_main(accelerator, lambda: seen.__setitem__(0, checkpoint.newest(place, print)))
+    (state,) = seen
     found = decided(accelerator, state is not None)
     metrics: Metrics = {}
     if found:
@@ -61,14 +64,14 @@ def found_or_fitted(
 
 
 def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """What decides the teacher's features in a fitting stage: weights, images, view, precision."""
+    """What decides the teacher's features in a fitting stage: network, images, view, precision."""
     return {
-        "teacher": teacher.digest,
+        "teacher": [teacher.tap.name, teacher.digest],
         "folded": recipe.fold_teacher,
         "compiled": recipe.compile,
+        "channels_last": recipe.channels_last,
         "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
-        "watched": images.watched.digest if images.watched is not None else None,
         "shown": as_dict(recipe.data, digest_only=True),
         "seed": recipe.seed,
         "precision": str(accelerator.mixed_precision),
@@ -77,137 +80,144 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
 
 
 @dataclass(frozen=True)
-class StudentStage:
-    """A stage that fits the student's backbone by one criterion alone: its trainee, and the teacher as that criterion sees it."""
+class Stage:
+    """What a criterion has fitted before the run.
+
+    Args:
+        name: The term's.
+        term: As the recipe asks for it.
+        trainee: What `fit` trains.
+        kept: The part of it that the run goes on with.
+        teacher: The teacher as the criterion sees it.
+        lr: Learning rate.
+    """
 
     name: str
     term: Term
-    trainee: Distiller
+    trainee: nn.Module
+    kept: nn.Module
     teacher: Teacher
+    lr: float
 
 
-def student_stages(recipe: Recipe, student: FeatureTap, teacher: Teacher, images: Images, pair: Pair) -> list[StudentStage]:
-    """The stages that the recipe's criteria ask for, connected; whatever does not fit is refused here.
+def criterion_stages(recipe: Recipe, objective: Objective | MAG, teacher: Teacher) -> list[Stage]:
+    """The stages that fit modules of the objective's own criteria on the teacher."""
+    plain = objective.objective if isinstance(objective, MAG) else objective
+    # RepDistiller's rate for its paraphraser, which it keeps from rising with the run's.
+    lr = min(0.01, recipe.optim.lr) if recipe.fitting_lr is None else recipe.fitting_lr
+    stages = []
+    for name, term in fitted_first(recipe, "teacher").items():
+        trainee = cast(Criterion, plain.criteria[name]).fitting()
+        assert trainee is not None
+        trainee.requires_grad_(False)  # but while the stage goes on
+        stages.append(Stage(name, term, trainee, trainee, teacher, lr))
+    return stages
+
+
+def student_stages(
+    recipe: Recipe, student: FeatureTap, teacher: Teacher, model: nn.Module, images: Images, pair: Pair
+) -> list[Stage]:
+    """The stages that fit the student's backbone by one criterion alone, whose maps may be other ones than the run's.
+
+    Args:
+        recipe: Of the run.
+        student: Of the run; its model is fitted in place.
+        teacher: Of the run.
+        model: The teacher's own network, before its BatchNorm was folded away, which is sure only for the maps that were looked at.
+        images: Of the run.
+        pair: Of the run.
 
     Raises:
         ValueError: Networks without the maps that a criterion compares.
     """
+    lr = recipe.optim.lr if recipe.fitting_lr is None else recipe.fitting_lr
     stages = []
     for name, term in fitted_first(recipe, "student").items():
         preact = CRITERIA[term.criterion].preact
         theirs = (images.input_size[0], *teacher.size(images.input_size[1:]))
         tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
-        seen = build_tap(teacher.tap.model, theirs, recipe.maps, preact=preact)
+        seen = build_tap(model, theirs, recipe.maps, preact=preact)
         set_seed(recipe.seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=seen.shapes(theirs[1:]))
-        criterion = build_criterion(term, own, recipe)
-        trainee = Distiller(tap, Objective(**{name: (1.0, criterion)}))
-        stages.append(StudentStage(name, term, trainee, Teacher(seen, view=teacher.view, digest=teacher.digest)))
+        trainee = Distiller(tap, Objective(**{name: (1.0, build_criterion(term, own, recipe))}))
+        if recipe.fold_teacher:
+            seen = folded(seen) or seen
+        stages.append(Stage(name, term, trainee, tap, Teacher(seen, view=teacher.view, digest=teacher.digest), lr))
     return stages
 
 
-def fit_criteria(
-    objective: Objective | MAG,
-    teacher: Teacher,
-    stages: Sequence[StudentStage],
-    images: Images,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    summary: dict[str, Any],
-    *,
-    quiet: bool = False,
-) -> None:
-    """Fit what the recipe's criteria need before the run: modules of their own, then the student's backbone; both in place.
-
-    The losses of each stage's last epoch are said and put into `summary`.
-    """
-    plain = objective.objective if isinstance(objective, MAG) else objective
-
-    def carry_out(name: str, term: Term, trainee: nn.Module, kept: nn.Module, shown: Teacher, lr: float) -> None:
-        made_of = {
-            **shown_by_teacher(shown, images, recipe, accelerator),
-            "criterion": [term.criterion, dict(term.options)],
-            "trainee": [module_digest(trainee), [list(p.shape) for p in trainee.parameters() if p.requires_grad]],
-            "maps": [recipe.maps, list(shown.tap.indices)],
-            "optim": [recipe.optim.opt, lr, recipe.optim.momentum, recipe.optim.weight_decay, recipe.fitting_epochs],
-            "batch": [recipe.data.batch_size, recipe.optim.grad_accum_steps],
-        }
-        metrics, found = found_or_fitted(
-            name,
-            kept,
-            made_of,
-            accelerator,
-            lambda: _fit_fresh(name, trainee, shown, lr, made_of, images, recipe, accelerator, quiet),
-        )
-        summary.setdefault("fitted", {})[name] = metrics
-        losses = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        said = "from the cache" if found else f"{recipe.fitting_epochs} epoch{'s' if recipe.fitting_epochs > 1 else ''}"
-        accelerator.print(f"{name}: fitted before the run, {said}; last loss: {losses}")
-
-    for name, term in fitted_first(recipe, "teacher").items():
-        fitting = cast(Criterion, plain.criteria[name]).fitting()
-        assert fitting is not None
-        fitting.to(accelerator.device).requires_grad_(True)
-        # RepDistiller's rate, but for VGG students, where it is the run's.
-        carry_out(name, term, fitting, fitting, teacher, 0.01 if recipe.fitting_lr is None else recipe.fitting_lr)
-        fitting.requires_grad_(False)
+def fit_stages(
+    stages: Sequence[Stage], images: Images, recipe: Recipe, accelerator: Accelerator, *, quiet: bool = False
+) -> dict[str, Metrics]:
+    """Carry out the stages before a run, in place; gives the losses of each one's last epoch, which are said."""
+    found = {}
     for stage in stages:
         stage.trainee.to(accelerator.device)
-        shown = stage.teacher.to(accelerator.device)
-        lay_out(stage.trainee, stage.trainee.student, recipe, accelerator)
-        unreached = _freeze_unreached(stage, images, accelerator)
-        lr = recipe.optim.lr if recipe.fitting_lr is None else recipe.fitting_lr
-        carry_out(stage.name, stage.term, stage.trainee, stage.trainee.student, shown, lr)
-        for parameter in unreached:
-            parameter.requires_grad_(True)
+        stage.teacher.to(accelerator.device)
+        for module in (stage.trainee, stage.teacher):
+            lay_out(module, module.student if isinstance(module, Distiller) else stage.teacher.tap, recipe, accelerator)
+        before = {parameter: parameter.requires_grad for parameter in stage.trainee.parameters()}
+        try:
+            stage.trainee.requires_grad_(True)
+            if isinstance(stage.trainee, Distiller):
+                _freeze_unreached(stage, images, accelerator)
+            found[stage.name] = _carry_out(stage, images, recipe, accelerator, quiet)
+        finally:
+            for parameter, value in before.items():
+                parameter.requires_grad_(value)
+    return found
 
 
-def _freeze_unreached(stage: StudentStage, images: Images, accelerator: Accelerator) -> list[nn.Parameter]:
+def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool) -> Metrics:
+    optim = replace(recipe.optim, epochs=recipe.fitting_epochs, lr=stage.lr, sched="constant", warmup_epochs=0, model_ema=False)
+    kind = CRITERIA[stage.term.criterion]
+    made_of = {
+        **shown_by_teacher(stage.teacher, images, recipe, accelerator),
+        "criterion": [stage.term.criterion, {n: p.default for n, p in hyper_parameters(kind).items()} | dict(stage.term.options)],
+        "trainee": [module_digest(stage.trainee), [list(p.shape) for p in stage.trainee.parameters() if p.requires_grad]],
+        "student": [stage.trainee.student.name, recipe.drop, recipe.drop_path] if isinstance(stage.trainee, Distiller) else None,
+        "maps": [list(stage.teacher.tap.indices), list(getattr(getattr(stage.trainee, "student", None), "indices", ()))],
+        "optim": as_dict(optim),
+    }
+    folder = Path(recipe.output) / "fitting" / stage.name
+
+    def fit_fresh() -> Metrics:
+        on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
+        fitted = fit(
+            stage.trainee,
+            images.train,
+            optim,
+            accelerator,
+            seed=recipe.seed,
+            batch_size=recipe.data.batch_size,
+            teach=live(stage.teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None),
+            compile=recipe.compile,
+            upkeep=Upkeep(
+                folder=folder,
+                identity=made_of,
+                stage=stage.name,
+                resume=recipe.resume,
+                log_interval=recipe.log_interval,
+                quiet=quiet,
+                track=False,
+                advice="Lower --fitting-lr, or clip gradients (--clip-grad 1).",
+            ),
+        )
+        return fitted.losses
+
+    losses, found = found_or_fitted(stage.name, stage.kept, made_of, accelerator, fit_fresh)
+    said = "from the cache" if found else f"{recipe.fitting_epochs} epoch{'s' if recipe.fitting_epochs > 1 else ''}"
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    accelerator.print(f"{stage.name}: fitted before the run, {said}; last loss: {shown}")
+    return losses
+
+
+def _freeze_unreached(stage: Stage, images: Images, accelerator: Accelerator) -> None:
     """Freeze what the stage's loss gives no gradient, such as the classifier, which must neither decay nor be waited for."""
     batch = next(images.train.batches([images.train.ids[:2]], 0, accelerator.device))
-    parameters = [p for p in stage.trainee.parameters() if p.requires_grad]
+    parameters = list(stage.trainee.parameters())
     stage.trainee.eval()  # BatchNorm's statistics stay as they are
     terms, _ = stage.trainee(batch, stage.teacher(batch.images))
     grads = torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)
-    unreached = [p for p, grad in zip(parameters, grads, strict=True) if grad is None]
-    for parameter in unreached:
-        parameter.requires_grad_(False)
-    return unreached
-
-
-def _fit_fresh(
-    name: str,
-    trainee: nn.Module,
-    teacher: Teacher,
-    lr: float,
-    made_of: dict[str, Any],
-    images: Images,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    quiet: bool,
-) -> Metrics:
-    folder = Path(recipe.output) / "fitting" / name
-    on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
-    optim = replace(
-        recipe.optim, epochs=recipe.fitting_epochs, lr=lr, sched="constant", warmup_epochs=0, clip_grad=None, model_ema=False
-    )
-    fitted = fit(
-        trainee,
-        images.train,
-        optim,
-        accelerator,
-        seed=recipe.seed,
-        batch_size=recipe.data.batch_size,
-        teach=live(teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None),
-        compile=recipe.compile,
-        upkeep=Upkeep(
-            folder=folder,
-            identity=made_of,
-            stage=name,
-            resume=recipe.resume,
-            log_interval=recipe.log_interval,
-            quiet=quiet,
-            track=False,
-        ),
-    )
-    return fitted.losses
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.requires_grad_(grad is not None)

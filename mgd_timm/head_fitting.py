@@ -46,6 +46,7 @@ def fit_heads(
         stored = None
     heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
     made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
+    made_of["watched"] = images.watched.digest if images.watched is not None else None  # as their accuracy is kept with them
     if stored is not None:
         made_of["store"] = stored.store.digest
     set_seed(recipe.seed, 5)
@@ -140,6 +141,7 @@ def _fit_fresh_heads(
             log_interval=recipe.log_interval,
             quiet=quiet,
             track=False,
+            advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
         ),
     )
     return fitted.last

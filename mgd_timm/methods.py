@@ -68,7 +68,7 @@ class Connection:
         """The criterion for this pair.
 
         Raises:
-            ValueError: Why it is none for this pair.
+            ValueError: Why there is none for this pair.
         """
         kind = CRITERIA[name]
         taps = []
@@ -113,10 +113,15 @@ Several at once, each with its weight, and a warm-up over which the weight rises
 mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
-Each of them goes with `--method none`, `mag` or `mas`. The task's loss is always there (`--task-weight`); `mag` and `mas` add
-logit KD of weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). A weight that
-is not given is the one below. "Local batch": the method compares the samples of a batch, and under several processes it sees those
-of its own only.
+Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer NAME`),
+with `none` and `mag`. The task's loss is always there (`--task-weight`); `mag` and `mas` add logit KD of weight 1 beside
+another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Another weight that is not given is
+the one below. Only what is asked for warms up.
+
+"Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only. "Fitting
+stage": `--fitting-epochs` before the run, kept by a digest; of `ab` and `fsp`, which fit the student's backbone, nothing else
+is left in the run. Maps: `--maps stages | last | mid | all | N`; RepDistiller's pairing on `cifar_*` networks is `mid`, which
+`recipes/cifar.py` uses, while `stages` shows the stem's map too where it has a resolution of its own.
 
 | name | method | paper | weight | needs |
 |---|---|---|---|---|

@@ -216,7 +216,7 @@ class Recipe:
     student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights", digest=False)
     teacher: str | None = _option(
         "embedded",
-        "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; none to train alone",
+        "'embedded' (the default), a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder",
         digest=False,
     )
     peer: str | None = _option(None, "a second student, in place of a teacher: both learn from the labels and from each other")
@@ -233,7 +233,7 @@ class Recipe:
     teacher_view_seed: int | None = _option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
     teacher_top_k: int | None = _option(None, "stored: largest logits that are kept of each view. Default: 0, all")
     method: Literal["none", "mag", "mas"] = _option(
-        "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target)"
+        "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target); default: mas, and none with a peer"
     )
     criterion: tuple[str, ...] = _option(
         ("kd",),
@@ -247,7 +247,7 @@ class Recipe:
         False, "criteria compare standardised logits: mean 0, deviation 1 (its authors: --kd-temperature 2 --kd-weight 9)"
     )
     fitting_epochs: int = _option(30, "epochs of what a criterion fits before the run (ab, fsp, ft)")
-    fitting_lr: float | None = _option(None, "its constant learning rate; default: the run's for ab and fsp, 0.01 for ft")
+    fitting_lr: float | None = _option(None, "its constant learning rate; default: the run's, for ft 0.01 at most")
     task_weight: float | None = _option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
     kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
     kd_temperature: float = _option(4.0, "temperature of logit KD")
@@ -289,10 +289,10 @@ class Recipe:
             )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
-        if self.train_only == "classifier" and self.teacher is not None:
+        if self.train_only == "classifier" and (self.teacher is not None or self.peer is not None):
             raise ValueError(
-                f"train_only='classifier' beside the teacher {self.teacher!r}: what a teacher teaches is the backbone. Train "
-                "without one (mgd-timm train)."
+                f"train_only='classifier' beside {self.teacher or self.peer!r}: what it teaches is the backbone. Train alone "
+                "(mgd-timm train)."
             )
         if self.train_only == "classifier" and (self.drop or self.drop_path):
             raise ValueError(
@@ -303,6 +303,10 @@ class Recipe:
             raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
         if self.peer is not None and self.teacher is not None:
             raise ValueError(f"peer={self.peer!r} stands in place of a teacher, and there is one, {self.teacher!r}: leave one out.")
+        if self.peer is not None and self.teacher_checkpoint is not None:
+            raise ValueError(f"teacher_checkpoint={self.teacher_checkpoint!r} beside peer={self.peer!r}: there is no teacher.")
+        if self.peer is not None and self.optim.model_ema:
+            raise ValueError(f"model_ema beside peer={self.peer!r}: an average of one of two students is not kept. Leave it out.")
         if self.peer is not None and self.method == "mas":
             raise ValueError(
                 f"method='mas' with the peer {self.peer!r}: two students have no fitted heads whose views there could be. Choose "

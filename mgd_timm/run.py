@@ -18,6 +18,7 @@ from mgd_timm.build import (
     build_tap,
     build_teacher,
     check_label_spaces,
+    check_model_name,
     defaults_of,
     identity,
     lay_out,
@@ -25,13 +26,13 @@ from mgd_timm.build import (
     teacher_view,
 )
 from mgd_timm.criteria import Criterion, Objective
-from mgd_timm.data import Images, load_images
+from mgd_timm.data import Images, Source, load_images
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
 from mgd_timm.features import FeatureTap, Pair
-from mgd_timm.fit import Fitted, Metrics, Upkeep, compile_mode, fit
-from mgd_timm.fitting import StudentStage, fit_criteria, student_stages
+from mgd_timm.fit import Fitted, Metrics, Upkeep, Watch, compile_mode, fit
+from mgd_timm.fitting import Stage, criterion_stages, fit_stages, student_stages
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
@@ -39,7 +40,7 @@ from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
 from mgd_timm.teacher_store import StoredViews, check_storable, open_store
-from mgd_timm.terms import build_objective, needs, parse_terms
+from mgd_timm.terms import build_objective, criterion_names, needs, parse_terms
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
         summary["test"] = evaluate_model(trained, images.test, accelerator, recipe.data.validation_batch_size)
         summary["val_top1"], summary["top1"] = summary["top1"], summary["test"]["top1"]
     summary["parameters"] = sum(p.numel() for p in trained.parameters())
+    if networks.peer is not None:
+        summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
     provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
     if networks.teacher is not None:
         provenance["teacher_sha256"] = networks.identity["teacher_sha256"]
@@ -90,7 +93,8 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     def leave() -> None:
         export_model(trained, folder / "export", provenance=provenance, overwrite=True)
         if networks.peer is not None:
-            export_model(networks.peer.model, folder / "export_peer", provenance=provenance, overwrite=True)
+            own = {**provenance, "metrics": summary["peer"]}
+            export_model(networks.peer.model, folder / "export_peer", provenance=own, overwrite=True)
         checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
     on_main(accelerator, leave)
@@ -107,7 +111,19 @@ def _say_headline(summary: dict[str, Any], folder: Path, say: Callable[[str], No
     if top1 is not None:
         best = f"; best {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}" if summary["best_top1"] is not None else ""
         say(f"top-1 {top1:.2f} % after the last epoch{best}")
-    say(f"exported: {folder / 'export'}")
+    if summary.get("peer", {}).get("top1") is not None:
+        say(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
+    say(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
+
+
+def _peer_summary(model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """The peer's numbers, named as the student's in the summary."""
+    last = {name.removeprefix("peer_"): value for name, value in fitted.last.items() if name.startswith("peer_")}
+    found: dict[str, Any] = {"top1": last.get("top1"), "last": last, "parameters": sum(p.numel() for p in model.parameters())}
+    if images.val is not None and images.test is not None:
+        found["test"] = evaluate_model(model, images.test, accelerator, recipe.data.validation_batch_size)
+        found["val_top1"], found["top1"] = found["top1"], found["test"]["top1"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class _Networks:
     teacher: Teacher | None
     peer: FeatureTap | None
     peer_objective: Objective | MAG | None
-    stages: list[StudentStage]
+    stages: list[Stage]
     identity: dict[str, Any]
     stored: StoredViews | None
 
@@ -130,6 +146,8 @@ def _build(
     """Read the images and connect the networks; whatever does not fit is refused here."""
     if recipe.teacher is not None or recipe.peer is not None:
         parse_terms(recipe)  # a wrong word is said before the first image is read
+    if recipe.peer is not None:
+        check_model_name(recipe.peer)
     if recipe.teacher is not None:
         if recipe.teacher_store is not None:
             check_storable(recipe)
@@ -146,40 +164,66 @@ def _build(
     elif student.num_classes != images.num_classes:
         raise ValueError(f"the model has {student.num_classes} classes, the data {images.num_classes}: they must agree.")
     _describe(student, images, recipe)
-    cam, maps = needs(recipe, "cams"), recipe.maps if needs(recipe, "maps") else None
     own_maps = recipe.maps if needs(recipe, "maps", student=True) else None
-    tap = build_tap(student, images.input_size, own_maps, cam=cam)
+    tap = build_tap(student, images.input_size, own_maps, cam=needs(recipe, "cams"))
     if recipe.train_only == "classifier":
         tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
         if drawn:
             accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
     shapes = seen = tap.shapes(images.input_size[1:])
-    whole = classifier = other = stored = None
+    whole = classifier = stored = None
     if teacher is not None:
-        view = teacher_view(teacher, images)
-        size = view.size or (images.input_size[1], images.input_size[2])
-        teacher_tap = build_tap(teacher, (images.input_size[0], *size), maps, cam=cam)
-        seen, classifier = teacher_tap.shapes(size), teacher_tap.classifier
-        own_digest = module_digest(teacher)
-        if recipe.fold_teacher:
-            teacher_tap = folded(teacher_tap) or teacher_tap
-        whole = Teacher(teacher_tap, view=view, digest=own_digest).to(accelerator.device)
-        lay_out(whole, teacher_tap, recipe, accelerator)
-    if recipe.peer is not None:
-        set_seed(recipe.seed, 6)
-        drawn_peer = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
-        other = build_tap(build_student(drawn_peer, images), images.input_size, maps, cam=cam)
-        _describe(other.model, images, recipe)
+        whole, classifier = _connect_teacher(recipe, accelerator, teacher, images)
+        seen = whole.tap.shapes(whole.size(images.input_size[1:]))
+    other = _connect_peer(recipe, images) if recipe.peer is not None else None
+    if other is not None:
         seen = other.shapes(images.input_size[1:])
     pair = Pair(shapes, seen, images.num_samples, images.trained_labels(), classifier)
-    own = identity(recipe, images, accelerator, student, teacher)
+    own = identity(recipe, images, accelerator, student, teacher, other.model if other is not None else None)
     set_seed(recipe.seed, 4)
     objective = build_objective(recipe, pair)
+    for name, term in _criteria(objective).items():
+        if term.remark() is not None:
+            accelerator.print(f"{name}: {term.remark()}")
     peers = build_objective(recipe, pair._replace(student=seen, teacher=shapes)) if other is not None else None
-    stages = student_stages(recipe, tap, whole, images, pair) if whole is not None else []
+    stages = []
+    if whole is not None and teacher is not None:
+        stages = criterion_stages(recipe, objective, whole) + student_stages(recipe, tap, whole, teacher, images, pair)
     if whole is not None and recipe.teacher_store is not None:
         stored = open_store(recipe, whole, images, accelerator)
     return images, _Networks(tap, objective, whole, other, peers, stages, own, stored)
+
+
+def _connect_teacher(
+    recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images
+) -> tuple[Teacher, nn.Module | None]:
+    """The frozen teacher as yet without heads, and the classifier of its network."""
+    view = teacher_view(model, images)
+    size = view.size or (images.input_size[1], images.input_size[2])
+    maps = recipe.maps if needs(recipe, "maps") else None
+    tap = build_tap(model, (images.input_size[0], *size), maps, cam=needs(recipe, "cams"))
+    classifier, own_digest = tap.classifier, module_digest(model)
+    if recipe.fold_teacher:
+        tap = folded(tap) or tap
+    teacher = Teacher(tap, view=view, digest=own_digest).to(accelerator.device)
+    lay_out(teacher, tap, recipe, accelerator)
+    return teacher, classifier
+
+
+def _connect_peer(recipe: Recipe, images: Images) -> FeatureTap:
+    """The second student, from the seed."""
+    assert recipe.peer is not None
+    set_seed(recipe.seed, 6)
+    drawn = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
+    peer = build_student(drawn, images)
+    _describe(peer, images, recipe)
+    maps = recipe.maps if needs(recipe, "maps") else None
+    return build_tap(peer, images.input_size, maps, cam=needs(recipe, "cams"))
+
+
+def _criteria(objective: Objective | MAG) -> dict[str, Criterion]:
+    plain = objective.objective if isinstance(objective, MAG) else objective
+    return {name: term for name, term in plain.criteria.items() if isinstance(term, Criterion)}
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
@@ -205,8 +249,7 @@ def weights_tag(recipe: Recipe) -> str:
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
     if recipe.teacher is not None or recipe.peer is not None:
-        hosts = [word.partition(":")[0] for words in recipe.criterion for word in words.split(",")]
-        words = [*([recipe.method] if recipe.method != "none" else []), *hosts, place]
+        words = [*([recipe.method] if recipe.method != "none" else []), *criterion_names(recipe), place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 
 
@@ -220,35 +263,22 @@ def _train_student(
     if teacher is not None and recipe.method != "none":
         heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, quiet=quiet)
         teacher = Teacher(teacher.tap, heads, view=teacher.view, digest=teacher.digest).to(accelerator.device)
-    if teacher is not None:
-        fit_criteria(
-            networks.objective.to(accelerator.device), teacher, networks.stages, images, recipe, accelerator, summary, quiet=quiet
-        )
+    networks.objective.to(accelerator.device)
+    if networks.stages:
+        summary["fitted"] = fit_stages(networks.stages, images, recipe, accelerator, quiet=quiet)
     if teacher is not None and stored is not None:
         teacher.tap.to("cpu")  # its outputs are there: the device's memory is the student's
     trainee = _trainee(networks).to(accelerator.device)
-    for shown in (tap, networks.peer):
+    if isinstance(trainee, Distiller):
+        lay_out(trainee, tap, recipe, accelerator)
+    for role, shown in {"student": tap, "peer": networks.peer}.items():
         if shown is not None:
-            lay_out(trainee if shown is tap else shown, shown, recipe, accelerator)
+            lay_out(shown, shown, recipe, accelerator)
             count = sum(p.numel() for p in shown.parameters())
-            role = "student" if shown is tap else "peer"
             accelerator.print(f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images")
-    for place, module in trainee.named_modules():
-        if isinstance(module, Criterion) and module.remark() is not None:
-            accelerator.print(f"{place.rpartition('.')[2]}: {module.remark()}")
     watched = images.watched
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
-
-    def watch(averaged: nn.Module | None) -> Metrics:
-        assert watched is not None
-        taps: dict[str, nn.Module] = {"student": tap} if averaged is None else {"student": averaged, "raw": tap}
-        if networks.peer is not None:
-            taps["peer"] = networks.peer
-        found = evaluate_taps(taps, watched, accelerator, recipe.data.validation_batch_size)
-        student = found.pop("student")
-        extra = {f"{role}_{name}": value for role, row in found.items() for name, value in row.items() if name != "n"}
-        return {**student, **extra}
 
     teach = None
     if teacher is not None and stored is not None:
@@ -273,7 +303,7 @@ def _train_student(
         seed=recipe.seed,
         batch_size=recipe.data.batch_size,
         teach=teach,
-        watch=watch if watched is not None else None,
+        watch=_watcher(networks, watched, recipe, accelerator) if watched is not None else None,
         averaged=tap,
         compile=recipe.compile,
         upkeep=upkeep,
@@ -282,6 +312,22 @@ def _train_student(
     final = (fitted.averaged or tap).model
     assert isinstance(final, nn.Module)
     return fitted, final
+
+
+def _watcher(networks: _Networks, watched: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
+    """Evaluates the student after an epoch (the averaged one where there is one) and what stands beside it, under its role."""
+
+    def watch(averaged: nn.Module | None) -> Metrics:
+        taps: dict[str, nn.Module] = {"student": networks.student}
+        if averaged is not None:
+            taps = {"student": averaged, "raw": networks.student}
+        if networks.peer is not None:
+            taps["peer"] = networks.peer
+        found = evaluate_taps(taps, watched, accelerator, recipe.data.validation_batch_size)
+        student = found.pop("student")
+        return {**student, **{f"{role}_{name}": row[name] for role, row in found.items() for name in row if name != "n"}}
+
+    return watch
 
 
 def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]) -> None:

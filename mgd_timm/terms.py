@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from mgd_timm.criteria import CRITERIA, Criterion, CrossEntropy, Objective
+from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.features import Pair
 from mgd_timm.granularity import MAG, MAS
@@ -63,11 +64,44 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
     terms = {}
     for name in ("ce", "kd", *hosts):
         weight, warmup = given.get(name, (None, 0.0))
-        value = presets[name] if weight is None else weight
-        terms["task" if name == "ce" else name] = Term(name, value, warmup, options.pop(name, {}))
-    if options:
-        raise ValueError(f"criterion options of {', '.join(options)}, which the criterion {list(recipe.criterion)} does not name.")
+        term = Term(name, presets[name] if weight is None else weight, warmup, options.get(name, {}))
+        terms["task" if name == "ce" else name] = term
+        _check_term(term, recipe, plain=weight is None)
+    for name in options:
+        if name not in given and name not in ("ce", "kd"):
+            raise ValueError(f"criterion options of {name}, which the criterion {list(recipe.criterion)} does not name.")
+        if name in terms and not terms[name].weight:
+            raise ValueError(f"criterion options of {name}, whose weight is 0: give it one, or leave them out.")
+    kinds = [CRITERIA[term.criterion] for term in terms.values() if term.weight]
+    if recipe.standardise_logits and not any("logits" in kind.needs for kind in kinds):
+        raise ValueError(
+            f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight (kd_weight=1)."
+        )
     return terms
+
+
+def criterion_names(recipe: Recipe) -> list[str]:
+    """The criteria that a recipe names, in its order."""
+    return [word.partition(":")[0] for words in recipe.criterion for word in words.split(",")]
+
+
+def _check_term(term: Term, recipe: Recipe, *, plain: bool) -> None:
+    """Raise ValueError for a criterion that goes with a peer alone or with a teacher alone, or whose weight would do nothing."""
+    kind, name = CRITERIA[term.criterion], term.criterion
+    if not term.weight:
+        return
+    if kind.peers and recipe.peer is None:
+        raise ValueError(
+            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen teacher its "
+            "divergence is --criterion kd --kd-temperature 1."
+        )
+    if kind.fits is not None and recipe.peer is not None:
+        raise ValueError(f"{name} is fitted on a trained teacher before the run, and a peer is not trained yet: leave {name} out.")
+    if kind.fits == "student" and (term.warmup or not plain):
+        raise ValueError(
+            f"{name} fits the student before the run, by its loss alone: a weight or warm-up would change nothing. Give {name} "
+            "plain (its rate: --fitting-lr), or leave it out."
+        )
 
 
 _FORM = "NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS"
@@ -86,6 +120,9 @@ def _word(word: str) -> tuple[str, float | None, float]:
             raise ValueError(f"criterion {word!r}: expected {_FORM}, and {text!r} is no number.") from None
     if len(values) > 2:
         raise ValueError(f"criterion {word!r}: expected {_FORM}.")
+    for value in values:
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"criterion {word!r}: expected finite numbers, 0 or more.")
     weight, warmup = (*values, None, None)[:2]
     return name, weight, warmup or 0.0
 
@@ -103,7 +140,9 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         known = hyper_parameters(CRITERIA[name])
         if option not in known:
             raise unknown(f"option of {name}", option, known) if known else ValueError(f"criterion {name!r} has no options.")
-        found.setdefault(name, {})[option] = typed(place, yaml.safe_load(text), known[option].annotation)
+        if option in found.setdefault(name, {}):
+            raise ValueError(f"two values of {place}: give one.")
+        found[name][option] = typed(place, _value(text), known[option].annotation)
     for name, option, value, default in (
         ("kd", "temperature", recipe.kd_temperature, 4.0),
         ("ce", "smoothing", recipe.smoothing, 0.0),
@@ -116,18 +155,27 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _value(text: str) -> Any:
+    """A number, none, true or false, or a list of numbers, as YAML has them; a word, where it is none of these."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if not isinstance(value, str):
+        return value
+    try:
+        return None if value.lower() == "none" else float(value)  # YAML wants a dot in 1e-3
+    except ValueError:
+        return value
+
+
 def hyper_parameters(kind: type[Criterion]) -> dict[str, inspect.Parameter]:
     """The keyword-only arguments of a criterion's constructor."""
     parameters = inspect.signature(kind.__init__).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def parse_criteria(recipe: Recipe) -> dict[str, float]:
-    """Weights by term, as `parse_terms`."""
-    return {name: term.weight for name, term in parse_terms(recipe).items()}
-
-
-def needs(recipe: Recipe, part: str, *, student: bool = False) -> bool:
+def needs(recipe: Recipe, part: Need, *, student: bool = False) -> bool:
     """Whether a term with a weight reads that part of the teacher's features, or of the student's; none does in training alone."""
     if recipe.teacher is None and recipe.peer is None:
         return False
@@ -165,15 +213,11 @@ def build_criterion(term: Term, pair: Pair, recipe: Recipe) -> Criterion:
     """One criterion of a recipe, its logits standardised where the recipe says so.
 
     Raises:
-        ValueError: What the criterion refuses, or one that is made for two students beside a teacher, or the other way round.
+        ValueError: What the criterion refuses, with its name.
     """
     kind = CRITERIA[term.criterion]
-    if kind.peers and recipe.peer is None:
-        raise ValueError(
-            f"{term.criterion} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen "
-            "teacher its divergence is --criterion kd --kd-temperature 1."
-        )
-    if kind.fits is not None and recipe.peer is not None:
-        raise ValueError(f"{term.criterion} is fitted on a trained teacher before the run, and a peer is not trained yet.")
-    criterion = kind(pair, **term.options)
-    return Standardised(criterion) if recipe.standardise_logits and "logits" in kind.needs else criterion
+    try:
+        criterion = kind(pair, **term.options)
+        return Standardised(criterion) if recipe.standardise_logits and "logits" in kind.needs else criterion
+    except ValueError as error:
+        raise ValueError(f"criterion {term.criterion!r}: {error}") from error

@@ -19,6 +19,7 @@ from mgd_timm import cifar
 from mgd_timm.cli import given_options, guarded, run_parser
 from mgd_timm.processes import join
 from mgd_timm.recipe import make_recipe
+from mgd_timm.terms import criterion_names, parse_terms
 
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
 _OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split", "val_split")
@@ -42,12 +43,19 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     name = given.get("pair", "resnet32x4-resnet8x4")
     network, student = cifar.pair(name)
     student = given.get("student", student)
+    if given.get("peer") is not None:
+        raise ValueError(
+            f"peer={given['peer']!r}: these are the paper's pairs of teacher and student. Two students that teach each other: "
+            "mgd-timm distill --peer."
+        )
     root = Path(given.get("output", "runs/cifar"))
     data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
     data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
     classes = cifar.images_of(make_recipe(**data)).num_classes
     epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
+    own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
+    parse_terms(make_recipe(**{**own, "student": student}))  # a wrong word is said before the teacher is trained
     if teacher is None:
         options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
@@ -61,10 +69,8 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     if given.get("teacher_store") and not given.get("teacher_top_k"):
         # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
         protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
-    own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
     recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
-    words = [word.partition(":")[0] for word in recipe.criterion]
-    title = "-".join([student, recipe.method, *words, str(recipe.seed)])
+    title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
     made_from = {"teacher": cifar.weights_digest(teacher, recipe.teacher_checkpoint)}
     return name, cifar.stage(root, title, recipe, made_from), folder
 

@@ -1,19 +1,24 @@
 """What is fitted before a run, and two students that teach each other: real runs on real images."""
 
 import json
+import shutil
+import signal
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from small import call, digest, end_at
 
 import mgd_timm
 from mgd_timm import models  # noqa: F401  # registers cifar_*
-from mgd_timm.build import load_model
+from mgd_timm.build import build_tap, load_model
+from mgd_timm.cli import main
 from mgd_timm.data import load_images
+from mgd_timm.folding import folded
 from mgd_timm.recipe import Data, make_recipe
 from mgd_timm.report import read_metrics
-from mgd_timm.run import run
+from mgd_timm.run import read_recipe, run
 
 SHORT = {"epochs": 1, "fitting_epochs": 2, "heads_epochs": 1, "heads_views": 1, "batch_size": 32, "student": "cifar_resnet8x05"}
 
@@ -112,7 +117,43 @@ def test_two_students_teach_each_other(method, small_data, tmp_path, capsys):
         loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / place}", pretrained=True)
         assert loaded.pretrained_cfg["architecture"] == name
         found = mgd_timm.evaluate(str(tmp_path / "run" / place))["top1"]
-        assert found == pytest.approx(result.summary["last"]["top1" if place == "export" else "peer_top1"])
+        own = result.summary if place == "export" else result.summary["peer"]
+        assert found == pytest.approx(own["top1"])
+        said = json.loads((tmp_path / "run" / place / "recipe.json").read_text())["metrics"]
+        assert (said["top1"], said["parameters"]) == (own["top1"], sum(p.numel() for p in loaded.parameters()))
+
+
+def test_what_decides_a_stage_is_in_its_digest(small_data, tmp_path, capsys):
+    """Every option that changes the fitted weights fits anew; one that does not finds them again."""
+    common = {**SHORT, "fitting_epochs": 1, "data_dir": str(small_data), "method": "none", "criterion": ("ab",)}
+
+    def fitted_anew(number, **options):
+        run(make_recipe(**{**common, "output": str(tmp_path / str(number)), **options}), quiet=True)
+        return "from the cache" not in capsys.readouterr().out
+
+    assert fitted_anew(0)
+    same = [{"log_interval": 7}, {"criterion_options": ("ab.margin=1",)}, {"epochs": 2}, {"sched": "poly", "task_weight": 2.0}]
+    assert not any(fitted_anew(f"same{i}", **options) for i, options in enumerate(same))
+    other = [{"criterion_options": ("ab.margin=2",)}, {"filter_bias_and_bn": True}, {"maps": "2"}, {"clip_grad": 1.0}, {"seed": 3}]
+    assert all(fitted_anew(f"other{i}", **options) for i, options in enumerate(other))
+
+
+def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weights(small_data, tmp_path):
+    """Real processes; a weight warms up, and CRD's memory belongs to the state."""
+    flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--batch-size", "16", "--epochs", "3"]
+    flags += ["--method", "none", "--criterion", "ab,crd:0.8:2,at", "--fitting-epochs", "3", "--checkpoint-interval", "3"]
+    whole = call(*flags, "--output", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    shutil.rmtree(tmp_path / "cache" / "ab")
+    flags += ["--output", str(tmp_path / "run")]
+    end_at(6, tmp_path / "run" / "fitting" / "ab" / "checkpoints", signal.SIGKILL, *flags)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    end_at(24, tmp_path / "run" / "checkpoints", signal.SIGKILL, *flags, "--resume")
+    done = call(*flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "distil: resumed after update" in done.stdout
+    one, two = (digest(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "run"))
+    assert one == two
 
 
 def test_memories_know_the_classes_of_training_images_alone(small_data):
@@ -121,3 +162,44 @@ def test_memories_know_the_classes_of_training_images_alone(small_data):
     assert (labels >= 0).sum() == len(images.train.ids) == 240
     assert torch.equal(labels[images.train.ids], images.train.labels)
     assert (labels[images.val.ids] == -1).all()
+
+
+def test_a_stage_sees_maps_of_a_teacher_whose_folding_was_checked_on_them():
+    """A WRN's first BatchNorm alone reads its stem: folded, the stem's map would be another one, which the run may not look at."""
+    model = timm.create_model("cifar_wrn_16_2", num_classes=10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    size = (3, 32, 32)
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    for preact, cam in ((False, True), (True, False)):
+        tap = build_tap(model, size, "all", preact=preact, cam=cam).eval()
+        twin = folded(tap)
+        assert twin is not None
+        one, two = tap(images), twin(images)
+        for a, b in zip(one.maps, two.maps, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        if cam:
+            torch.testing.assert_close(one.cam, two.cam, rtol=1e-3, atol=1e-4)
+
+
+def test_a_configuration_that_was_printed_runs_with_a_peer(small_data, tmp_path, capsys):
+    words = [
+        "distill",
+        "--peer",
+        "cifar_resnet8x05",
+        "--student",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        str(small_data),
+    ]
+    with pytest.raises(SystemExit):
+        main([*words, "--output", str(tmp_path / "run"), "--criterion-options", "dml.element_mean=true", "--print_config"])
+    (tmp_path / "peer.yaml").write_text(capsys.readouterr().out)
+    assert main(["distill", "--config", str(tmp_path / "peer.yaml")]) == 0
+    recipe = read_recipe(tmp_path / "run")
+    assert (recipe.teacher, recipe.criterion, recipe.method) == (None, ("dml",), "none")
+    assert recipe.criterion_options == ("dml.element_mean=true",)

@@ -8,7 +8,7 @@ from torch import nn
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.criteria.kd import KD
 from mgd_timm.recipe import make_recipe
-from mgd_timm.terms import build_objective, fitted_first, needs, parse_criteria, parse_terms
+from mgd_timm.terms import build_objective, fitted_first, needs, parse_terms
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from mgd_timm.terms import build_objective, fitted_first, needs, parse_criteria,
     ],
 )
 def test_weights(options, weights):
-    assert parse_criteria(make_recipe(**options)) == weights
+    assert {name: term.weight for name, term in parse_terms(make_recipe(**options)).items()} == weights
 
 
 def test_warm_up_and_options():
@@ -64,6 +64,18 @@ def test_warm_up_and_options():
         ({"criterion_options": ("kd.divergence=backward",)}, "unknown kd.divergence 'backward'"),
         ({"criterion_options": ("dkd.beta=2",)}, "options of dkd, which the criterion .* does not name"),
         ({"criterion_options": ("kd.temperature=2",), "kd_temperature": 3.0}, "two values of kd.temperature: 2.0 .* 3.0"),
+        ({"criterion_options": ("kd.temperature=2", "kd.temperature=3")}, "two values of kd.temperature: give one"),
+        ({"criterion_options": ("kd.temperature=[",)}, r"kd.temperature='\[': expected float"),
+        ({"criterion": ("at",), "method": "none", "criterion_options": ("kd.temperature=2",)}, "options of kd, whose weight is 0"),
+        ({"criterion": ("at:-1",)}, "'at:-1': expected finite numbers, 0 or more"),
+        ({"criterion": ("at:nan",)}, "'at:nan': expected finite numbers"),
+        ({"criterion": ("at:1:inf",)}, "'at:1:inf': expected finite numbers"),
+        ({"criterion": ("ab:5",)}, "ab fits the student before the run.*--fitting-lr"),
+        ({"criterion": ("fsp::20",)}, "fsp fits the student before the run"),
+        ({"criterion": ("dml",)}, "two students .* --peer NAME .* --criterion kd --kd-temperature 1"),
+        ({"criterion": ("ft",), "peer": "cifar_resnet8"}, "a peer is not trained yet"),
+        ({"criterion": ("dml,ab",), "peer": "cifar_resnet8"}, "ab is fitted on a trained teacher"),
+        ({"criterion": ("at",), "method": "none", "standardise_logits": True}, "no criterion of .*'at'.* reads logits"),
     ],
 )
 def test_wrong_words(options, message):
@@ -74,8 +86,7 @@ def test_wrong_words(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": ("dml",)}, "two students .* --peer NAME .* --criterion kd --kd-temperature 1"),
-        ({"criterion": ("ft",), "peer": "cifar_resnet8"}, "a peer is not trained yet"),
+        ({"criterion": ("crd",), "criterion_options": ("crd.momentum=2",)}, "criterion 'crd': momentum=2"),
         ({"criterion": ("at",), "kd_weight": 0.0}, "no term with a weight reads the teacher's logits"),
     ],
 )
@@ -89,6 +100,9 @@ def test_what_does_not_go_together(options, message):
     [
         ({"peer": "cifar_resnet8", "teacher": "embedded"}, "stands in place of a teacher"),
         ({"peer": "cifar_resnet8", "method": "mas"}, "two students have no fitted heads"),
+        ({"peer": "cifar_resnet8", "model_ema": True}, "model_ema beside peer"),
+        ({"peer": "cifar_resnet8", "teacher_checkpoint": "a.safetensors"}, "there is no teacher"),
+        ({"peer": "cifar_resnet8", "train_only": "classifier"}, "what it teaches is the backbone"),
         ({"fitting_epochs": 0}, "fitting_epochs=0"),
         ({"fitting_lr": -1.0}, "fitting_lr=-1.0"),
     ],
@@ -96,6 +110,14 @@ def test_what_does_not_go_together(options, message):
 def test_recipes_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(**options)
+
+
+def test_options_take_numbers_as_people_write_them():
+    words = ("crd.temperature=7e-2", "crd.queue=none", "ofa.eps=[1, 1.5, 2]", "masked_generative.mask=positions")
+    terms = parse_terms(make_recipe(criterion=("crd,ofa,masked_generative",), criterion_options=words))
+    assert terms["crd"].options == {"temperature": 0.07, "queue": None}
+    assert terms["ofa"].options == {"eps": (1.0, 1.5, 2.0)}
+    assert terms["masked_generative"].options == {"mask": "positions"}
 
 
 def test_a_criterion_that_fits_the_student_is_left_out_of_the_run():
