@@ -11,6 +11,7 @@ from torch import nn
 
 from mgd_timm.build import build_tap
 from mgd_timm.criteria import CRITERIA, Criterion
+from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.features import FeatureTap, Pair
 from mgd_timm.granularity import MAG, MAS
@@ -56,6 +57,9 @@ class Connection:
         input_size: (channels, height, width) of the images.
         maps: Word for the maps (features.choose_maps).
         num_samples: Training images, which size CRD's memory banks.
+
+    Raises:
+        ValueError: A network that cannot be tapped, or another word.
     """
 
     def __init__(
@@ -63,6 +67,14 @@ class Connection:
     ) -> None:
         self.models, self.input_size, self.maps, self.num_samples = (student, teacher), input_size, maps, num_samples
         self._seen: dict[Any, FeatureTap] = {}
+        for model in self.models:
+            self._tap(model, frozenset({"maps"}), preact=False)
+
+    def _tap(self, model: nn.Module, read: frozenset[Need], *, preact: bool) -> FeatureTap:
+        key = (model, "maps" in read, preact, "cams" in read)
+        if key not in self._seen:
+            self._seen[key] = build_tap(model, self.input_size, self.maps if key[1] else None, preact=preact, cam=key[3])
+        return self._seen[key]
 
     def build(self, name: str) -> Criterion:
         """The criterion for this pair.
@@ -71,35 +83,33 @@ class Connection:
             ValueError: Why there is none for this pair.
         """
         kind = CRITERIA[name]
-        taps = []
-        for model, read in zip(self.models, (kind.needs | kind.student_needs, kind.needs), strict=True):
-            key = (model, "maps" in read, kind.preact, "cams" in read)
-            if key not in self._seen:
-                maps = self.maps if key[1] else None
-                self._seen[key] = build_tap(model, self.input_size, maps, preact=key[2], cam=key[3])
-            taps.append(self._seen[key])
+        reads = (kind.needs | kind.student_needs, kind.needs)
+        taps = [self._tap(model, read, preact=kind.preact) for model, read in zip(self.models, reads, strict=True)]
         student, teacher = (tap.shapes(self.input_size[1:]) for tap in taps)
         labels = torch.arange(self.num_samples) % student.num_classes
         return kind(Pair(student, teacher, self.num_samples, labels, taps[1].classifier))
 
 
 def table(connection: Connection) -> Iterator[str]:
-    """Lines of `mgd-timm list criteria`: a line per criterion, and beneath it what is to be known of it for this pair."""
+    """Lines of `mgd-timm list criteria`: one per criterion, its remark beneath it; then the reasons for what is refused."""
     width = max(map(len, CRITERIA))
     needed = max(len(", ".join(traits(kind))) for kind in CRITERIA.values())
     yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
+    reasons: dict[str, int] = {}
     for name, kind in CRITERIA.items():
-        notes = []
+        remark = None
         try:
             built = connection.build(name)
-            count = f"{sum(p.numel() for p in built.parameters()):,}"
-            notes = [built.remark()]
-        except ValueError as reason:
-            count, notes = "none: see below", [str(reason)]
+            count, remark = f"{sum(p.numel() for p in built.parameters()):,}", built.remark()
+        except ValueError as error:
+            first, _, rest = str(error).partition(" ")
+            same = "".join(filter(str.isalnum, first)).lower() == name.replace("_", "")
+            count = f"refused [{reasons.setdefault(rest if same else str(error), len(reasons) + 1)}]"
         yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {', '.join(traits(kind)):{needed}}  {paper(kind)}".rstrip()
-        for note in notes:
-            if note:
-                yield textwrap.fill(note, 128, initial_indent=" " * (width + 1), subsequent_indent=" " * (width + 1))
+        if remark is not None:
+            yield f"{'':{width}} {remark}"
+    for reason, number in reasons.items():
+        yield textwrap.fill(f"[{number}] {reason}", 128, subsequent_indent="    ")
 
 
 _HEAD = """# Methods

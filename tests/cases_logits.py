@@ -64,8 +64,9 @@ def loop_srrl(criterion: SRRL, student: Features, teacher: Features) -> float:
     hidden = loop_linear(criterion.connector[0], student.embedding.tolist())
     columns = [[max(0.0, v) for v in loop_normalised(list(column))] for column in zip(*hidden, strict=True)]
     connected = [list(row) for row in zip(*columns, strict=True)]
-    features = loop_mean_square(connected, teacher.embedding.tolist())
-    return features + loop_mean_square(loop_linear(criterion.classifier, connected), teacher.logits.tolist())
+    target = teacher.embedding.tolist()
+    logits, expected = (loop_linear(criterion.classifier, rows) for rows in (connected, target))
+    return loop_mean_square(connected, target) + loop_mean_square(logits, expected)
 
 
 Maps = list[list[list[list[float]]]]  # by sample, channel, row and column
@@ -140,8 +141,7 @@ def loop_catkd(student: Tensor, teacher: Tensor, side: int, normalise: bool = Fa
 
 def zero_srrl(criterion: Criterion, student: Features) -> tuple[Features, Features]:
     assert isinstance(criterion, SRRL)
-    connected = criterion.connector(student.embedding)
-    return student, student._replace(embedding=connected, logits=criterion.classifier(connected))
+    return student, student._replace(embedding=criterion.connector(student.embedding))
 
 
 CASES: dict[str, Case] = {

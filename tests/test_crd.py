@@ -215,6 +215,24 @@ def test_a_checkpoint_continues_as_if_nothing_had_been(queue):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
+def test_the_lowest_temperature_does_not_overflow():
+    """Where every entry is the sample's own embedding, or its opposite: the largest scores there are."""
+    for sign in (1, -1):
+        criterion, (student, teacher, batch) = built(temperature=0.02).float(), shown(visits(1)[0])
+        student, teacher = (f._replace(embedding=torch.ones_like(f.embedding).float()) for f in (student, teacher))
+        with torch.no_grad():
+            for embed, bank in (
+                (criterion.student_embed, criterion.teacher_bank),
+                (criterion.teacher_embed, criterion.student_bank),
+            ):
+                own = embed(torch.ones(embed.in_features))
+                bank.copy_(sign * torch.nn.functional.normalize(own, dim=0).expand_as(bank))
+        loss = criterion(student, teacher, batch)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in criterion.parameters())
+
+
 def test_every_buffer_is_named_as_synchronised():
     for queue in (None, 4):
         assert {name for name, _ in built(queue=queue).named_buffers()} <= set(CRD.synchronised)
@@ -223,7 +241,9 @@ def test_every_buffer_is_named_as_synchronised():
 def test_remark_gives_the_size():
     labels = torch.arange(50_000) % 100
     criterion = CRD(Pair(*SHAPES, num_samples=50_000, labels=labels))
-    assert criterion.remark() == "memory banks 2 x 50,000 x 128: 51.2 MB"
+    assert criterion.remark() == (
+        "memory banks 2 x 50,000 x 128: 51.2 MB, as much again in each step, and 2 x BATCH x 50,000 products"
+    )
     assert criterion.negatives == 16384
     assert CRD(Pair(*SHAPES, num_samples=50_000, labels=labels), queue=1000).student_bank.shape == (1000, 128)
 
@@ -239,6 +259,7 @@ def test_remark_gives_the_size():
         (lambda: CRD(PAIR, negatives=0), "negatives=0: expected 1 or more"),
         (lambda: CRD(PAIR, queue=0), "queue=0: expected 1 or more"),
         (lambda: CRD(PAIR, temperature=0.0), "temperature=0.0: expected a positive"),
+        (lambda: CRD(PAIR, temperature=0.0199), "temperature=0.0199: expected 0.02 or more, .* overflow float32"),
         (lambda: CRD(PAIR, momentum=1.0), "momentum=1.0: expected 0 or more and below 1"),
         (lambda: CRD(PAIR, momentum=-0.1), "momentum=-0.1"),
         (lambda: CRD(PAIR, positives="relax", queue=8), "positives='relax', queue=8: expected 'exact'"),

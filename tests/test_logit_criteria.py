@@ -103,40 +103,48 @@ def test_soft_labels_count_as_their_likeliest_class():
 
 # Two classes, and logits that say nothing or too much.
 
-TWO = PAIR._replace(
-    student=PAIR.student._replace(num_classes=2), teacher=PAIR.teacher._replace(num_classes=2), teacher_classifier=nn.Linear(14, 2)
-)
+
+def of_classes(count: int) -> Pair:
+    return PAIR._replace(student=PAIR.student._replace(num_classes=count), teacher=PAIR.teacher._replace(num_classes=count))
+
+
+TWO = of_classes(2)
 BUILT = {
     "kd": KD,
     "reverse": lambda pair: KD(pair, divergence="reverse"),
     "dkd": DKD,
     "dist": DIST,
     "ofa": OFA,
-    "srrl": SRRL,
     "dml": DML,
 }
 logit_criteria = pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
 
 
 @logit_criteria
-@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize(("classes", "standardised"), [(2, False), (3, False), (3, True)])
 @pytest.mark.parametrize("kind", ["drawn", "constant", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_classes_and_odd_logits_are_finite(build, standardised, kind, dtype):
+def test_few_classes_and_odd_logits_are_finite_and_teach(build, classes, standardised, kind, dtype):
     torch.manual_seed(0)
-    criterion = Standardised(build(TWO)) if standardised else build(TWO)
-    student, teacher = features(TWO.student, 1, torch.float32), features(TWO.teacher, 2, torch.float32)
-    logits = {"drawn": student.logits, "constant": torch.full((BATCH, 2), 1.5), "large": 1e4 * student.logits}[kind]
+    pair = of_classes(classes)
+    criterion = Standardised(build(pair)) if standardised else build(pair)
+    student, teacher = features(pair.student, 1, torch.float32), features(pair.teacher, 2, torch.float32)
+    logits = {"drawn": student.logits, "constant": torch.full((BATCH, classes), 1.5), "large": 1e4 * student.logits}[kind]
     logits = logits.to(dtype).requires_grad_(True)
-    shown = student._replace(logits=logits, embedding=student.embedding.requires_grad_(True))
+    shown = student._replace(logits=logits)
     shown.maps[0].requires_grad_(True)
     loss = criterion(
         shown, teacher._replace(logits=(logits.detach().flip(0) if kind == "large" else teacher.logits)), batch(TARGETS % 2)
     )
     loss.backward()
     assert loss.isfinite()
-    assert all(v.grad is None or v.grad.isfinite().all() for v in (logits, shown.embedding, *shown.maps))
-    assert all(p.grad.isfinite().all() for p in criterion.parameters() if p.requires_grad)
+    assert logits.grad.isfinite().all()
+    if kind == "drawn":
+        assert (logits.grad.abs().amax(1) > 1e-4).all()  # every sample's
+    if isinstance(build, type) and issubclass(build, OFA):
+        assert shown.maps[0].grad.isfinite().all()
+        assert shown.maps[0].grad.abs().max() > 0
+    assert all(p.grad.isfinite().all() for p in criterion.parameters())
 
 
 def test_dkd_of_two_classes_is_its_target_part():
@@ -164,6 +172,15 @@ def test_dist_knows_relations_alone():
     torch.testing.assert_close(relation_distance(Z_S + shift, Z_T, 1.0, 1.0, 1.0), loss)
     torch.testing.assert_close(relation_distance(Z_S[:, order], Z_T[:, order], 1.0, 1.0, 1.0), loss)
     torch.testing.assert_close(relation_distance(Z_S.repeat(3, 1), Z_T.repeat(3, 1), 1.0, 1.0, 1.0), loss, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("part", [{"beta": 0.0}, {"gamma": 0.0}])
+def test_each_part_of_dist_and_dkd_alone_teaches_three_classes(part):
+    pair = of_classes(3)
+    for criterion in (DIST(pair, **part), DKD(pair, **{"alpha" if name == "gamma" else name: 0.0 for name in part})):
+        student = features(pair.student, 1, grad=True)
+        criterion(student, features(pair.teacher, 2), batch(TARGETS % 3)).backward()
+        assert student.logits.grad.abs().max() > 1e-4
 
 
 # SRRL.
@@ -196,6 +213,19 @@ def test_srrl_weighs_its_parts_and_needs_no_common_classes():
     torch.testing.assert_close(2 * parts[0] + 3 * parts[1], parts[2])
     nine = PAIR._replace(teacher=PAIR.teacher._replace(num_classes=9), teacher_classifier=nn.Linear(14, 9))
     assert SRRL(nine).double()(student, features(nine.teacher, 2), batch()).isfinite()
+
+
+def test_srrl_aims_at_the_teachers_own_logits_under_mas():
+    """The mean of logits and views is none that the classifier could give of any one embedding."""
+    student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
+    criterion = SRRL(PAIR).double()
+    whole = MAS(PAIR, Objective(kd=(1.0, KD(PAIR)), srrl=(1.0, criterion))).double()
+    codes = (heads := GranularityHeads(PAIR.teacher.embed_dim, CLASSES).double()).encode(teacher.embedding)
+    found = whole(student, teacher._replace(codes=codes, views=heads.decode(codes)), batch())
+    torch.testing.assert_close(found["srrl"], criterion(student, teacher, batch()))
+    with torch.no_grad():
+        teacher = teacher._replace(embedding=criterion.connector(student.embedding))
+    assert criterion(student, teacher, batch()).item() == pytest.approx(0, abs=1e-15)
 
 
 def test_srrl_without_relu_reaches_negative_values():
@@ -268,8 +298,7 @@ def test_ofa_reads_any_maps(maps, tokens):
 # CAT-KD.
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("side", [1, 2])
+@pytest.mark.parametrize(("normalise", "side"), [(False, 1), (False, 2), (True, 2)])
 def test_class_attention_against_loops(normalise, side):
     student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
     criterion = CATKD(PAIR, resolution=side, normalise=normalise)
@@ -299,7 +328,7 @@ def test_class_attention_and_srrl_of_real_networks():
     shown = batch(torch.tensor([1, 4]))._replace(images=images, sample_ids=torch.arange(2))
     with torch.no_grad():
         teacher = taps[1].eval()(images)
-    for criterion in (CATKD(pair), SRRL(pair), Standardised(SRRL(pair))):
+    for criterion in (CATKD(pair), SRRL(pair)):
         taps[0].zero_grad()
         criterion(taps[0](images), teacher, shown).backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in taps[0].parameters())
@@ -344,22 +373,21 @@ def test_standardised_criteria_do_not_know_scale_nor_offset(build):
     torch.testing.assert_close(criterion(scaled(student, 0.3, 0.7), scaled(teacher, 1.3, 0.4), batch()), loss, atol=1e-5, rtol=1e-6)
     by_hand = [shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher)]
     expected = plain(*by_hand, batch())
-    same = not isinstance(plain, OFA | SRRL)  # which compare logits of their own making too
+    same = not isinstance(plain, OFA)  # which compares logits of its own making too
     assert torch.allclose(loss, expected) is same
-    for what in ("weight", "needs", "relational", "preact", "fits", "peers"):
+    for what in ("weight", "needs", "relational", "preact", "fits", "peers", "student_needs", "synchronised", "num_classes"):
         assert getattr(criterion, what) == getattr(plain, what)
     assert criterion.fitting() is None
     assert criterion.remark() is None
 
 
-@pytest.mark.parametrize(("kind", "classifier"), [(OFA, lambda c: c.branches[0][-1]), (SRRL, lambda c: c.classifier)])
-def test_logits_of_a_criterions_own_making_are_standardised_too(kind, classifier):
+def test_logits_of_a_criterions_own_making_are_standardised_too():
     torch.manual_seed(0)
     student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
-    for criterion, same in ((kind(PAIR).double(), False), (Standardised(kind(PAIR).double()), True)):
+    for criterion, same in ((OFA(PAIR).double(), False), (Standardised(OFA(PAIR).double()), True)):
         loss = criterion(student, teacher, batch())
         with torch.no_grad():
-            for p in classifier(getattr(criterion, "criterion", criterion)).parameters():
+            for p in getattr(criterion, "criterion", criterion).branches[0][-1].parameters():
                 p.mul_(3)
         assert torch.allclose(criterion(student, teacher, batch()), loss, rtol=1e-5) is same
 
@@ -377,27 +405,33 @@ def test_standardised_terms_compose_with_mas():
     assert found["kd"].item() == pytest.approx(9 * value, abs=1e-10)
 
 
+ROW_AND_COLUMN = PAIR._replace(student=PAIR.student._replace(cam=(4, 1)), teacher=PAIR.teacher._replace(cam=(1, 4)))
 CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.teacher._replace(cam=None))
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        *(
-            (lambda kind=kind: kind(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train")
-            for kind in BUILT.values()
-            if kind is not SRRL
-        ),
+        *((lambda kind=kind: kind(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train") for kind in BUILT.values()),
         (lambda: CATKD(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train"),
-        *((lambda kind=kind: kind(ONE_CLASS), "2 classes or more") for kind in BUILT.values() if kind is not SRRL),
+        *((lambda kind=kind: kind(ONE_CLASS), "2 classes or more") for kind in BUILT.values()),
         (lambda: DKD(PAIR, alpha=-1.0), "alpha=-1.0, beta=8.0: expected finite numbers, 0 or more"),
         (lambda: DKD(PAIR, alpha=0, beta=0), "not all 0"),
         (lambda: DKD(PAIR, beta=float("inf")), "beta=inf"),
         (lambda: DKD(PAIR, temperature=0), "temperature=0: expected a positive"),
         (lambda: DIST(PAIR, beta=0, gamma=0), "not all 0"),
         (lambda: DIST(PAIR, gamma=float("nan")), "gamma=nan"),
+        (lambda: DIST(TWO, gamma=0.0), "gamma=0 with 2 classes: .* raise gamma"),
+        (lambda: DKD(TWO, alpha=0.0), "alpha=0 with 2 classes: .* raise alpha"),
+        *(
+            (lambda kind=kind: Standardised(kind(TWO)), "of 2 classes, standardised, teaches nothing: .* 3 classes or more")
+            for kind in BUILT.values()
+        ),
+        (lambda: CATKD(PAIR, resolution=1, normalise=True), r"normalise=True: .*\(4, 4\) .*\(2, 2\) .*--img-size.*normalise=False"),
+        (lambda: CATKD(ROW_AND_COLUMN, normalise=True), r"\(4, 1\) .*\(1, 4\) positions one is compared \(resolution=2\)"),
         (lambda: DIST(PAIR, temperature=-1), "temperature=-1: expected a positive"),
         (lambda: SRRL(PAIR._replace(teacher_classifier=None)), "no single module that maps its embedding to logits: choose one"),
+        (lambda: SRRL(PAIR._replace(teacher_classifier=None)), "A peer's classifier is not trained yet"),
         (lambda: SRRL(PAIR, alpha=0, beta=0), "not all 0"),
         (lambda: SRRL(PAIR, beta=-0.1), "beta=-0.1"),
         (lambda: OFA(PAIR._replace(student=PAIR.student._replace(maps=()))), "reads the student's maps, and none .*maps='last'"),
@@ -411,8 +445,14 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         (lambda: CATKD(PAIR, resolution=0), "resolution=0: expected 1 or more"),
         (lambda: Standardised(AT(PAIR)), "AT reads no logits of the teacher"),
         (lambda: Standardised(FitNet(PAIR)), "FitNet reads no logits of the teacher"),
+        (lambda: Standardised(SRRL(PAIR)), "SRRL reads no logits of the teacher"),
         (lambda: Standardised(CrossEntropy(PAIR)), "CrossEntropy reads no logits of the teacher"),
         (lambda: Standardised(Standardised(KD(PAIR))), "standardised already"),
+        (lambda: Objective(**{"a.b": (1.0, KD(PAIR))}), r"terms 'a\.b': .*no dot"),
+        (
+            lambda: Objective(task=(1.0, CrossEntropy(PAIR)), keys=(1.0, KD(PAIR))),
+            "terms 'task', 'keys': .*none of that class's own",
+        ),
         (lambda: Standardised(Standardised(OFA(PAIR)).criterion), "OFA's logits are standardised already"),
     ],
 )

@@ -7,10 +7,11 @@ import torch
 from cases import PAIR, batch, features, wave
 from torch import Tensor
 
-from mgd_timm.criteria import AB, AFD, AFDS, FSP, FT, VID, Criterion, MaskedGenerative, ReviewKD
+from mgd_timm.criteria import AB, AFD, AFDS, AT, FSP, FT, KDSVD, NST, VID, Criterion, FitNet, MaskedGenerative, ReviewKD
 from mgd_timm.criteria.ab import activation_boundary
 from mgd_timm.criteria.afd import attended_difference
 from mgd_timm.criteria.afds import attentive_difference
+from mgd_timm.criteria.at import attention_transfer
 from mgd_timm.criteria.fsp import flow
 from mgd_timm.criteria.ft import factor_transfer
 from mgd_timm.criteria.masked_generative import masked
@@ -265,6 +266,37 @@ FEWER = PAIR._replace(teacher=PAIR.teacher._replace(maps=PAIR.teacher.maps[:1]))
 ONE = FEWER._replace(student=PAIR.student._replace(maps=PAIR.student.maps[:1]))
 
 
+def dots(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> Pair:
+    """Networks that end in these maps."""
+    return PAIR._replace(student=Shapes(6, 10, ((4, 8, 8), student)), teacher=Shapes(6, 14, ((5, 4, 4), teacher)))
+
+
+def test_one_row_is_enough_where_positions_are_compared():
+    pair = dots((6, 1, 3), (7, 2, 2))
+    for method in (AT, NST, FT, AFD, AFDS):
+        torch.manual_seed(0)
+        student = features(pair.student, 1, grad=True)
+        method(pair).double()(student, features(pair.teacher, 2), batch()).backward()
+        assert student.maps[-1].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", [VID, AB, FSP, ReviewKD, MaskedGenerative, FitNet, KDSVD])
+def test_one_position_is_enough_for_the_others(method):
+    pair = dots((6, 1, 1), (7, 1, 1))
+    student = features(pair.student, 1, grad=True)
+    torch.manual_seed(0)
+    method(pair).double()(student, features(pair.teacher, 2), batch()).backward()
+    assert student.maps[-1].grad.abs().max() > 0
+
+
+def test_afd_of_one_map_is_attention_transfer_from_all():
+    maps = [wave((4, c, s, s), 0.1 * c, 0.2) for c, s in ((3, 4), (5, 4), (6, 4))]
+    student, teacher = shown(maps[0]), shown(*maps[1:])
+    criterion = AFD(pair_of(student, teacher), dim=4).double()
+    expected = sum(attention_transfer(maps[0], m) for m in maps[1:])
+    torch.testing.assert_close(criterion(student, teacher, batch()), expected)
+
+
 @every
 def test_networks_without_maps_are_refused(method):
     with pytest.raises(ValueError, match=r"student shows 0 .*teacher 2 .*maps='"):
@@ -291,6 +323,10 @@ def test_unequal_numbers_of_maps(method):
         (lambda: FSP(ONE), "1 map of each .*2 or more .*maps='stages'"),
         (lambda: AFDS(PAIR, hidden=0.1), "hidden=0.1: .*1 channel or more of the teacher's 5"),
         (lambda: AFD(PAIR, dim=0), "dim=0: expected 1 or more"),
+        (lambda: AFDS(dots((6, 1, 1), (7, 4, 4))), r"AFDS .*\(6, 1, 1\) and the teacher's \(7, 4, 4\) .*--img-size.*--maps"),
+        (lambda: FT(dots((6, 4, 4), (7, 1, 1))), r"FT .*\(6, 4, 4\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps"),
+        (lambda: AFD(dots((6, 8, 1), (7, 1, 8))), r"AFD .*\(6, 8, 1\) and the teacher's \(7, 1, 8\) .*--img-size.*--maps"),
+        (lambda: AT(dots((6, 1, 1), (7, 1, 1))), r"AT .*\(6, 1, 1\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps"),
         (lambda: ReviewKD(PAIR, width=0), "width=0: expected 1 or more"),
         (lambda: MaskedGenerative(PAIR, ratio=1.0), "ratio=1.0: expected 0 <= ratio < 1"),
     ],

@@ -39,16 +39,18 @@ def test_the_list_is_for_a_pair():
     assert "arXiv 1612.03928" in rows["at"]
     assert f"{(32 + 64 + 2) * 128:,}" in rows["crd"]
     assert any("memory banks 2 x 1,000 x 128: 1.0 MB" in line for line in lines)
-    assert not any("none: see below" in line for line in lines)
+    assert not any("refused" in line for line in lines)
 
 
-def test_what_a_pair_cannot_do_is_said_with_the_reason():
+def test_what_a_pair_cannot_do_is_said_once_with_the_reason():
     lines = list(table(connection("vit_tiny_patch16_224", "resnet10t", 64, "4")))
-    refused = {line.split()[0] for line in lines if "none: see below" in line}
+    refused = {line.split()[0] for line in lines if "refused [" in line}
     assert refused == {"ab", "catkd"}
     text = " ".join(" ".join(lines).split())
     assert "does not show its maps before their activation" in text
     assert "has no class activation maps" in text
-    more = list(table(connection("cifar_resnet8", "cifar_vgg8", 32, "stages")))
-    assert sum("none: see below" in line for line in more) > 3
-    assert "pairs maps one to one" in " ".join(" ".join(more).split())
+    more = " ".join(" ".join(table(connection("cifar_resnet8", "cifar_vgg8", 32, "stages"))).split())
+    assert more.count("refused [1]") > 3
+    assert more.count("pairs maps one to one") == 1
+    with pytest.raises(ValueError, match="maps='foo': expected 'stages'"):
+        connection("cifar_resnet8", "cifar_vgg8", 32, "foo")

@@ -178,6 +178,8 @@ NO_MAPS = PAIR._replace(teacher=PAIR.teacher._replace(maps=()))
 FEWER = PAIR._replace(teacher=PAIR.teacher._replace(maps=PAIR.teacher.maps[:1]))
 ONE = FEWER._replace(student=PAIR.student._replace(maps=PAIR.student.maps[:1]))
 
+DOT = Pair(Shapes(6, 10, ((4, 8, 8), (6, 1, 4))), Shapes(6, 14, ((5, 4, 4), (7, 4, 1))))  # a row and a column
+
 
 @pytest.mark.parametrize(
     ("build", "message"),
@@ -185,6 +187,7 @@ ONE = FEWER._replace(student=PAIR.student._replace(maps=PAIR.student.maps[:1]))
         (lambda: SP(NO_MAPS), r"student shows 2, the teacher 0.*maps='last'"),
         (lambda: NST(NO_MAPS), r"student shows 2 .*teacher 0 .*maps='last'"),
         (lambda: NST(FEWER), r"student shows 2 .*teacher 1 .*maps='last'"),
+        (lambda: NST(DOT), r"\(6, 1, 4\) and .*\(7, 4, 1\) have one position .*--img-size.*--maps"),
         (lambda: KDSVD(FEWER), r"student shows 2 .*teacher 1 .*maps='last'"),
         (lambda: KDSVD(ONE), "the one before it: 1 is tapped, expected 2 or more"),
         (lambda: KDSVD(PAIR, vectors=0), "vectors=0: expected 1 to 5"),

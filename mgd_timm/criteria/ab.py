@@ -27,14 +27,16 @@ class AB(Criterion):
     Reference: Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons" (arXiv
     1811.03233), the piecewise differentiable loss; RepDistiller (distiller_zoo/AB.py, models/util.py).
 
-    Weight: 1 (RepDistiller's script), margin 1; the factors 2^(i-n+1) and 3/1000 and a stage of 30 epochs at the run's learning
-    rate are RepDistiller's too.
+    Weight: 1, as RepDistiller's stage; its script sets 1 as well and leaves the loss out of the run. Margin 1, the factors
+    2^(i-n+1) and 3/1000 and 30 epochs at the run's learning rate are RepDistiller's too.
 
     Differs: as RepDistiller, whose connector is nothing where both maps have one shape, and else the convolution of its FitNet with
-    BatchNorm. Sizes that RepDistiller refuses are pooled or upsampled.
+    BatchNorm. As in fitnet, which also says what maps RepDistiller pairs, both axes count here, a valid convolution takes off up to
+    6 pixels (RepDistiller: any number, by height alone), and all else is pooled or upsampled (there: refused).
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1. Batches of 2 or more where a teacher's map
+            has one position and the student's another shape: there is BatchNorm.
         margin: m > 0: how far beyond 0 a student's neuron is to be.
 
     Raises:

@@ -1,5 +1,7 @@
 """What bridges two networks' maps: their pairing, their sizes and their channels, built from measured shapes."""
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +26,16 @@ def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
             f"Choose maps that both have: {hint}."
         )
     return list(zip(student, teacher, strict=True))
+
+
+def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) -> None:
+    """For what is normalised over positions: ValueError where a pair of maps has but one left at the smaller of both sizes."""
+    for student, teacher in shapes:
+        if max(map(min, student[1:], teacher[1:])) == 1:
+            raise ValueError(
+                f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have one position "
+                "in common, where every map is alike. Give larger images (--img-size) or other maps (--maps; in Python maps=)."
+            )
 
 
 def pool_larger(

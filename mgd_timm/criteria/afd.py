@@ -1,6 +1,7 @@
 """AFD: attention-based feature distillation (Ji, Heo, Park 2021)."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mgd_timm.criteria.adapters import check_positions
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -42,14 +44,16 @@ class AFD(Criterion):
     Weight: 200 beside kd at 0.9 and temperature 4 (official script), d = 128.
 
     Differs: as the official code, which compares the maps of all blocks; here those that are tapped, any number on each side, as no
-    map is paired: maps=all is nearest to it. The attention is computed outside autocast.
+    map is paired: maps=all is nearest to it. With one map of the student the attention is 1 everywhere, and AFD is attention
+    transfer (AT) from each of the teacher's maps. The attention is computed outside autocast.
 
     Args:
-        pair: Shapes of both networks; each shows 1 map or more. Batches of 2 or more: there is BatchNorm over samples.
+        pair: Shapes of both networks; each shows 1 map or more, any two with 2 positions or more in common. Batches of 2 or more:
+            there is BatchNorm over samples.
         dim: d, the width of keys and queries, 1 or more.
 
     Raises:
-        ValueError: A network without maps, or a width below 1.
+        ValueError: A network without maps, a pair of maps of one position, or a width below 1.
     """
 
     weight: ClassVar[float] = 200.0
@@ -63,6 +67,7 @@ class AFD(Criterion):
                 f"AFD compares all maps: the student shows {len(student)} {student}, the teacher {len(teacher)} {teacher}. "
                 "Tap some of each, such as maps='stages'."
             )
+        check_positions("AFD", product(student, teacher))
         if dim < 1:
             raise ValueError(f"dim={dim}: expected 1 or more.")
         self.dim = dim

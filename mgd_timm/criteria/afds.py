@@ -7,7 +7,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps, pool_larger
+from mgd_timm.criteria.adapters import ChannelAdapter, check_positions, paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -58,11 +58,12 @@ class AFDS(Criterion):
     BatchNorm on the student's map, sizes by average pooling of the larger map (paper and Zoo: equal shapes only).
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
         hidden: Width of the attention's hidden layer per channel of the teacher's map, positive (the Zoo's att_f).
 
     Raises:
-        ValueError: No maps, a different number of maps on each side, or a hidden width that leaves no channel.
+        ValueError: No maps, a different number of maps on each side, a pair of one position, or a hidden width that leaves no
+            channel.
     """
 
     weight: ClassVar[float] = 500.0
@@ -71,6 +72,7 @@ class AFDS(Criterion):
     def __init__(self, pair: Pair, *, hidden: float = 1.0) -> None:
         super().__init__(pair)
         shapes = paired_maps("AFDS", pair)
+        check_positions("AFDS", shapes)
         fewest = min(t[0] for _, t in shapes)
         if not 0 < hidden < float("inf") or int(fewest * hidden) < 1:
             raise ValueError(f"hidden={hidden}: expected a finite number that leaves 1 channel or more of the teacher's {fewest}.")

@@ -8,7 +8,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.adapters import paired_maps, pool_larger
+from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -33,12 +33,13 @@ class AT(Criterion):
     Weight: 1000 (RepDistiller; the MGD authors' script).
 
     Differs: as the official code and RepDistiller. Maps of unequal size are pooled on both axes (there: square maps).
+    RepDistiller's pairing of maps: see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
 
     Raises:
-        ValueError: No maps, or a different number of maps on each side.
+        ValueError: No maps, a different number of maps on each side, or a pair of one position.
     """
 
     weight: ClassVar[float] = 1000.0
@@ -46,7 +47,7 @@ class AT(Criterion):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        paired_maps("AT", pair)
+        check_positions("AT", paired_maps("AT", pair))
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""

@@ -49,7 +49,8 @@ def check_temperature(temperature: float) -> float:
 class Criterion(nn.Module):
     """One distillation method: a scalar from the features of student and teacher.
 
-    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features.
+    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features. The teacher's carry no gradient, which
+    the caller promises.
 
     Attributes:
         weight: The method's usual weight.
@@ -61,6 +62,8 @@ class Criterion(nn.Module):
             features (`fitting`); "student", the student's backbone by this criterion alone, which the run then leaves out.
         peers: It is made for two students that teach each other.
         synchronised: Buffers that the criterion itself keeps identical on all processes, so that nothing else need send them.
+        num_classes: Of the student.
+        standardised: It is given standardised logits, and has to standardise those that it makes itself.
     """
 
     weight: ClassVar[float]
@@ -71,6 +74,7 @@ class Criterion(nn.Module):
     fits: ClassVar[Literal["teacher", "student"] | None] = None
     peers: ClassVar[bool] = False
     synchronised: ClassVar[tuple[str, ...]] = ()
+    standardised: bool = False
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """The unweighted loss, at least float32."""
@@ -78,6 +82,7 @@ class Criterion(nn.Module):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
+        self.num_classes = pair.student.num_classes
 
     def fitting(self) -> nn.Module | None:
         """What `fits="teacher"` fits: a module whose forward(batch, teacher) gives losses by name, and logits."""
@@ -96,7 +101,7 @@ class Objective(nn.Module):
             The name is the one in logs.
 
     Raises:
-        ValueError: No term at all, or a negative or non-finite weight or warm-up.
+        ValueError: No term at all, a name that no module can have, or a negative or non-finite weight or warm-up.
     """
 
     progress: Tensor
@@ -113,7 +118,13 @@ class Objective(nn.Module):
         self.weights = {name: float(weight) for name, (weight, *_) in terms.items()}
         self.warmups = {name: float(term[2]) for name, term in terms.items() if len(term) == 3 and term[2] and term[0]}
         # A criterion of weight 0 is left out: its adapters would never see a gradient.
-        self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
+        try:
+            self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
+        except KeyError as error:
+            raise ValueError(
+                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has no dot, and is "
+                "none of that class's own, such as 'keys'."
+            ) from error
         if self.warmups:
             # A buffer, which a compiled step reads anew. Full weights until a loop says how far it is.
             self.register_buffer("progress", torch.tensor(float("inf")), persistent=False)

@@ -36,7 +36,8 @@ class CATKD(Criterion):
         normalise: Give every map unit L2 norm, which the authors do between families.
 
     Raises:
-        ValueError: A network without class activation maps, numbers of classes that differ, or a resolution below 1.
+        ValueError: A network without class activation maps, numbers of classes that differ, a resolution below 1, or normalised
+            maps of one position.
     """
 
     weight: ClassVar[float] = 15.0
@@ -56,6 +57,12 @@ class CATKD(Criterion):
         (height_s, width_s), (height_t, width_t) = pair.student.cam, pair.teacher.cam
         self.size = (min(resolution, height_s, height_t), min(resolution, width_s, width_t))
         self.normalise = normalise
+        if normalise and self.size == (1, 1):
+            raise ValueError(
+                f"normalise=True: of the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions one is "
+                f"compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images (--img-size), a "
+                "resolution of 2 or more, or normalise=False."
+            )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""

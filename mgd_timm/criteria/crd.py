@@ -79,13 +79,14 @@ class CRD(Criterion):
     Differs: negatives are drawn on the device, uniformly and with replacement (there: in the data loader, without where there are
     enough), and never more than there are samples of other classes. If a sample is in a batch twice, its last place is remembered.
     Several processes remember each other's samples and average Z, so that their memories are equal. The queue is ours: it has,
-    beside the sample's embedding by the other network, all its entries of other classes as negatives, and its length as N.
+    beside the sample's embedding by the other network, all its entries of other classes as negatives, and its length as N. On GPUs
+    the gradient of drawn entries (the backward pass of a gather) is added up in no fixed order: runs agree up to rounding.
 
     Args:
         pair: Shapes of both networks, any embeddings; num_samples, and labels, which sample ids index (below 0: never a negative).
         dim: Width of the common space, 1 or more.
         negatives: K of the memory banks, 1 or more.
-        temperature: tau > 0.
+        temperature: tau, 0.02 or more.
         momentum: Share of an old entry in the new one, 0 or more and below 1.
         positives: "exact", the sample's own entry, or "relax", that of a random sample of its class.
         queue: Instead of N entries remember this many of the latest samples: memory that does not depend on N.
@@ -124,13 +125,20 @@ class CRD(Criterion):
         queue: int | None = None,
     ) -> None:
         super().__init__(pair)
-        _check(dim=dim, negatives=negatives, queue=1 if queue is None else queue)
+        for name, number in (("dim", dim), ("negatives", negatives), ("queue", queue)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number}: expected 1 or more.")
+        if check_temperature(temperature) < 0.02:
+            raise ValueError(
+                f"temperature={temperature}: expected 0.02 or more, as exp(1 / temperature) and what is made of it overflow "
+                "float32; the paper has 0.07."
+            )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: expected 0 or more and below 1; the paper has 0.5.")
         if positives not in ("exact", "relax") or (queue is not None and positives == "relax"):
             raise ValueError(f"positives={positives!r}, queue={queue}: expected 'exact', or 'relax' without a queue.")
         labels = _labels(pair)
-        self.temperature, self.momentum, self.positives = check_temperature(temperature), momentum, positives
+        self.temperature, self.momentum, self.positives = temperature, momentum, positives
         self.queued = queue is not None
         self.student_embed = nn.Linear(pair.student.embed_dim, dim)
         self.teacher_embed = nn.Linear(pair.teacher.embed_dim, dim)
@@ -153,10 +161,10 @@ class CRD(Criterion):
             self.register_buffer("counts", counts, persistent=False)
 
     def remark(self) -> str:
-        """The size of the memory."""
+        """The size of the memory, and what a step takes beside it."""
         rows, dim = self.student_bank.shape
-        kind = "queues" if self.queued else "banks"
-        return f"memory {kind} 2 x {rows:,} x {dim}: {2 * rows * dim * self.student_bank.element_size() / 1e6:.1f} MB"
+        kind, size = "queues" if self.queued else "banks", 2 * rows * dim * self.student_bank.element_size() / 1e6
+        return f"memory {kind} 2 x {rows:,} x {dim}: {size:.1f} MB, as much again in each step, and 2 x BATCH x {rows:,} products"
 
     def draw(self, sample_ids: Int[Tensor, " b"]) -> Int[Tensor, "b m"]:
         """Sample ids of the positive, in the first column, and of the negatives, from the device's generator."""
@@ -208,6 +216,8 @@ class CRD(Criterion):
             kept = F.pad(mask, (1, 0), value=True)
             means = torch.stack([torch.where(kept, s, 0).sum() for s in scores]) / kept.sum()
         if several():
+            # In every step, though Z is fixed after the first: whether it is known is the value of a tensor, which no branch on the
+            # host may read, and a flag beside it would go wrong wherever the state is loaded or reset. It is two numbers.
             means = mean_of_processes(means)
         return torch.where(self.partition < 0, means * self.num_samples, self.partition)
 
@@ -234,12 +244,6 @@ class CRD(Criterion):
             bank.index_copy_(0, sample_ids, F.normalize(mixed, dim=1)[last])
 
 
-def _check(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more.")
-
-
 def _labels(pair: Pair) -> Int[Tensor, " n"]:
     """Classes of all training samples; of two or more classes."""
     labels = pair.labels
@@ -249,8 +253,7 @@ def _labels(pair: Pair) -> Int[Tensor, " n"]:
             f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} and {given}. "
             "Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a memory, such as 'rkd'."
         )
-    labels = labels.argmax(1) if labels.ndim == 2 else labels.long()
     known = labels[labels >= 0].unique()
     if len(known) < 2:
         raise ValueError(f"CRD's negatives are of other classes, but all samples are of {len(known)} class: choose other data.")
-    return labels.detach().clone()
+    return labels.long().clone()

@@ -39,7 +39,8 @@ class DIST(Criterion):
     Weight: 2 beside 1 of the task, beta 1, gamma 1 (the authors' configurations), T 1 (their ImageNet ones; 4 on CIFAR-100).
 
     Differs: as the official code, which adds 1e-8 to the product of both norms: a class whose probabilities hardly vary over the
-    batch counts less, and where one side is constant the correlation is 0.
+    batch counts less, and where one side is constant the correlation is 0. With 2 classes a sample's inter is 0 or 2, without a
+    gradient.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.
@@ -48,7 +49,7 @@ class DIST(Criterion):
         temperature: T > 0.
 
     Raises:
-        ValueError: Numbers of classes that differ, or a hyper-parameter out of range.
+        ValueError: Numbers of classes that differ, a hyper-parameter out of range, or 2 classes without gamma.
     """
 
     weight: ClassVar[float] = 2.0
@@ -60,6 +61,10 @@ class DIST(Criterion):
         check_one_label_space("DIST", pair)
         self.beta, self.gamma = check_parts(beta=beta, gamma=gamma)
         self.temperature = check_temperature(temperature)
+        if self.num_classes < 3 and not gamma:
+            raise ValueError(
+                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so inter teaches nothing; raise gamma."
+            )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar distance, at least float32."""

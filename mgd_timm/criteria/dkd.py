@@ -56,12 +56,14 @@ class DKD(Criterion):
 
     Reference: Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), section 3.3.
 
-    Weight: 1 beside 1 of the task, rising over 20 epochs (dkd:1:20), alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 ->
-    resnet8x4; beta 6 for wrn_40_2 and vgg13 pairs, 2 for resnet56 and resnet110; ImageNet: beta 0.5, T 1, over 1 epoch).
+    Weight: 1 beside 1 of the task, alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 -> resnet8x4; beta 6 for wrn_40_2 and
+    vgg13 pairs, 2 for resnet56 and resnet110; ImageNet, T 1: beta 0.5 for ResNet-34 -> 18, 2 for ResNet-50 -> MobileNet). There it
+    rises over 20 epochs, 1 on ImageNet: give dkd:1:20, there is no warm-up without it. The official one goes by whole epochs,
+    min(1, epoch / 20), ours by updates.
 
     Differs: as the official code, in logarithms throughout (there probabilities are summed, then log, and the target is taken out
-    by subtracting 1000 from its logit). The warm-up belongs to the recipe's weight. Labels that are distributions (mixup) count as
-    their likeliest class. With 2 classes NCKD is 0.
+    by subtracting 1000 from its logit). Labels that are distributions (mixup) count as their likeliest class. With 2 classes NCKD
+    is 0.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.
@@ -70,7 +72,7 @@ class DKD(Criterion):
         temperature: T > 0.
 
     Raises:
-        ValueError: Numbers of classes that differ, or a hyper-parameter out of range.
+        ValueError: Numbers of classes that differ, a hyper-parameter out of range, or 2 classes without alpha.
     """
 
     weight: ClassVar[float] = 1.0
@@ -81,6 +83,8 @@ class DKD(Criterion):
         check_one_label_space("DKD", pair)
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
         self.temperature = check_temperature(temperature)
+        if self.num_classes < 3 and not alpha:
+            raise ValueError("alpha=0 with 2 classes: beside the target there is one class, so NCKD is 0; raise alpha.")
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar divergence, at least float32."""

@@ -57,11 +57,16 @@ class FitNet(Criterion):
     Weight: 100 (RepDistiller; the MGD authors' script).
 
     Differs: one stage (the paper fits the hint first), adapter as in RepDistiller, which the MGD authors use; its final ReLU cannot
-    reach a teacher's negative values, relu=False lifts that. Sizes that RepDistiller refuses are pooled or upsampled.
+    reach a teacher's negative values, relu=False lifts that. RepDistiller goes by height alone and has a valid convolution for any
+    larger student's map; here both axes count, a convolution takes off up to 6 pixels, and all else is pooled or upsampled.
+    RepDistiller's pairing of cifar_* networks, for every method that follows it, is maps="mid", which recipes/cifar.py uses; under
+    "stages" the stem's map counts where it has a resolution of its own.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree.
-        hint: Which of the tapped maps, counted from 0; the second one where there are several, as in RepDistiller.
+        pair: Shapes of both networks; the numbers of maps must agree. Batches of 2 or more where the teacher's map has one
+            position: there is BatchNorm.
+        hint: Which of the tapped maps, counted from 0; the second one where there are several, which for cifar_* networks is
+            RepDistiller's under maps="mid".
         relu: End the adapter in a ReLU, as in RepDistiller.
 
     Raises:

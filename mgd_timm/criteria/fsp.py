@@ -28,21 +28,23 @@ class FSP(Criterion):
     Reference: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
     Learning" (CVPR 2017), the FSP matrix and its loss; RepDistiller (distiller_zoo/FSP.py).
 
-    Weight: 50 (RepDistiller's script, which sets it and then leaves the loss out of the run), in a stage of 30 epochs at the run's
+    Weight: 1, as RepDistiller's stage; its script sets 50 and leaves the loss out of the run. The stage has 30 epochs at the run's
     learning rate.
 
-    Differs: the paper and RepDistiller need equal channels; here a 1x1 convolution and BatchNorm bring the student's map to the
-    teacher's channels where they differ. The larger of two neighbours is average-pooled as in RepDistiller (the paper, from
-    memory: max-pooled), on both axes. G is a matrix product; RepDistiller's broadcast has every product in memory.
+    Differs: RepDistiller includes the stem's map (3 matrices for its resnets): maps="all" is that. The paper and RepDistiller need
+    equal channels; here a 1x1 convolution and BatchNorm bring the student's map to the teacher's channels where they differ. The
+    larger of two neighbours is average-pooled as in RepDistiller (the paper, from memory: max-pooled), on both axes. G is a matrix
+    product; RepDistiller's broadcast has every product in memory.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 2.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a student's map
+            has one position and other channels: there is BatchNorm.
 
     Raises:
         ValueError: Fewer than 2 maps, or a different number of maps on each side.
     """
 
-    weight: ClassVar[float] = 50.0
+    weight: ClassVar[float] = 1.0
     needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
     fits: ClassVar[Literal["teacher", "student"] | None] = "student"
 

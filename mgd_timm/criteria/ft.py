@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import pool_larger
+from mgd_timm.criteria.adapters import check_positions, pool_larger
 from mgd_timm.criteria.at import attention
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
@@ -61,19 +61,19 @@ class FT(Criterion):
     Reference: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer" (arXiv 1802.04977);
     RepDistiller (distiller_zoo/FT.py, models/util.py).
 
-    Weight: 200 (RepDistiller's script), k=0.5; the paraphraser is fitted for 30 epochs, there at a learning rate of 0.01 for resnet
-    and WRN students and at the run's for others.
+    Weight: 200 (RepDistiller's script), k=0.5; the paraphraser is fitted for 30 epochs, at a learning rate of 0.01 at most unless
+    fitting_lr is given (RepDistiller: 0.01 for resnet and WRN students, else the run's).
 
     Differs: as RepDistiller: q of the factors is compared (the paper, from memory, and Knowledge-Distillation-Zoo: whole factors of
     unit norm), and the paraphraser has no BatchNorm (an option there). Factors of unequal size are pooled on both axes (there:
     square maps).
 
     Args:
-        pair: Shapes of both networks; each shows 1 map or more, the deepest is read.
+        pair: Shapes of both networks; each shows 1 map or more, the deepest is read. Both have 2 positions or more in common.
         k: Channels of the factor per channel of the teacher's map, positive.
 
     Raises:
-        ValueError: No maps, or a k that leaves no channel.
+        ValueError: No maps, deepest maps of one position, or a k that leaves no channel.
     """
 
     weight: ClassVar[float] = 200.0
@@ -82,7 +82,8 @@ class FT(Criterion):
 
     def __init__(self, pair: Pair, *, k: float = 0.5) -> None:
         super().__init__(pair)
-        (student_channels, *_), (channels, *_) = last_maps("FT", pair)
+        deepest = (student_channels, *_), (channels, *_) = last_maps("FT", pair)
+        check_positions("FT", [deepest])
         if not 0 < k < float("inf") or int(channels * k) < 1:
             raise ValueError(f"k={k}: expected a finite number that leaves 1 channel or more of the teacher's {channels}.")
         factor = int(channels * k)

@@ -75,10 +75,12 @@ class KDSVD(Criterion):
     student's map passes a 1x1 convolution and BatchNorm (there: refused), and maps need not be square. A teacher's vector has no
     sign of its own: we choose a sum of 0 or more (there: what the library gives), which for maps after a ReLU is the vector of
     entries of one sign. Terms of the gradient between singular values that agree are dropped (the authors' code: likewise what is
-    not finite, with 5 singular values in all). On GPUs the decomposition waits for the device.
+    not finite, with 5 singular values in all). On GPUs the decomposition waits for the device. RepDistiller's pairing of maps: see
+    fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 2.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a student's map
+            has one position and other channels: there is BatchNorm.
         vectors: k, 1 or more, at most the rank that all maps can have.
 
     Raises:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.adapters import paired_maps, pool_larger
+from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -42,13 +42,14 @@ class NST(Criterion):
     Weight: 50 (RepDistiller).
 
     Differs: as RepDistiller, from which only the way to compute it differs: matrix products of b x c x c or b x hw x hw numbers,
-    where its broadcast has b x c x c x hw. Maps of unequal size are pooled on both axes (there: square maps).
+    where its broadcast has b x c x c x hw. Maps of unequal size are pooled on both axes (there: square maps). RepDistiller's
+    pairing of maps: see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
 
     Raises:
-        ValueError: No maps, or a different number of maps on each side.
+        ValueError: No maps, a different number of maps on each side, or a pair of one position.
     """
 
     weight: ClassVar[float] = 50.0
@@ -56,7 +57,7 @@ class NST(Criterion):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        paired_maps("NST", pair)
+        check_positions("NST", paired_maps("NST", pair))
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""

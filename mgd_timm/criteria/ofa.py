@@ -9,10 +9,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import MapShape
-from mgd_timm.criteria.base import Need, at_least_float32, check_temperature
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
 from mgd_timm.criteria.dkd import target_classes
 from mgd_timm.criteria.kd import check_one_label_space
-from mgd_timm.criteria.standardisation import ComputesLogits
+from mgd_timm.criteria.standardisation import standardise
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -83,7 +83,7 @@ def _start(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class OFA(ComputesLogits):
+class OFA(Criterion):
     """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with the target raised.
 
     L = L_eps(z_s, z_t) + branch_weight sum_i L_eps(branch_i(F_s,i), z_t), L_eps = - sum_k ((p_t(k) + [k = y])^eps - [k = y])
@@ -97,12 +97,13 @@ class OFA(ComputesLogits):
 
     Differs: loss as the official code, which raises every class to eps (paper: the target alone) and has no T^2. Branches as there:
     separable convolutions for maps that shrink, transformer blocks for maps of one size (ViT, mixers), 4 stages being the maps that
-    are tapped. A ViT's maps have no class token here, so their branch averages tokens; merging keeps the width and always ends in
-    GELU. Labels that are distributions (mixup) count as their likeliest class. The smallest possible loss is the teacher's entropy,
-    not 0.
+    are tapped. A single map counts as convolutional, a ViT's too: its shape does not tell. A ViT's maps have no class token here,
+    so their branch averages tokens; merging keeps the width and always ends in GELU. Labels that are distributions (mixup) count as
+    their likeliest class. The smallest possible loss is the teacher's entropy, not 0.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map.
+        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map. Batches of 2 or more
+            where convolutions bring a map down to one position: there is BatchNorm.
         eps: Exponent, 1 or more, the larger the more the target counts; one for all, or one per map and a last one for the logits.
         temperature: T > 0.
         branch_weight: Weight of the branches' sum, above 0.
@@ -123,7 +124,7 @@ class OFA(ComputesLogits):
         maps, classes = pair.student.maps, pair.student.num_classes
         if not maps:
             raise ValueError("OFA-KD reads the student's maps, and none is tapped: choose some, maps='stages' or maps='last'.")
-        self.eps = eps if isinstance(eps, tuple) else (eps,) * (len(maps) + 1)
+        self.eps = (eps,) * (len(maps) + 1) if isinstance(eps, float | int) else tuple(eps)
         if len(self.eps) != len(maps) + 1 or not all(1 <= value < float("inf") for value in self.eps):
             raise ValueError(f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} of them: one per map and the logits'.")
         if not 0 < branch_weight < float("inf"):
@@ -139,7 +140,9 @@ class OFA(ComputesLogits):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""
         targets = target_classes(batch.labels)
-        logits = [self.shown(branch(maps)) for branch, maps in zip(self.branches, student.maps, strict=True)]
+        logits = [branch(maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
+        if self.standardised:
+            logits = [standardise(own) for own in logits]
         *branches, final = (
             enhanced_divergence(one, teacher.logits, targets, eps, self.temperature)
             for one, eps in zip((*logits, student.logits), self.eps, strict=True)

@@ -69,12 +69,14 @@ class ReviewKD(Criterion):
     Reference: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (arXiv 2104.09044), attention-based fusion and
     hierarchical context loss; official code dvlab-research/ReviewKD (CIFAR-100/model/reviewkd.py).
 
-    Weight: 1, rising from 0 over the first 20 epochs: reviewkd:1:20 (official default). The official CIFAR-100 script has 5 for
-    most pairs (WRN, resnet32x4 to resnet8x4, ShuffleNetV1), 8 for resnet32x4 to ShuffleNetV2, 1 for resnet110 to resnet32 and 0.6
-    for resnet56 to resnet20; for ResNet-34 to 18 on ImageNet mdistiller has 1, over 1 epoch.
+    Weight: 1, rising from 0 over the first 20 epochs (official default): give reviewkd:1:20, there is no warm-up without it. The
+    official one goes by whole epochs, min(1, epoch / 20), ours by updates. The official CIFAR-100 script has 5 for most pairs (WRN,
+    resnet32x4 to resnet8x4, ShuffleNetV1), 8 for resnet32x4 to ShuffleNetV2, 1 for resnet110 to resnet32 and 0.6 for resnet56 to
+    resnet20; for ResNet-34 to 18 on ImageNet mdistiller has 1, over 1 epoch.
 
-    Differs: the official code reads maps before their last activation, here they are as tapped; its width is the lesser of 512 and
-    the student's embedding, as here (256 for its MobileNet on ImageNet). Sizes may be any, square or not (there: square).
+    Differs: the official training taps the teacher's maps before their last activation and the student's after it (mdistiller: the
+    teacher's always before, the student's by choice); here both are as tapped. The official width is the lesser of 512 and the
+    student's embedding, as here (256 for its MobileNet on ImageNet). Sizes may be any, square or not (there: square).
 
     Args:
         pair: Shapes of both networks; the numbers of maps must agree and be at least 1. Batches of 2 or more: the deepest level has

@@ -46,7 +46,8 @@ class RKD(Criterion):
     Weight: 1 (RepDistiller), with w_d = 25 and w_a = 50 inside (RepDistiller; the authors' example has their ratio, 1 to 2).
 
     Differs: nothing in the mathematics. Distances and cosines come from inner products of centred embeddings, with b^3 numbers
-    instead of b^2 d; samples that are equal up to rounding count as cosine 0, as exactly equal ones do in RepDistiller.
+    instead of b^2 d: 0.54 GB in float32 for each of several such tensors at b = 512, 0.07 GB at 256. Samples that are equal up to
+    rounding count as cosine 0, as exactly equal ones do in RepDistiller.
 
     Args:
         pair: Shapes of both networks; any embeddings.

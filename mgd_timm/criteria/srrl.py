@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.criteria.dkd import check_parts
-from mgd_timm.criteria.standardisation import ComputesLogits
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -22,10 +21,11 @@ class Connector(nn.Sequential):
         super().__init__(linear, nn.BatchNorm1d(teacher_dim), *([nn.ReLU()] if relu else []))
 
 
-class SRRL(ComputesLogits):
+class SRRL(Criterion):
     """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t h_t)^2).
 
-    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy.
+    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy. W_t h_t are the
+    teacher's logits, under MAS too, whose stable excitation no embedding gives.
 
     Reference: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021, OpenReview
     ZzwDy_wiWv), L_FM and L_SR.
@@ -41,23 +41,25 @@ class SRRL(ComputesLogits):
 
     Args:
         pair: Shapes of both networks, and the teacher's classifier as a module on its embedding. Numbers of classes may differ.
+            Batches of 2 or more: there is BatchNorm over samples.
         alpha: Weight of the embeddings' part, 0 or more.
         beta: Weight of the logits' part, 0 or more.
         relu: End the connector in a ReLU, as in the official code.
 
     Raises:
-        ValueError: A teacher without such a classifier, or a weight out of range.
+        ValueError: A teacher without such a classifier, a peer, or a weight out of range.
     """
 
     weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits", "embedding"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
 
     def __init__(self, pair: Pair, *, alpha: float = 1.0, beta: float = 1.0, relu: bool = True) -> None:
         super().__init__(pair)
         if pair.teacher_classifier is None:
             raise ValueError(
                 "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its embedding to "
-                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion."
+                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion. A peer's classifier "
+                "is not trained yet: give a teacher."
             )
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
         self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)
@@ -73,7 +75,7 @@ class SRRL(ComputesLogits):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""
-        connected = self.connector(student.embedding)
-        logits = self.shown(at_least_float32(self.classifier(connected)))
-        features = F.mse_loss(at_least_float32(connected), at_least_float32(teacher.embedding))
-        return self.alpha * features + self.beta * F.mse_loss(logits, at_least_float32(teacher.logits))
+        connected, target = self.connector(student.embedding), at_least_float32(teacher.embedding)
+        features = F.mse_loss(at_least_float32(connected), target)
+        logits, expected = (at_least_float32(self.classifier(embedding)) for embedding in (connected, target))
+        return self.alpha * features + self.beta * F.mse_loss(logits, expected)

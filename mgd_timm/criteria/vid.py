@@ -54,6 +54,7 @@ class VID(Criterion):
 
     Differs: as RepDistiller, which takes its loss from the authors' code: mu without BatchNorm, hidden width the teacher's, a mean
     over all elements where the paper (from memory) has a sum. Maps of unequal size are pooled on both axes (there: square maps).
+    RepDistiller's pairing of maps: see fitnet.
 
     Args:
         pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
