@@ -35,6 +35,23 @@ def features(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float64, grad
     return Features(draw(shapes.num_classes), draw(shapes.embed_dim), tuple(draw(*m) for m in shapes.maps), cam=cam)
 
 
+def parts(shown: Features) -> dict[str, Tensor]:
+    """Every tensor that a network shows, maps one by one: logits, embedding, maps 0, maps 1, ..., cams."""
+    maps = {f"maps {i}": m for i, m in enumerate(shown.maps)}
+    return {"logits": shown.logits, "embedding": shown.embedding, **maps, **({} if shown.cam is None else {"cams": shown.cam})}
+
+
+def of_parts(tensors: dict[str, Tensor]) -> Features:
+    """The inverse of `parts`."""
+    maps = tuple(tensor for name, tensor in tensors.items() if name.startswith("maps "))
+    return Features(tensors["logits"], tensors["embedding"], maps, cam=tensors.get("cams"))
+
+
+def rows(shown: Features, which: Tensor | slice) -> Features:
+    """The features of some samples, in this order."""
+    return of_parts({name: tensor[which] for name, tensor in parts(shown).items()})
+
+
 def batch(labels: Tensor | None = None) -> Batch:
     ids = torch.arange(BATCH)
     return Batch(torch.zeros(BATCH, 3, 8, 8), ids % CLASSES if labels is None else labels, ids)

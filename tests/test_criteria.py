@@ -1,20 +1,27 @@
 """Every criterion against a reference of plain loops in float64, and what all of them promise."""
 
 import copy
+import functools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import cases_logits
 import cases_maps
 import cases_relational
 import pytest
+import timm
 import torch
-from cases import BATCH, CLASSES, PAIR, Case, batch, features, loop_ce, loop_kl, loop_pool, wave
+from cases import BATCH, CLASSES, PAIR, Case, batch, features, loop_ce, loop_kl, loop_pool, of_parts, parts, rows, wave
 from torch import Tensor, nn
 
-from mgd_timm.criteria import AT, CRITERIA, KD, Criterion, CrossEntropy, FitNet, Objective, kl_divergence
+from mgd_timm import models  # noqa: F401  # registers cifar_*
+from mgd_timm.criteria import AT, CRD, CRITERIA, KD, Criterion, CrossEntropy, FitNet, Objective, kl_divergence
 from mgd_timm.criteria.at import attention_transfer
 from mgd_timm.criteria.fitnet import HintAdapter
-from mgd_timm.features import Batch, Features, Pair, Shapes
+from mgd_timm.distiller import MutualLearning, Teacher
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
 from mgd_timm.granularity import MAG, MAS, GranularityHeads
 
 
@@ -90,8 +97,40 @@ def value(criterion: Criterion, student: Features, teacher: Features, shown: Bat
     return criterion(student, teacher, batch() if shown is None else shown)
 
 
-def trained(criterion: Criterion) -> list[nn.Parameter]:
-    return [p for p in criterion.parameters() if p.requires_grad]
+def trained(criterion: Criterion) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in criterion.named_parameters() if p.requires_grad}
+
+
+def exchanged(shown: Features, part: str) -> Features:
+    """The same, but for one part, which is other random numbers."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in parts(shown).items()}
+    return of_parts({**parts(shown), part: tensors[part]})
+
+
+def depends(criterion: Criterion, student: Features, teacher: Features) -> dict[str, bool]:
+    """Whether the loss depends on each part of the student's features, by trial."""
+    loss = value(criterion, student, teacher)
+    return {part: not torch.equal(value(criterion, exchanged(student, part), teacher), loss) for part in parts(student)}
+
+
+def check_gradients(criterion: Criterion, student: Features, teacher: Features) -> None:
+    """One backward pass; the student's features and all that is trained have the gradients that they should have.
+
+    A part of the student's features has one of more than rounding where the loss depends on it, and exactly none elsewhere: so no
+    method trains nothing silently. So has every trained weight; one of one dimension may have 0, as the bias before a BatchNorm.
+    """
+    dependent = depends(criterion, student, teacher)
+    torch.manual_seed(5)
+    criterion(student, teacher, batch()).backward()
+    for part, tensor in parts(student).items():
+        size = 0.0 if tensor.grad is None else tensor.grad.abs().max().item()
+        assert math.isfinite(size), part
+        assert size > 1e-8 if dependent[part] else size == 0, (part, size)
+    for name, p in trained(criterion).items():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.ndim == 1 or p.grad.abs().max() > 1e-8, name
 
 
 @every
@@ -104,15 +143,22 @@ def test_reference(name):
 
 
 @every
-def test_gradients_reach_the_student_and_every_parameter(name):
+def test_gradients_reach_what_the_loss_depends_on_and_every_weight(name):
+    classifier = CASES[name].pair.teacher_classifier
+    before = copy.deepcopy(classifier.state_dict())
+    check_gradients(built(name), both(name, grad=True)[0], both(name)[1])
+    assert classifier.weight.grad is None
+    assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
+
+
+@every
+def test_features_are_left_as_they_are(name):
+    """They belong to the networks, and to the other criteria of an objective."""
     criterion, (student, teacher) = built(name), both(name, grad=True)
+    shown = [*parts(student).values(), *parts(teacher).values()]
+    before = [tensor.detach().clone() for tensor in shown]
     criterion(student, teacher, batch()).backward()
-    parts = (student.logits, student.embedding, *student.maps, *([student.cam] if student.cam is not None else []))
-    grads = [v.grad for v in parts if v.grad is not None]
-    assert any(g.abs().sum() > 0 for g in grads)
-    assert all(g.isfinite().all() for g in grads)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(criterion))
-    assert CASES[name].pair.teacher_classifier.weight.grad is None
+    assert all(map(torch.equal, shown, before))
 
 
 @every
@@ -126,50 +172,89 @@ def test_needs_are_what_is_read_of_the_teacher(name):
 
 
 @every
+def test_needs_and_student_needs_are_what_is_read_of_the_student(name):
+    """Logits need not be declared: every network shows them."""
+    criterion, (student, teacher) = built(name), both(name)
+    read = {part.split()[0] for part, found in depends(criterion, student, teacher).items() if found}
+    declared = criterion.needs | criterion.student_needs
+    assert declared <= read <= declared | {"logits"}
+    assert read == declared or name == "ce"  # the one that needs no teacher
+    images = batch()._replace(images=torch.ones(BATCH, 3, 8, 8))
+    assert torch.equal(value(criterion, student, teacher, images), value(criterion, student, teacher))
+
+
+def half(shapes: Shapes, seed: int, dtype: torch.dtype, gain: float = 1.0, grad: bool = False) -> Features:
+    drawn = parts(features(shapes, seed, torch.float32))
+    return of_parts({part: (gain * v).to(dtype).requires_grad_(grad) for part, v in drawn.items()})
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gain", [1, 300])
 def test_half_precision_is_finite_and_widened(name, dtype, gain):
-    criterion = built(name).float()
-
-    def half(shapes: Shapes, seed: int) -> Features:
-        wide = features(shapes, seed, torch.float32)
-        maps = tuple((gain * m).to(dtype).requires_grad_(True) for m in wide.maps)
-        cam = (gain * wide.cam).to(dtype).requires_grad_(True) if wide.cam is not None else None
-        logits, embedding = ((gain * v).to(dtype).requires_grad_(True) for v in (wide.logits, wide.embedding))
-        return Features(logits, embedding, maps, cam=cam)
-
-    student, teacher = half(CASES[name].pair.student, 1), half(CASES[name].pair.teacher, 2)
+    """Loss and gradients; those of a sum over elements with its weight, as they would not fit into float16 otherwise."""
+    pair, criterion = CASES[name].pair, built(name).float()
+    student, teacher = half(pair.student, 1, dtype, gain, grad=True), half(pair.teacher, 2, dtype, gain)
+    torch.manual_seed(5)
     with torch.autocast("cpu", dtype):
         loss = criterion(student, teacher, batch())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     assert loss >= 0 or CASES[name].negative
-    if gain == 1:  # in fp16 a loss scale must be found for larger ones
-        loss.backward()
-        found = [v.grad for v in (student.logits, student.embedding, *student.maps, student.cam) if v is not None]
-        assert all(g.isfinite().all() for g in found if g is not None)
+    (loss * criterion.weight if name == "masked_generative" else loss).backward()
+    found = [*parts(student).values(), *trained(criterion).values()]
+    assert all(v.grad.isfinite().all() for v in found if v.grad is not None)
 
 
 @every
-def test_the_order_of_the_batch_matters_only_where_the_paper_says_so(name):
-    criterion, (student, teacher), order = built(name), both(name), torch.tensor([2, 0, 3, 1])
+@pytest.mark.parametrize("count", [1, 2])
+def test_small_batches(name, count):
+    """An epoch's last one may be of any size. Where BatchNorm has samples alone, one of them has no variance, and it says so."""
+    criterion = built(name)
+    student, teacher = (rows(shown, slice(count)) for shown in both(name))
+    student = of_parts({part: tensor.requires_grad_(True) for part, tensor in parts(student).items()})
+    shown = Batch(*(part[:count] for part in batch()))
+    if count == 1 and name in {"srrl", "afd", "reviewkd"}:
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            criterion(student, teacher, shown)
+        assert "BatchNorm" in criterion.__doc__
+        criterion.eval()
+    loss = criterion(student, teacher, shown)
+    assert loss.isfinite()
+    loss.backward()
+    found = [*parts(student).values(), *trained(criterion).values()]
+    assert all(v.grad.isfinite().all() for v in found if v.grad is not None)
 
-    def shuffled(f: Features) -> Features:
-        cam = f.cam[order] if f.cam is not None else None
-        return Features(f.logits[order], f.embedding[order], tuple(m[order] for m in f.maps), cam=cam)
 
-    if CASES[name].draws:
-        return  # its random numbers belong to places in the batch
-    mixed = Batch(*(part[order] for part in batch()))
-    one, two = value(criterion, shuffled(student), shuffled(teacher), mixed), value(criterion, student, teacher)
-    assert torch.allclose(one, two, rtol=1e-9) is not CASES[name].ordered
+def drawn_alike(name: str, criterion: Criterion, order: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn for a sample goes with it to its new place, in the next forward pass."""
+    if name == "crd":
+        drawn = criterion.draw(torch.arange(16))
+        monkeypatch.setattr(CRD, "draw", lambda self, sample_ids: drawn[sample_ids])
+    elif name == "masked_generative":
+        drawn = torch.rand(BATCH, CASES[name].pair.teacher.maps[-1][0], 1, 1)
+        monkeypatch.setattr(torch, "rand", lambda size, **_: drawn[order].reshape(size))
+    else:
+        assert not CASES[name].draws
+
+
+@every
+def test_the_order_of_the_batch_matters_only_where_the_paper_says_so(name, monkeypatch):
+    criterion, (student, teacher) = built(name), both(name)
+    losses = []
+    for order in (torch.arange(BATCH), torch.tensor([3, 2, 0, 1])):
+        with monkeypatch.context() as patched:
+            torch.manual_seed(3)
+            drawn_alike(name, criterion, order, patched)
+            mixed = Batch(*(part[order] for part in batch()))
+            losses.append(value(criterion, rows(student, order), rows(teacher, order), mixed))
+    assert torch.allclose(*losses, rtol=1e-9) is not CASES[name].ordered
 
 
 @every
 def test_sgd_lowers_the_loss(name):
     criterion, (student, teacher) = built(name), both(name, grad=True)
-    parts = [student.logits, student.embedding, *student.maps, *([student.cam] if student.cam is not None else [])]
-    optimizer = torch.optim.SGD([*parts, *trained(criterion)], lr=CASES[name].rate)
+    optimizer = torch.optim.SGD([*parts(student).values(), *trained(criterion).values()], lr=CASES[name].rate)
     first = value(criterion, student, teacher).item()
     for step in range(20):
         torch.manual_seed(step)
@@ -190,46 +275,139 @@ def test_state_dict_round_trip(name):
     assert torch.equal(value(one.eval(), student, teacher), value(two.eval(), student, teacher))
 
 
-@every
+def test_a_zero_is_missing_only_where_the_maths_has_none():
+    """DIST: 1e-8 in the denominator. OFA: the teacher's entropy is left. CRD: every negative costs something."""
+    assert {name for name in CRITERIA if CASES[name].zero is None} == {"dist", "ofa", "crd"}
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if CASES[name].zero is not None])
 def test_it_is_zero_where_the_maths_says_so(name):
-    zero = CASES[name].zero
-    if zero is None:
-        return
     pair = CASES[name].pair
     pair = pair._replace(teacher=pair.student._replace(num_classes=pair.teacher.num_classes))
-    if pair.teacher_classifier is not None:
-        pair = pair._replace(teacher_classifier=nn.Linear(pair.teacher.embed_dim, CLASSES).double().requires_grad_(False))
+    pair = pair._replace(teacher_classifier=nn.Linear(pair.teacher.embed_dim, CLASSES).double().requires_grad_(False))
     criterion = built(name, pair)
-    student, teacher = zero(criterion, features(pair.student, 1))
+    student, teacher = CASES[name].zero(criterion, features(pair.student, 1))
     assert criterion(student, teacher, batch()).item() == pytest.approx(0, abs=1e-15)
 
 
-# What networks show: CNN to CNN of other channels and sizes, tokens of a ViT (square maps of one size) on either side.
+# What networks show: CNN to CNN of other channels and sizes, tokens of a ViT (square maps of one size) on either side, and small
+# images, of which the last maps are one position, or one row against one column.
 CNN = Shapes(CLASSES, 10, ((4, 8, 8), (6, 4, 4), (8, 2, 2)), cam=(2, 2))
 WIDE = Shapes(CLASSES, 12, ((8, 8, 8), (12, 4, 4), (16, 2, 2)), cam=(2, 2))
 LARGE = Shapes(CLASSES, 12, ((8, 15, 15), (12, 8, 8), (16, 4, 4)), cam=(4, 4))
 VIT = Shapes(CLASSES, 12, ((12, 6, 6), (12, 6, 6), (12, 6, 6)))
+TINY = Shapes(CLASSES, 10, ((4, 4, 4), (6, 2, 2), (8, 1, 1)), cam=(1, 1))
+TINY_WIDE = Shapes(CLASSES, 12, ((8, 4, 4), (12, 2, 2), (16, 1, 1)), cam=(1, 1))
+ROW = Shapes(CLASSES, 10, ((4, 2, 8), (6, 1, 4), (8, 1, 2)), cam=(1, 2))
+COLUMN = Shapes(CLASSES, 12, ((8, 8, 2), (12, 4, 1), (16, 2, 1)), cam=(2, 1))
+KINDS = {
+    "cc": (CNN, WIDE),
+    "cl": (CNN, LARGE),
+    "same": (CNN, CNN),
+    "cv": (CNN, VIT),
+    "vc": (VIT, CNN),
+    "tiny": (TINY, TINY_WIDE),
+    "tiny student": (TINY, WIDE),
+    "tiny teacher": (CNN, TINY_WIDE),
+    "crossed": (ROW, COLUMN),
+}
+# What is left of one position when its size is divided out is 1, whatever the networks see.
+REFUSED = {
+    **{("catkd", kind): "class activation maps, .* tap it with" for kind in ("cv", "vc")},
+    **{
+        (name, kind): r"one position .*--img-size.*--maps"
+        for name in ("at", "nst", "ft", "afd", "afds")
+        for kind in ("tiny", "tiny student", "tiny teacher", "crossed")
+    },
+}
+
+
+def pair_of(kind: str) -> Pair:
+    student, teacher = KINDS[kind]
+    classifier = nn.Linear(teacher.embed_dim, CLASSES).double().requires_grad_(False)
+    return Pair(student, teacher, 16, torch.arange(16) % CLASSES, classifier)
+
+
+@functools.cache
+def usually_read(name: str) -> set[str]:
+    """The parts of the student's features that the loss depends on where nothing is special."""
+    pair = pair_of("cc")
+    dependent = depends(built(name, pair), features(pair.student, 1), features(pair.teacher, 2))
+    return {part for part, found in dependent.items() if found}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for k in KINDS for n in CRITERIA if (n, k) not in REFUSED])
+def test_any_pair_is_bridged(name, kind):
+    """With gradients everywhere: of the same parts of the student's features, whatever their sizes."""
+    pair = pair_of(kind)
+    shown = features(pair.student, 1, grad=True)
+    check_gradients(built(name, pair), shown, features(pair.teacher, 2))
+    taught = {part for part, tensor in parts(shown).items() if tensor.grad is not None and tensor.grad.any()}
+    assert taught
+    assert taught == usually_read(name) & set(parts(shown))
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED)
+def test_or_a_pair_is_refused_with_the_way_out(name, kind):
+    with pytest.raises(ValueError, match=REFUSED[name, kind]):
+        CRITERIA[name](pair_of(kind))
+
+
+# A teacher's features carry no gradient: that is their owner's part of the contract, not each criterion's.
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Two that have whatever a criterion reads, at 16 pixels."""
+    found = []
+    for seed, name in enumerate(("cifar_resnet8x05", "cifar_wrn_16_1")):
+        torch.manual_seed(seed)
+        network = timm.create_model(name, num_classes=CLASSES)
+        found.append(FeatureTap(network, (1, 2, 3), input_size=(3, 16, 16), cam=True))
+    return found
+
+
+def pictures() -> Batch:
+    return batch()._replace(images=torch.randn(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def test_what_a_teacher_shows_has_no_graph(networks):
+    tap = copy.deepcopy(networks[1])
+    teacher = Teacher(tap, GranularityHeads(tap.embed_dim, CLASSES)).train()
+    teacher.requires_grad_(True)  # against better knowledge
+    shown = teacher(pictures().images.requires_grad_(True))
+    everything = [*parts(shown).values(), *shown.codes.values(), *shown.views.values()]
+    assert len(everything) == 2 + 3 + 1 + 2 + 2
+    assert not any(tensor.requires_grad or tensor.grad_fn is not None for tensor in everything)
 
 
 @every
-@pytest.mark.parametrize(
-    "kinds", [(CNN, WIDE), (CNN, LARGE), (CNN, CNN), (CNN, VIT), (VIT, CNN)], ids=["cc", "cl", "same", "cv", "vc"]
-)
-def test_any_pair_or_a_reason(name, kinds):
-    """A pair is bridged, with gradients everywhere, or refused at construction with the way out."""
-    student, teacher = kinds
-    classifier = nn.Linear(teacher.embed_dim, CLASSES).requires_grad_(False)
-    pair = Pair(student, teacher, 16, torch.arange(16) % CLASSES, classifier)
-    if "cams" in CRITERIA[name].needs and VIT in kinds:
-        with pytest.raises(ValueError, match="class activation maps"):
-            CRITERIA[name](pair)
-        return
-    criterion = built(name, pair)
-    shown = features(student, 1, grad=True)
-    loss = criterion(shown, features(teacher, 2), batch())
-    assert loss.isfinite()
-    loss.backward()
-    assert all(p.grad is not None for p in trained(criterion))
+def test_a_student_does_not_train_its_peer(name, networks):
+    taps = copy.deepcopy(networks)
+    shapes = [tap.shapes(16) for tap in taps]
+    labels = torch.arange(16) % CLASSES
+    pairs = [Pair(*shapes[::step], 16, labels, tap.classifier) for step, tap in zip((1, -1), taps[::-1], strict=True)]
+    objectives = [Objective(**{name: (1.0, CRITERIA[name](pair))}) for pair in pairs]
+    if name == "dml":
+        objectives = [MAG(pair, objective) for pair, objective in zip(pairs, objectives, strict=True)]
+    together = MutualLearning(*taps, *objectives)
+    terms, _ = together(pictures())
+    sides = ({"student", "objective"}, {"peer", "peer_objective"})
+    for own, prefix in zip(sides, ("", "peer_"), strict=True):
+        together.zero_grad()
+        sum(term for key, term in terms.items() if key.startswith("peer_") == bool(prefix)).backward()
+        for key, p in together.named_parameters():
+            assert key.split(".")[0] in own or p.grad is None, key
+        backbone = together.peer if prefix else together.student
+        assert any(p.grad is not None and p.grad.any() for p in backbone.parameters())
+
+
+def test_every_criterion_compiles_as_one_graph():
+    """Dynamo cannot trace the type checks of the tests, so in a process without them."""
+    script = Path(__file__).with_name("compiled_criteria.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [*CRITERIA, "standardised"]
 
 
 @every

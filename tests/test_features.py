@@ -253,9 +253,9 @@ def test_choose_maps(sides, word, expected):
     assert choose_maps([(16, side, side) for side in sides], word) == expected
 
 
-@pytest.mark.parametrize("word", ["", "0", "4", "-1", "all", "1.5", "²"])
+@pytest.mark.parametrize("word", ["", "0", "4", "-1", "every", "1.5", "²"])
 def test_choose_maps_refuses(word):
-    with pytest.raises(ValueError, match="'stages', 'last', 'mid' or a number from 1 to 3"):
+    with pytest.raises(ValueError, match="'stages', 'last', 'mid', 'all' or a number from 1 to 3"):
         choose_maps([(16, 8, 8)] * 3, word)
 
 
