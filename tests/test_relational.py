@@ -208,3 +208,17 @@ def test_sp_reads_the_last_maps_and_needs_no_pairing():
     torch.testing.assert_close(SP(FEWER)(student, teacher, batch()), similarity_preserving(student.maps[1], teacher.maps[0]))
     assert PKT(PAIR).relational
     assert not NST(PAIR).relational
+
+
+def test_singular_vectors_of_what_a_map_lacks_are_not_chosen():
+    """4 channels, adapted to 7, have a rank of 5 at most: the last candidates would be an arbitrary basis of the rest."""
+    torch.manual_seed(0)
+    pair = Pair(Shapes(6, 10, ((4, 8, 8),) * 2), Shapes(6, 14, ((7, 8, 8),) * 2))
+    criterion = KDSVD(pair, vectors=3).double()
+    student, teacher = (tuple(torch.randn(4, c, 8, 8).double() for _ in range(2)) for c in (4, 7))
+
+    def loss(noise: float) -> Tensor:
+        maps = tuple(m * (1 + noise * torch.randn_like(m)) for m in student)
+        return criterion(*(Features(torch.zeros(4, 6), torch.zeros(4, 10), shown) for shown in (maps, teacher)), batch())
+
+    torch.testing.assert_close(loss(1e-13), loss(0), rtol=1e-9, atol=0)

@@ -47,10 +47,17 @@ def right_vectors(maps: Float[Tensor, "b c h w"], count: int) -> tuple[Float[Ten
     return vectors, values
 
 
-def aligned(student: Float[Tensor, "b c m"], teacher: Float[Tensor, "b c k"]) -> Float[Tensor, "b c k"]:
-    """For each vector of the teacher the student's of largest |cosine|, with the sign that makes the cosine positive."""
+def aligned(
+    student: Float[Tensor, "b c m"], values: Float[Tensor, "b m"], teacher: Float[Tensor, "b c k"]
+) -> Float[Tensor, "b c k"]:
+    """For each vector of the teacher the student's of largest |cosine|, with the sign that makes the cosine positive.
+
+    Vectors of singular values that are 0 but for rounding are an arbitrary basis of what the map lacks: none of them is chosen
+    beside one that is not.
+    """
     cosines = student.mT @ teacher
-    best: Int[Tensor, "b 1 k"] = cosines.abs().argmax(1, keepdim=True)
+    real = values > 8 * torch.finfo(values.dtype).eps * values[:, :1]
+    best: Int[Tensor, "b 1 k"] = torch.where(real[:, :, None], cosines.abs(), -1).argmax(1, keepdim=True)
     chosen = student.gather(2, best.expand(-1, student.shape[1], -1))
     return chosen * cosines.gather(1, best).sign()
 
@@ -110,7 +117,7 @@ class KDSVD(Criterion):
                 rank = min(adapted.shape[1], adapted.shape[2] * adapted.shape[3])
                 target, values = right_vectors(at_least_float32(t), self.vectors)
                 target = target * torch.where(target.sum(1, keepdim=True) < 0, -1, 1)
-                found = aligned(right_vectors(adapted, min(self.vectors + 3, rank))[0], target)
+                found = aligned(*right_vectors(adapted, min(self.vectors + 3, rank)), target)
                 scale = nn.functional.normalize(values, dim=1)[:, None]
                 now = found * scale, target * scale
                 if before is not None:
