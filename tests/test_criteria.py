@@ -436,6 +436,48 @@ FEWER = PAIR._replace(teacher=PAIR.teacher._replace(maps=PAIR.teacher.maps[:1]))
 OTHER_CLASSES = PAIR._replace(teacher=PAIR.teacher._replace(num_classes=9))
 
 
+@every
+def test_what_a_pair_lacks_is_refused_at_construction(name):
+    """Each part that a criterion reads, taken from its pair in turn; relations of embeddings alone go with any pair."""
+    pair, kind = CASES[name].pair, CRITERIA[name]
+    student, teacher = pair.student, pair.teacher
+    lacking = []
+    if "maps" in kind.needs:
+        lacking += [pair._replace(teacher=teacher._replace(maps=())), pair._replace(student=student._replace(maps=()))]
+    if "maps" in kind.student_needs:
+        lacking += [pair._replace(student=student._replace(maps=()))]
+    if "cams" in kind.needs:
+        lacking += [pair._replace(teacher=teacher._replace(cam=None)), pair._replace(student=student._replace(cam=None))]
+    if kind.needs & {"logits", "cams"}:
+        lacking += [pair._replace(teacher=teacher._replace(num_classes=9))]
+    if name == "crd":
+        lacking += [pair._replace(labels=None), pair._replace(num_samples=0)]
+    if name == "srrl":
+        lacking += [pair._replace(teacher_classifier=None)]
+    assert lacking or name in ("ce", "cc", "rkd", "pkt")
+    for other in lacking:
+        with pytest.raises(ValueError, match=r".{40,}"):  # more than a word
+            CRITERIA[name](other)
+
+
+@every
+def test_features_of_other_shapes_raise(name):
+    if name == "ce":
+        pytest.skip("the teacher is not read")
+    criterion, (student, teacher) = built(name), both(name)
+    fewer = Features(
+        teacher.logits[:3],
+        teacher.embedding[:3],
+        tuple(m[:3] for m in teacher.maps),
+        cam=teacher.cam[:3] if teacher.cam is not None else None,
+    )
+    with pytest.raises((ValueError, RuntimeError, TypeError, UserWarning)):  # torch warns before it fails
+        criterion(student, fewer, batch())
+    if CRITERIA[name].needs & {"maps"} and name not in ("sp", "masked_generative", "ft"):  # these read the deepest map alone
+        with pytest.raises((ValueError, RuntimeError, TypeError, IndexError)):
+            criterion(student, teacher._replace(maps=teacher.maps[:1]), batch())
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
