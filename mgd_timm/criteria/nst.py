@@ -24,12 +24,22 @@ def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor,
     made, those of channels or those of positions.
     """
     with torch.autocast(student.device.type, enabled=False):
-        one, two = (selectivity(m) for m in pool_larger(at_least_float32(student), at_least_float32(teacher)))
-        (_, c_s, places), c_t = one.shape, two.shape[1]
-        if places * (c_s + c_t) <= c_s**2 + c_t**2 + c_s * c_t:
+        student, teacher = pool_larger(at_least_float32(student), at_least_float32(teacher))
+        (_, c_s, height, width), c_t = student.shape, teacher.shape[1]
+        if height * width * (c_s + c_t) <= c_s**2 + c_t**2 + c_s * c_t:
+            one, two = selectivity(student), selectivity(teacher)
             return (one.mT @ one / c_s - two.mT @ two / c_t).pow(2).sum((1, 2)).mean()
-        within = (two @ two.mT).pow(2).mean() + (one @ one.mT).pow(2).mean()
-        return within - 2 * (one @ two.mT).pow(2).mean()
+        # Products first, norms afterwards: c x c numbers to divide instead of c x h x w.
+        one, two = student.flatten(2), teacher.flatten(2)
+        norm_s, norm_t = (torch.linalg.vector_norm(m, dim=2).clamp_min(1e-12) for m in (one, two))
+        return _kernel(two, norm_t, two, norm_t) + _kernel(one, norm_s, one, norm_s) - 2 * _kernel(one, norm_s, two, norm_t)
+
+
+def _kernel(
+    one: Float[Tensor, "b c n"], norm: Float[Tensor, "b c"], other: Float[Tensor, "b c2 n"], other_norm: Float[Tensor, "b c2"]
+) -> Float[Tensor, ""]:
+    """Mean of (a . b)^2 over all pairs of two networks' channels of unit norm."""
+    return (one @ other.mT / (norm[:, :, None] * other_norm[:, None])).pow(2).mean()
 
 
 class NST(Criterion):
