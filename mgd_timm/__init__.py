@@ -11,7 +11,7 @@ from mgd_timm._version import __version__
 if TYPE_CHECKING:
     from mgd_timm.api import distill, evaluate, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
-    from mgd_timm.distiller import Distiller, Teacher
+    from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.export import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, Granularity, GranularityHeads, HeadFitting
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
-    "mgd_timm.distiller": ("Distiller", "Teacher"),
+    "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.export": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
@@ -42,6 +42,7 @@ __all__ = [
     "GranularityHeads",
     "HeadFitting",
     "Heads",
+    "MutualLearning",
     "Objective",
     "Optim",
     "Pair",

@@ -152,9 +152,14 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def _plain(text: str) -> str:
+    """Markdown that shows a formula as it is: neither emphasis nor HTML."""
+    return re.sub(r"(?<!\w)_|_(?!\w)|[*<]", r"\\\g<0>", text)
+
+
 def _section(kind: type) -> str:
     shown = []
-    for text in paragraphs(kind):
+    for text in map(_plain, paragraphs(kind)):
         if not text.startswith(("Args:", "Raises:")):
             word = re.match(r"(Reference|Weight|Differs): ", text)
             shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
@@ -170,4 +175,4 @@ def _options(kind: type[Criterion]) -> Iterator[str]:
     for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", block, re.MULTILINE):
         words |= {name.strip(): " ".join(about.split()) for name in names.split(",")}
     for name, parameter in hyper_parameters(kind).items():
-        yield f"- `{name}` ({parameter.default}): {words.get(name, '')}"
+        yield f"- `{name}` ({parameter.default}): {_plain(words.get(name, ''))}"
