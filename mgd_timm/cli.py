@@ -208,9 +208,8 @@ def _list(arguments: Sequence[str]) -> None:
         "--teacher", type=str, default="cifar_resnet32x4", help="criteria: for which pair; its weights do not matter"
     )
     parser.add_argument("--student", type=str, default="cifar_resnet8x4", help="criteria: for which pair")
-    parser.add_argument(
-        "--img-size", type=int | None, default=None, help="criteria: side in pixels; default: the teacher's, 32 of cifar_*"
-    )
+    parser.add_argument("--img-size", type=int | None, default=None, help="criteria: side in pixels; default: the student's")
+    parser.add_argument("--in-chans", type=int | None, default=None, help="criteria: channels; default: the networks'")
     parser.add_argument(
         "--num-classes", type=int | None, default=None, help="criteria: of the data; default: a trained teacher's, or 100"
     )
@@ -235,28 +234,13 @@ def _list(arguments: Sequence[str]) -> None:
 
 
 def _list_criteria(values: Namespace) -> None:
-    from timm.models import get_model_input_config, get_pretrained_cfg
-
     from mgd_timm import methods
-    from mgd_timm.build import build_named, check_model_name, load_model
 
     if values.markdown:
         print(methods.markdown(), end="")
         return
-    teacher, classes = None, 100
-    if values.teacher == "embedded" or Path(values.teacher).exists() or ":" in values.teacher:
-        teacher = load_model(values.teacher)
-        shown, classes = get_model_input_config(teacher)["input_size"], int(getattr(teacher, "num_classes", 0))
-    else:
-        check_model_name(values.teacher)
-        config = get_pretrained_cfg(values.teacher)
-        shown = config.input_size if config is not None else (3, 224, 224)
-    side, classes = values.img_size or shown[-1], values.num_classes or classes
-    size = (shown[0], side, side)
-    student = build_named(values.student, size, classes)
-    if teacher is None:
-        teacher = build_named(values.teacher, size, classes)
-    for line in methods.table(methods.Connection(teacher, student, size, values.maps, values.num_samples)):
+    names = ("teacher", "student", "img_size", "in_chans", "num_classes", "num_samples", "maps")
+    for line in methods.table(methods.connect(**{name: getattr(values, name) for name in names})):
         print(line)
 
 

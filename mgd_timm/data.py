@@ -48,7 +48,7 @@ SMALL = 96  # pixels: up to here an image costs less to keep than to decode agai
 def cache_folder() -> Path:
     """Where stores and fitted heads are kept: $MGD_TIMM_CACHE, else mgd_timm in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mgd_timm"
-    return Path(os.environ.get("MGD_TIMM_CACHE", default))
+    return Path(os.environ.get("MGD_TIMM_CACHE") or default)
 
 
 @runtime_checkable  # for the checks of shapes under pytest

@@ -4,12 +4,14 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
-from mgd_timm.build import build_tap
+from mgd_timm.build import build_named, build_tap, check_model_name, load_model
 from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
@@ -53,7 +55,8 @@ class Connection:
     """Shapes of a teacher and a student as each criterion would see them.
 
     Args:
-        teacher, student: Models of one number of classes; their weights do not matter.
+        teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size sees images in
+            that size, as in a run.
         input_size: (channels, height, width) of the images.
         maps: Word for the maps (features.choose_maps).
         num_samples: Training images, which size CRD's memory banks.
@@ -65,16 +68,32 @@ class Connection:
     def __init__(
         self, teacher: nn.Module, student: nn.Module, input_size: tuple[int, int, int], maps: str, num_samples: int
     ) -> None:
-        self.models, self.input_size, self.maps, self.num_samples = (student, teacher), input_size, maps, num_samples
+        config = get_model_input_config(teacher)
+        theirs = tuple(config["input_size"]) if config["fixed_input_size"] else input_size
+        self.ends = ((student, input_size), (teacher, theirs))
+        self.maps, self.num_samples = maps, num_samples
         self._seen: dict[Any, FeatureTap] = {}
-        for model in self.models:
-            self._tap(model, frozenset({"maps"}), preact=False)
+        for model, size in self.ends:
+            self._tap(model, size, frozenset({"maps"}), preact=False)
 
-    def _tap(self, model: nn.Module, read: frozenset[Need], *, preact: bool) -> FeatureTap:
+    def _tap(self, model: nn.Module, size: tuple[int, int, int], read: frozenset[Need], *, preact: bool) -> FeatureTap:
         key = (model, "maps" in read, preact, "cams" in read)
         if key not in self._seen:
-            self._seen[key] = build_tap(model, self.input_size, self.maps if key[1] else None, preact=preact, cam=key[3])
+            self._seen[key] = build_tap(model, size, self.maps if key[1] else None, preact=preact, cam=key[3])
         return self._seen[key]
+
+    def pair(self, name: str) -> Pair:
+        """What the criterion of that name would know.
+
+        Raises:
+            ValueError: A network that does not show what it reads.
+        """
+        kind = CRITERIA[name]
+        reads = (kind.needs | kind.student_needs, kind.needs)
+        taps = [self._tap(*end, read, preact=kind.preact) for end, read in zip(self.ends, reads, strict=True)]
+        student, teacher = (tap.shapes(size[1:]) for tap, (_, size) in zip(taps, self.ends, strict=True))
+        labels = torch.arange(self.num_samples) % student.num_classes
+        return Pair(student, teacher, self.num_samples, labels, taps[1].classifier)
 
     def build(self, name: str) -> Criterion:
         """The criterion for this pair.
@@ -82,12 +101,54 @@ class Connection:
         Raises:
             ValueError: Why there is none for this pair.
         """
-        kind = CRITERIA[name]
-        reads = (kind.needs | kind.student_needs, kind.needs)
-        taps = [self._tap(model, read, preact=kind.preact) for model, read in zip(self.models, reads, strict=True)]
-        student, teacher = (tap.shapes(self.input_size[1:]) for tap in taps)
-        labels = torch.arange(self.num_samples) % student.num_classes
-        return kind(Pair(student, teacher, self.num_samples, labels, taps[1].classifier))
+        return CRITERIA[name](self.pair(name))
+
+
+def connect(
+    teacher: str,
+    student: str,
+    *,
+    maps: str,
+    num_samples: int,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
+) -> Connection:
+    """A teacher and a student by name, with random weights, or as a run or export left them.
+
+    What is not given is what trained networks say; else 100 classes, and the student's nominal image.
+
+    Raises:
+        ValueError: Unknown names, a number out of range, or trained networks of other classes.
+    """
+    for name, value, least in (("img_size", img_size, 1), ("num_classes", num_classes, 2), ("num_samples", num_samples, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more.")
+
+    def trained(name: str) -> nn.Module | None:
+        return load_model(name) if name == "embedded" or Path(name).exists() or ":" in name else None
+
+    def nominal(name: str, model: nn.Module | None) -> tuple[tuple[int, int, int], bool]:
+        if model is not None:
+            known = get_model_input_config(model)
+            return known["input_size"], known["fixed_input_size"]
+        check_model_name(name)
+        config = get_pretrained_cfg(name)
+        return (config.input_size, config.fixed_input_size) if config is not None else ((3, 224, 224), False)
+
+    ends = {name: trained(name) for name in (teacher, student)}
+    counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None}
+    if len(counts | ({num_classes} - {None})) > 1:
+        raise ValueError(f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree.")
+    classes = num_classes or next(iter(counts), 100)
+    (own, _), (theirs, fixed) = nominal(student, ends[student]), nominal(teacher, ends[teacher])
+    channels = in_chans or next((nominal(name, model)[0][0] for name, model in ends.items() if model is not None), own[0])
+    size = (channels, img_size or own[1], img_size or own[2])
+    built = [
+        model if model is not None else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
+        for name, model in ends.items()
+    ]
+    return Connection(built[0], built[-1], size, maps, num_samples)
 
 
 def table(connection: Connection) -> Iterator[str]:
@@ -154,7 +215,7 @@ def markdown() -> str:
 
 def _plain(text: str) -> str:
     """Markdown that shows a formula as it is: neither emphasis nor HTML."""
-    return re.sub(r"(?<!\w)_|_(?!\w)|[*<]", r"\\\g<0>", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)|\*", r"\\\g<0>", text).replace("<", "&lt;")
 
 
 def _section(kind: type) -> str:
@@ -164,7 +225,7 @@ def _section(kind: type) -> str:
             word = re.match(r"(Reference|Weight|Differs): ", text)
             shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
     if issubclass(kind, Criterion) and hyper_parameters(kind):
-        shown.append("Options:\n" + "\n".join(_options(kind)))
+        shown.append("Options:\n\n" + "\n".join(_options(kind)))
     return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in shown) + "\n"
 
 

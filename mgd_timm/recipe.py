@@ -56,7 +56,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         elif _fits(value, option):
             return value if option is NoneType else option(value)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-    raise ValueError(f"{name}={value!r}: expected {words}, not {type(value).__name__}.")
+    shown = repr(value) if len(repr(value)) < 80 else "(long)"
+    raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -219,7 +220,10 @@ class Recipe:
         "'embedded' (the default), a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder",
         digest=False,
     )
-    peer: str | None = _option(None, "a second student, in place of a teacher: both learn from the labels and from each other")
+    peer: str | None = _option(
+        None,
+        "a second student, from the seed, in place of a teacher: both learn from labels and from each other; --drop is for both",
+    )
     teacher_checkpoint: str | None = _option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
@@ -244,7 +248,8 @@ class Recipe:
         (), "their hyper-parameters, each NAME.OPTION=VALUE, such as kd.divergence=reverse"
     )
     standardise_logits: bool = _option(
-        False, "criteria compare standardised logits: mean 0, deviation 1 (its authors: --kd-temperature 2 --kd-weight 9)"
+        False,
+        "criteria compare logits of mean 0 and deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 --task-weight 0.1)",
     )
     fitting_epochs: int = _option(30, "epochs of what a criterion fits before the run (ab, fsp, ft)")
     fitting_lr: float | None = _option(None, "its constant learning rate; default: the run's, for ft 0.01 at most")

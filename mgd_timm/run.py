@@ -182,13 +182,16 @@ def _build(
     own = identity(recipe, images, accelerator, student, teacher, other.model if other is not None else None)
     set_seed(recipe.seed, 4)
     objective = build_objective(recipe, pair)
-    for name, term in _criteria(objective).items():
-        if term.remark() is not None:
-            accelerator.print(f"{name}: {term.remark()}")
     peers = build_objective(recipe, pair._replace(student=seen, teacher=shapes)) if other is not None else None
+    for role, own_terms in (("", objective), ("peer_", peers)):
+        for name, term in (_criteria(own_terms) if own_terms is not None else {}).items():
+            if term.remark() is not None:
+                accelerator.print(f"{role}{name}: {term.remark()}")
     stages = []
     if whole is not None and teacher is not None:
         stages = criterion_stages(recipe, objective, whole) + student_stages(recipe, tap, whole, teacher, images, pair)
+    if whole is not None and not stages and not objective.needs:
+        accelerator.print("warning: nothing of the teacher is learnt: every weight but the task's is 0.")
     if whole is not None and recipe.teacher_store is not None:
         stored = open_store(recipe, whole, images, accelerator)
     return images, _Networks(tap, objective, whole, other, peers, stages, own, stored)
@@ -215,7 +218,10 @@ def _connect_peer(recipe: Recipe, images: Images) -> FeatureTap:
     assert recipe.peer is not None
     set_seed(recipe.seed, 6)
     drawn = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
-    peer = build_student(drawn, images)
+    try:
+        peer = build_student(drawn, images)
+    except ValueError as error:
+        raise ValueError(f"peer: {error}") from error
     _describe(peer, images, recipe)
     maps = recipe.maps if needs(recipe, "maps") else None
     return build_tap(peer, images.input_size, maps, cam=needs(recipe, "cams"))

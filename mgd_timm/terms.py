@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -42,8 +42,12 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
         ValueError: An unknown criterion or option, a weight that is no number, or two different weights of one term.
     """
     given: dict[str, tuple[float | None, float]] = {}
-    for word in (part for words in recipe.criterion for part in words.split(",")):
+    for word in (part.strip() for words in recipe.criterion for part in words.split(",")):
         name, weight, warmup = _word(word)
+        if warmup > recipe.optim.epochs:
+            raise ValueError(
+                f"criterion {word!r} warms up over {warmup:g} of {recipe.optim.epochs} epochs: it would never be whole."
+            )
         if name in given and given[name] != (weight, warmup):
             raise ValueError(f"two weights of {name} in criterion {list(recipe.criterion)}: give one.")
         given[name] = (weight, warmup)
@@ -67,12 +71,20 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
         term = Term(name, presets[name] if weight is None else weight, warmup, options.get(name, {}))
         terms["task" if name == "ce" else name] = term
         _check_term(term, recipe, plain=weight is None)
+    for flag, value, default, term in (
+        ("kd_temperature", recipe.kd_temperature, 4.0, terms["kd"]),
+        ("smoothing", recipe.smoothing, 0.0, terms["task"]),
+    ):
+        if value != default and not term.weight:
+            raise ValueError(f"{flag}={value} does nothing: {term.criterion} has weight 0. Give it one, or leave {flag} out.")
     for name in options:
         if name not in given and name not in ("ce", "kd"):
             raise ValueError(f"criterion options of {name}, which the criterion {list(recipe.criterion)} does not name.")
-        if name in terms and not terms[name].weight:
+        if not terms["task" if name == "ce" else name].weight:
             raise ValueError(f"criterion options of {name}, whose weight is 0: give it one, or leave them out.")
     kinds = [CRITERIA[term.criterion] for term in terms.values() if term.weight]
+    if all(kind.fits == "student" for kind in kinds) and recipe.method == "none":
+        raise ValueError(f"every weight is 0: {', '.join(terms)}. Give task_weight or a criterion one.")
     if recipe.standardise_logits and not any("logits" in kind.needs for kind in kinds):
         raise ValueError(
             f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight (kd_weight=1)."
@@ -81,8 +93,10 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
 
 
 def criterion_names(recipe: Recipe) -> list[str]:
-    """The criteria that a recipe names, in its order."""
-    return [word.partition(":")[0] for words in recipe.criterion for word in words.split(",")]
+    """The criteria that a recipe names, in its order, without those of weight 0."""
+    terms = parse_terms(recipe)
+    names = dict.fromkeys(word.strip().partition(":")[0] for words in recipe.criterion for word in words.split(","))
+    return [name for name in names if terms["task" if name == "ce" else name].weight]
 
 
 def _check_term(term: Term, recipe: Recipe, *, plain: bool) -> None:
@@ -142,7 +156,7 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
             raise unknown(f"option of {name}", option, known) if known else ValueError(f"criterion {name!r} has no options.")
         if option in found.setdefault(name, {}):
             raise ValueError(f"two values of {place}: give one.")
-        found[name][option] = typed(place, _value(text), known[option].annotation)
+        found[name][option] = typed(place, _value(text, known[option].annotation), known[option].annotation)
     for name, option, value, default in (
         ("kd", "temperature", recipe.kd_temperature, 4.0),
         ("ce", "smoothing", recipe.smoothing, 0.0),
@@ -155,18 +169,20 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _value(text: str) -> Any:
+def _value(text: str, annotation: Any) -> Any:
     """A number, none, true or false, or a list of numbers, as YAML has them; a word, where it is none of these."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if not isinstance(value, str):
-        return value
-    try:
-        return None if value.lower() == "none" else float(value)  # YAML wants a dot in 1e-3
-    except ValueError:
-        return value
+    if isinstance(value, str):
+        try:
+            value = None if value.lower() == "none" else float(value)  # YAML wants a dot in 1e-3
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer() and float not in (annotation, *get_args(annotation)):
+        return int(value)
+    return value
 
 
 def hyper_parameters(kind: type[Criterion]) -> dict[str, inspect.Parameter]:

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm import cifar
+from mgd_timm.build import build_named
 from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.data import Images
+from mgd_timm.methods import Connection
 from mgd_timm.processes import join
-from mgd_timm.recipe import make_recipe
-from mgd_timm.terms import criterion_names, parse_terms
+from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.terms import build_criterion, criterion_names, parse_terms
 
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
 _OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split", "val_split")
@@ -51,11 +54,12 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     root = Path(given.get("output", "runs/cifar"))
     data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
     data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
-    classes = cifar.images_of(make_recipe(**data)).num_classes
+    images = cifar.images_of(make_recipe(**data))
+    classes = images.num_classes
     epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
     own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
-    parse_terms(make_recipe(**{**own, "student": student}))  # a wrong word is said before the teacher is trained
+    _check_criteria(make_recipe(**{**cifar.distillation_options(), **own, "epochs": epochs, "student": student}), network, images)
     if teacher is None:
         options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
@@ -73,6 +77,15 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
     made_from = {"teacher": cifar.weights_digest(teacher, recipe.teacher_checkpoint)}
     return name, cifar.stage(root, title, recipe, made_from), folder
+
+
+def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
+    """What criteria refuse about the pair is said before the teacher is trained."""
+    teacher, student = (build_named(name, images.input_size, images.num_classes) for name in (network, recipe.student))
+    connection = Connection(teacher, student, images.input_size, recipe.maps, images.num_samples)
+    for term in parse_terms(recipe).values():
+        if term.weight:
+            build_criterion(term, connection.pair(term.criterion), recipe)
 
 
 def print_result(name: str, student: Path, teacher: Path | None) -> None:

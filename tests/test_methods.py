@@ -6,7 +6,7 @@ import pytest
 
 from mgd_timm.build import build_named
 from mgd_timm.criteria import CRITERIA
-from mgd_timm.methods import Connection, markdown, paper, paragraphs, said, table
+from mgd_timm.methods import Connection, connect, markdown, paper, paragraphs, said, table
 from mgd_timm.terms import hyper_parameters
 
 METHODS = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -54,3 +54,24 @@ def test_what_a_pair_cannot_do_is_said_once_with_the_reason():
     assert more.count("pairs maps one to one") == 1
     with pytest.raises(ValueError, match="maps='foo': expected 'stages'"):
         connection("cifar_resnet8", "cifar_vgg8", 32, "foo")
+
+
+def test_a_teacher_of_fixed_size_is_seen_in_its_own_size_as_in_a_run():
+    rows = {line.split()[0]: line for line in table(connect("vit_tiny_patch16_224", "cifar_resnet8", maps="3", num_samples=100))}
+    assert "refused" not in rows["at"]
+    assert "refused" not in rows["nst"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 1}, "num_classes=1: expected 2 or more"),
+        ({"num_samples": 0}, "num_samples=0: expected 1 or more"),
+        ({"img_size": -4}, "img_size=-4: expected 1 or more"),
+        ({"teacher": "embedded", "num_classes": 5}, r"num_classes=5: the networks were trained for \[10\] classes"),
+        ({"teacher": "cifar_resnet9"}, "unknown model 'cifar_resnet9'"),
+    ],
+)
+def test_wrong_pairs(options, message):
+    with pytest.raises(ValueError, match=message):
+        connect(**{"teacher": "cifar_resnet8", "student": "cifar_resnet8", "maps": "stages", "num_samples": 100, **options})

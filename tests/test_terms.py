@@ -8,7 +8,7 @@ from torch import nn
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.criteria.kd import KD
 from mgd_timm.recipe import make_recipe
-from mgd_timm.terms import build_objective, fitted_first, needs, parse_terms
+from mgd_timm.terms import build_objective, criterion_names, fitted_first, needs, parse_terms
 
 
 @pytest.mark.parametrize(
@@ -164,3 +164,23 @@ def test_every_criterion_is_built_by_its_word():
         objective = build_objective(make_recipe(criterion=(name,), method="mag"), PAIR)
         assert isinstance(objective, nn.Module)
         assert (name in objective.objective.criteria) is (kind.fits != "student")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": ("dkd:1:20",), "epochs": 5}, "'dkd:1:20' warms up over 20 of 5 epochs"),
+        ({"criterion": ("at",), "method": "none", "kd_temperature": 2.0}, "kd_temperature=2.0 does nothing: kd has weight 0"),
+        ({"criterion": ("at",), "task_weight": 0.0, "smoothing": 0.1}, "smoothing=0.1 does nothing: ce has weight 0"),
+        ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "every weight is 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_terms(make_recipe(**options))
+
+
+def test_names_in_tags_are_those_with_a_weight():
+    assert criterion_names(make_recipe(criterion=("dkd, at:0", "kd"))) == ["dkd", "kd"]
+    terms = parse_terms(make_recipe(criterion=("crd",), criterion_options=("crd.queue=1e5", "crd.dim=16.0")))
+    assert terms["crd"].options == {"queue": 100_000, "dim": 16}

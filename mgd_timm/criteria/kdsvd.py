@@ -117,7 +117,8 @@ class KDSVD(Criterion):
                 rank = min(adapted.shape[1], adapted.shape[2] * adapted.shape[3])
                 target, values = right_vectors(at_least_float32(t), self.vectors)
                 target = target * torch.where(target.sum(1, keepdim=True) < 0, -1, 1)
-                found = aligned(*right_vectors(adapted, min(self.vectors + 3, rank)), target)
+                vectors, sizes = right_vectors(adapted, min(self.vectors + 3, rank))
+                found = aligned(vectors, sizes, target)
                 scale = nn.functional.normalize(values, dim=1)[:, None]
                 now = found * scale, target * scale
                 if before is not None:
