@@ -295,9 +295,9 @@ class Recipe:
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
         if self.train_only == "classifier" and (self.teacher is not None or self.peer is not None):
+            beside = f"teacher {self.teacher!r}" if self.teacher is not None else f"peer {self.peer!r}"
             raise ValueError(
-                f"train_only='classifier' beside the {f'teacher {self.teacher!r}' if self.teacher else f'peer {self.peer!r}'}: what "
-                "it teaches is the backbone. Train alone (mgd-timm train)."
+                f"train_only='classifier' beside the {beside}: what it teaches is the backbone. Train alone (mgd-timm train)."
             )
         if self.train_only == "classifier" and (self.drop or self.drop_path):
             raise ValueError(
