@@ -126,6 +126,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar": cifar,
     "public": public,
     "criteria": criteria,
+    "hosts": hosts,
 }
 
 

@@ -25,7 +25,8 @@ class CATKD(Criterion):
 
     Weight: 15 beside 1 of the task, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4). It goes with the
     scale of the maps; theirs are 0.7 to 15 within a family; normalised 15 to 40 at 2x2 (to MobileNetV2), 80 and 600 at 4x4 (to
-    ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 -> MobileNet).
+    ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 -> MobileNet). Where 15
+    diverges, as from the embedded teacher at lr 0.1, catkd:1 trains (benchmarks/hosts.py); normalise=True takes the scale away.
 
     Differs: the networks keep their classifier, whose bias is part of the maps (there it becomes a 1x1 convolution without bias).
     Where a network shows fewer positions than `resolution`, both are pooled to those.
