@@ -49,23 +49,29 @@ def test_golden_values(dtype, tolerance):
 
 
 def test_golden_value_of_singular_vectors_up_to_their_signs():
-    """The published number depends on what a library makes of the signs, sample by sample: one choice of them gives it."""
+    """The published number is informative: it depends on what a library makes of signs and of vectors of singular value 0.
+
+    These maps are sine waves of rank 2, and 4 vectors are candidates. From the two that are determined, one choice of signs gives the
+    number but for 6e-5; to its last digit it took candidates that another number of threads replaces.
+    """
     teacher = wave((4, 6, 8, 8), 1.57, 0.1), wave((4, 8, 4, 4), 2.71, 0.2)
     student = wave((4, 6, 8, 8), 1.23, 0.1), wave((4, 8, 4, 4), 2.29, 0.2)
     sides = []
     for maps, count in ((student, 4), (teacher, 1)):
         sides.append([right_vectors(m, count)[0] for m in maps])
+    ranks = [right_vectors(m, 4)[1] > 1e-9 for m in student]  # sine waves: the third vector and the fourth are arbitrary
+    assert [rank.sum(1).tolist() for rank in ranks] == [[2] * 4, [2] * 4]
     near = []
-    for s, t in zip(*sides, strict=True):
+    for s, t, real in zip(*sides, ranks, strict=True):
         cosines = (s.mT @ t)[:, :, 0]
-        best = cosines.abs().argmax(1)
+        best = torch.where(real, cosines.abs(), -1).argmax(1)
         near.append(torch.stack([v[:, k] * c[k].sign() for v, k, c in zip(s, best, cosines, strict=True)])[:, :, None])
     per_sample = []
     for sign in (1, -1):
         one, two = vector_relations(near[1], sign * near[0]), vector_relations(sides[1][1], sign * sides[1][0])
         per_sample.append((one - two).square().sum((1, 2, 3)) / 4)
     values = [sum(per_sample[k][i].item() for i, k in enumerate(signs)) for signs in itertools.product((0, 1), repeat=4)]
-    assert min(abs(value - 0.1217953313) for value in values) < 1e-8
+    assert min(abs(value - 0.1217953313) for value in values) < 1e-4
 
 
 @pytest.mark.parametrize("sizes", [(6, 6, 3), (3, 9, 8), (8, 3, 8)], ids=["channels", "positions", "unequal"])
