@@ -51,8 +51,8 @@ def test_golden_values(dtype, tolerance):
 def test_golden_value_of_singular_vectors_up_to_their_signs():
     """The published number is informative: it depends on what a library makes of signs and of vectors of singular value 0.
 
-    These maps are sine waves of rank 2, and 4 vectors are candidates. From the two that are determined, one choice of signs gives the
-    number but for 6e-5; to its last digit it took candidates that another number of threads replaces.
+    These maps are sine waves of rank 2, and 4 vectors are candidates. From the two that are determined, one choice of signs gives
+    the number but for 6e-5; to its last digit it took candidates that another number of threads replaces.
     """
     teacher = wave((4, 6, 8, 8), 1.57, 0.1), wave((4, 8, 4, 4), 2.71, 0.2)
     student = wave((4, 6, 8, 8), 1.23, 0.1), wave((4, 8, 4, 4), 2.29, 0.2)
