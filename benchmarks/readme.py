@@ -106,7 +106,7 @@ def criteria() -> str:
     return (
         f"{methods.table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
         f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
-        f"`benchmarks/criteria.py`; {about(measured[0])}."
+        f"`benchmarks/criteria.py`; {'; '.join(sorted({about(row) for row in measured}))}."
     )
 
 
@@ -115,7 +115,8 @@ def hosts() -> str:
     seeds, epochs = sorted({row["seed"] for row in rows}), sorted({row["epochs"] for row in rows})
     return (
         f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {epochs[0]} epochs "
-        f"from the embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds. `benchmarks/hosts.py`; {about(rows[0])}."
+        f"from the embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds, without those that diverged. "
+        f"`benchmarks/hosts.py`; {'; '.join(sorted({about(row) for row in rows}))}."
     )
 
 
