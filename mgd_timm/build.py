@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import FeatureTap, TeacherView, choose_maps
+from mgd_timm.memory import keep_freed_memory
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown
@@ -50,6 +51,8 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
             f"accelerate was configured for {accelerator.distributed_type.value}: supported are one process, several on CPUs and "
             "several on GPUs (DDP). Configure one of these (accelerate config)."
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     steps = accelerator.gradient_accumulation_steps
     accelerator.print(
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, "

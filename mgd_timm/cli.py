@@ -24,6 +24,7 @@ _TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student
 _DISTILL_ONLY = {
     "teacher",
     "teacher_checkpoint",
+    "teacher_classes",
     "teacher_store",
     "teacher_views",
     "teacher_view_seed",

@@ -227,6 +227,12 @@ class Recipe:
     teacher_checkpoint: str | None = _option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
+    teacher_classes: str | None = _option(
+        None,
+        "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them (docs/teachers.md), or 'none' "
+        "(it shows no logits)",
+        digest=False,
+    )
     teacher_store: str | None = _option(
         None, "folder of teacher outputs, written once and read by every later run; for criteria that read no maps", digest=False
     )

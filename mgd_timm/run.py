@@ -36,6 +36,7 @@ from mgd_timm.fitting import Stage, criterion_stages, fit_stages, student_stages
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
+from mgd_timm.label_space import fit_classes
 from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
@@ -155,6 +156,8 @@ def _build(
     defaults = defaults_of(recipe, teacher, student)
     first = accelerator.local_main_process_first
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
+    if teacher is not None and recipe.teacher_classes is not None:
+        fit_classes(teacher, recipe.teacher_classes, images.class_names)
     drawn = student is None and not recipe.student_pretrained and recipe.student_checkpoint is None
     if student is None:
         set_seed(recipe.seed, 3)
