@@ -1,0 +1,148 @@
+"""ImageNet, and data sets of its kind: published pairs of teacher and student with their published schedules.
+
+    accelerate launch recipes/imagenet.py --data-dir /data/imagenet
+    accelerate launch recipes/imagenet.py --pair resnet50-mobilenet --method none --criterion kd --data-dir /data/imagenet
+    accelerate launch recipes/imagenet.py --student resnet18 --teacher resnet34.a1_in1k --data-dir DIR --epochs 30 --amp
+    python recipes/imagenet.py --list
+
+Every flag of `mgd-timm distill` is here as well and replaces the pair's value; a flag that is left out has the pair's, or its
+default. A pair is networks, schedule and augmentation; the method is the package's default, mas with kd, where the pair names none.
+
+The batch of an update is the pair's whatever the number of processes, by --batch-size x processes x --grad-accum-steps. Where these
+are given, or do not divide it, the learning rate follows the batch in proportion, unless --lr is given. With --epochs alone a
+schedule keeps its shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of it.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.processes import join
+from mgd_timm.recipe import make_recipe, unknown
+from mgd_timm.run import run
+
+LARGEST = 256  # images per process and step, where a pair's batch leaves the choice
+COMMON: dict[str, Any] = {
+    "output": "runs/imagenet",
+    "img_size": 224,
+    "workers": 8,
+    # One view: what a teacher shows of 1.28 million images four times would take tens of gigabytes.
+    "heads_views": 1,
+}
+SGD: dict[str, Any] = {
+    "epochs": 100,
+    "opt": "momentum",
+    "lr": 0.1,
+    "weight_decay": 1e-4,
+    "sched": "step",
+    "decay_epochs": 30.0,
+    "decay_rate": 0.1,
+    "interpolation": "bilinear",
+    "crop_pct": 0.875,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student, images per update, options of `make_recipe`, where they are from, and what differs there."""
+
+    teacher: str
+    student: str
+    batch: int
+    options: dict[str, Any]
+    source: str
+    differs: str
+
+
+PAIRS = {
+    "resnet34-resnet18": Pair(
+        "resnet34.tv_in1k",
+        "resnet18",
+        256,
+        SGD,
+        "the pair of most papers since AT (Zagoruyko, Komodakis, arXiv 1612.03928), with the schedule of PyTorch's ImageNet example, "
+        "a tenth at epochs 30, 60 and 90 of 100",
+        "nothing known; some of the papers' codes add colour jitter (--color-jitter 0.4).",
+    ),
+    "resnet50-mobilenet": Pair(
+        "resnet50.tv_in1k",
+        "mobilenetv1_100",
+        256,
+        SGD,
+        "the second pair since overhaul (Heo et al., arXiv 1904.01866), with the schedule of the first",
+        "timm's MobileNet has ReLU6 where their codes have ReLU; its parameters are the same 4.2 million.",
+    ),
+}
+DEFAULT = "resnet34-resnet18"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--list" in words:
+        print("\n".join(listed(name, pair) for name, pair in PAIRS.items()))
+        return 0
+    parser = run_parser("recipes/imagenet.py", distill=True)
+    group = parser.add_argument_group("published pairs")
+    group.add_argument("--pair", type=str, default=DEFAULT, help=f"networks, schedule and augmentation of: {', '.join(PAIRS)}")
+    group.add_argument("--list", action="store_true", help="print the pairs, where they are from and what differs")
+    given = given_options(parser, words)
+    return guarded("recipes/imagenet.py", lambda: distil(given))
+
+
+def distil(given: dict[str, Any]) -> None:
+    """Carry out the run of a pair with what the user gave."""
+    accelerator = join()
+    options = options_of(given, accelerator.num_processes)
+    size, steps = options["batch_size"], options["grad_accum_steps"]
+    accelerator.print(
+        f"{given.get('pair', DEFAULT)}: {size * steps * accelerator.num_processes} images per update ({size} x "
+        f"{accelerator.num_processes} processes x {steps} steps), {options['epochs']} epochs of {options['opt']}, "
+        f"lr {options['lr']:.4g} ({options['sched']})"
+    )
+    run(make_recipe(**options))
+
+
+def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Options of `make_recipe`: the pair's, adapted to batch and epochs, under those that are given.
+
+    Raises:
+        ValueError: No such pair.
+    """
+    name = given.get("pair", DEFAULT)
+    if name not in PAIRS:
+        raise ValueError(f"{unknown('pair', name, PAIRS)} All pairs: {', '.join(PAIRS)}.")
+    pair = PAIRS[name]
+    options = {**COMMON, **pair.options, "teacher": pair.teacher, "student": pair.student}
+    if given.get("peer") is not None:
+        options.pop("teacher")
+    share = -(-pair.batch // processes)
+    steps = given.get("grad_accum_steps", -(-share // given.get("batch_size", LARGEST)))
+    options |= {"grad_accum_steps": steps, "batch_size": max(2, pair.batch // (processes * steps))}
+    images = given.get("batch_size", options["batch_size"]) * processes * steps
+    options["lr"] *= images / pair.batch
+    epochs, whole = given.get("epochs", options["epochs"]), options["epochs"]
+    if "decay_epochs" in options:
+        options["decay_epochs"] *= epochs / whole
+    if "warmup_epochs" in options:
+        options["warmup_epochs"] = min(options["warmup_epochs"], epochs // 10)
+    return {**options, **{key: value for key, value in given.items() if key not in ("pair", "list")}}
+
+
+def listed(name: str, pair: Pair) -> str:
+    """A pair in a few lines."""
+    values = dataclasses.asdict(pair)["options"]
+    flags = " ".join(
+        f"--{key.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in values.items()
+    )
+    return (
+        f"{name}\n  teacher {pair.teacher}, student {pair.student}, {pair.batch} images per update\n  {flags}\n"
+        f"  from: {pair.source}.\n  differs: {pair.differs}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
