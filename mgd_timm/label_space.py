@@ -74,8 +74,8 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
     if spec == "auto":
         if names is None:
             raise ValueError(
-                f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes are called: give "
-                f"a file instead; {FORMS}."
+                f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes are called: "
+                f"give a file instead; {FORMS}."
             )
         wanted: list[str | int] = list(class_names)
     else:
