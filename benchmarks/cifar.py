@@ -24,28 +24,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm import cifar
-from mgd_timm.build import (
-    build_accelerator,
-    build_student,
-    build_tap,
-    build_teacher,
-    check_label_spaces,
-    defaults_of,
-    set_seed,
-    teacher_view,
-)
+from mgd_timm.build import build_accelerator, build_teacher, defaults_of
 from mgd_timm.data import Source, load_images
-from mgd_timm.distiller import Distiller, Teacher
+from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.export import versions
-from mgd_timm.features import Batch, Features, FeatureTap, Pair
+from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.fit import Upkeep, fit
-from mgd_timm.folding import folded
 from mgd_timm.head_fitting import fit_heads
+from mgd_timm.networks import build_networks
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe
 from mgd_timm.report import machine, markdown, read_metrics
-from mgd_timm.terms import build_objective, needs
+from mgd_timm.terms import needs
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
@@ -109,7 +100,7 @@ def arms(hosts: Iterable[str]) -> dict[str, dict[str, Any]]:
 class Cohort(nn.Module):
     """Several distillers that learn from one pass of the teacher: the sum of their losses has each one's own gradients."""
 
-    def __init__(self, distillers: dict[str, Distiller]) -> None:
+    def __init__(self, distillers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.distillers = nn.ModuleDict(distillers)
 
@@ -153,22 +144,15 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     network = build_teacher(make_recipe(teacher=teacher))
     images = load_images(first.data, seed, defaults_of(first, network, None), say=accelerator.print)
     taps: dict[str, nn.Module] = {}
-    distillers: dict[str, Distiller] = {}
-    view = teacher_view(network, images)
-    mapped = any(needs(recipe, "maps") for recipe in cells.values())
-    teacher_tap = build_tap(network, images.input_size, first.maps if mapped else None)
-    seen = teacher_tap.shapes(images.input_size[1:])
+    distillers: dict[str, nn.Module] = {}
+    frozen: Teacher | None = None
     for arm, recipe in cells.items():
-        set_seed(seed, 3)  # as `run` does: the same weights whatever the arm
-        student = build_student(recipe, images)
-        check_label_spaces(network, student, images)
-        tap = taps[arm] = build_tap(student, images.input_size, recipe.maps if needs(recipe, "maps", student=True) else None)
-        set_seed(seed, 4)
-        pair = Pair(tap.shapes(images.input_size[1:]), seen, images.num_samples, images.trained_labels(), teacher_tap.classifier)
-        distillers[arm] = Distiller(tap, build_objective(recipe, pair))
-    weights = module_digest(network)
-    frozen = Teacher(folded(teacher_tap) or teacher_tap, view=view, digest=weights)
-    frozen.to(accelerator.device).to(memory_format=torch.channels_last)
+        networks = build_networks(recipe, images, accelerator, [network], None)
+        taps[arm], distillers[arm] = networks.student, networks.trainee()
+        if frozen is None or needs(recipe, "maps"):  # all arms read the maps of one teacher, whichever of them read maps
+            (frozen,) = networks.teachers
+    assert frozen is not None
+    weights = frozen.digest
     made_of = {arm: as_dict(r, digest_only=True) for arm, r in cells.items()}
     group = digest(made_of | {"teacher": weights, "images": [images.train.digest, images.watched and images.watched.digest]})[:12]
     folder = args.output / f"pass-{name}-{seed}-{group}"
@@ -182,7 +166,7 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
         with_heads = next(r for r in cells.values() if r.method != "none")
         of_heads = make_recipe(**{**flat(with_heads), "output": str(folder / "for_heads"), "resume": True})
         heads = fit_heads(frozen, images, of_heads, accelerator, summary)
-        frozen = Teacher(frozen.tap, heads, view=view, digest=weights).to(accelerator.device)
+        frozen = frozen.with_heads(heads)
     cohort = Cohort(distillers).to(accelerator.device)
     cohort.to(memory_format=torch.channels_last)
 
@@ -223,7 +207,7 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     for arm, recipe in cells.items():
         curve = [round(metrics[arm], 2) for metrics in curves]
         scores = {"last": curve[-1], "best": max(curve), "best_epoch": 1 + curve.index(max(curve)), "epochs": len(curve)}
-        key = key_of(name, teacher_tap.name, weights, images.train.digest, recipe, arm)
+        key = key_of(name, frozen.tap.name, weights, images.train.digest, recipe, arm)
         rows.append({**key, **scores, "noise": noisy[arm], "curve": curve, **common})
     return rows
 

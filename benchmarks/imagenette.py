@@ -26,9 +26,10 @@ from mgd_timm.report import machine, markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "imagenette.jsonl"
 SCHEDULE = (
-    "--batch-size 64 --grad-accum-steps 1 --opt adamw --lr 0.002 --weight-decay 0.05 --sched cosine --warmup-epochs 1 --clip-grad 1 "
-    "--scale 0.35 1.0 --interpolation bicubic --heads-views 4"
-).split()
+    *("--batch-size", "64", "--grad-accum-steps", "1", "--opt", "adamw", "--lr", "0.002", "--weight-decay", "0.05"),
+    *("--sched", "cosine", "--warmup-epochs", "1", "--clip-grad", "1"),
+    *("--scale", "0.35", "1.0", "--interpolation", "bicubic", "--heads-views", "4"),
+)
 KD = ["--task-weight", "0.2", "--kd-weight", "0.8"]
 ARMS: dict[str, list[str]] = {
     "alone": ["--method", "none", "--criterion", "ce"],
@@ -75,9 +76,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         found.setdefault(row["arm"], {})[row["seed"]] = row["top1"]
-    cells, before = [], None
+    cells: list[list[str]] = []
+    before: str | None = None
     for arm in (arm for arm in ARMS if arm in found):
-        gains = [found[arm][s] - found[before][s] for s in sorted(found[arm]) if s in found[before]] if before is not None else []
+        base = found[before] if before is not None else {}
+        gains = [found[arm][s] - base[s] for s in sorted(found[arm]) if s in base]
         cells.append([arm, each.spread(list(found[arm].values())), each.spread(gains, "+"), str(len(found[arm]))])
         before = arm
     return markdown(["", "top-1 %", "over the line above", "seeds"], cells)

@@ -18,7 +18,7 @@ from mgd_timm.run import read_recipe, run
 
 
 def distill(
-    teacher: str | nn.Module | None = None,
+    teacher: str | nn.Module | Sequence[str | nn.Module] | None = None,
     student: str | nn.Module = "cifar_resnet8x05",
     data: str | Data = "embedded",
     *,
@@ -29,7 +29,7 @@ def distill(
 
     Args:
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder, or a module.
-            None with a peer: two students then teach each other, and the first is returned.
+            A list of these: several teachers. None with a peer: two students then teach each other, and the first is returned.
         student: A timm name, or a module that timm built.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data, whose values `options`
             replace.
@@ -41,12 +41,13 @@ def distill(
         FileExistsError: The output folder exists.
     """
     names: dict[str, Any] = {"student": _name_of(student), "output": str(output)}
-    if teacher is not None:
-        names["teacher"] = _name_of(teacher)
+    teachers = [teacher] if isinstance(teacher, str | nn.Module) else list(teacher or ())
+    if teachers:
+        names["teacher"] = [_name_of(one) for one in teachers]
     recipe = make_recipe(**names, **_over(data, options))
-    teacher_module = teacher if isinstance(teacher, nn.Module) else None
+    modules = [one if isinstance(one, nn.Module) else None for one in teachers]
     student_module = student if isinstance(student, nn.Module) else None
-    return run(recipe, teacher=teacher_module, student=student_module).student
+    return run(recipe, teacher=modules, student=student_module).student
 
 
 def train(model: str | nn.Module, data: str | Data = "embedded", *, output: str | Path = "runs/train", **options: Any) -> nn.Module:

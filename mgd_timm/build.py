@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,17 @@ def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str,
     model.load_state_dict(state)
 
 
-def build_teacher(recipe: Recipe) -> nn.Module:
-    """The teacher with its weights, its classifier as trained: timm is never asked for another number of classes.
+def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
+    """A teacher with its weights, its classifier as trained: timm is never asked for another number of classes.
+
+    Args:
+        recipe: Of the run.
+        spec: Which of the recipe's teachers; by default the first.
 
     Raises:
         ValueError: Unknown name, no weights, or a checkpoint that lacks the classifier.
     """
-    spec = str(recipe.teacher)
+    spec = spec or (recipe.teacher or ("",))[0]
     place = _weights_folder(spec)
     if place is not None:
         return _load_folder(place)
@@ -161,6 +165,10 @@ def build_teacher(recipe: Recipe) -> nn.Module:
         weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
     except Exception as error:
         raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
+    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == "none"):
+        model = timm.create_model(spec, num_classes=0, in_chans=recipe.data.in_chans)
+        load_weights(model, spec, recipe.teacher_checkpoint)
+        return model
     if weight is None:
         raise ValueError(
             f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches noise. "
@@ -227,7 +235,7 @@ def load_model(spec: str) -> nn.Module:
     Raises:
         ValueError: No such model, or no weights.
     """
-    return build_teacher(Recipe(teacher=spec))
+    return build_teacher(Recipe(teacher=(spec,)))
 
 
 def _create_pretrained(name: str) -> nn.Module:
@@ -304,18 +312,11 @@ def build_student(recipe: Recipe, images: Images) -> nn.Module:
     return model
 
 
-def check_label_spaces(teacher: nn.Module, student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless data, teacher and student have the same classes, and the teacher the data's channels."""
-    counts = [getattr(teacher, "num_classes", 0), getattr(student, "num_classes", 0), images.num_classes]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"the teacher has {counts[0]} classes, the student {counts[1]}, the data {counts[2]}: all three must agree. Train a "
-            "teacher on these classes first (mgd-timm train --pretrained), or use the data that it was trained on."
-        )
-    check_class_names(teacher, "teacher", images)
-    channels = get_model_input_config(teacher)["input_size"][0]
-    if channels != images.input_size[0]:
-        raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
+def check_student(student: nn.Module, images: Images) -> None:
+    """Raise ValueError unless the student has the data's classes."""
+    count = getattr(student, "num_classes", 0)
+    if count != images.num_classes:
+        raise ValueError(f"the model has {count} classes, the data {images.num_classes}: they must agree.")
 
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:
@@ -334,16 +335,16 @@ def check_class_names(model: nn.Module, role: str, images: Images) -> None:
             )
 
 
-def teacher_view(teacher: nn.Module, images: Images) -> TeacherView:
-    """The student's images in the teacher's normalisation, resized where the teacher's input size is fixed."""
+def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) -> TeacherView:
+    """The student's images in the teacher's normalisation, resized to `side` pixels or to what the teacher is fixed to."""
     config = getattr(teacher, "pretrained_cfg", {}) or {}
     mean, std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
     if len(mean) != len(images.mean) or len(std) != len(images.std):
         mean, std = images.mean, images.std
     inputs = get_model_input_config(teacher)
-    size = tuple(inputs["input_size"][1:])
-    fixed = inputs["fixed_input_size"] and size != images.input_size[1:]
-    return TeacherView(images.mean, images.std, mean, std, (size[0], size[1]) if fixed else None)
+    fixed = tuple(inputs["input_size"][1:]) if inputs["fixed_input_size"] else None
+    size = fixed or ((side, side) if side is not None else images.input_size[1:])
+    return TeacherView(images.mean, images.std, mean, std, (size[0], size[1]) if size != images.input_size[1:] else None)
 
 
 def build_tap(
@@ -382,7 +383,7 @@ def identity(
     images: Images,
     accelerator: Accelerator,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module],
     peer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What decides the weights: the recipe's values, images and networks by digest, processes and precision."""
@@ -392,7 +393,7 @@ def identity(
         "mean": list(images.mean),
         "std": list(images.std),
         "student_sha256": module_digest(student),
-        "teacher_sha256": module_digest(teacher) if teacher is not None else None,
+        "teacher_sha256": [module_digest(teacher) for teacher in teachers],
         "peer_sha256": module_digest(peer) if peer is not None else None,
         "processes": accelerator.num_processes,
         "precision": str(accelerator.mixed_precision),

@@ -25,6 +25,11 @@ _DISTILL_ONLY = {
     "teacher",
     "teacher_checkpoint",
     "teacher_classes",
+    "teacher_weights",
+    "teachers_as",
+    "fit_teacher_head",
+    "teacher_img_size",
+    "teacher_resize",
     "teacher_store",
     "teacher_views",
     "teacher_view_seed",
@@ -46,8 +51,36 @@ _BY_PEER = ("teacher", "criterion", "method")
 """What these are by default depends on whether there is a peer: make_recipe says it."""
 
 
+_REPEATED = ("teacher",)
+"""Flags that may be given again, for one more value."""
+
+
+def _gathered(words: Sequence[str]) -> list[str]:
+    """The words of a call, the values of a repeated flag put into one list."""
+    left = list(words)
+    for name in _REPEATED:
+        values: list[str] = []
+        rest: list[str] = []
+        waiting = False
+        for word in left:
+            if waiting or word.startswith(f"--{name}="):
+                values.append(word if waiting else word.partition("=")[2])
+                waiting = False
+            elif word == f"--{name}":
+                waiting = True
+            else:
+                rest.append(word)
+        # A flag without a value stays for the parser to refuse.
+        left = [*rest, *([f"--{name}={json.dumps(values)}"] if len(values) > 1 else [f"--{name}={v}" for v in values])]
+        left += [f"--{name}"] if waiting else []
+    return left
+
+
 class _Parser(ArgumentParser):
-    """Names the nearest flag in the error for one that does not exist."""
+    """Takes a repeated flag as a list, and names the nearest flag in the error for one that does not exist."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        return super().parse_args(_gathered(sys.argv[1:] if args is None else args), *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         wrong = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)|[Oo]ption '([\w.]+)' is not accepted", message)
@@ -72,6 +105,8 @@ def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str],
         inner = _element(types[field.name])
         if types[field.name] in (bool, bool | None):
             group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
+        elif field.name in _REPEATED:
+            group.add_argument(flag, type=list[str] | str | None, **options)
         elif inner is not None:
             options["default"] = list(default) if isinstance(default, tuple) else default
             group.add_argument(flag, type=inner, nargs="+" if default or default is None else "*", **options)

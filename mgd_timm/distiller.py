@@ -1,6 +1,6 @@
 """The frozen teacher, and the one module that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,10 @@ from mgd_timm.criteria.base import Objective
 from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.several import SeveralTeachers
+
+AnyFeatures = Features | tuple[Features, ...]
+"""Of a teacher, or of several."""
 
 
 class Teacher(nn.Module):
@@ -20,6 +24,7 @@ class Teacher(nn.Module):
         heads: Fitted heads with decoders; None shows no codes and no views.
         view: What to do with the student's normalised images first (another mean, std or size); see features.TeacherView.
         digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default computed.
+        logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
 
     Raises:
         ValueError: Heads of another embedding width.
@@ -32,6 +37,7 @@ class Teacher(nn.Module):
         *,
         view: nn.Module | None = None,
         digest: str | None = None,
+        logits: bool = True,
     ) -> None:
         super().__init__()
         if heads is not None:
@@ -40,6 +46,7 @@ class Teacher(nn.Module):
                 raise ValueError(f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it.")
         self.tap, self.heads = tap, heads
         self.view = view if view is not None else nn.Identity()
+        self.shows_logits = logits and tap.num_classes > 0
         self.digest = digest if digest is not None else module_digest(tap.model)
         self.requires_grad_(False)
         self.eval()
@@ -48,6 +55,11 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 - whatever it is
         """Stays in eval mode: BatchNorm statistics and dropout of a teacher never move."""
         return super().train(False)
+
+    def with_heads(self, heads: GranularityHeads) -> "Teacher":
+        """The same teacher with fitted heads, on the device that it is on."""
+        device = next(self.tap.parameters()).device
+        return Teacher(self.tap, heads, view=self.view, digest=self.digest, logits=self.shows_logits).to(device)
 
     def size(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """(height, width) at which the teacher sees images of a size."""
@@ -58,10 +70,18 @@ class Teacher(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Features with the heads' codes and views."""
         features: Features = self.tap(self.view(images))
+        if not self.shows_logits:
+            features = features._replace(logits=features.logits[:, :0], cam=None)
         if self.heads is None:
             return features
         codes = self.heads.encode(features.embedding)
         return features._replace(codes=codes, views=self.heads.decode(codes))
+
+
+def live_together(teachers: Sequence[Teacher], batch_size: int, mode: str | None) -> Callable[[Batch], AnyFeatures]:
+    """One teacher as `live`; of several, the features of each."""
+    lives = [live(teacher, batch_size, mode) for teacher in teachers]
+    return lives[0] if len(lives) == 1 else lambda batch: tuple(look(batch) for look in lives)
 
 
 def live(teacher: Teacher, batch_size: int, mode: str | None) -> Callable[[Batch], Features]:
@@ -87,14 +107,16 @@ class Distiller(nn.Module):
 
     Args:
         student: The student's features.
-        objective: An Objective, or a MAG or MAS around one.
+        objective: An Objective, a MAG or MAS around one, or a SeveralTeachers.
     """
 
-    def __init__(self, student: FeatureTap, objective: Objective | MAG) -> None:
+    def __init__(self, student: FeatureTap, objective: Objective | MAG | SeveralTeachers) -> None:
         super().__init__()
         self.student, self.objective = student, objective
 
-    def forward(self, batch: Batch, teacher: Features | None = None) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+    def forward(
+        self, batch: Batch, teacher: AnyFeatures | None = None
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
         """Weighted losses by name, and the student's logits.
 
         Raises:

@@ -33,7 +33,7 @@ from mgd_timm.processes import on_main, share
 from mgd_timm.recipe import Optim, differences
 from mgd_timm.sampling import cut_updates, epoch_order, mix
 
-Teach = Callable[[Batch], Features]
+Teach = Callable[[Batch], Features | tuple[Features, ...]]
 Watch = Callable[[nn.Module | None], Metrics]
 
 
@@ -171,7 +171,7 @@ class _Wrapper(nn.Module):
             for name in module.synchronised
         ]
 
-    def forward(self, batch: Batch, teacher: Features | None) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, batch: Batch, teacher: Features | tuple[Features, ...] | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
         trainee = self.compiled[0] if self.compiled and len(batch.labels) == self.batch_size else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
@@ -321,7 +321,7 @@ class _Loop:
         assert row is not None
         self.pending.append(row)
 
-    def _shown(self, batch: Batch) -> Features | None:
+    def _shown(self, batch: Batch) -> Features | tuple[Features, ...] | None:
         if self.teach is None:
             return None
         with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast

@@ -107,7 +107,7 @@ def criterion_stages(recipe: Recipe, objective: Objective | MAG, teacher: Teache
     lr = min(0.01, recipe.optim.lr) if recipe.fitting_lr is None else recipe.fitting_lr
     stages = []
     for name, term in fitted_first(recipe, "teacher").items():
-        trainee = cast(Criterion, plain.criteria[name]).fitting()
+        trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
         assert trainee is not None
         trainee.requires_grad_(False)  # but while the stage goes on
         stages.append(Stage(name, term, trainee, trainee, teacher, lr))

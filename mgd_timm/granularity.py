@@ -90,12 +90,15 @@ class GranularityHeads(nn.Module):
 
 
 def stable_excitation(logits: Float[Tensor, "b k"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
-    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax."""
-    return torch.stack([at_least_float32(logits), *(at_least_float32(view) for view in views.values())]).mean(0)
+    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax. Without logits: of the views alone."""
+    shown = [logits] if logits.shape[1] else []
+    return torch.stack([at_least_float32(scores) for scores in (*shown, *views.values())]).mean(0)
 
 
 class HeadFitting(nn.Module):
     """Fits all heads in one run on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
+
+    A teacher that shows no logits (a self-supervised one, or one of other classes) gives views of the labels alone: CE(view, y).
 
     Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no parameter, so with
     one learning rate the gradients are the same.
@@ -118,10 +121,10 @@ class HeadFitting(nn.Module):
         views = self.heads.decode(self.heads.encode(teacher.embedding))
         dtype = next(iter(views.values())).dtype
         labels = batch.labels.to(dtype) if batch.labels.is_floating_point() else batch.labels
-        terms = {
-            g.name: F.cross_entropy(views[g.name], labels) + kl_divergence(views[g.name], teacher.logits, g.temperature)
-            for g in self.heads.granularities
-        }
+        terms = {g.name: F.cross_entropy(views[g.name], labels) for g in self.heads.granularities}
+        if teacher.logits.shape[1]:
+            for g in self.heads.granularities:
+                terms[g.name] = terms[g.name] + kl_divergence(views[g.name], teacher.logits, g.temperature)
         return terms, stable_excitation(teacher.logits, views)
 
 
@@ -133,17 +136,17 @@ class MAG(nn.Module):
 
     Args:
         pair: Shapes of both networks; any two embedding widths.
-        objective: The host method's terms.
+        objective: The host method's terms; None for the codes alone.
         granularities: As the teacher's heads have them. One of weight 0 is left out.
 
     Raises:
         ValueError: No granularity with a weight, or one with the name of a term.
     """
 
-    def __init__(self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT) -> None:
+    def __init__(self, pair: Pair, objective: Objective | None, granularities: Sequence[Granularity] = DEFAULT) -> None:
         super().__init__()
         self.granularities = tuple(g for g in granularities if g.weight)
-        taken = sorted({g.name for g in self.granularities} & set(objective.weights))
+        taken = sorted({g.name for g in self.granularities} & set(objective.weights if objective is not None else ()))
         if taken:
             raise ValueError(f"granularity {taken[0]!r} has the name of a term of the objective: rename one of them.")
         self.objective = objective
@@ -152,7 +155,7 @@ class MAG(nn.Module):
     @property
     def needs(self) -> frozenset[Need]:
         """The parts of the teacher's features that are read."""
-        return self.objective.needs | {"embedding"}
+        return (self.objective.needs if self.objective is not None else frozenset()) | {"embedding"}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """The objective's weighted terms, and one per granularity; the student's codes are computed where it shows none.
@@ -160,7 +163,16 @@ class MAG(nn.Module):
         Raises:
             ValueError: The teacher shows no codes of a granularity, or codes of another width.
         """
-        terms = dict(self.objective(student, teacher, batch))
+        terms = self.objective(student, teacher, batch) if self.objective is not None else {}
+        return {**terms, **self.code_terms(student, teacher)}
+
+    def code_terms(self, student: Features, teacher: Features) -> dict[str, Float[Tensor, ""]]:
+        """One weighted term per granularity.
+
+        Raises:
+            ValueError: As of `forward`.
+        """
+        terms = {}
         codes = student.codes or self.student_heads.encode(student.embedding)
         for g in self.granularities:
             if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
@@ -197,7 +209,14 @@ class MAS(MAG):
         Raises:
             ValueError: The teacher shows no views.
         """
+        return super().forward(student, self.stable(teacher), batch)
+
+    def stable(self, teacher: Features) -> Features:
+        """The teacher with the stable excitation as its logits.
+
+        Raises:
+            ValueError: The teacher shows no views.
+        """
         if not teacher.views:
             raise ValueError("MAS needs the teacher's views: give Teacher(tap, heads) heads with decoders.")
-        stable = stable_excitation(teacher.logits, teacher.views)
-        return super().forward(student, teacher._replace(logits=stable), batch)
+        return teacher._replace(logits=stable_excitation(teacher.logits, teacher.views))

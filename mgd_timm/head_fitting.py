@@ -31,9 +31,12 @@ def fit_heads(
     summary: dict[str, Any],
     *,
     stored: StoredViews | None = None,
+    name: str = "heads",
     quiet: bool = False,
 ) -> GranularityHeads:
     """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept there.
+
+    `name` is what a second teacher's are called in the run folder and in `summary`.
 
     Their accuracy is said and put into `summary`; a head far below the teacher is warned of. A filled store of the teacher's
     outputs is read instead of showing it images again, where the protocol is "stored" and it holds enough views and all logits.
@@ -46,6 +49,7 @@ def fit_heads(
         stored = None
     heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
     made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
+    made_of["logits"] = teacher.shows_logits
     made_of["watched"] = images.watched.digest if images.watched is not None else None  # as their accuracy is kept with them
     if stored is not None:
         made_of["store"] = stored.store.digest
@@ -56,19 +60,19 @@ def fit_heads(
         heads,
         made_of,
         accelerator,
-        lambda: _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, quiet),
+        lambda: _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, name, quiet),
     )
     if found:
         accelerator.print("granularity heads: fitted before, from the cache")
-    summary["heads"] = metrics
+    summary[name] = metrics
     shown = {name: value for name, value in metrics.items() if name in ("teacher", "top1", *(g.name for g in heads.granularities))}
     if shown:
         said = ", ".join(f"{'stable' if name == 'top1' else name} {value:.2f} %" for name, value in shown.items())
         accelerator.print(f"granularity heads, top-1: {said}")
-    for name, value in shown.items():
-        if value < shown["teacher"] - FAR_BELOW:
+    for key, value in shown.items():
+        if value < shown.get("teacher", value) - FAR_BELOW:
             accelerator.print(
-                f"warning: {'the stable logits are' if name == 'top1' else f'the head {name!r} is'} "
+                f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
                 f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its dim."
             )
     return heads
@@ -82,6 +86,7 @@ def _fit_fresh_heads(
     accelerator: Accelerator,
     made_of: dict[str, Any],
     views: StoredViews | None,
+    name: str,
     quiet: bool,
 ) -> Metrics:
     options = recipe.heads
@@ -97,7 +102,7 @@ def _fit_fresh_heads(
     held = None
     if images.watched is not None:
         held = store_outputs(look, images.watched, 1, accelerator, recipe.data.validation_batch_size, quiet)
-    names = ("teacher", *(g.name for g in heads.granularities), "stable")
+    names = (*(("teacher",) if teacher.shows_logits else ()), *(g.name for g in heads.granularities), "stable")
 
     def watch(_: nn.Module | None) -> Metrics:
         assert held is not None
@@ -119,7 +124,7 @@ def _fit_fresh_heads(
         decay_milestones=options.heads_decay_milestones,
         clip_grad=options.heads_clip_grad,
     )
-    folder = Path(recipe.output) / "heads"
+    folder = Path(recipe.output) / name
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
     batch_size = max(2, options.heads_batch_size // accelerator.num_processes)
     mode = compile_mode(accelerator) if recipe.compile else None

@@ -87,9 +87,9 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
     # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's lemma.
     exact = {known[0]: index for index, known in enumerate(names or ())}
     rows, unknown, several = [], [], []
+    count = int(cast(Any, model).num_classes)
     for name, word in zip(class_names, wanted, strict=True):
         found = {word} if isinstance(word, int) else {exact[word]} if word in exact else where.get(_plain(word), set())
-        count = int(cast(Any, model).num_classes)
         if not found or not all(0 <= row < count for row in found):
             unknown.append(repr(word) if word == name else f"{word!r} (for {name!r})")
         elif len(found) > 1:
@@ -98,20 +98,17 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
     if unknown or several:
         said = [f"the teacher does not know {few(unknown)}"] if unknown else []
         said += [f"it knows several classes as {few(several)}"] if several else []
+        such = f", such as {few([known[0] for known in names])}" if names else ""
         raise ValueError(
-            f"teacher_classes={spec!r}: {' and '.join(said)}. It has {model.num_classes} classes"
-            f"{f', such as {few([known[0] for known in names])}' if names else ''}. Give a file; {FORMS}. Or fit it a classifier of "
-            "the data's classes with --fit-teacher-head probe."
+            f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or fit it a "
+            "classifier of the data's classes with --fit-teacher-head probe."
         )
-    twice = [
-        f"{class_names[rows.index(row)]!r} and {name!r}"
-        for i, (row, name) in enumerate(zip(rows, class_names, strict=True))
-        if row in rows[:i]
-    ]
-    if twice:
-        raise ValueError(
-            f"teacher_classes={spec!r}: {few(twice)} are one class to the teacher: a teacher's row can stand for one class."
-        )
+    for place, name in enumerate(class_names):
+        if rows[place] in rows[:place]:
+            other = class_names[rows.index(rows[place])]
+            raise ValueError(
+                f"teacher_classes={spec!r}: {name!r} is to the teacher the class that {other!r} is: a row stands for one class."
+            )
     return rows
 
 

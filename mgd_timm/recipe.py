@@ -215,10 +215,14 @@ class Recipe:
     student: str = _option("cifar_resnet8x05", "timm model to train")
     student_pretrained: bool = _option(False, "start the student from its pretrained weights")
     student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights", digest=False)
-    teacher: str | None = _option(
-        "embedded",
-        "'embedded' (the default), a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder",
+    teacher: tuple[str, ...] | None = _option(
+        ("embedded",),
+        "'embedded' (the default), a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; several: give it again",
         digest=False,
+    )
+    teacher_weights: tuple[float, ...] | None = _option(None, "several teachers: weight of each; default: 1/N each")
+    teachers_as: Literal["mean", "sum"] = _option(
+        "mean", "several teachers: one target, the mean of their probabilities; or the sum of the losses of each"
     )
     peer: str | None = _option(
         None,
@@ -229,9 +233,18 @@ class Recipe:
     )
     teacher_classes: str | None = _option(
         None,
-        "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them (docs/teachers.md), or 'none' "
-        "(it shows no logits)",
+        "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them (docs/teachers.md), or "
+        "'none' (it shows no logits)",
         digest=False,
+    )
+    fit_teacher_head: Literal["none", "probe", "finetune"] = _option(
+        "none", "fit the teacher to the data's labels first: a classifier on its embedding, or all of it"
+    )
+    teacher_img_size: int | None = _option(
+        None, "side in pixels at which the teacher sees the student's crop; default: the student's, or the one that it is fixed to"
+    )
+    teacher_resize: Literal["images", "positions"] = _option(
+        "images", "a teacher of a fixed input size: resize the images for it, or its position embeddings for the images"
     )
     teacher_store: str | None = _option(
         None, "folder of teacher outputs, written once and read by every later run; for criteria that read no maps", digest=False
@@ -257,8 +270,10 @@ class Recipe:
         False,
         "criteria compare logits of mean 0 and deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 --task-weight 0.1)",
     )
-    fitting_epochs: int = _option(30, "epochs of what a criterion fits before the run (ab, fsp, ft)")
-    fitting_lr: float | None = _option(None, "its constant learning rate; default: the run's, for ft 0.01 at most")
+    fitting_epochs: int = _option(30, "epochs of what is fitted before the run (ab, fsp, ft; --fit-teacher-head)")
+    fitting_lr: float | None = _option(
+        None, "its learning rate; default: the run's, for ft 0.01 at most, a tenth for a teacher's fine-tuning, 0.001 for its probe"
+    )
     task_weight: float | None = _option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
     kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
     kd_temperature: float = _option(4.0, "temperature of logit KD")
@@ -328,6 +343,7 @@ class Recipe:
                 f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
                 "none."
             )
+        self._check_teachers()
         if self.teacher_store is not None and self.teacher is None:
             raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
         for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):
@@ -336,6 +352,26 @@ class Recipe:
                 raise ValueError(f"{name}={value} belongs to stored teacher outputs: give teacher_store=FOLDER, or leave it out.")
             if value is not None and least is not None and value < least:
                 raise ValueError(f"{name}={value}: expected {least} or more.")
+
+    def _check_teachers(self) -> None:
+        """Refuse what goes with a teacher where there is none, and with one teacher where there are several."""
+        names = self.teacher or ()
+        if self.teacher is not None and not names:
+            raise ValueError("teacher=(): name one, or give none at all (mgd-timm train).")
+        weights = self.teacher_weights
+        if weights is not None and (len(weights) != len(names) or not all(0 < w < float("inf") for w in weights)):
+            raise ValueError(f"teacher_weights={weights}: expected a positive number for each of the teachers {list(names)}.")
+        if self.teacher_img_size is not None and self.teacher_img_size < 1:
+            raise ValueError(f"teacher_img_size={self.teacher_img_size}: expected pixels, 1 or more.")
+        if not names:
+            given = {"teacher_classes": None, "fit_teacher_head": "none", "teacher_img_size": None, "teacher_resize": "images"}
+            for name, default in given.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)!r}: there is no teacher. Leave it out.")
+        if len(names) > 1:
+            for name in ("teacher_store", "teacher_checkpoint"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is of one teacher, and there are {len(names)}: leave it out.")
 
 
 def resolved(recipe: Recipe) -> Recipe:

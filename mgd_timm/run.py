@@ -1,8 +1,7 @@
 """A whole run: images, teacher, heads, student, export. What the command line and `mgd_timm.distill` call."""
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,21 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd_timm import checkpoint
-from mgd_timm.build import (
-    build_accelerator,
-    build_student,
-    build_tap,
-    build_teacher,
-    check_label_spaces,
-    check_model_name,
-    defaults_of,
-    identity,
-    lay_out,
-    set_seed,
-    teacher_view,
-)
-from mgd_timm.criteria import Criterion, Objective
+from mgd_timm.build import build_accelerator, check_model_name, defaults_of, lay_out
 from mgd_timm.data import Images, Source, load_images
-from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live
+from mgd_timm.distiller import Teacher, live_together
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
-from mgd_timm.export import describe, export_model, versions
-from mgd_timm.features import FeatureTap, Pair
-from mgd_timm.fit import Fitted, Metrics, Upkeep, Watch, compile_mode, fit
-from mgd_timm.fitting import Stage, criterion_stages, fit_stages, student_stages
-from mgd_timm.folding import folded
-from mgd_timm.granularity import MAG
+from mgd_timm.export import export_model, versions
+from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, fit
+from mgd_timm.fitting import fit_stages
 from mgd_timm.head_fitting import fit_heads
-from mgd_timm.label_space import fit_classes
-from mgd_timm.optimizer_state import check_names, module_digest
+from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
+from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
-from mgd_timm.teacher_store import StoredViews, check_storable, open_store
-from mgd_timm.terms import build_objective, criterion_names, needs, parse_terms
+from mgd_timm.teacher_head import fit_teacher_heads
+from mgd_timm.teacher_store import check_storable
+from mgd_timm.terms import parse_terms
 
 
 @dataclass(frozen=True)
@@ -52,8 +36,14 @@ class Result:
     summary: dict[str, Any]
 
 
-def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module | None = None, quiet: bool = False) -> Result:
-    """Carry out a recipe; a module given as teacher or student stands for the recipe's name.
+def run(
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | Sequence[nn.Module | None] | None = None,
+    student: nn.Module | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Carry out a recipe; modules given as teacher (or teachers) and student stand for the recipe's names.
 
     All that can be refused is refused before the output folder is made.
 
@@ -67,12 +57,20 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     _refuse_existing(folder, recipe)
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
-    images, networks = _build(recipe, accelerator, teacher, student)
+    teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
+    first = accelerator.local_main_process_first
+    defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
+    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
+    suit_teachers(teachers, recipe, images)
+    networks = build_networks(recipe, images, accelerator, teachers, student)
     on_main(accelerator, lambda: _start_folder(folder, recipe))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
-    if networks.teacher is not None:
-        _report_teacher(networks.teacher, images, accelerator, recipe, summary)
+    if teachers and recipe.fit_teacher_head != "none":
+        summary["teacher_head"] = fit_teacher_heads(teachers, images, recipe, accelerator, quiet=quiet)
+        # Connected anew, as BatchNorm was folded and classifiers copied before. What the run is known by stays: how they were made.
+        networks = replace(build_networks(recipe, images, accelerator, teachers, student), identity=networks.identity)
+    _report_teachers(networks.teachers, images, accelerator, recipe, summary)
     fitted, trained = _train_student(recipe, images, networks, accelerator, summary, quiet)
     summary = {"top1": fitted.last.get("top1"), "best_top1": fitted.best if fitted.best_epoch else None} | summary
     summary |= {
@@ -88,8 +86,9 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
     provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
-    if networks.teacher is not None:
-        provenance["teacher_sha256"] = networks.identity["teacher_sha256"]
+    if networks.teachers:
+        digests = [one.digest for one in networks.teachers]
+        provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
 
     def leave() -> None:
         export_model(trained, folder / "export", provenance=provenance, overwrite=True)
@@ -127,158 +126,36 @@ def _peer_summary(model: nn.Module, fitted: Fitted, images: Images, recipe: Reci
     return found
 
 
-@dataclass(frozen=True)
-class _Networks:
-    """The networks of a run, connected: taps, objective, and the teacher as yet without heads."""
-
-    student: FeatureTap
-    objective: Objective | MAG
-    teacher: Teacher | None
-    peer: FeatureTap | None
-    peer_objective: Objective | MAG | None
-    stages: list[Stage]
-    identity: dict[str, Any]
-    stored: StoredViews | None
-
-
-def _build(
-    recipe: Recipe, accelerator: Accelerator, teacher: nn.Module | None, student: nn.Module | None
-) -> tuple[Images, _Networks]:
-    """Read the images and connect the networks; whatever does not fit is refused here."""
+def _load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.Module]:
+    """The teachers with their weights, after what can be refused without them."""
     if recipe.teacher is not None or recipe.peer is not None:
         parse_terms(recipe)  # a wrong word is said before the first image is read
     if recipe.peer is not None:
         check_model_name(recipe.peer)
-    if recipe.teacher is not None:
-        if recipe.teacher_store is not None:
-            check_storable(recipe)
-        teacher = build_teacher(recipe) if teacher is None else teacher
-    defaults = defaults_of(recipe, teacher, student)
-    first = accelerator.local_main_process_first
-    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
-    if teacher is not None and recipe.teacher_classes is not None:
-        fit_classes(teacher, recipe.teacher_classes, images.class_names)
-    drawn = student is None and not recipe.student_pretrained and recipe.student_checkpoint is None
-    if student is None:
-        set_seed(recipe.seed, 3)
-        student = build_student(recipe, images)
-    if teacher is not None:
-        check_label_spaces(teacher, student, images)
-    elif student.num_classes != images.num_classes:
-        raise ValueError(f"the model has {student.num_classes} classes, the data {images.num_classes}: they must agree.")
-    _describe(student, images, recipe)
-    own_maps = recipe.maps if needs(recipe, "maps", student=True) else None
-    tap = build_tap(student, images.input_size, own_maps, cam=needs(recipe, "cams"))
-    if recipe.train_only == "classifier":
-        tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
-        if drawn:
-            accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
-    shapes = seen = tap.shapes(images.input_size[1:])
-    whole = classifier = stored = None
-    if teacher is not None:
-        whole, classifier = _connect_teacher(recipe, accelerator, teacher, images)
-        seen = whole.tap.shapes(whole.size(images.input_size[1:]))
-    other = _connect_peer(recipe, images) if recipe.peer is not None else None
-    if other is not None:
-        seen = other.shapes(images.input_size[1:])
-    pair = Pair(shapes, seen, images.num_samples, images.trained_labels(), classifier)
-    own = identity(recipe, images, accelerator, student, teacher, other.model if other is not None else None)
-    set_seed(recipe.seed, 4)
-    objective = build_objective(recipe, pair)
-    peers = build_objective(recipe, pair._replace(student=seen, teacher=shapes)) if other is not None else None
-    for role, own_terms in (("", objective), ("peer_", peers)):
-        for name, term in (_criteria(own_terms) if own_terms is not None else {}).items():
-            if term.remark() is not None:
-                accelerator.print(f"{role}{name}: {term.remark()}")
-    stages = []
-    if whole is not None and teacher is not None:
-        stages = criterion_stages(recipe, objective, whole) + student_stages(recipe, tap, whole, teacher, images, pair)
-    if whole is not None and not stages and not objective.needs:
-        accelerator.print("warning: nothing of the teacher is learnt: every weight but the task's is 0.")
-    if whole is not None and recipe.teacher_store is not None:
-        stored = open_store(recipe, whole, images, accelerator)
-    return images, _Networks(tap, objective, whole, other, peers, stages, own, stored)
-
-
-def _connect_teacher(
-    recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images
-) -> tuple[Teacher, nn.Module | None]:
-    """The frozen teacher as yet without heads, and the classifier of its network."""
-    view = teacher_view(model, images)
-    size = view.size or (images.input_size[1], images.input_size[2])
-    maps = recipe.maps if needs(recipe, "maps") else None
-    tap = build_tap(model, (images.input_size[0], *size), maps, cam=needs(recipe, "cams"))
-    classifier, own_digest = tap.classifier, module_digest(model)
-    if recipe.fold_teacher:
-        tap = folded(tap) or tap
-    teacher = Teacher(tap, view=view, digest=own_digest).to(accelerator.device)
-    lay_out(teacher, tap, recipe, accelerator)
-    return teacher, classifier
-
-
-def _connect_peer(recipe: Recipe, images: Images) -> FeatureTap:
-    """The second student, from the seed."""
-    assert recipe.peer is not None
-    set_seed(recipe.seed, 6)
-    drawn = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
-    try:
-        peer = build_student(drawn, images)
-    except ValueError as error:
-        raise ValueError(f"peer: {error}") from error
-    _describe(peer, images, recipe)
-    maps = recipe.maps if needs(recipe, "maps") else None
-    return build_tap(peer, images.input_size, maps, cam=needs(recipe, "cams"))
-
-
-def _criteria(objective: Objective | MAG) -> dict[str, Criterion]:
-    plain = objective.objective if isinstance(objective, MAG) else objective
-    return {name: term for name, term in plain.criteria.items() if isinstance(term, Criterion)}
-
-
-def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
-    describe(
-        model,
-        input_size=images.input_size,
-        mean=images.mean,
-        std=images.std,
-        class_names=images.class_names,
-        license=recipe.license,
-        tag=weights_tag(recipe),
-    )
-
-
-def _trainee(networks: _Networks) -> Distiller | MutualLearning:
-    if networks.peer is None or networks.peer_objective is None:
-        return Distiller(networks.student, networks.objective)
-    return MutualLearning(networks.student, networks.peer, networks.objective, networks.peer_objective)
-
-
-def weights_tag(recipe: Recipe) -> str:
-    """timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
-    place = Path(recipe.data.data_dir or recipe.data.dataset).name
-    words = [place]
-    if recipe.teacher is not None or recipe.peer is not None:
-        words = [*([recipe.method] if recipe.method != "none" else []), *criterion_names(recipe), place]
-    return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
+    if recipe.teacher is not None and recipe.teacher_store is not None:
+        check_storable(recipe)
+    return load_teachers(recipe, given)
 
 
 def _train_student(
-    recipe: Recipe, images: Images, networks: _Networks, accelerator: Accelerator, summary: dict[str, Any], quiet: bool
+    recipe: Recipe, images: Images, networks: Networks, accelerator: Accelerator, summary: dict[str, Any], quiet: bool
 ) -> tuple[Fitted, nn.Module]:
     """Fit heads where the method needs them, then the student; gives the trained model, its moving average where there is one."""
-    tap, teacher, stored = networks.student, networks.teacher, networks.stored
-    if teacher is not None and stored is not None:
-        stored.fill(teacher, accelerator, recipe.data.validation_batch_size, quiet=quiet)
-    if teacher is not None and recipe.method != "none":
-        heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, quiet=quiet)
-        teacher = Teacher(teacher.tap, heads, view=teacher.view, digest=teacher.digest).to(accelerator.device)
+    tap, teachers, stored = networks.student, list(networks.teachers), networks.stored
+    if stored is not None:
+        stored.fill(teachers[0], accelerator, recipe.data.validation_batch_size, quiet=quiet)
+    if recipe.method != "none":
+        for place, teacher in enumerate(teachers):
+            name = "heads" if len(teachers) == 1 else f"heads_{place + 1}"
+            heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, name=name, quiet=quiet)
+            teachers[place] = teacher.with_heads(heads)
     networks.objective.to(accelerator.device)
     if networks.stages:
         summary["fitted"] = fit_stages(networks.stages, images, recipe, accelerator, quiet=quiet)
-    if teacher is not None and stored is not None:
-        teacher.tap.to("cpu")  # its outputs are there: the device's memory is the student's
-    trainee = _trainee(networks).to(accelerator.device)
-    if isinstance(trainee, Distiller):
+    if stored is not None:
+        teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
+    trainee = networks.trainee().to(accelerator.device)
+    if networks.peer is None:
         lay_out(trainee, tap, recipe, accelerator)
     for role, shown in {"student": tap, "peer": networks.peer}.items():
         if shown is not None:
@@ -289,15 +166,15 @@ def _train_student(
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
 
-    teach = None
-    if teacher is not None and stored is not None:
-        teach = stored.teacher(teacher.heads)
-    elif teacher is not None and networks.objective.needs:
-        teach = live(teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
+    teach: Teach | None = None
+    if stored is not None:
+        teach = stored.teacher(teachers[0].heads)
+    elif teachers and networks.objective.needs:
+        teach = live_together(teachers, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
-        stage="train" if teacher is None and networks.peer is None else "distil",
+        stage="train" if not teachers and networks.peer is None else "distil",
         resume=recipe.resume,
         checkpoint_interval=recipe.checkpoint_interval,
         checkpoint_hist=recipe.checkpoint_hist,
@@ -323,7 +200,7 @@ def _train_student(
     return fitted, final
 
 
-def _watcher(networks: _Networks, watched: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
+def _watcher(networks: Networks, watched: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
     """Evaluates the student after an epoch (the averaged one where there is one) and what stands beside it, under its role."""
 
     def watch(averaged: nn.Module | None) -> Metrics:
@@ -339,17 +216,26 @@ def _watcher(networks: _Networks, watched: Source, recipe: Recipe, accelerator: 
     return watch
 
 
-def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]) -> None:
-    if images.watched is None:
-        return
-    found = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)["teacher"]
-    summary["teacher_top1"] = found["top1"]
-    accelerator.print(f"teacher {teacher.tap.name}: top-1 {found['top1']:.2f} % on {int(found['n']):,} images")
-    chance = 100 / images.num_classes
-    if found["top1"] < 2 * chance:
-        accelerator.print(
-            f"warning: the teacher is near chance ({chance:.2f} %): are its weights those of these classes, in this order?"
-        )
+def _report_teachers(
+    teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]
+) -> None:
+    """Each teacher's accuracy on the data, before the first epoch."""
+    found = []
+    for teacher in teachers if images.watched is not None else ():
+        assert images.watched is not None
+        if not teacher.shows_logits:
+            accelerator.print(f"teacher {teacher.tap.name}: shows no logits of these classes, which have no accuracy")
+            continue
+        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)["teacher"]
+        found.append(row["top1"])
+        accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
+        chance = 100 / images.num_classes
+        if row["top1"] < 2 * chance:
+            accelerator.print(
+                f"warning: the teacher is near chance ({chance:.2f} %): are its weights those of these classes, in this order?"
+            )
+    if found:
+        summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
 
 
 def _refuse_existing(folder: Path, recipe: Recipe) -> None:

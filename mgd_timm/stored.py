@@ -123,6 +123,6 @@ def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tupl
 
 def _sum(rows: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum over processes, in parts that fit on any device."""
-    for part in rows.split(65536):
+    for part in rows.split(65536) if rows.numel() else ():
         part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
     return rows

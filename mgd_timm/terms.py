@@ -207,8 +207,13 @@ def fitted_first(recipe: Recipe, what: Literal["teacher", "student"]) -> dict[st
     return {name: term for name, term in parse_terms(recipe).items() if term.weight and CRITERIA[term.criterion].fits == what}
 
 
-def build_objective(recipe: Recipe, pair: Pair) -> Objective | MAG:
+def build_objective(recipe: Recipe, pair: Pair, *, task: bool = True) -> Objective | MAG:
     """The recipe's terms, and MAG or MAS around them.
+
+    Args:
+        recipe: Of the run.
+        pair: Both networks.
+        task: With the labels' loss; without it for a second teacher.
 
     Raises:
         ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
@@ -217,7 +222,7 @@ def build_objective(recipe: Recipe, pair: Pair) -> Objective | MAG:
         return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
     terms: dict[str, tuple[float, Criterion, float]] = {}
     for name, term in parse_terms(recipe).items():
-        if term.weight and CRITERIA[term.criterion].fits != "student":
+        if term.weight and CRITERIA[term.criterion].fits != "student" and (task or name != "task"):
             terms[name] = (term.weight, build_criterion(term, pair, recipe), term.warmup)
     objective = Objective(**terms)
     if recipe.method == "none":
