@@ -299,7 +299,8 @@ def build_student(recipe: Recipe, images: Images) -> nn.Module:
     """The student for the data's classes and image size, from the seed or from given weights.
 
     Raises:
-        ValueError: Unknown name, an argument that the architecture does not take, or a checkpoint that does not fit.
+        ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that does not
+            fit.
     """
     options: dict[str, Any] = {"pretrained": recipe.student_pretrained}
     if recipe.drop:
@@ -307,13 +308,25 @@ def build_student(recipe: Recipe, images: Images) -> nn.Module:
     if recipe.drop_path is not None:
         options["drop_path_rate"] = recipe.drop_path
     model = build_named(recipe.student, images.input_size, images.num_classes, **options)
+    check_classifier(model)
     if recipe.student_checkpoint is not None:
         load_weights(model, recipe.student, recipe.student_checkpoint)
     return model
 
 
+def check_classifier(student: nn.Module) -> None:
+    """Raise ValueError for a model that is to be trained and has no classifier: its export could not be loaded back."""
+    if not getattr(student, "num_classes", 0):
+        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
+        raise ValueError(
+            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; timm's "
+            "encoders (*_enc) take none: choose an architecture that does."
+        )
+
+
 def check_student(student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless the student has the data's classes."""
+    """Raise ValueError unless the student has a classifier, of the data's classes."""
+    check_classifier(student)
     count = getattr(student, "num_classes", 0)
     if count != images.num_classes:
         raise ValueError(f"the model has {count} classes, the data {images.num_classes}: they must agree.")

@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 class Features(NamedTuple):
     """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them.
 
-    `cam`: class activation maps, the classifier at every position of the last map; their mean is the logits. None unless tapped.
+    `logits` of a network without a classifier have no columns. `cam`: class activation maps, the classifier at every position of
+    the last map; their mean is the logits. None unless tapped.
     """
 
     logits: Float[Tensor, "b k"]
@@ -39,7 +40,10 @@ class Features(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation maps."""
+    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation maps.
+
+    `num_classes` is 0 without a classifier.
+    """
 
     num_classes: int
     embed_dim: int
@@ -78,24 +82,31 @@ def _by_second_head_call(model: nn.Module, final: Any, _embedding: Tensor) -> Te
     return cast(Any, model).forward_head(final)
 
 
+def _by_no_classifier(_model: nn.Module, _final: Any, embedding: Tensor) -> Tensor:
+    return embedding.new_empty(embedding.shape[0], 0)
+
+
 # In this order: a classifier that is put on the embedding sees the same dropout mask and updates BatchNorm statistics once.
 _WAYS: tuple[Classify, ...] = (_by_classifier, _by_conv_classifier, _by_mean_of_classifiers, _by_second_head_call)
 
 
 class FeatureTap(nn.Module):
-    """Logits, embedding (timm: pre-logits) and maps of a timm classification model, in one forward pass.
+    """Logits, embedding (timm: pre-logits) and maps of a timm model, in one forward pass.
+
+    Without a classifier (num_classes=0) there are logits of no columns. timm's encoders (*_enc), which have no head at all, show as
+    embedding the mean over positions of what forward_features gives: what timm itself pools them to with global_pool="avg".
 
     Args:
-        model: Any timm model with a classifier; in the tap it keeps its own `state_dict` under `model.`.
+        model: Any timm model; in the tap it keeps its own `state_dict` under `model.`.
         indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
         preact: Show the maps as they were before their last activation; cifar_* networks do.
         cam: Show class activation maps too.
 
     Raises:
-        ValueError: The model lacks timm's feature contract, has no classifier, gives an embedding that is not a vector per
-            image, computes logits in a way that the probe cannot reproduce, has no map of that index, no maps before an
-            activation, or no class activation maps.
+        ValueError: The model lacks timm's feature contract, gives an embedding that is not a vector per image, computes logits in
+            a way that the probe cannot reproduce, has no map of that index, no maps before an activation, or no class activation
+            maps.
     """
 
     def __init__(
@@ -110,19 +121,14 @@ class FeatureTap(nn.Module):
         super().__init__()
         self.model = model
         self.name = str(getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__)
-        lacking = [
-            name
-            for name in ("forward_features", "forward_intermediates", "forward_head", "get_classifier")
-            if not hasattr(model, name)
-        ]
+        # An encoder inherits no get_classifier, and its forward_head only raises.
+        self.has_head = hasattr(model, "get_classifier") or getattr(model, "num_classes", None) != 0
+        contract = ["forward_features", "forward_intermediates", "num_classes"]
+        contract += ["forward_head", "get_classifier"] if self.has_head else ["num_features"]
+        lacking = [name for name in contract if not hasattr(model, name)]
         if lacking:
             raise ValueError(
-                f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a classification model built by timm.create_model, "
-                "not another module and not an encoder without a classifier."
-            )
-        if not getattr(model, "num_classes", 0):
-            raise ValueError(
-                f"{self.name} has no classifier (num_classes=0): build it with num_classes=C or call reset_classifier(C) first."
+                f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model, not another module."
             )
         self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         self.frozen = self.adapts_batchnorm = False
@@ -167,16 +173,16 @@ class FeatureTap(nn.Module):
         with self._probing():
             images = self._image(self.input_size)
             try:
-                expected = model(images)
+                expected = model(images) if model.num_classes else None
                 final, maps = model.forward_intermediates(images, **self.map_options)
-                embedding = model.forward_head(final, pre_logits=True)
+                embedding = self._embed(final)
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 reason = str(error) or type(error).__name__
                 raise ValueError(
                     f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {reason}. "
                     "Give input_size=(channels, height, width) that the model accepts."
                 ) from error
-            if not isinstance(expected, Tensor) or expected.ndim != 2:
+            if expected is not None and (not isinstance(expected, Tensor) or expected.ndim != 2):
                 raise ValueError(
                     f"{self.name} returns {_describe(expected)}, not logits [batch, classes]: set global_pool to one that pools."
                 )
@@ -185,19 +191,27 @@ class FeatureTap(nn.Module):
                     f"{self.name} gives {_describe(embedding)} before its classifier, not an embedding [batch, dim]: "
                     "set global_pool to one that pools."
                 )
-            self._classify = self._find_way(expected, final)
+            self.num_classes, self.embed_dim = (0 if expected is None else expected.shape[1]), embedding.shape[1]
+            self._classify: Classify = _by_no_classifier if expected is None else self._find_way(expected, final)
             if self._classify is _by_second_head_call:
                 self._refuse_random_head(final)
-            self.num_classes, self.embed_dim = expected.shape[1], embedding.shape[1]
             if self.cam:
                 self._check_cam(expected, final)
         return maps
 
+    def _embed(self, final: Any) -> Tensor:
+        """The embedding from what forward_features gives: [b, n, c], [b, h, w, c] or [b, c, h, w] of an encoder without a head."""
+        model = cast(Any, self.model)
+        if self.has_head:
+            return cast(Tensor, model.forward_head(final, pre_logits=True))
+        last = final.shape[-1] == model.num_features
+        return cast(Tensor, final.flatten(1, -2).mean(1) if last else final.flatten(2).mean(2))
+
     def _class_activation(self, final: Any) -> Tensor | None:
         """The classifier at every position of what forward_features gives; None where that is no map of the embedding's width."""
-        classifier = cast(Any, self.model).get_classifier()
         if not isinstance(final, Tensor) or final.ndim != 4 or self._classify not in (_by_classifier, _by_conv_classifier):
             return None
+        classifier = cast(Any, self.model).get_classifier()
         if final.shape[1] == self.embed_dim:
             final = final.permute(0, 2, 3, 1)
         if final.shape[3] != self.embed_dim:
@@ -207,7 +221,11 @@ class FeatureTap(nn.Module):
         found: Tensor = logits.unflatten(0, final.shape[:3]).permute(0, 3, 1, 2)
         return found
 
-    def _check_cam(self, expected: Tensor, final: Any) -> None:
+    def _check_cam(self, expected: Tensor | None, final: Any) -> None:
+        if expected is None:
+            raise ValueError(
+                f"{self.name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network, or criterion."
+            )
         found = self._class_activation(final)
         same = found is not None and (found.is_meta or torch.allclose(found.mean((2, 3)), expected, rtol=1e-3, atol=1e-4))
         if not same:
@@ -275,7 +293,7 @@ class FeatureTap(nn.Module):
                 final, maps = model.forward_intermediates(images, indices=list(self.indices), **self.map_options)
             else:
                 final, maps = model.forward_features(images), ()
-            embedding = model.forward_head(final, pre_logits=True)
+            embedding = self._embed(final)
         cam = self._class_activation(final) if self.cam else None
         return Features(self._classify(self.model, final, embedding), embedding, tuple(maps), cam=cam)
 
@@ -323,6 +341,8 @@ class FeatureTap(nn.Module):
 
     def _classifiers(self) -> list[nn.Module]:
         """The modules that give logits: one, or several that a model averages (deit's distilled ones, crossvit, efficientvim)."""
+        if not self.num_classes:
+            return []
         found = cast(Any, self.model).get_classifier()
         return [part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)]
 

@@ -57,7 +57,8 @@ def _fold(tap: FeatureTap, chosen: list[int], expected: list[Tensor]) -> Feature
 def _features(tap: FeatureTap) -> list[Tensor]:
     with tap._probing():
         shown = tap(tap._image(tap.input_size))
-    return [shown.logits, shown.embedding, *shown.maps, *([shown.cam] if shown.cam is not None else [])]
+    parts = [shown.logits, shown.embedding, *shown.maps, *([shown.cam] if shown.cam is not None else [])]
+    return [part for part in parts if part.numel()]  # there are no logits without a classifier
 
 
 def _follows(tap: FeatureTap) -> list[tuple[Any, Any]]:

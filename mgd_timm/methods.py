@@ -11,7 +11,7 @@ import torch
 from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
-from mgd_timm.build import build_named, build_tap, check_model_name, load_model
+from mgd_timm.build import build_named, build_tap, check_classifier, check_model_name, load_model
 from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
@@ -62,7 +62,7 @@ class Connection:
         num_samples: Training images, which size CRD's memory banks.
 
     Raises:
-        ValueError: A network that cannot be tapped, or another word.
+        ValueError: A network that cannot be tapped, a student without a classifier, or another word.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Connection:
         theirs = tuple(config["input_size"]) if config["fixed_input_size"] else input_size
         self.ends = ((student, input_size), (teacher, theirs))
         self.maps, self.num_samples = maps, num_samples
+        check_classifier(student)
         self._seen: dict[Any, FeatureTap] = {}
         for model, size in self.ends:
             self._tap(model, size, frozenset({"maps"}), preact=False)
@@ -137,7 +138,7 @@ def connect(
         return (config.input_size, config.fixed_input_size) if config is not None else ((3, 224, 224), False)
 
     ends = {name: trained(name) for name in (teacher, student)}
-    counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None}
+    counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None} - {0}
     if len(counts | ({num_classes} - {None})) > 1:
         raise ValueError(f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree.")
     classes = num_classes or next(iter(counts), 100)

@@ -111,3 +111,14 @@ SLIM: dict[str, dict[str, float]] = {
     "vgg": {"mlp_ratio": 1 / 64},
     "vision_transformer_sam": {"depth": 2},
 }
+
+# timm's encoders without a classifier: a side, and what makes those slim that pool their features themselves when told to.
+ENCODERS: dict[str, tuple[int, dict[str, float]]] = {
+    "deepseek_vit_412m_enc": (84, {"depth": 2}),
+    "gemma4_vit_167m_enc": (96, {"depth": 2}),
+    "gemma4_vit_570m_enc": (96, {"depth": 1}),
+    "mobilenetv5_300m_enc": (128, {}),
+    "qwen3_vit_88m_enc": (96, {"depth": 2}),
+    "qwen3_vit_306m_enc": (96, {"depth": 1}),
+    "qwen3_vit_416m_enc": (96, {"depth": 1}),
+}

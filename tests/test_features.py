@@ -5,20 +5,14 @@ import copy
 import pytest
 import timm
 import torch
-from families import FAMILIES, SLIM
+from families import ENCODERS, FAMILIES, SLIM
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.mobilenetv5 import MobileNetV5Encoder
 from torch import Tensor, nn
 
-from mgd_timm.features import FeatureTap, TeacherView, choose_maps
-
-ENCODERS = [
-    "deepseek_vit_412m_enc",
-    "gemma4_vit_167m_enc",
-    "gemma4_vit_570m_enc",
-    "mobilenetv5_300m_enc",
-    "qwen3_vit_88m_enc",
-    "qwen3_vit_306m_enc",
-    "qwen3_vit_416m_enc",
-]
+from mgd_timm.build import check_classifier
+from mgd_timm.features import FeatureTap, Shapes, TeacherView, choose_maps
+from mgd_timm.folding import folded
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:
@@ -81,6 +75,24 @@ def test_family(module):
     assert set(batches_seen(model)) <= {1}
     features.logits.square().sum().backward()
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+    model.eval().reset_classifier(0)
+    check_without_a_classifier(model, x, shapes)
+
+
+def check_without_a_classifier(model: nn.Module, x: Tensor, shapes: Shapes) -> None:
+    """The embedding is what the model itself gives, as wide as it was with a classifier."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    tap = FeatureTap(model, (0, -1), input_size=tuple(x.shape[1:]))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        features, expected = tap(x), model(x)
+    assert (tap.num_classes, tap.embed_dim, tap.classifier) == (0, shapes.embed_dim, None)
+    assert features.logits.shape == (2, 0)
+    torch.testing.assert_close(features.embedding, expected, rtol=1e-5, atol=1e-6)
+    assert tuple(m.shape[1:] for m in features.maps) == shapes.maps
+    with pytest.raises(ValueError, match="no classifier with weights of its own"):
+        tap.freeze_backbone()
 
 
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "convnext_xxlarge", "levit_512", "shvit_s4"])
@@ -179,17 +191,67 @@ def test_state_dict_is_the_models_own():
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_without_a_classifier_are_refused(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    with pytest.raises(ValueError, match=f"{name} has no"):
-        FeatureTap(model)
+def test_an_encoder_shows_the_mean_of_its_last_features(name):
+    """Independently: timm's own pooling of the same weights, where it has one."""
+    side, options = ENCODERS[name]
+    if not options:  # it has none: by shapes, on meta
+        with torch.device("meta"):
+            tap = FeatureTap(timm.create_model(name), (-1,))
+        features = tap(torch.empty(2, *tap.input_size, device="meta"))
+        assert features.embedding.shape == (2, tap.model.num_features)
+    else:
+        torch.manual_seed(0)
+        model = timm.create_model(name, global_pool="avg", **options).train()
+        tap = FeatureTap(model, (-1,), input_size=(3, side, side))
+        with torch.no_grad():
+            features = tap(images(side))
+            torch.testing.assert_close(features.embedding, model(images(side)), rtol=1e-5, atol=1e-6)
+        assert model.training
+    assert (tap.num_classes, tap.classifier, features.logits.shape) == (0, None, (2, 0))
+    shapes = tap.shapes(tap.input_size[1:])
+    assert shapes == (0, features.embedding.shape[1], tap.all_maps(tap.input_size[1:])[-1:], None)
+
+
+def test_an_encoder_whose_features_are_a_map_pools_them():
+    """MobileNetV5's fused map: channels first, of another resolution than the stages'."""
+    blocks = decode_arch_def([["er_r1_k3_s2_e4_c32"], ["uir_r1_a0_k5_s2_e4_c48"]])
+    model = MobileNetV5Encoder(blocks, stem_size=16, msfa_output_resolution=4).eval()
+    tap = FeatureTap(model, input_size=(3, 32, 32))
+    with torch.no_grad():
+        final = model(images(32))
+        assert final.shape == (2, 2048, 4, 4)
+        torch.testing.assert_close(tap(images(32)).embedding, final.mean((2, 3)))
+
+
+def test_a_teacher_without_a_classifier_is_folded():
+    model = build("test_resnet", 32)
+    model.reset_classifier(0)
+    tap = FeatureTap(model, (-1,), input_size=(3, 32, 32)).eval()
+    fold = folded(tap)
+    assert fold is not None
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fold(images(32)).embedding, tap(images(32)).embedding, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"cam": True}])
+def test_what_needs_a_classifier_is_refused_without_one(options):
+    model = timm.create_model("test_resnet", num_classes=0)
+    with pytest.raises(ValueError, match="test_resnet has no classifier"):
+        FeatureTap(model, input_size=(3, 32, 32), **options).freeze_backbone()
+
+
+def test_a_student_without_a_classifier_is_refused():
+    for name in ("test_resnet", "qwen3_vit_88m_enc"):
+        with torch.device("meta"):
+            student = timm.create_model(name, num_classes=0)
+        with pytest.raises(ValueError, match=rf"{name} has no classifier \(num_classes=0\), and only a teacher"):
+            check_classifier(student)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.reset_classifier(0), r"no classifier \(num_classes=0\).*reset_classifier\(C\)"),
         (lambda m: setattr(m, "forward", lambda x: 2 * m.forward_head(m.forward_features(x))), "something else as well"),
         (lambda m: setattr(m, "forward", lambda x: (x, x)), "returns a tuple, not logits"),
         (lambda m: setattr(m, "forward_head", lambda x, pre_logits=False: x), "not logits"),
