@@ -344,7 +344,8 @@ def check_class_names(model: nn.Module, role: str, images: Images) -> None:
         if known != given:
             raise ValueError(
                 f"class {index} is {known!r} to the {role} and {given!r} in the data: both need the same classes in one order. "
-                "Rename or reorder the data's, or use the data that it was trained on."
+                "Rename or reorder the data's, or use the data that it was trained on; a teacher's are put in the data's order by "
+                "--teacher-classes auto."
             )
 
 

@@ -89,7 +89,7 @@ class GranularityHeads(nn.Module):
             return {name: decoder(at_least_float32(codes[name])) for name, decoder in self.decoders.items()}
 
 
-def stable_excitation(logits: Float[Tensor, "b k"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
+def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
     """Mean of the teacher's logits and the heads' views: raw scores, before any softmax. Without logits: of the views alone."""
     shown = [logits] if logits.shape[1] else []
     return torch.stack([at_least_float32(scores) for scores in (*shown, *views.values())]).mean(0)

@@ -185,7 +185,8 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images) -> bool:
 
     Under mas the views of a teacher without logits are fitted on the labels, and stand for them.
     """
-    count, name = int(getattr(model, "num_classes", 0) or 0), type(model).__name__
+    count = int(getattr(model, "num_classes", 0) or 0)
+    name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
     left_out = recipe.teacher_classes == "none"
     if count == images.num_classes and not left_out:
         check_class_names(model, "teacher", images)

@@ -201,7 +201,7 @@ def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):
         table = datasets.Dataset.from_parquet(str(small_data / f"{split}.parquet"), cache_dir=str(tmp_path / "cache"))
         table = table.filter(lambda row: row["label"] < 3).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
         table.to_parquet(folder / f"{split}.parquet")
-    refuse(mgd, ["the teacher has 10 classes, the student 3, the data 3", "mgd-timm train"], "distill", "--data-dir", folder)
+    refuse(mgd, ["has 10 classes, the data 3, and kd reads its logits", "--fit-teacher-head"], "distill", "--data-dir", folder)
     refuse(mgd, ["the model has 10 classes, the data 3"], "evaluate", "embedded", "--data-dir", folder)
 
 
