@@ -18,9 +18,9 @@ from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pr
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
+from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import FeatureTap, TeacherView, choose_maps
-from mgd_timm.memory import keep_freed_memory
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown
