@@ -9,7 +9,6 @@ import copy
 import hashlib
 import multiprocessing
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mgd_timm.augmentation import erase
 from mgd_timm.checkpoint import write_whole
 from mgd_timm.features import Batch
 from mgd_timm.reading import EVAL_SPLITS, AnyRows, DataError, check_classes, decode, open_splits, read_split
 from mgd_timm.recipe import Data
-from mgd_timm.sampling import augment, mix, normalise
+from mgd_timm.sampling import augment, epoch_order, mix, normalise, seeded
 
 __all__ = [
     "EMBEDDED",
@@ -63,8 +63,17 @@ class Source(Protocol):
     """sha256 of what the images and labels are."""
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """One Batch for every tensor of sample ids."""
+        """One Batch for every tensor of sample ids.
+
+        An id of `num_samples` times r more (of `Images`) asks for the same image in its r-th further augmentation.
+        """
         ...
+
+
+def epoch_ids(source: Source, seed: int, epoch: int) -> Tensor:
+    """What an epoch asks a source for, in order: the source's own (`order`), or a permutation of its ids."""
+    order = getattr(source, "order", None)
+    return order(seed, epoch) if order is not None else source.ids[epoch_order(len(source.ids), seed, epoch)]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class StoreSource:
     @property
     def shown(self) -> dict[str, Any]:
         """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
-        return {"pad": self.data.pad, "hflip": self.data.hflip}
+        return {"pad": self.data.pad, "hflip": self.data.hflip, **_erasing(self.data)}
 
     def seeded(self, seed: int) -> "StoreSource":
         """The same images, augmented by another seed."""
@@ -137,15 +146,21 @@ class StoreSource:
         images, labels = self._resident(device)
         sizes = [len(ids) for ids in slots]
         moved = torch.cat(list(slots)).to(device).split(sizes) if sizes else ()  # one transfer an epoch
-        for ids, there in zip(slots, moved, strict=True):
+        for ids, keys in zip(slots, moved, strict=True):
+            there = keys % len(self.images)
             if images.device == there.device:
                 shown = images[there]
             else:
-                held = images[ids]  # too many for the GPU: pinned, so that no step waits for them all the same
+                held = images[ids % len(images)]  # too many for the GPU: pinned, so that no step waits for them all the same
                 shown = (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)
-            if self.seed is not None:
-                shown = augment(shown, there, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
-            yield Batch(normalise(shown, mean, std), labels[there], there)
+            if self.seed is None:
+                yield Batch(normalise(shown, mean, std), labels[there], there)
+                continue
+            shown = augment(shown, keys, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
+            pictures = normalise(shown, mean, std)
+            if self.data.reprob:
+                pictures = erase(pictures, keys, self.seed, epoch, self.data.reprob, self.data.remode, self.data.recount)
+            yield Batch(pictures, labels[there], there)
 
     def _resident(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images and labels on the device, so that no step waits for a transfer; images that would fill a GPU stay on the host."""
@@ -178,7 +193,9 @@ class FileSource:
     def shown(self) -> dict[str, Any]:
         """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
         names = ("scale", "ratio", "hflip", "aa", "color_jitter", "interpolation")
-        values = {name: getattr(self.data, name) for name in names}
+        values = {name: getattr(self.data, name) for name in names} | _erasing(self.data)
+        if self.data.train_interpolation is not None:
+            values["interpolation"] = self.data.train_interpolation
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def seeded(self, seed: int) -> "FileSource":
@@ -188,9 +205,10 @@ class FileSource:
         return other
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, row = key
+        epoch, number = key
+        row = number % len(self.all_labels)
         image = _picture(self.rows.pixels(row, self.data.in_chans))
-        with _seeded(None if self.seed is None else mix(self.seed, epoch, row)):
+        with seeded(None if self.seed is None else mix(self.seed, epoch, number)):
             return self.transform(image), row
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
@@ -209,6 +227,11 @@ class FileSource:
         for images, rows in read:
             labels = self.all_labels[rows].to(device, non_blocking=True)
             yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))
+
+
+def _erasing(data: Data) -> dict[str, Any]:
+    """Nothing where nothing is erased, as before there was erasing: so stores of teacher outputs stay valid."""
+    return {name: getattr(data, name) for name in ("reprob", "remode", "recount")} if data.reprob else {}
 
 
 # macOS cannot wait for a signal and see its sender: there SIGTERM ends the readers.
@@ -245,24 +268,6 @@ def _start_reader(_: int) -> None:
 
 def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """timm's transforms draw from three global generators: seeded for one image, and left as they were found."""
-    if seed is None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def load_images(
@@ -313,6 +318,7 @@ def _build(
     own = train.pixels(0, data.in_chans).shape[:2]
     size = (data.img_size, data.img_size) if data.img_size else own
     if max(*own, *size) <= SMALL:
+        _check_small(data)
         stored = {
             rows.split: _store(rows, digests[rows.split], data.in_chans, size, resize=data.img_size is not None, say=say)
             for rows in (train, test)
@@ -350,6 +356,16 @@ def _build(
         mean=tuple(mean),
         std=tuple(std),
     )
+
+
+def _check_small(data: Data) -> None:
+    """Refuse what only timm's transforms of large images do."""
+    for name in ("aa", "color_jitter", "train_interpolation"):
+        if getattr(data, name):
+            raise DataError(
+                f"{name}={getattr(data, name)}: images of {SMALL} pixels or less are augmented as a batch, by pad, hflip, reprob, "
+                f"mixup and cutmix alone. Leave {name} out, or give --img-size {SMALL + 1} or more."
+            )
 
 
 def _cut_validation(train: AnyRows, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -433,4 +449,7 @@ def _transform(
     if not training:
         return create_transform(**common, crop_pct=data.crop_pct or defaults.crop_pct)
     common |= {"scale": data.scale, "ratio": data.ratio, "color_jitter": data.color_jitter or None}
+    common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}
+    if data.train_interpolation is not None:
+        common["interpolation"] = data.train_interpolation
     return create_transform(**common, is_training=True, hflip=data.hflip, auto_augment=data.aa)

@@ -93,10 +93,29 @@ class Data:
     ratio: tuple[float, ...] = _option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
     aa: str | None = _option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
     color_jitter: float = _option(0.0, "large images: strength of colour jitter")
+    reprob: float = _option(0.0, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = _option(
+        "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"
+    )
+    recount: int = _option(1, "largest number of boxes that are erased of an image")
+    mixup: float = _option(
+        0.0, "alpha of mixup: student and teacher see mixed images (heads are fitted on images as they are); 0: none"
+    )
+    cutmix: float = _option(0.0, "alpha of cutmix, as --mixup")
+    mixup_prob: float = _option(1.0, "probability that a batch is mixed")
+    mixup_switch_prob: float = _option(0.5, "probability of cutmix where there are both")
+    mixup_off_epoch: int = _option(0, "epoch from which on nothing is mixed; 0: never")
+    aug_repeats: int = _option(
+        0, "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the images"
+    )
     crop_pct: float | None = _option(None, "large images: share of the resized side that evaluation crops; default: the model's")
     interpolation: str | None = _option(None, "large images: bilinear or bicubic; default: the model's")
+    train_interpolation: str | None = _option(
+        None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
+    )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.in_chans not in (1, 3):
             raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
         if not 0 <= self.val_split <= 0.5:
@@ -123,6 +142,17 @@ class Data:
                 raise ValueError(f"{name}={values}: expected two positive numbers, the smaller one first.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct}: expected 0 < crop_pct <= 1, or none for the model's.")
+        for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a probability from 0 to 1.")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected alpha of a Beta distribution, or 0 for none.")
+        if self.recount < 1 or min(self.mixup_off_epoch, self.aug_repeats) < 0:
+            raise ValueError(
+                f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}: expected 1 or "
+                "more, and 0 or more of the others."
+            )
 
 
 @dataclass(frozen=True)

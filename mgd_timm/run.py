@@ -39,6 +39,7 @@ from mgd_timm.head_fitting import fit_heads
 from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
+from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_store import StoredViews, check_storable, open_store
 from mgd_timm.terms import build_objective, criterion_names, needs, parse_terms
 
@@ -146,6 +147,7 @@ def _build(
     """Read the images and connect the networks; whatever does not fit is refused here."""
     if recipe.teacher is not None or recipe.peer is not None:
         parse_terms(recipe)  # a wrong word is said before the first image is read
+    check_taught(recipe)
     if recipe.peer is not None:
         check_model_name(recipe.peer)
     if recipe.teacher is not None:
@@ -303,7 +305,7 @@ def _train_student(
     )
     fitted = fit(
         trainee,
-        images.train if stored is None else stored,
+        taught(images, recipe) if stored is None else stored,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
