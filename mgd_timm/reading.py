@@ -25,6 +25,12 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 _HUB = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
 
 
+def cache_folder() -> Path:
+    """Where stores and fitted heads are kept: $MGD_TIMM_CACHE, else mgd_timm in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mgd_timm"
+    return Path(os.environ.get("MGD_TIMM_CACHE") or default)
+
+
 class DataError(ValueError):
     """Data that cannot be used: names what and where, and the way out."""
 

@@ -87,6 +87,7 @@ class Data:
     batch_size: int = _option(64, "images per process and step")
     validation_batch_size: int = _option(256, "images per process and evaluation step", digest=False)
     workers: int = _option(2, "loader processes for large images", digest=False)
+    max_bad: int = _option(0, "damaged images that are left out, with a list of their names; more are refused")
     pad: int = _option(4, "small images: zero padding in pixels before the random crop; 0 for no crop")
     hflip: float = _option(0.5, "probability of a horizontal flip")
     scale: tuple[float, ...] = _option((0.08, 1.0), "large images: share of the area of a random crop")
@@ -148,10 +149,10 @@ class Data:
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected alpha of a Beta distribution, or 0 for none.")
-        if self.recount < 1 or min(self.mixup_off_epoch, self.aug_repeats) < 0:
+        if self.recount < 1 or min(self.mixup_off_epoch, self.aug_repeats, self.max_bad) < 0:
             raise ValueError(
-                f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}: expected 1 or "
-                "more, and 0 or more of the others."
+                f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}, "
+                f"max_bad={self.max_bad}: expected 1 or more, and 0 or more of the others."
             )
 
 

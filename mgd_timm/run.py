@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     images, networks = _build(recipe, accelerator, teacher, student)
-    on_main(accelerator, lambda: _start_folder(folder, recipe))
+    on_main(accelerator, lambda: _start_folder(folder, recipe, images))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if networks.teacher is not None:
@@ -381,7 +381,7 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _start_folder(folder: Path, recipe: Recipe) -> None:
+def _start_folder(folder: Path, recipe: Recipe, images: Images) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(folder)
     if not recipe.resume:
@@ -389,6 +389,8 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
         checkpoint.write_text(folder / "recipe.yaml", text)
         seen = json.dumps(versions(), indent=2) + "\n"
         checkpoint.write_text(folder / "versions.json", seen)
+        if images.bad:
+            checkpoint.write_text(folder / "bad_images.txt", "".join(f"{line}\n" for line in images.bad))
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -100,8 +100,8 @@ PAIRS = {
             "aug_repeats": 3,
         },
         "DeiT (Touvron et al., arXiv 2012.12877), its training of 300 epochs",
-        "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of the loss, and "
-        "both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is --method "
+        "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of the loss, "
+        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is --method "
         "none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average of the weights (--model-ema), as in the "
         "paper's table. Repeated augmentations of an image lie in one update, not on different GPUs.",
     ),
@@ -128,11 +128,11 @@ PAIRS = {
             "crop_pct": 0.875,
             "mixup": 1.0,
         },
-        "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform coefficient, no "
-        "labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle ground (--epochs)",
+        "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform coefficient, "
+        "no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle ground (--epochs)",
         "their weight decay of 0.0003 does not go with the learning rate, as AdamW's does: 0.01 x 0.03 is the same. They warm up "
-        "over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of another optimizer (Shampoo) "
-        "and of 9600 epochs.",
+        "over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of another optimizer "
+        "(Shampoo) and of 9600 epochs.",
     ),
 }
 DEFAULT = "resnet34-resnet18"
