@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mgd_timm.checkpoint import write_text
-from mgd_timm.reading import AnyRows, ArrayRows, DataError, cache_folder
+from mgd_timm.decoding import DataError, cache_folder
+from mgd_timm.reading import AnyRows, ArrayRows
 from mgd_timm.sources import read_ahead
 
 

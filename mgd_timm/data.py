@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mgd_timm.checkpoint import write_whole
 from mgd_timm.damaged import check_number, damaged
-from mgd_timm.reading import EVAL_SPLITS, AnyRows, DataError, cache_folder, check_classes, decode, open_splits, read_split
+from mgd_timm.decoding import EVAL_SPLITS, DataError, cache_folder, decode
+from mgd_timm.reading import AnyRows, check_classes, open_splits, read_split
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix
 from mgd_timm.sources import (

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from mgd_timm.augmentation import erase
+from mgd_timm.decoding import DataError
 from mgd_timm.features import Batch
-from mgd_timm.reading import AnyRows, DataError
+from mgd_timm.reading import AnyRows
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import augment, epoch_order, mix, normalise, seeded
 
