@@ -34,6 +34,7 @@ from mgd_timm.sources import (
     timm_transform,
     weights_statistics,
 )
+from mgd_timm.streaming import StreamSource, open_streams, read_stream
 
 __all__ = [
     "EMBEDDED",
@@ -61,8 +62,8 @@ class Images:
     val: Source | None
     test: Source | None
     num_samples: int
-    labels: Tensor
-    """Labels of all `num_samples` rows of the training split, a validation cut among them: sample ids index them."""
+    labels: Tensor | None
+    """Labels of all `num_samples` rows of the training split, a validation cut among them, by sample id. Of a stream None."""
     class_names: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -75,8 +76,10 @@ class Images:
         """Number of classes."""
         return len(self.class_names)
 
-    def trained_labels(self) -> Tensor:
-        """Class ids by sample id, the likeliest class of a distribution; -1 for those that are held out of training."""
+    def trained_labels(self) -> Tensor | None:
+        """Class ids by sample id, the likeliest of a distribution; -1 for those held out of training. Of a stream None."""
+        if self.labels is None:
+            return None
         known = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
         return torch.full_like(known, -1).index_copy_(0, self.train.ids, known[self.train.ids])
 
@@ -108,6 +111,8 @@ def load_images(
     """
     defaults = per_channel(defaults or Defaults(), data.in_chans)
     place = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
+    if data.streaming:
+        return _stream(data, seed, defaults, open_streams(place, data.dataset_config), say)
     with main_first():
         splits = open_splits(place, data.dataset_config, local=data.data_dir is not None)
     train = read_split(data, splits, data.train_split, say)
@@ -186,6 +191,28 @@ def _build(
         input_size=(data.in_chans, *size),
         mean=tuple(mean),
         std=tuple(std),
+    )
+
+
+def _stream(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], say: Callable[[str], None]) -> Images:
+    """Sources of streams."""
+    train = read_stream(data, splits, data.train_split, say)
+    name = data.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != data.train_split), None)
+    test = read_stream(data, splits, name, lambda _: None, train.class_names) if name is not None else None
+    side = data.img_size or defaults.img_size
+    mean, std = weights_statistics(data, defaults)
+    data = replace(data, interpolation=data.interpolation or defaults.interpolation)
+    transforms = [timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training) for training in (True, False)]
+    return Images(
+        train=StreamSource(train, data, transforms[0], seed),
+        val=None,
+        test=StreamSource(test, data, transforms[1], None) if test is not None else None,
+        num_samples=train.count,
+        labels=None,
+        class_names=train.class_names,
+        input_size=(data.in_chans, side, side),
+        mean=mean,
+        std=std,
     )
 
 

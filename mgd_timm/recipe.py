@@ -80,6 +80,10 @@ class Data:
     train_split: str = _option("train", "split to train on")
     eval_split: str | None = _option(None, "split to evaluate on; default: test, validation, valid or val, whichever exists")
     val_split: float = _option(0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch")
+    streaming: bool = _option(False, "read images one after the other, from the hub or files, and keep none on disk")
+    shuffle_buffer: int = _option(4096, "streaming: encoded images in memory that the next one is drawn from, in each process")
+    num_samples: int | None = _option(None, "streaming: training images of an epoch; default: what the data set says of itself")
+    num_classes: int | None = _option(None, "streaming: classes, where labels are numbers without names")
     img_size: int | None = _option(None, "side in pixels; default: the images' own where small, else the model's")
     in_chans: int = _option(3, "3 for colour, 1 for grey")
     mean: tuple[float, ...] | None = _option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
@@ -123,6 +127,7 @@ class Data:
             raise ValueError(f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split).")
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image.")
+        self._check_streaming()
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip={self.hflip}: expected a probability from 0 to 1.")
         if self.pad < 0 or (self.img_size is not None and self.img_size < 1):
@@ -154,6 +159,22 @@ class Data:
                 f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}, "
                 f"max_bad={self.max_bad}: expected 1 or more, and 0 or more of the others."
             )
+
+    def _check_streaming(self) -> None:
+        for name, least in (("num_samples", 2), ("num_classes", 2)):
+            value = getattr(self, name)
+            if value is not None and not self.streaming:
+                raise ValueError(f"{name}={value} is for streaming images: else they are counted. Leave it out.")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}: expected 1 or more.")
+        for name in ("val_split", "max_bad", "aug_repeats"):
+            if self.streaming and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the other: leave "
+                    "it out, or --streaming."
+                )
 
 
 @dataclass(frozen=True)

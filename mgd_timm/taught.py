@@ -18,8 +18,10 @@ from mgd_timm.terms import parse_terms
 
 
 def check_taught(recipe: Recipe) -> None:
-    """Raise ValueError where what reads images one by one stands beside what mixes or repeats them."""
+    """Raise ValueError where what reads images one by one stands beside what mixes, repeats or streams them."""
     data = recipe.data
+    if data.streaming:
+        _check_streamed(recipe)
     names = [name for name in ("mixup", "cutmix") if getattr(data, name)] + (["aug_repeats"] if data.aug_repeats > 1 else [])
     if not names:
         return
@@ -36,6 +38,21 @@ def check_taught(recipe: Recipe) -> None:
         raise ValueError(
             f"{said} beside criterion 'crd', which keeps one embedding of each image, as of its class: leave one of both out."
         )
+
+
+def _check_streamed(recipe: Recipe) -> None:
+    """A stream's images have no number by which they are known again in the next epoch."""
+    if recipe.teacher_store is not None:
+        raise ValueError(
+            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of both out."
+        )
+    if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
+        raise ValueError(
+            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of every image: give --heads-protocol live "
+            "and a few --heads-epochs, each a pass over the stream."
+        )
+    if (recipe.teacher is not None or recipe.peer is not None) and "crd" in (terms := parse_terms(recipe)) and terms["crd"].weight:
+        raise ValueError("streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion.")
 
 
 class Taught:
