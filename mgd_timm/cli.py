@@ -333,6 +333,15 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         from mgd_timm.checkpoint import CheckpointError
         from mgd_timm.fit import NonFiniteError
 
+        if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when a reader ends
+            rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            print(
+                f"{name}: error: {rank}a reader of images was ended from outside, as a machine does that is short of memory "
+                f"({str(error).splitlines()[0].strip()}). Give fewer --workers or more memory; --resume continues from the newest "
+                "checkpoint.",
+                file=sys.stderr,
+            )
+            return 1
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             raise  # a fault of ours, or the machine's: with its traceback
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from mgd_timm import checkpoint
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
-from mgd_timm.data import Source
+from mgd_timm.data import Source, epoch_ids
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
 from mgd_timm.processes import on_main, share
 from mgd_timm.recipe import Optim, differences
-from mgd_timm.sampling import cut_updates, epoch_order, mix
+from mgd_timm.sampling import cut_updates, mix
 
 Teach = Callable[[Batch], Features | tuple[Features, ...]]
 Watch = Callable[[nn.Module | None], Metrics]
@@ -257,7 +257,7 @@ class _Loop:
         return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, averaged)
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
-        order = self.source.ids[epoch_order(len(self.source.ids), self.seed, epoch)]
+        order = epoch_ids(self.source, self.seed, epoch)
         # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward` undoes.
         return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.optim.grad_accum_steps)
 

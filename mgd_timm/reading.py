@@ -4,7 +4,6 @@ Nothing is decoded or copied into memory before it is asked for.
 """
 
 import hashlib
-import io
 import json
 import os
 import warnings
@@ -14,50 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mgd_timm.decoding import ENDINGS, DataError, decode, spaced_digest
 from mgd_timm.recipe import Data, unknown
+from mgd_timm.tars import TarRows, Tars, find_tars, read_tars
 
-EVAL_SPLITS = ("test", "validation", "valid", "val")
-HASHED = 1 << 30  # bytes: larger splits are told apart by a part of their images
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 _HUB = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
-
-
-class DataError(ValueError):
-    """Data that cannot be used: names what and where, and the way out."""
-
-
-def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
-    """Pixels of an encoded image or an image file, uint8 [height, width, channels].
-
-    Grey, palette, CMYK and transparent images are converted to what `in_chans` asks for. Transparency is dropped and EXIF rotation
-    is not applied, as in timm and torchvision.
-
-    Raises:
-        DataError: Truncated, not an image, too large to be one, or of more than 8 bits a channel (which would be clipped).
-    """
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{name}: mode {image.mode!r} has more than 8 bits a channel and no known range: convert it to 8 bits first."
-                )
-            image.load()
-            known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-            pixels = np.asarray(known.convert("RGB" if in_chans == 3 else "L"))
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file: put it back or remove its row.") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image of a known format ({', '.join(_FORMATS)}): remove or replace it.") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: {error}: remove or shrink it.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name}: truncated or damaged ({error}): remove or replace it.") from error
-    return pixels.reshape(*pixels.shape[:2], in_chans)
 
 
 @dataclass(frozen=True)
@@ -113,10 +75,7 @@ class Rows:
                 raise DataError(f"{self.name(row)}: {error.strerror}: put the file back or remove its row.") from error
             total.update(json.dumps(path.parts[-2:]).encode())
         total.update(sizes.tobytes())
-        for row in range(0, len(self), 1 + int(sizes.sum()) // HASHED):
-            content = self.content(row)
-            total.update(hashlib.sha256(content if isinstance(content, bytes) else Path(content).read_bytes()).digest())
-        return total.hexdigest()
+        return spaced_digest(total, sizes, self.content)
 
 
 @dataclass(frozen=True)
@@ -150,7 +109,7 @@ class ArrayRows:
         return total.hexdigest()
 
 
-AnyRows = Rows | ArrayRows
+AnyRows = Rows | ArrayRows | TarRows
 
 
 def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
@@ -211,6 +170,9 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
         arrays = _open_arrays(folder)
         if arrays:
             return dict(arrays)
+        tars = find_tars(folder) if folder.is_dir() and not _holds_files(folder) else {}
+        if tars:
+            return dict(tars)
         _check_folder(folder)
     elif place.count("/") > 1 or place.startswith((".", "~", "/")):
         raise DataError(f"{place}: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id.")
@@ -227,9 +189,17 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
         raise DataError(f"{unknown('data set', place, _HUB)} Reading it from the hub failed with {reason}") from error
 
 
+def _holds_files(folder: Path) -> bool:
+    """Whether there are images or tables in it: tars beside them are what they were unpacked from."""
+    endings = {*ENDINGS, ".parquet", ".arrow"}
+    return any(Path(name).suffix.lower() in endings for _, _, files in os.walk(folder) for name in files)
+
+
 def _check_folder(place: Path) -> None:
     """`datasets` does not see a class folder without an image: the class would silently not exist."""
-    expected = "expected a folder of parquet, arrow or npy files, or of images in class folders (train/cat/1.png)."
+    expected = (
+        "expected a folder of parquet, arrow or npy files, or of images in class folders (train/cat/1.png), tar files of these too."
+    )
     if not place.is_dir():
         raise DataError(f"{place}: {'a file' if place.exists() else 'no such folder'}; {expected}")
     folders: list[Path] = []
@@ -240,7 +210,7 @@ def _check_folder(place: Path) -> None:
         if endings & {".parquet", ".arrow"}:
             return
         folders.append(Path(found))
-        if endings & _ENDINGS:
+        if endings & ENDINGS:
             full.update((Path(found), *Path(found).parents))
     for folder in folders[1:]:
         if full and folder not in full:
@@ -273,15 +243,19 @@ def read_split(
         if data.input_key is not None or data.target_key is not None:
             raise DataError("npy files have no columns: leave --input-key and --target-key out.")
         return replace(table, class_names=classes or table.class_names)
+    if isinstance(table, Tars):
+        if data.input_key is not None:
+            raise DataError("tar files have no image columns: leave --input-key out.")
+        return read_tars(table, split, classes, data.target_key)
     for name in (data.input_key, data.target_key):
         if name is not None and name not in table.column_names:
             raise DataError(str(unknown("column", name, table.column_names)))
     if not len(table):
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
-    key = data.input_key or _image_column(table)
+    key = data.input_key or image_column(table)
     if not _holds_images(table.features[key]):
         raise DataError(f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key.")
-    target = data.target_key or _label_column(table, key, say)
+    target = data.target_key or label_column(table, key, say)
     if isinstance(table.features[key], datasets.Image):
         table = table.cast_column(key, datasets.Image(decode=False))
     labels, names = _labels(table, target, split, classes)
@@ -295,7 +269,8 @@ def _holds_images(feature: Any) -> bool:
     return encoded or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _image_column(table: Any) -> str:
+def image_column(table: Any) -> str:
+    """The one column that holds images."""
     found = [name for name, feature in table.features.items() if _holds_images(feature)]
     if len(found) != 1:
         several = f"{len(found)} image columns, {', '.join(found)}," if found else "no image column"
@@ -303,7 +278,8 @@ def _image_column(table: Any) -> str:
     return found[0]
 
 
-def _label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
+def label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
+    """The one column of labels, of several with class names the one of most classes."""
     import datasets
 
     classes = {name: f.num_classes for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}

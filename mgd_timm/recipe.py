@@ -80,6 +80,10 @@ class Data:
     train_split: str = _option("train", "split to train on")
     eval_split: str | None = _option(None, "split to evaluate on; default: test, validation, valid or val, whichever exists")
     val_split: float = _option(0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch")
+    streaming: bool = _option(False, "read images one after the other, from the hub or files, and keep none on disk")
+    shuffle_buffer: int = _option(4096, "streaming: encoded images in memory that the next one is drawn from, in each process")
+    num_samples: int | None = _option(None, "streaming: training images of an epoch; default: what the data set says of itself")
+    num_classes: int | None = _option(None, "streaming: classes, where labels are numbers without names")
     img_size: int | None = _option(None, "side in pixels; default: the images' own where small, else the model's")
     in_chans: int = _option(3, "3 for colour, 1 for grey")
     mean: tuple[float, ...] | None = _option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
@@ -87,22 +91,43 @@ class Data:
     batch_size: int = _option(64, "images per process and step")
     validation_batch_size: int = _option(256, "images per process and evaluation step", digest=False)
     workers: int = _option(2, "loader processes for large images", digest=False)
+    max_bad: int = _option(0, "damaged images that are left out, with a list of their names; more are refused")
     pad: int = _option(4, "small images: zero padding in pixels before the random crop; 0 for no crop")
     hflip: float = _option(0.5, "probability of a horizontal flip")
     scale: tuple[float, ...] = _option((0.08, 1.0), "large images: share of the area of a random crop")
     ratio: tuple[float, ...] = _option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
     aa: str | None = _option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
     color_jitter: float = _option(0.0, "large images: strength of colour jitter")
+    reprob: float = _option(0.0, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = _option(
+        "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"
+    )
+    recount: int = _option(1, "largest number of boxes that are erased of an image")
+    mixup: float = _option(
+        0.0, "alpha of mixup: student and teacher see mixed images (heads are fitted on images as they are); 0: none"
+    )
+    cutmix: float = _option(0.0, "alpha of cutmix, as --mixup")
+    mixup_prob: float = _option(1.0, "probability that a batch is mixed")
+    mixup_switch_prob: float = _option(0.5, "probability of cutmix where there are both")
+    mixup_off_epoch: int = _option(0, "epoch from which on nothing is mixed; 0: never")
+    aug_repeats: int = _option(
+        0, "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the images"
+    )
     crop_pct: float | None = _option(None, "large images: share of the resized side that evaluation crops; default: the model's")
     interpolation: str | None = _option(None, "large images: bilinear or bicubic; default: the model's")
+    train_interpolation: str | None = _option(
+        None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
+    )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.in_chans not in (1, 3):
             raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
         if not 0 <= self.val_split <= 0.5:
             raise ValueError(f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split).")
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image.")
+        self._check_streaming()
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip={self.hflip}: expected a probability from 0 to 1.")
         if self.pad < 0 or (self.img_size is not None and self.img_size < 1):
@@ -123,6 +148,33 @@ class Data:
                 raise ValueError(f"{name}={values}: expected two positive numbers, the smaller one first.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct}: expected 0 < crop_pct <= 1, or none for the model's.")
+        for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a probability from 0 to 1.")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected alpha of a Beta distribution, or 0 for none.")
+        if self.recount < 1 or min(self.mixup_off_epoch, self.aug_repeats, self.max_bad) < 0:
+            raise ValueError(
+                f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}, "
+                f"max_bad={self.max_bad}: expected 1 or more, and 0 or more of the others."
+            )
+
+    def _check_streaming(self) -> None:
+        for name, least in (("num_samples", 2), ("num_classes", 2)):
+            value = getattr(self, name)
+            if value is not None and not self.streaming:
+                raise ValueError(f"{name}={value} is for streaming images: else they are counted. Leave it out.")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}: expected 1 or more.")
+        for name in ("val_split", "max_bad", "aug_repeats"):
+            if self.streaming and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the other: leave "
+                    "it out, or --streaming."
+                )
 
 
 @dataclass(frozen=True)

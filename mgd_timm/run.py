@@ -23,6 +23,7 @@ from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teac
 from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
+from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
 from mgd_timm.teacher_store import check_storable
 from mgd_timm.terms import parse_terms
@@ -63,7 +64,7 @@ def run(
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student)
-    on_main(accelerator, lambda: _start_folder(folder, recipe))
+    on_main(accelerator, lambda: _start_folder(folder, recipe, images))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if teachers and recipe.fit_teacher_head != "none":
@@ -130,6 +131,7 @@ def _load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn
     """The teachers with their weights, after what can be refused without them."""
     if recipe.teacher is not None or recipe.peer is not None:
         parse_terms(recipe)  # a wrong word is said before the first image is read
+    check_taught(recipe)
     if recipe.peer is not None:
         check_model_name(recipe.peer)
     if recipe.teacher is not None and recipe.teacher_store is not None:
@@ -183,7 +185,7 @@ def _train_student(
     )
     fitted = fit(
         trainee,
-        images.train if stored is None else stored,
+        taught(images, recipe) if stored is None else stored,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
@@ -268,7 +270,7 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _start_folder(folder: Path, recipe: Recipe) -> None:
+def _start_folder(folder: Path, recipe: Recipe, images: Images) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(folder)
     if not recipe.resume:
@@ -276,6 +278,8 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
         checkpoint.write_text(folder / "recipe.yaml", text)
         seen = json.dumps(versions(), indent=2) + "\n"
         checkpoint.write_text(folder / "versions.json", seen)
+        if images.bad:
+            checkpoint.write_text(folder / "bad_images.txt", "".join(f"{line}\n" for line in images.bad))
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -3,8 +3,12 @@
 Order, crops, flips and dropout are the same on any number of processes and workers, and after any resume.
 """
 
+import contextlib
 import math
+import random
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -68,6 +72,39 @@ def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor
 def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """The permutation of positions 0 to count - 1 of an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, 1)))
+
+
+def repeated_order(count: int, repeats: int, seed: int, epoch: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Positions of an epoch with repeated augmentation, and which augmentation of its image each one is.
+
+    The epoch's permutation with each image `repeats` times in a row, cut off at an epoch's usual length, rounded down to a multiple
+    of 256 (fewer than 256: not rounded). So an epoch shows a share 1 / repeats of the images.
+
+    Reference: Hoffer et al., "Augment Your Batch" (CVPR 2020); Touvron et al., "Training data-efficient image transformers"
+    (arXiv 2012.12877), whose sampler timm has as RepeatAugSampler.
+
+    Differs: they deal an image's augmentations to different processes; here they lie in one update, in neighbouring places.
+    """
+    places = torch.arange(count // 256 * 256 if count >= 256 else count)
+    return epoch_order(count, seed, epoch)[places // repeats], places % repeats
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """timm draws from three global generators: seeded for a while, and left as they were found. None seeds nothing."""
+    if seed is None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, accumulation: int) -> list[list[Tensor]]:

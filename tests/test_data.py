@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mgd_timm import reading
+from mgd_timm import decoding
 from mgd_timm.checkpoint import file_mode
 from mgd_timm.data import EMBEDDED, DataError, Defaults, FileSource, Images, Source, StoreSource, cache_folder, decode, load_images
 from mgd_timm.features import Batch
@@ -349,7 +349,7 @@ def test_large_images_are_neither_decoded_nor_read_ahead(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("hashed", [1 << 30, 1000])
 def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: int) -> None:
-    monkeypatch.setattr(reading, "HASHED", hashed)
+    monkeypatch.setattr(decoding, "HASHED", hashed)
     plain, labels = [encoded(noise(i)) for i in range(8)], [0, 1] * 4
     longer = [*plain[:7], plain[7] + b"\0"]
     variants = {"one": (plain, labels), "same": (plain, labels), "labels": (plain, labels[::-1]), "longer": (longer, labels)}
