@@ -64,18 +64,23 @@ class Teacher(nn.Module):
         return features._replace(codes=codes, views=self.heads.decode(codes))
 
 
-def live(teacher: Teacher, batch_size: int, mode: str | None) -> Callable[[Batch], Features]:
+def is_whole(batch: Batch, slot_size: int) -> bool:
+    """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller."""
+    return slot_size - len(batch.labels) in (0, 1)
+
+
+def live(teacher: Teacher, slot_size: int, mode: str | None) -> Callable[[Batch], Features]:
     """The teacher as `fit` asks it about a batch.
 
     Args:
         teacher: With or without heads.
-        batch_size: Size of a whole batch; another one, an epoch's last, is not worth compiling again for.
+        slot_size: Of a whole update; a batch of another size, an epoch's last, is not worth compiling again for.
         mode: torch.compile's for whole batches; None compiles nothing.
     """
     compiled: Callable[..., Features] | None = torch.compile(teacher, dynamic=False, mode=mode) if mode is not None else None
 
     def teach(batch: Batch) -> Features:
-        look = compiled if compiled is not None and len(batch.labels) == batch_size else teacher
+        look = compiled if compiled is not None and is_whole(batch, slot_size) else teacher
         found: Features = look(batch.images)
         return found
 

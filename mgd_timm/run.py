@@ -31,11 +31,12 @@ from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
 from mgd_timm.features import FeatureTap, Pair
-from mgd_timm.fit import Fitted, Metrics, Upkeep, Watch, compile_mode, fit
+from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, whole_slot
 from mgd_timm.fitting import Stage, criterion_stages, fit_stages, student_stages
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.head_fitting import fit_heads
+from mgd_timm.memory import fit_within_memory
 from mgd_timm.optimizer_state import check_names, module_digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
@@ -63,7 +64,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     """
     recipe = resolved(recipe)
     folder = Path(recipe.output)
-    _refuse_existing(folder, recipe)
+    recipe = _continued(folder, recipe) if recipe.resume else _fresh(folder, recipe)
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     images, networks = _build(recipe, accelerator, teacher, student)
@@ -286,11 +287,14 @@ def _train_student(
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
 
-    teach = None
-    if teacher is not None and stored is not None:
-        teach = stored.teacher(teacher.heads)
-    elif teacher is not None and networks.objective.needs:
-        teach = live(teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
+    def teach(batch_size: int) -> Teach | None:
+        if teacher is not None and stored is not None:
+            return stored.teacher(teacher.heads)
+        if teacher is None or not networks.objective.needs:
+            return None
+        whole = whole_slot(batch_size, recipe.optim, accelerator)
+        return live(teacher, whole, compile_mode(accelerator) if recipe.compile else None)
+
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
@@ -301,7 +305,7 @@ def _train_student(
         log_interval=recipe.log_interval,
         quiet=quiet,
     )
-    fitted = fit(
+    fitted = fit_within_memory(
         trainee,
         images.train if stored is None else stored,
         recipe.optim,
@@ -349,21 +353,27 @@ def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, 
         )
 
 
-def _refuse_existing(folder: Path, recipe: Recipe) -> None:
-    if recipe.resume:
-        if not (folder / "recipe.yaml").is_file():
-            raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
-        before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
-        changed = differences(before, as_dict(recipe, digest_only=True))
-        # What accelerate launch says of accumulation is known later; the checkpoint's own identity guards it.
-        changed = [line for line in changed if not line.startswith("optim.grad_accum_steps")]
-        if changed:
-            raise ValueError(
-                f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
-                "another --output."
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _fresh(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe itself; refused where something stands in its folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
+    return recipe
+
+
+def _continued(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the global batch of the run that it continues; refused where another value differs."""
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
+    before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    if recipe.optim.global_batch_size is None:
+        recipe = replace(recipe, optim=replace(recipe.optim, global_batch_size=before["optim"]["global_batch_size"]))
+    changed = differences(before, as_dict(recipe, digest_only=True))
+    if changed:
+        raise ValueError(
+            f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
+            "another --output."
+        )
+    return recipe
 
 
 def _digested(values: dict[str, Any]) -> dict[str, Any]:
