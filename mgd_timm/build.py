@@ -23,14 +23,15 @@ from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import FeatureTap, TeacherView, choose_maps
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
-from mgd_timm.recipe import Recipe, as_dict, unknown
+from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
+from mgd_timm.sampling import num_slots
 
 
 def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
-    """The accelerator, and the recipe with the accumulation that is in force: `accelerate launch` may override ours.
+    """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override ours.
 
     Raises:
-        ValueError: A tracker that does not exist or is not installed.
+        ValueError: A tracker that does not exist or is not installed, or what `with_global_batch` refuses.
     """
     for name in recipe.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -41,7 +42,7 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else None,
-        gradient_accumulation_steps=recipe.optim.grad_accum_steps,
+        gradient_accumulation_steps=recipe.optim.grad_accum_steps or 1,
         log_with=list(recipe.log_with) or None,
         project_dir=recipe.output,
         kwargs_handlers=[PATIENCE],
@@ -53,18 +54,34 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    steps = accelerator.gradient_accumulation_steps
-    accelerator.print(
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}, {steps} step{'s' if steps > 1 else ''} per update"
-    )
+    recipe = _with_batch(recipe, accelerator)
     asked = _asked_processes()
     if asked is not None and asked != accelerator.num_processes:
         accelerator.print(
             f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate launch needs "
             f"mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with ACCELERATE_USE_CPU=1 does not."
         )
-    return replace(recipe, optim=replace(recipe.optim, grad_accum_steps=steps)), accelerator
+    return recipe, accelerator
+
+
+def _with_batch(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with its global batch, which is said with what it is made of."""
+    processes, given = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    overridden, fixed = given != (recipe.optim.grad_accum_steps or 1), recipe.optim.global_batch_size is not None
+    if overridden and not fixed:
+        recipe = replace(recipe, optim=replace(recipe.optim, grad_accum_steps=None))
+    recipe = with_global_batch(recipe, processes, given)
+    assert recipe.optim.global_batch_size is not None
+    slots = num_slots(recipe.data.batch_size, processes, recipe.optim.global_batch_size)
+    steps = accelerator.gradient_accumulation_steps = slots // processes
+    accelerator.print(
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, {recipe.optim.global_batch_size} images per update in {steps} "
+        f"step{'s' if steps > 1 else ''}"
+    )
+    if overridden and fixed and given != steps:
+        accelerator.print(f"accelerate's {given} steps per update are left aside: the global batch is given, and makes {steps}.")
+    return recipe
 
 
 def _asked_processes() -> int | None:
@@ -400,7 +417,10 @@ def identity(
     teachers: Sequence[nn.Module],
     peer: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """What decides the weights: the recipe's values, images and networks by digest, processes and precision."""
+    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and precision.
+
+    Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them.
+    """
     return {
         **as_dict(recipe, digest_only=True),
         "images": images.train.digest,
@@ -409,6 +429,5 @@ def identity(
         "student_sha256": module_digest(student),
         "teacher_sha256": [module_digest(teacher) for teacher in teachers],
         "peer_sha256": module_digest(peer) if peer is not None else None,
-        "processes": accelerator.num_processes,
         "precision": str(accelerator.mixed_precision),
     }

@@ -13,7 +13,7 @@ from mgd_timm.build import build_teacher
 from mgd_timm.data import Images, load_images
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, join
-from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe, unknown
+from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe, unknown, with_global_batch
 from mgd_timm.run import run
 
 PAIRS: dict[str, tuple[str, str]] = {
@@ -129,6 +129,7 @@ def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | Non
         ValueError, OSError: As `run`.
     """
     accelerator = join()
+    recipe = with_global_batch(recipe, accelerator.num_processes, accelerator.gradient_accumulation_steps)
     images = images_of(recipe)
     initial = recipe.student_checkpoint
     made_of = {
@@ -136,7 +137,6 @@ def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | Non
         "images": [source.digest if source is not None else None for source in (images.train, images.watched)],
         "from": made_from or {},
         "initial": checkpoint.sha256(Path(initial)) if initial is not None else None,
-        "processes": accelerator.num_processes,
         "precision": recipe.amp_dtype if recipe.amp else str(accelerator.mixed_precision),
     }
     folder = root / f"{name}-{digest(made_of)[:12]}"

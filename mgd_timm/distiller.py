@@ -78,24 +78,29 @@ class Teacher(nn.Module):
         return features._replace(codes=codes, views=self.heads.decode(codes))
 
 
-def live_together(teachers: Sequence[Teacher], batch_size: int, mode: str | None) -> Callable[[Batch], AnyFeatures]:
+def is_whole(batch: Batch, slot_size: int) -> bool:
+    """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller."""
+    return slot_size - len(batch.labels) in (0, 1)
+
+
+def live_together(teachers: Sequence[Teacher], slot_size: int, mode: str | None) -> Callable[[Batch], AnyFeatures]:
     """One teacher as `live`; of several, the features of each."""
-    lives = [live(teacher, batch_size, mode) for teacher in teachers]
+    lives = [live(teacher, slot_size, mode) for teacher in teachers]
     return lives[0] if len(lives) == 1 else lambda batch: tuple(look(batch) for look in lives)
 
 
-def live(teacher: Teacher, batch_size: int, mode: str | None) -> Callable[[Batch], Features]:
+def live(teacher: Teacher, slot_size: int, mode: str | None) -> Callable[[Batch], Features]:
     """The teacher as `fit` asks it about a batch.
 
     Args:
         teacher: With or without heads.
-        batch_size: Size of a whole batch; another one, an epoch's last, is not worth compiling again for.
+        slot_size: Of a whole update; a batch of another size, an epoch's last, is not worth compiling again for.
         mode: torch.compile's for whole batches; None compiles nothing.
     """
     compiled: Callable[..., Features] | None = torch.compile(teacher, dynamic=False, mode=mode) if mode is not None else None
 
     def teach(batch: Batch) -> Features:
-        look = compiled if compiled is not None and len(batch.labels) == batch_size else teacher
+        look = compiled if compiled is not None and is_whole(batch, slot_size) else teacher
         found: Features = look(batch.images)
         return found
 

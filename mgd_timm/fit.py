@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,12 +27,14 @@ from tqdm import tqdm
 from mgd_timm import checkpoint
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data import Source, epoch_ids
+from mgd_timm.distiller import is_whole
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
-from mgd_timm.processes import on_main, share
+from mgd_timm.processes import any_process, on_main, share
 from mgd_timm.recipe import Optim, differences
-from mgd_timm.sampling import cut_updates, mix
+from mgd_timm.running_statistics import RunningStatistics
+from mgd_timm.sampling import cut_updates, mix, slot_size
 
 Teach = Callable[[Batch], Features | tuple[Features, ...]]
 Watch = Callable[[nn.Module | None], Metrics]
@@ -132,10 +135,10 @@ def fit(
     Args:
         trainee: On the accelerator's device; all its parameters are trained.
         source: Training images (or stored teacher outputs).
-        optim: Epochs, optimizer, schedule, clipping, accumulation, averaging.
+        optim: Epochs, optimizer, schedule, clipping, global batch, averaging.
         accelerator: Device, processes and precision.
         seed: Of order and dropout.
-        batch_size: Samples per process and step, 2 or more.
+        batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global batch.
         teach: Gives the teacher's features of a batch; None passes no teacher.
         watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
@@ -146,25 +149,59 @@ def fit(
         NonFiniteError: A loss that is not finite.
         Stopped: SIGINT or SIGTERM; the state was saved first, where there is a folder.
         checkpoint.CheckpointError: The newest checkpoint is of another recipe.
-        ValueError: Fewer than 2 samples for each process, or an unknown optimizer or scheduler.
+        ValueError: A global batch of fewer than 2 samples for each process, or an unknown optimizer or scheduler.
         OSError: A checkpoint could not be written; older ones are whole.
     """
     loop = _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, watch, averaged, compile, upkeep)
     caught: list[int] = []
     with _signals(caught):
-        return loop.run(caught)
+        try:
+            return loop.run(caught)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                error.add_note(f"{upkeep.stage}: give --find-batch-size, or a smaller --batch-size beside the --global-batch-size.")
+            raise
+
+
+def try_update(
+    trainee: nn.Module,
+    source: Source,
+    optim: Optim,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    batch_size: int,
+    teach: Teach | None = None,
+    averaged: nn.Module | None = None,
+    compile: bool = False,
+) -> None:
+    """Take the memory that an update of `fit` takes, whose arguments these are; no process waits for another.
+
+    The trainee's state changes, as it would in training.
+    """
+    _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, None, averaged, compile, Upkeep()).try_update()
+
+
+def whole_slot(batch_size: int, optim: Optim, accelerator: Accelerator) -> int:
+    """Samples that a process sees in a step of a whole update, of which some are one fewer where they are dealt unevenly."""
+    return slot_size(batch_size, accelerator.num_processes, _global_batch(batch_size, optim, accelerator))
+
+
+def _global_batch(batch_size: int, optim: Optim, accelerator: Accelerator) -> int:
+    return optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
 
 class _Wrapper(nn.Module):
     """What accelerate may wrap and patch; the trainee itself stays as it is."""
 
-    def __init__(self, trainee: nn.Module, batch_size: int, mode: str | None) -> None:
+    def __init__(self, trainee: nn.Module, slot_size: int, mode: str | None, kept: Sequence[str]) -> None:
         super().__init__()
-        self.trainee, self.batch_size = trainee, batch_size
+        self.trainee, self.slot_size = trainee, slot_size
         # Beside the module, not in it: a compiled module would register the same parameters again.
         self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
-        # DDP's: not to be sent from the first process before every step, as a criterion keeps them identical itself.
-        self._ddp_params_and_buffers_to_ignore = [
+        # DDP's: not to be sent from the first process before every step, as we or a criterion keep them identical.
+        self._ddp_params_and_buffers_to_ignore = [f"trainee.{name}" for name in kept]
+        self._ddp_params_and_buffers_to_ignore += [
             f"trainee.{place}.{name}"
             for place, module in trainee.named_modules()
             if isinstance(module, Criterion)
@@ -173,7 +210,7 @@ class _Wrapper(nn.Module):
 
     def forward(self, batch: Batch, teacher: Features | tuple[Features, ...] | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
-        trainee = self.compiled[0] if self.compiled and len(batch.labels) == self.batch_size else self.trainee
+        trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
         return found
 
@@ -202,6 +239,7 @@ class _Loop:
         self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
         self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
+        self.global_batch = _global_batch(batch_size, optim, accelerator)
         self.parameters = [p for p in trainee.parameters() if p.requires_grad]
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
@@ -211,16 +249,13 @@ class _Loop:
         if optim.model_ema and averaged is not None:
             self.averaged = averaged
             self.ema = ModelEmaV3(averaged, decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
-            initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
-            if initial > 0.01 and not optim.model_ema_warmup:
-                accelerator.print(
-                    f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: lower "
-                    "--model-ema-decay, or give --model-ema-warmup."
-                )
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
         # schedule is not prepared: accelerate would step it once per process, and not save it.
-        wrapper = _Wrapper(trainee, batch_size, compile_mode(accelerator) if compile else None)
+        self.statistics = RunningStatistics(trainee) if accelerator.num_processes > 1 else None
+        kept = self.statistics.names() if self.statistics is not None else []
+        mode = compile_mode(accelerator) if compile else None
+        wrapper = _Wrapper(trainee, whole_slot(batch_size, optim, accelerator), mode, kept)
         self.compiled = compile
         self.model, self.optimizer = accelerator.prepare(wrapper, optimizer)
         self.epoch = self.update = self.done = 0
@@ -245,6 +280,7 @@ class _Loop:
     # -- the loop -------------------------------------------------------------------------------------------------------------
 
     def run(self, caught: list[int]) -> Fitted:
+        self._check_average()
         self._resume()
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
@@ -256,15 +292,30 @@ class _Loop:
         self.accelerator.free_memory()
         return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, averaged)
 
+    def _check_average(self) -> None:
+        optim = self.optim
+        initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
+        if self.ema is not None and initial > 0.01 and not optim.model_ema_warmup:
+            self.accelerator.print(
+                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: lower "
+                "--model-ema-decay, or give --model-ema-warmup."
+            )
+
     def _updates(self, epoch: int) -> list[list[Tensor]]:
         order = epoch_ids(self.source, self.seed, epoch)
         # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward` undoes.
-        return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.optim.grad_accum_steps)
+        return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.global_batch)
+
+    def _mine(self, slots: list[Tensor]) -> list[Tensor]:
+        """This process's slots of an update; for an empty one the step's first, as all take part in every step, if for nothing."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        steps = zip(slots[::processes], slots[rank::processes], strict=True)
+        return [own if len(own) else first for first, own in steps]
 
     def _run_epoch(self, bar: tqdm, caught: list[int]) -> None:
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        processes = self.accelerator.num_processes
         updates = self._updates(self.epoch)
-        mine = [slot for slots in updates[self.update :] for slot in slots[rank::processes]]
+        mine = [slot for slots in updates[self.update :] for slot in self._mine(slots)]
         batches = self.source.batches(mine, self.epoch, self.accelerator.device)
         self.trainee.train()
         clock = time.monotonic()
@@ -284,34 +335,20 @@ class _Loop:
                 if stop and not last:
                     self._stop(caught)
         self._end_epoch()
-        if self._agree(bool(caught)):
+        if any_process(self.accelerator, bool(caught)):
             self._stop(caught)
 
     def _train_update(self, slots: list[Tensor], batches: Iterator[Batch]) -> None:
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total, steps = sum(len(slot) for slot in slots), len(slots) // processes
+        processes = self.accelerator.num_processes
         self.schedule.step_update(self.done)
         for objective in self.objectives:
             objective.set_progress(self.done / self.updates_per_epoch)
         row: Tensor | None = None
-        for step in range(steps):
-            batch = next(batches)
-            # Dropout and the like: the same whatever ran before, and however the slots are dealt to processes.
-            torch.manual_seed(mix(self.seed, self.stage_key, self.epoch, self.update, step * processes + rank))
-            held = contextlib.nullcontext() if step + 1 == steps else self.accelerator.no_sync(self.model)
-            if self.compiled:
-                torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
-            with held:
-                shown = self._shown(batch)
-                terms, logits = self.model(batch, shown)
-                loss = torch.stack([at_least_float32(term) for term in terms.values()]).sum()
-                # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
-                count = len(batch.labels)
-                share = count * processes * self.accelerator.gradient_accumulation_steps / total
-                self.accelerator.backward(loss if share == 1 else loss * share)
-            numbers = _numbers(terms, logits, batch)
+        for step in range(len(slots) // processes):
+            held = step + 1 < len(slots) // processes
+            with self.accelerator.no_sync(self.model) if held else contextlib.nullcontext():
+                numbers = self._train_step(slots, step, next(batches))
             row = numbers if row is None else row + numbers
-            self.names = list(terms)
         if self.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parameters, self.optim.clip_grad)
         self.optimizer.step()
@@ -320,6 +357,53 @@ class _Loop:
             self.ema.update(self.averaged, step=self.done)
         assert row is not None
         self.pending.append(row)
+
+    def _train_step(self, slots: list[Tensor], step: int, batch: Batch) -> Tensor:
+        """Add up the gradients of this process's slot of a step; gives its numbers, zeros where it is empty."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        counts = [len(slot) for slot in slots[step * processes : (step + 1) * processes]]
+        count, total = counts[rank], sum(len(slot) for slot in slots)
+        # Dropout and the like: the same whatever ran before, and however the slots are dealt to processes.
+        position = step * processes + (rank if count else 0)
+        torch.manual_seed(mix(self.seed, self.stage_key, self.epoch, self.update, position))
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
+        before = self.statistics.snapshot() if self.statistics is not None else []
+        terms, logits, loss = self._losses(self.model, batch)
+        # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
+        share = count * processes * self.accelerator.gradient_accumulation_steps / total
+        self.accelerator.backward(loss if share == 1 else loss * share)
+        if self.statistics is not None:
+            self.statistics.merge(before, sum(map(bool, counts)), rank)
+        self.names = list(terms)
+        numbers = _numbers(terms, logits, batch)
+        return numbers if count else torch.zeros_like(numbers)
+
+    def _losses(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The terms, the student's logits, and the sum of the terms."""
+        terms, logits = model(batch, self._shown(batch))
+        return terms, logits, torch.stack([at_least_float32(term) for term in terms.values()]).sum()
+
+    def try_update(self) -> None:
+        """Two steps of the largest slot, the optimizer's first update between them, without a word to other processes."""
+        slots = self._updates(0)[0]
+        slot = max(self._mine(slots), key=len)
+        batch = next(iter(self.source.batches([slot], 0, self.accelerator.device)))
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)  # DDP would send buffers and wait for gradients
+        criteria = [module for module in self.trainee.modules() if isinstance(module, Criterion)]
+        self.trainee.train()
+        try:
+            for criterion in criteria:
+                criterion.alone = True
+            for step in range(2):
+                self.accelerator.backward(self._losses(model, batch)[-1])
+                if step == 0:
+                    self.optimizer.step()
+                    if len(slots) == self.accelerator.num_processes:  # else they are added up
+                        self.optimizer.zero_grad()
+        finally:
+            for criterion in criteria:
+                criterion.alone = False
 
     def _shown(self, batch: Batch) -> Features | tuple[Features, ...] | None:
         if self.teach is None:
@@ -365,7 +449,7 @@ class _Loop:
         count = self.sums.pop("n")
         train = {name: value / count for name, value in self.sums.items()}
         train["top1"] = 100 * train.pop("hits")
-        # What is evaluated is what is saved and exported: the main process's BatchNorm statistics.
+        # What is evaluated is what is saved and exported: the main process's, where a buffer is each process's own.
         share(self.trainee.buffers(), self.accelerator)
         if self.ema is not None:
             share(self.ema.module.buffers(), self.accelerator)
@@ -384,10 +468,6 @@ class _Loop:
             on_main(self.accelerator, lambda: _append(path, line))
         self._track({f"eval/{name}": value for name, value in metrics.items()})
         self._save()
-
-    def _agree(self, mine: bool) -> bool:
-        flag = torch.tensor([float(mine)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
     def _stop(self, caught: list[int]) -> None:
         number = caught[0] if caught else signal.SIGTERM

@@ -20,9 +20,10 @@ from mgd_timm.data import Images, cache_folder
 from mgd_timm.distiller import Distiller, Teacher, live
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import FeatureTap, Pair, TeacherView
-from mgd_timm.fit import Upkeep, compile_mode, fit
+from mgd_timm.fit import Teach, Upkeep, compile_mode, whole_slot
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
+from mgd_timm.memory import fit_within_memory
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Recipe, as_dict, digest
@@ -75,7 +76,6 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
         "shown": as_dict(recipe.data, digest_only=True),
         "seed": recipe.seed,
         "precision": str(accelerator.mixed_precision),
-        "processes": accelerator.num_processes,
     }
 
 
@@ -177,20 +177,24 @@ def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accele
         "trainee": [module_digest(stage.trainee), [list(p.shape) for p in stage.trainee.parameters() if p.requires_grad]],
         "student": [stage.trainee.student.name, recipe.drop, recipe.drop_path] if isinstance(stage.trainee, Distiller) else None,
         "maps": [list(stage.teacher.tap.indices), list(getattr(getattr(stage.trainee, "student", None), "indices", ()))],
-        "optim": as_dict(optim),
+        "optim": as_dict(optim, digest_only=True),
     }
     folder = Path(recipe.output) / "fitting" / stage.name
 
+    def teach(batch_size: int) -> Teach:
+        whole = whole_slot(batch_size, optim, accelerator)
+        return live(stage.teacher, whole, compile_mode(accelerator) if recipe.compile else None)
+
     def fit_fresh() -> Metrics:
         on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
-        fitted = fit(
+        fitted = fit_within_memory(
             stage.trainee,
             images.train,
             optim,
             accelerator,
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
-            teach=live(stage.teacher, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None),
+            teach=teach,
             compile=recipe.compile,
             upkeep=Upkeep(
                 folder=folder,

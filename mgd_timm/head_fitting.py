@@ -12,7 +12,7 @@ from mgd_timm.data import Images
 from mgd_timm.distiller import Teacher, live
 from mgd_timm.evaluation import Metrics, evaluate
 from mgd_timm.features import Batch, Features
-from mgd_timm.fit import Upkeep, compile_mode, fit
+from mgd_timm.fit import Upkeep, compile_mode, fit, whole_slot
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.processes import on_main
@@ -123,10 +123,11 @@ def _fit_fresh_heads(
         sched=options.heads_sched,
         decay_milestones=options.heads_decay_milestones,
         clip_grad=options.heads_clip_grad,
+        global_batch_size=options.heads_batch_size,
     )
     folder = Path(recipe.output) / name
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
-    batch_size = max(2, options.heads_batch_size // accelerator.num_processes)
+    batch_size = max(2, -(-options.heads_batch_size // accelerator.num_processes))  # one step of all processes
     mode = compile_mode(accelerator) if recipe.compile else None
     fitted = fit(
         HeadFitting(heads),
@@ -135,7 +136,7 @@ def _fit_fresh_heads(
         accelerator,
         seed=recipe.seed,
         batch_size=batch_size,
-        teach=stored.features if stored is not None else live(teacher, batch_size, mode),
+        teach=stored.features if stored is not None else live(teacher, whole_slot(batch_size, optim, accelerator), mode),
         compile=recipe.compile,
         watch=watch if held is not None else None,
         upkeep=Upkeep(

@@ -53,3 +53,9 @@ def decided(accelerator: Accelerator, value: bool) -> bool:
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
     return answer[0]
+
+
+def any_process(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether any process says so, on all."""
+    flag = torch.tensor([float(mine)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item() > 0)

@@ -88,7 +88,7 @@ class Data:
     in_chans: int = _option(3, "3 for colour, 1 for grey")
     mean: tuple[float, ...] | None = _option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
     std: tuple[float, ...] | None = _option(None, "as --mean")
-    batch_size: int = _option(64, "images per process and step")
+    batch_size: int = _option(64, "images per process and step, at most", digest=False)
     validation_batch_size: int = _option(256, "images per process and evaluation step", digest=False)
     workers: int = _option(2, "loader processes for large images", digest=False)
     max_bad: int = _option(0, "damaged images that are left out, with a list of their names; more are refused")
@@ -195,14 +195,27 @@ class Optim:
     decay_epochs: float = _option(30.0, "epochs between decays of the step scheduler")
     decay_rate: float = _option(0.1, "factor of a decay")
     clip_grad: float | None = _option(None, "largest gradient norm")
-    grad_accum_steps: int = _option(1, "steps per update; the batch of an update is batch size x processes x this")
+    global_batch_size: int | None = _option(
+        None,
+        "images per update, of all processes and steps, whatever their number; default: batch size x processes x steps per update "
+        "at the run's start",
+    )
+    grad_accum_steps: int | None = _option(
+        None, "steps per update, where no global batch says it (as many as it needs); default: 1", digest=False
+    )
+    find_batch_size: bool = _option(
+        False, "out of memory in a trial update: halve the batch size, with more steps for the same global batch", digest=False
+    )
     model_ema: bool = _option(False, "keep an exponential moving average of the weights; it is evaluated and exported")
     model_ema_decay: float = _option(0.9998, "its decay per update")
     model_ema_warmup: bool = _option(False, "let the decay rise from 0 in the first updates")
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.grad_accum_steps < 1:
-            raise ValueError(f"epochs={self.epochs}, grad_accum_steps={self.grad_accum_steps}: expected 1 or more of each.")
+        steps = self.grad_accum_steps
+        if self.epochs < 1 or (steps is not None and steps < 1):
+            raise ValueError(f"epochs={self.epochs}, grad_accum_steps={steps}: expected 1 or more of each.")
+        if self.global_batch_size is not None and self.global_batch_size < 2:
+            raise ValueError(f"global_batch_size={self.global_batch_size}: expected 2 or more, and 2 or more for each process.")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr={self.lr}: expected a positive number.")
         if self.clip_grad is not None and self.clip_grad <= 0:
@@ -436,6 +449,41 @@ def resolved(recipe: Recipe) -> Recipe:
         teacher_view_seed=recipe.teacher_view_seed or 0,
         teacher_top_k=recipe.teacher_top_k or 0,
     )
+
+
+def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
+    """The recipe with its global batch: its own, or what batch size, processes and steps per update make.
+
+    The steps themselves are then left open, as they follow from the global batch on any number of processes.
+
+    Args:
+        recipe: Of the run.
+        processes: That run.
+        steps: Per update, where the recipe names neither them nor a global batch.
+
+    Raises:
+        ValueError: A global batch smaller than 2 images for each process, or contradicted by the steps per update.
+    """
+    size, optim = recipe.data.batch_size, recipe.optim
+    whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
+    if whole < 2 * processes:
+        raise ValueError(
+            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, {2 * processes}. Start "
+            "fewer processes, or choose a larger one."
+        )
+    needed = -(-whole // (size * processes))
+    if optim.grad_accum_steps not in (None, needed):
+        raise ValueError(
+            f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
+            f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
+            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave grad_accum_steps "
+            "out, or choose another batch_size."
+        )
+    return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
 
 
 def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:

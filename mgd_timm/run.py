@@ -16,9 +16,10 @@ from mgd_timm.data import Images, Source, load_images
 from mgd_timm.distiller import Teacher, live_together
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import export_model, versions
-from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, fit
+from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, whole_slot
 from mgd_timm.fitting import fit_stages
 from mgd_timm.head_fitting import fit_heads
+from mgd_timm.memory import fit_within_memory
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
@@ -55,7 +56,7 @@ def run(
     """
     recipe = resolved(recipe)
     folder = Path(recipe.output)
-    _refuse_existing(folder, recipe)
+    recipe = _continued(folder, recipe) if recipe.resume else _fresh(folder, recipe)
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
@@ -168,11 +169,14 @@ def _train_student(
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
 
-    teach: Teach | None = None
-    if stored is not None:
-        teach = stored.teacher(teachers[0].heads)
-    elif teachers and networks.objective.needs:
-        teach = live_together(teachers, recipe.data.batch_size, compile_mode(accelerator) if recipe.compile else None)
+    def teach(batch_size: int) -> Teach | None:
+        if stored is not None:
+            return stored.teacher(teachers[0].heads)
+        if not teachers or not networks.objective.needs:
+            return None
+        whole = whole_slot(batch_size, recipe.optim, accelerator)
+        return live_together(teachers, whole, compile_mode(accelerator) if recipe.compile else None)
+
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
@@ -183,7 +187,7 @@ def _train_student(
         log_interval=recipe.log_interval,
         quiet=quiet,
     )
-    fitted = fit(
+    fitted = fit_within_memory(
         trainee,
         taught(images, recipe) if stored is None else stored,
         recipe.optim,
@@ -240,21 +244,27 @@ def _report_teachers(
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
 
 
-def _refuse_existing(folder: Path, recipe: Recipe) -> None:
-    if recipe.resume:
-        if not (folder / "recipe.yaml").is_file():
-            raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
-        before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
-        changed = differences(before, as_dict(recipe, digest_only=True))
-        # What accelerate launch says of accumulation is known later; the checkpoint's own identity guards it.
-        changed = [line for line in changed if not line.startswith("optim.grad_accum_steps")]
-        if changed:
-            raise ValueError(
-                f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
-                "another --output."
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _fresh(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe itself; refused where something stands in its folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
+    return recipe
+
+
+def _continued(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the global batch of the run that it continues; refused where another value differs."""
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
+    before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    if recipe.optim.global_batch_size is None:
+        recipe = replace(recipe, optim=replace(recipe.optim, global_batch_size=before["optim"]["global_batch_size"]))
+    changed = differences(before, as_dict(recipe, digest_only=True))
+    if changed:
+        raise ValueError(
+            f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
+            "another --output."
+        )
+    return recipe
 
 
 def _digested(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """All randomness of a run as a function of (seed, epoch, sample or position): nothing to save, nothing to restore.
 
-Order, crops, flips and dropout are the same on any number of processes and workers, and after any resume.
+Order and crops are the same on any number of processes and workers, and after any resume; so is dropout where an update has
+the same slots (cut_updates).
 """
 
 import contextlib
@@ -107,24 +108,47 @@ def seeded(seed: int | None) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, accumulation: int) -> list[list[Tensor]]:
+def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, global_batch: int) -> list[list[Tensor]]:
     """An epoch's order cut into updates, each a list of `processes * steps` slots; process r's step j takes slot j * processes + r.
 
-    The tail is dealt evenly over as many slots as leave two samples or more in each, as BatchNorm has no statistics of one; if not
-    even one step can have that, the tail (fewer than 2 * processes samples) is left out of this epoch.
+    Which samples an update has depends on the global batch alone: the tail is an update as well, unless it is one sample, which is
+    left out of this epoch. An update is dealt evenly over `num_slots` slots, or over as many as leave two samples or more in each,
+    as BatchNorm has no statistics of one. What then lacks to a whole step are empty slots, at its end.
+
+    Args:
+        order: Sample ids.
+        batch_size: The most samples in a slot, 2 or more; an odd number dealt to slots of 2 makes one of 3.
+        processes: Which take part in every step, if only with an empty slot.
+        global_batch: Samples of an update, 2 or more for each process.
 
     Raises:
-        ValueError: Too few samples for one update.
+        ValueError: A global batch too small for the processes, or fewer than 2 samples.
     """
-    size = batch_size * processes * accumulation
+    if global_batch < 2 * processes:
+        raise ValueError(
+            f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, {2 * processes}. "
+            "Start fewer processes, or choose a larger --global-batch-size."
+        )
+    slots = num_slots(batch_size, processes, global_batch)
     updates = []
-    for chunk in order.split(size):
-        steps = min(accumulation, len(chunk) // (2 * processes))
-        if steps:
-            updates.append(list(chunk.tensor_split(steps * processes)) if len(chunk) < size else list(chunk.split(batch_size)))
+    for chunk in order.split(global_batch):
+        filled = min(slots, len(chunk) // 2)
+        if filled:
+            empty = [chunk[:0]] * (-filled % processes)
+            updates.append([*chunk.tensor_split(filled), *empty])
     if not updates:
-        raise ValueError(f"{len(order)} training images: expected at least 2 for each of {processes} processes.")
+        raise ValueError(f"{len(order)} training images: expected at least 2.")
     return updates
+
+
+def num_slots(batch_size: int, processes: int, global_batch: int) -> int:
+    """The slots of a whole update: those of as few steps of all processes as hold the global batch."""
+    return processes * math.ceil(global_batch / (batch_size * processes))
+
+
+def slot_size(batch_size: int, processes: int, global_batch: int) -> int:
+    """Samples in the largest slot of a whole update; the others hold as many, or one fewer."""
+    return math.ceil(global_batch / min(num_slots(batch_size, processes, global_batch), global_batch // 2))
 
 
 def augment(

@@ -17,6 +17,7 @@ from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.fit import Upkeep, fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
+from mgd_timm.memory import fit_within_memory
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import Optim, Recipe, as_dict
 from mgd_timm.stored import store_outputs
@@ -114,11 +115,16 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
     if probe:
         passes = -(-recipe.fitting_epochs // recipe.heads.heads_views)
         optim = Optim(epochs=passes, opt="adamw", lr=recipe.fitting_lr or PROBE_LR, weight_decay=1e-4)
+        optim = replace(optim, global_batch_size=recipe.heads.heads_batch_size)
     else:
         epochs = recipe.fitting_epochs
         optim = replace(recipe.optim, epochs=epochs, model_ema=False, warmup_epochs=min(recipe.optim.warmup_epochs, epochs))
         optim = replace(optim, lr=recipe.fitting_lr or recipe.optim.lr / 10)
-    made_of = {**shown_by_teacher(teacher, images, recipe, accelerator), "head": recipe.fit_teacher_head, "optim": as_dict(optim)}
+    made_of = {
+        **shown_by_teacher(teacher, images, recipe, accelerator),
+        "head": recipe.fit_teacher_head,
+        "optim": as_dict(optim, digest_only=True),
+    }
     made_of["views"] = recipe.heads.heads_views if probe else None
     folder = Path(recipe.output) / name
 
@@ -141,9 +147,12 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
             if probe:
                 views, size = recipe.heads.heads_views, recipe.data.validation_batch_size
                 stored = store_outputs(lambda batch: teacher(batch.images), images.train, views, accelerator, size, quiet)
-                batch_size = max(2, recipe.heads.heads_batch_size // accelerator.num_processes)
+                batch_size = max(2, -(-recipe.heads.heads_batch_size // accelerator.num_processes))  # one step of all processes
                 return fit(trainee, stored, optim, accelerator, batch_size=batch_size, teach=stored.features, **options).losses
-            return fit(trainee, images.train, optim, accelerator, batch_size=recipe.data.batch_size, **options).losses
+            size = recipe.data.batch_size
+            return fit_within_memory(
+                trainee, images.train, optim, accelerator, batch_size=size, teach=lambda _: None, **options
+            ).losses
         finally:
             teacher.requires_grad_(False)
             teacher.eval()

@@ -64,6 +64,7 @@ class Criterion(nn.Module):
         synchronised: Buffers that the criterion itself keeps identical on all processes, so that nothing else need send them.
         num_classes: Of the student.
         standardised: It is given standardised logits, and has to standardise those that it makes itself.
+        alone: Other processes do not take part in this step: it must not wait for them.
     """
 
     weight: ClassVar[float]
@@ -75,6 +76,7 @@ class Criterion(nn.Module):
     peers: ClassVar[bool] = False
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
+    alone: bool = False
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """The unweighted loss, at least float32."""

@@ -215,7 +215,7 @@ class CRD(Criterion):
         else:
             kept = F.pad(mask, (1, 0), value=True)
             means = torch.stack([torch.where(kept, s, 0).sum() for s in scores]) / kept.sum()
-        if several():
+        if several() and not self.alone:
             # In every step, though Z is fixed after the first: whether it is known is the value of a tensor, which no branch on the
             # host may read, and a flag beside it would go wrong wherever the state is loaded or reset. It is two numbers.
             means = mean_of_processes(means)
@@ -225,7 +225,7 @@ class CRD(Criterion):
     def _remember(self, one: Tensor, two: Tensor, sample_ids: Tensor, partition: Tensor) -> None:
         """Enter a batch, that of all processes, into the memory."""
         self.partition.copy_(partition)
-        if several():
+        if several() and not self.alone:
             one, two, sample_ids = gathered(one, two, sample_ids)
         if self.queued:
             length = len(self.queue_labels)

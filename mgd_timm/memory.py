@@ -1,0 +1,120 @@
+"""The batch size of a step that memory admits, found by trial; the global batch stays, in more steps."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, find_executable_batch_size, should_reduce_batch_size
+from torch import nn
+
+from mgd_timm.data import Source
+from mgd_timm.fit import Fitted, Teach, Upkeep, Watch, fit, try_update
+from mgd_timm.processes import any_process
+from mgd_timm.recipe import Optim
+from mgd_timm.sampling import num_slots
+
+
+def fit_within_memory(
+    trainee: nn.Module,
+    source: Source,
+    optim: Optim,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    batch_size: int,
+    teach: Callable[[int], Teach | None],
+    watch: Watch | None = None,
+    averaged: nn.Module | None = None,
+    compile: bool = False,
+    upkeep: Upkeep,
+) -> Fitted:
+    """`fit`, and where the recipe asks for it with a batch size that is found first.
+
+    Args:
+        trainee, source, optim, accelerator, seed, watch, averaged, compile, upkeep: As of `fit`.
+        batch_size: As of `fit`, or where to start.
+        teach: Gives `fit`'s `teach` for a batch size.
+
+    Raises:
+        ValueError: Not even 2 samples fit; and all that `fit` raises.
+    """
+
+    def attempt(size: int) -> None:
+        shown = teach(size)
+        try_update(trainee, source, optim, accelerator, seed=seed, batch_size=size, teach=shown, averaged=averaged, compile=compile)
+
+    if optim.find_batch_size:
+        batch_size = executable_batch_size(attempt, trainee, optim, accelerator, batch_size)
+    return fit(
+        trainee,
+        source,
+        optim,
+        accelerator,
+        seed=seed,
+        batch_size=batch_size,
+        teach=teach(batch_size),
+        watch=watch,
+        averaged=averaged,
+        compile=compile,
+        upkeep=upkeep,
+    )
+
+
+def executable_batch_size(
+    attempt: Callable[[int], None], trainee: nn.Module, optim: Optim, accelerator: Accelerator, batch_size: int
+) -> int:
+    """The largest of `batch_size`, a half, a quarter, ... of which every process has memory for an update; what is found is said.
+
+    The trainee is afterwards as it was before, so that `fit` with what is found is a run that was started with it.
+    Evaluation, which has a batch size of its own, is not tried.
+
+    Args:
+        attempt: Carries out an update with a batch size, without a word to other processes.
+        trainee: Whose state it changes.
+        optim: With its global batch.
+        accelerator: Processes.
+        batch_size: To start at.
+
+    Raises:
+        ValueError: Not even 2 samples fit.
+    """
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainee.state_dict().items()}
+    processes, whole = accelerator.num_processes, optim.global_batch_size
+    assert whole is not None
+    size = min(batch_size, -(-whole // processes))  # more is not asked of a step
+
+    def halve() -> int:
+        nonlocal size
+        if size < 4:
+            raise ValueError(
+                f"out of memory with {size} images in a step of a process: choose a smaller student, images (--img-size) or --amp."
+            )
+        size //= 2
+        steps = num_slots(size, processes, whole) // processes
+        accelerator.print(
+            f"out of memory with {2 * size} images in a step of a process: {size}, in {steps} steps per update of {whole} as before"
+        )
+        return size
+
+    def runs_short(batch_size: int) -> bool:
+        try:
+            attempt(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                raise
+            return True
+        return False
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
+    def search(batch_size: int) -> int:
+        accelerator.gradient_accumulation_steps = num_slots(batch_size, processes, whole) // processes
+        short = runs_short(batch_size)
+        accelerator.free_memory()
+        trainee.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+        trainee.load_state_dict(before)
+        if any_process(accelerator, short):  # one that has room would wait for one that has not
+            raise torch.OutOfMemoryError("a process is out of memory.")
+        return batch_size
+
+    return int(search())

@@ -1,0 +1,74 @@
+"""BatchNorm's running statistics on several processes: those of one process that sees their slots one after another.
+
+DDP by itself keeps the main process's, which saw its own slots only, so that a model would be evaluated and exported with other
+statistics on every number of processes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """The running statistics of a module's BatchNorm layers, kept equal on all processes.
+
+    A slot's forward makes r of r0: r = a r0 + b, with a = (1 - momentum)^calls. Slots k = 0 .. n - 1 one after another make
+    a^n r0 + sum_k a^(n - 1 - k) b_k, and each process knows its own b_k = r_k - a r0: one sum over processes, of two numbers per
+    channel, where DDP would send as many from the main process.
+
+    Args:
+        module: What is trained. Layers without running statistics, or with cumulative ones (momentum None), are left alone.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = {
+            name: layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            and not isinstance(layer, nn.SyncBatchNorm)
+            and layer.running_mean is not None
+            and layer.num_batches_tracked is not None
+            and layer.momentum is not None
+        }
+
+    def names(self) -> list[str]:
+        """Names of the buffers in the module, which nothing else need send."""
+        return [f"{name}.{kind}" for name in self.layers for kind in ("running_mean", "running_var", "num_batches_tracked")]
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the statistics of layers in train mode: before a step, for `merge`."""
+        return [buffer.clone() for buffer in self._buffers()]
+
+    @torch.no_grad()
+    def merge(self, before: list[Tensor], filled: int, rank: int) -> None:
+        """Make the statistics of one step, after its backward pass, those of its slots one after another.
+
+        Args:
+            before: What `snapshot` gave before the step; the same on all processes.
+            filled: Slots of the step that hold samples, those of the first processes.
+            rank: Of this process.
+        """
+        after = self._buffers()
+        if not after:
+            return
+        floats = 2 * len(after) // 3  # means and variances; then numbers of batches
+        sizes = [buffer.numel() for buffer in after[:floats]]
+        calls = torch.stack(after[floats:]) - torch.stack(before[floats:])
+        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], device=calls.device).double()
+        lengths = torch.tensor(sizes, device=calls.device)
+        a = (kept**calls).repeat(2).repeat_interleave(lengths, output_size=sum(sizes))
+        first, last = (torch.cat(buffers[:floats]).double() for buffers in (before, after))
+        whole = (last - a * first) * a ** (filled - 1 - rank) if rank < filled else torch.zeros_like(first)
+        torch.distributed.all_reduce(whole)
+        whole += a**filled * first
+        for buffer, values in zip(after[:floats], whole.split(sizes), strict=True):
+            buffer.copy_(values)
+        for buffer, start, number in zip(after[floats:], before[floats:], calls.unbind(), strict=True):
+            buffer.copy_(start + filled * number)
+
+    def _training(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        return [layer for layer in self.layers.values() if layer.training]
+
+    def _buffers(self) -> list[Tensor]:
+        """Means, then variances, then numbers of batches."""
+        layers = self._training()
+        return [getattr(layer, kind) for kind in ("running_mean", "running_var", "num_batches_tracked") for layer in layers]

@@ -1,0 +1,60 @@
+"""Runs of mgd_timm with a record of every update: which images it saw, how they were cropped, and at which learning rate.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/traced.py JOBS
+
+JOBS is JSON, a list of {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}, done one after another
+by the same processes. Process r writes FILE.r, one line per update of the student. Where a run is to stop, the first process sends
+itself a SIGINT.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import mgd_timm
+from mgd_timm.distiller import Distiller
+from mgd_timm.fit import Stopped
+from mgd_timm.processes import join, leave
+
+seen: dict[int, str] = {}
+
+
+def look(module, inputs) -> None:
+    """Note every image of a training step, as it is shown."""
+    if isinstance(module, Distiller):
+        batch = inputs[0]
+        for sample, image, label in zip(batch.sample_ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
+            shown = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:12]
+            assert seen.setdefault(sample, f"{label} {shown}") == f"{label} {shown}"
+
+
+def main() -> None:
+    rank = join().process_index
+    register_module_forward_pre_hook(look)
+    for job in json.loads(sys.argv[1]):
+        lines: list[str] = []
+
+        def note(optimizer, *_, lines=lines, stop_after=job.get("stop_after")) -> None:
+            lines.append(json.dumps({"lr": optimizer.param_groups[0]["lr"], "seen": sorted(seen.items())}))
+            seen.clear()
+            if len(lines) == stop_after and rank == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        hook = register_optimizer_step_post_hook(note)
+        try:
+            mgd_timm.train(**job["options"])
+        except Stopped as stop:
+            print(stop, flush=True)
+        hook.remove()
+        Path(f"{job['record']}.{rank}").write_text("\n".join(lines))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
