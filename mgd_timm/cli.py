@@ -301,6 +301,7 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             if "mgd_timm.watchdog" in sys.modules:
                 sys.modules["mgd_timm.watchdog"].end_if_lost()
+            _part(f"{type(error).__name__}: {error}")
             raise  # a fault of ours, or the machine's: with its traceback
         print(f"{name}: error: {error}", file=sys.stderr)
         _part(f"{type(error).__name__}: {error}")

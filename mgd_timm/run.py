@@ -67,7 +67,7 @@ def run(recipe: Recipe, *, teacher: nn.Module | None = None, student: nn.Module 
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     images, networks = _build(recipe, accelerator, teacher, student)
-    on_main(accelerator, lambda: _start_folder(folder, recipe))
+    on_main(accelerator, lambda: _start_folder(folder, recipe, accelerator.print))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if networks.teacher is not None:
@@ -350,10 +350,12 @@ def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, 
 
 
 def _refuse_existing(folder: Path, recipe: Recipe) -> None:
-    if recipe.resume:
-        if not (folder / "recipe.yaml").is_file():
-            raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
-        before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    if recipe.resume and not (folder / "recipe.yaml").is_file():
+        # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at once.
+        if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(checkpoint.ASIDE) for path in folder.iterdir())):
+            raise ValueError(f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output.")
+    elif recipe.resume:
+        before = _digested(_read_yaml(folder / "recipe.yaml"))
         changed = differences(before, as_dict(recipe, digest_only=True))
         # What accelerate launch says of accumulation is known later; the checkpoint's own identity guards it.
         changed = [line for line in changed if not line.startswith("optim.grad_accum_steps")]
@@ -364,6 +366,21 @@ def _refuse_existing(folder: Path, recipe: Recipe) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A written recipe.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        values = yaml.safe_load(path.read_bytes())
+        if not isinstance(values, dict) or not all(isinstance(values.get(part, {}), dict) for part in PARTS):
+            raise ValueError("not a recipe")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): put it back, or start a new run with another --output.") from error
+    return values
 
 
 def _digested(values: dict[str, Any]) -> dict[str, Any]:
@@ -379,14 +396,16 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _start_folder(folder: Path, recipe: Recipe) -> None:
+def _start_folder(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(folder)
-    if not recipe.resume:
-        text = yaml.safe_dump(as_dict(recipe), sort_keys=False)
-        checkpoint.write_text(folder / "recipe.yaml", text)
-        seen = json.dumps(versions(), indent=2) + "\n"
-        checkpoint.write_text(folder / "versions.json", seen)
+    if recipe.resume and not (folder / "recipe.yaml").exists():
+        say(f"{folder}: nothing to resume there, a new run starts")
+    texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(replace(recipe, resume=False)), sort_keys=False)}
+    texts["versions.json"] = lambda: json.dumps(versions(), indent=2) + "\n"
+    for name, text in texts.items():
+        if not (folder / name).exists():  # of a start that was killed, or to be kept
+            checkpoint.write_text(folder / name, text())
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -398,4 +417,4 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no recipe.yaml).")
-    return make_recipe(**flatten(yaml.safe_load(path.read_text())))
+    return make_recipe(**flatten(_read_yaml(path)))
