@@ -2,13 +2,16 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint bench floors clean
+.PHONY: demo test faults lint bench floors clean
 
 demo: .venv/done  ## The main job: train one small student four ways, compare, export, load back.
 	$(RUN) benchmarks/demo.py --output runs/demo
 
 test: .venv/done  ## The whole suite.
 	$(RUN) -m pytest
+
+faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
+	$(RUN) -m pytest tests/faults
 
 lint: .venv/done  ## Style and types.
 	.venv/bin/ruff check .

@@ -14,7 +14,8 @@ from mgd_timm.data import load_images
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Data, Recipe, as_dict, flatten, make_recipe
-from mgd_timm.run import read_recipe, run
+from mgd_timm.run import run
+from mgd_timm.run_folder import read_recipe
 
 
 def distill(

@@ -18,6 +18,7 @@ from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pr
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
+from mgd_timm import watchdog
 from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import FeatureTap, TeacherView, choose_maps
@@ -52,6 +53,7 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
             f"accelerate was configured for {accelerator.distributed_type.value}: supported are one process, several on CPUs and "
             "several on GPUs (DDP). Configure one of these (accelerate config)."
         )
+    watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     recipe = _with_batch(recipe, accelerator)

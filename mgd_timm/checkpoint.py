@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-_ASIDE = ".writing-"
+ASIDE = ".writing-"
+"""Start of the names under which files and folders are written before they appear."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     aside: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=target.parent))
         draft = aside / target.name
         fill(draft)
         for path in [draft, *draft.rglob("*")]:
@@ -113,7 +114,7 @@ def write_text(target: Path, text: str) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what an interrupted write left behind."""
-    for stray in folder.glob(f"{_ASIDE}*"):
+    for stray in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(stray, ignore_errors=True)
 
 

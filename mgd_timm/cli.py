@@ -326,6 +326,7 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
             leave()
     except KeyboardInterrupt as stop:
+        _part(None if hasattr(stop, "code") else "it was interrupted")
         said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
         print(f"\n{name}: {said}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
@@ -343,7 +344,17 @@ def guarded(name: str, action: Callable[[], None]) -> int:
             )
             return 1
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
+            if "mgd_timm.watchdog" in sys.modules:
+                sys.modules["mgd_timm.watchdog"].end_if_lost()
+            _part(f"{type(error).__name__}: {error}")
             raise  # a fault of ours, or the machine's: with its traceback
         print(f"{name}: error: {error}", file=sys.stderr)
+        _part(f"{type(error).__name__}: {error}")
         return 1
     return 0
+
+
+def _part(failure: str | None) -> None:
+    """Tell the other processes of a launch, where there are any, that this one has ended."""
+    if "mgd_timm.watchdog" in sys.modules:
+        sys.modules["mgd_timm.watchdog"].stop(failure)

@@ -548,15 +548,17 @@ def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("a") as file:
-        file.write(line)
+    checkpoint.write_text(path, (path.read_text() if path.exists() else "") + line)
 
 
 def _forget(path: Path, stage: str, updates: int) -> None:
     """Drop a stage's rows of metrics from after the update that the run goes on from."""
     if not path.exists():
         return
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # half of a line, or a damaged one
+            rows.append(json.loads(line))
     kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     checkpoint.write_text(path, text)

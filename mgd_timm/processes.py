@@ -8,18 +8,23 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from mgd_timm import watchdog
+
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one decodes, or writes a store
 
 
 def join() -> Accelerator:
     """The processes of this launch, for a script that looks around before its first run; a run finds them joined."""
-    return Accelerator(kwargs_handlers=[PATIENCE])
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    watchdog.start(accelerator)
+    return accelerator
 
 
 def leave() -> None:
     """Part from the other processes, at the end of a command; left to the exit of Python, a process may end in an abort (gloo)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    watchdog.stop()
 
 
 def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:

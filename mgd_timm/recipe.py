@@ -359,7 +359,9 @@ class Recipe:
     fold_teacher: bool = _option(True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding")
     seed: int = _option(42, "of order, augmentation, initialisation and dropout")
     output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
-    resume: bool = _option(False, "continue the run in the output folder from its newest whole checkpoint", digest=False)
+    resume: bool = _option(
+        False, "continue the run in the output folder from its newest whole checkpoint; start it where there is none", digest=False
+    )
     checkpoint_interval: int = _option(0, "updates between checkpoints; 0: at each epoch's end only", digest=False)
     checkpoint_hist: int = _option(2, "checkpoints kept", digest=False)
     log_interval: int = _option(50, "updates between checks and reports of the losses", digest=False)

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from torch import nn
 
@@ -23,7 +22,8 @@ from mgd_timm.memory import fit_within_memory
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe, resolved
+from mgd_timm.recipe import Recipe, as_dict, resolved
+from mgd_timm.run_folder import continued, fresh, start_folder
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
 from mgd_timm.teacher_store import check_storable
@@ -56,7 +56,7 @@ def run(
     """
     recipe = resolved(recipe)
     folder = Path(recipe.output)
-    recipe = _continued(folder, recipe) if recipe.resume else _fresh(folder, recipe)
+    recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe)
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
@@ -65,7 +65,7 @@ def run(
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student)
-    on_main(accelerator, lambda: _start_folder(folder, recipe, images))
+    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if teachers and recipe.fit_teacher_head != "none":
@@ -242,63 +242,3 @@ def _report_teachers(
             )
     if found:
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
-
-
-def _fresh(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe itself; refused where something stands in its folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
-    return recipe
-
-
-def _continued(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the global batch of the run that it continues; refused where another value differs."""
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} holds no run to resume (no recipe.yaml): check --output, or leave --resume out.")
-    before = _digested(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    if recipe.optim.global_batch_size is None:
-        recipe = replace(recipe, optim=replace(recipe.optim, global_batch_size=before["optim"]["global_batch_size"]))
-    changed = differences(before, as_dict(recipe, digest_only=True))
-    if changed:
-        raise ValueError(
-            f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
-            "another --output."
-        )
-    return recipe
-
-
-def _digested(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a written recipe that decides the weights."""
-    return {
-        f.name: {
-            g.name: values.get(f.name, {}).get(g.name) for g in fields(type(getattr(Recipe(), f.name))) if g.metadata["digest"]
-        }
-        if f.name in PARTS
-        else values.get(f.name)
-        for f in fields(Recipe)
-        if f.metadata.get("digest", True)
-    }
-
-
-def _start_folder(folder: Path, recipe: Recipe, images: Images) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(folder)
-    if not recipe.resume:
-        text = yaml.safe_dump(as_dict(recipe), sort_keys=False)
-        checkpoint.write_text(folder / "recipe.yaml", text)
-        seen = json.dumps(versions(), indent=2) + "\n"
-        checkpoint.write_text(folder / "versions.json", seen)
-        if images.bad:
-            checkpoint.write_text(folder / "bad_images.txt", "".join(f"{line}\n" for line in images.bad))
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        ValueError: No run there.
-    """
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no recipe.yaml).")
-    return make_recipe(**flatten(yaml.safe_load(path.read_text())))

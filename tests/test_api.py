@@ -15,7 +15,7 @@ import mgd_timm
 from mgd_timm.api import evaluate_named
 from mgd_timm.build import defaults_of, load_model
 from mgd_timm.recipe import Data, Recipe
-from mgd_timm.run import read_recipe
+from mgd_timm.run_folder import read_recipe
 
 SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
 

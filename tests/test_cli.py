@@ -162,7 +162,6 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--mean", "0.5"], ["mean=(0.5,): expected 3 values"]),
         (["distill", "--log-with", "tensorbord"], ["unknown tracker 'tensorbord': did you mean tensorboard?"]),
         (["distill", "--log-with", "wandb"], ["tracker 'wandb' is not installed: pip install wandb"]),
-        (["distill", "--resume"], ["holds no run to resume"]),
         (["distill", "--in-chans", "1"], ["the teacher takes 3 channels, the images have 1: --in-chans 3"]),
         (["distill", "--method", "mas", "--kd-weight", "0"], ["without one MAS is MAG", "kd_weight=1"]),
         (["distill", "--maps", "7", "--criterion", "at"], ["maps='7'", "a number from 1 to 4"]),

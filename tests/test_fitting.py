@@ -18,7 +18,8 @@ from mgd_timm.data import load_images
 from mgd_timm.folding import folded
 from mgd_timm.recipe import Data, make_recipe
 from mgd_timm.report import read_metrics
-from mgd_timm.run import read_recipe, run
+from mgd_timm.run import run
+from mgd_timm.run_folder import read_recipe
 
 SHORT = {"epochs": 1, "fitting_epochs": 2, "heads_epochs": 1, "heads_views": 1, "batch_size": 32, "student": "cifar_resnet8x05"}
 

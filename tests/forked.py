@@ -1,0 +1,90 @@
+"""Commands in real processes of their own, without the seconds that importing everything costs: forked from one that has imported it."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mgd_timm.run", "mgd_timm.api", "mgd_timm.cli", "datasets", "tqdm"])
+
+
+def command_line(*words: str) -> int:
+    """`mgd-timm WORDS`; gives its exit code."""
+    from mgd_timm.cli import main
+
+    return main(list(words))
+
+
+def _run(target: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], log: Path) -> None:
+    os.setpgid(0, 0)
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(target(*arguments))
+
+
+class Ranks:
+    """A command on one or several processes, started as a launcher does, but without one that would end the others.
+
+    Args:
+        words: Of the command line; or the arguments of `target`.
+        log: What they print is appended there, of rank r under the suffix .r.
+        processes: How many.
+        environment: Beside this process's own.
+        target: A module's function, in place of the command line; gives an exit code.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[object],
+        log: Path,
+        *,
+        processes: int = 1,
+        environment: dict[str, str] | None = None,
+        target: Callable[..., object] = command_line,
+    ) -> None:
+        self.logs = [log.with_suffix(f".{rank}") for rank in range(processes)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.ranks: list[ForkServerProcess] = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+            launched = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+            given = {"ACCELERATE_USE_CPU": "1", **(environment or {}), **(launched if processes > 1 else {})}
+            process = CONTEXT.Process(target=_run, args=(target, words, given, self.logs[rank]))
+            process.start()
+            self.ranks.append(process)
+
+    def signal(self, kind: signal.Signals, *ranks: int) -> None:
+        """Send a signal to some of them, by default to all, where they are still there."""
+        for rank in ranks or range(len(self.ranks)):
+            process = self.ranks[rank]
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, kind)
+
+    def alive(self) -> bool:
+        """Whether any of them still runs."""
+        return any(process.is_alive() for process in self.ranks)
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Their exit codes, None for one that runs longer: it is killed."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [None if process.is_alive() else process.exitcode for process in self.ranks]
+        self.signal(signal.SIGKILL)
+        for process in self.ranks:
+            process.join()
+        return codes
+
+    def said(self, rank: int = 0) -> str:
+        """What a process printed."""
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
