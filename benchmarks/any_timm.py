@@ -62,7 +62,8 @@ def family(name: str) -> str:
 
 def nominal(name: str) -> tuple[int, int, int]:
     config = get_pretrained_cfg(name)
-    return tuple(config.input_size) if config is not None else (3, 224, 224)
+    channels, height, width = config.input_size if config is not None else (3, 224, 224)
+    return channels, height, width
 
 
 def tapped(model: nn.Module, size: tuple[int, int, int]) -> tuple[FeatureTap, str]:
@@ -329,8 +330,8 @@ def families(body: dict[str, Any]) -> str:
             line += [f"{step['model']}{slim}", str(step["side"])]
             line += [f"{step[f'{role}_s']:.1f}" if step[role] is True else "no" for role in ROLES[:2]]
         lines.append([*line, *[""] * (9 - len(line))])
-    header = ["family", "architectures", "teach", "learn", "without classifier", "real step of", "px", "teaches, CPU s", "learns, CPU s"]
-    return markdown(header, lines)
+    header = ["family", "architectures", "teach", "learn", "without classifier"]
+    return markdown([*header, "real step of", "px", "teaches, CPU s", "learns, CPU s"], lines)
 
 
 def about(body: dict[str, Any]) -> str:
