@@ -293,7 +293,7 @@ def test_indices_count_from_either_end():
 
 def test_maps_by_a_word_are_those_of_the_probed_size():
     assert FeatureTap(build("test_resnet", 32), "stages", input_size=(3, 32, 32)).indices == (1, 2, 3, 4)
-    with pytest.raises(ValueError, match="maps='some'.*'stages', 'last'"):
+    with pytest.raises(ValueError, match=r"maps='some'.*'stages', 'last'"):
         FeatureTap(build("test_resnet", 32), "some", input_size=(3, 32, 32))
 
 
