@@ -21,7 +21,7 @@ def test_the_sweep_is_of_all_of_timm() -> None:
     assert {name for name in EVERY if name.endswith("_enc")} == set(ENCODERS)
 
 
-@pytest.mark.parametrize("name", EVERY[7::61])
+@pytest.mark.parametrize("name", EVERY[7::97])
 def test_an_architecture_teaches_and_learns_by_shapes(name: str) -> None:
     row = sweep.by_shapes(name)
     assert {role: row[role] for role in sweep.ROLES} == dict.fromkeys(sweep.ROLES, True)
@@ -71,7 +71,7 @@ def test_losses_that_are_not_finite_are_noticed() -> None:
     assert sweep.summed(terms, shapes) == 5
     with pytest.raises(ValueError, match="not finite"):
         sweep.summed({**terms, "at": torch.tensor(float("nan"))}, shapes)
-    with pytest.raises(ValueError, match=r"losses \['at'"):
+    with pytest.raises(ValueError, match=r"expected .*'kd'"):
         sweep.summed({name: term for name, term in terms.items() if name != "kd"}, shapes)
 
 
