@@ -28,6 +28,7 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/step.py --against alone --amp --stored --rounds 4
 	$(RUN) benchmarks/criteria.py
 	$(RUN) benchmarks/hosts.py
+	$(RUN) benchmarks/any_timm.py
 	$(RUN) benchmarks/shortcuts.py
 	$(RUN) benchmarks/demo.py --seeds 5
 	$(RUN) benchmarks/readme.py

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cifar as grid  # type: ignore[import-not-found]  # beside this script
+import any_timm as sweep  # type: ignore[import-not-found]  # beside this script
+import cifar as grid  # type: ignore[import-not-found]
 import criteria as methods  # type: ignore[import-not-found]
 import hosts as each  # type: ignore[import-not-found]
 
@@ -120,6 +121,11 @@ def hosts() -> str:
     )
 
 
+def any_timm() -> str:
+    body = json.loads((HERE / "results" / "any_timm.json").read_text())
+    return f"{sweep.summary(body)}\n\n`benchmarks/any_timm.py`; {sweep.about(body)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "step": step,
@@ -128,6 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "public": public,
     "criteria": criteria,
     "hosts": hosts,
+    "any_timm": any_timm,
 }
 
 

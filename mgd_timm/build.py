@@ -21,7 +21,7 @@ import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm import watchdog
 from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
-from mgd_timm.features import FeatureTap, TeacherView, choose_maps
+from mgd_timm.features import FeatureTap, TeacherView
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
@@ -388,10 +388,7 @@ def build_tap(
     Raises:
         ValueError: As FeatureTap and choose_maps.
     """
-    if maps is None:
-        return FeatureTap(model, input_size=input_size, cam=cam)
-    sizes = FeatureTap(model, input_size=input_size, preact=preact).all_maps(input_size[1:])
-    return FeatureTap(model, choose_maps(sizes, maps), input_size=input_size, preact=preact, cam=cam)
+    return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 
 
 def lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:

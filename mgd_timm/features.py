@@ -99,6 +99,7 @@ class FeatureTap(nn.Module):
     Args:
         model: Any timm model; in the tap it keeps its own `state_dict` under `model.`.
         indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
+            Or a word for them (`choose_maps`), at `input_size`.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
         preact: Show the maps as they were before their last activation; cifar_* networks do.
         cam: Show class activation maps too.
@@ -112,7 +113,7 @@ class FeatureTap(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | str | None = None,
         *,
         input_size: tuple[int, int, int] | None = None,
         preact: bool = False,
@@ -143,6 +144,8 @@ class FeatureTap(nn.Module):
                 )
             self.map_options["preact"] = True
         maps = self._probe()
+        if isinstance(indices, str):
+            indices = choose_maps([(m.shape[1], m.shape[2], m.shape[3]) for m in maps], indices)
         if indices is not None:
             self.indices = _resolve_indices(self.name, indices, len(maps))
 

@@ -5,8 +5,11 @@ frozen teacher's embedding at an abstract (narrow code) and a detailed (wide cod
 MAS: it learns as well from the mean of the teacher's logits and the heads' views, the stable excitation.
 """
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,11 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
+def _outside_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    # Shapes alone (meta) know no autocast, and torch refuses to switch it off there.
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 class GranularityHeads(nn.Module):
     """An encoder (embedding to code) and a decoder (code to class logits) per granularity, in at least float32.
 
@@ -79,13 +87,13 @@ class GranularityHeads(nn.Module):
 
     def encode(self, embedding: Float[Tensor, "b d"]) -> dict[str, Float[Tensor, "b g"]]:
         """Codes by granularity, each [batch, dim]."""
-        with torch.autocast(embedding.device.type, enabled=False):
+        with _outside_autocast(embedding):
             embedding = at_least_float32(embedding)
             return {name: encoder(embedding) for name, encoder in self.encoders.items()}
 
     def decode(self, codes: dict[str, Float[Tensor, "b g"]]) -> dict[str, Float[Tensor, "b k"]]:
         """Views by granularity, each [batch, classes]; empty for heads of encoders only."""
-        with torch.autocast(next(iter(codes.values())).device.type, enabled=False):
+        with _outside_autocast(next(iter(codes.values()))):
             return {name: decoder(at_least_float32(codes[name])) for name, decoder in self.decoders.items()}
 
 

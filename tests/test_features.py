@@ -291,6 +291,12 @@ def test_indices_count_from_either_end():
     assert FeatureTap(tap.model)(images(32)).maps == ()
 
 
+def test_maps_by_a_word_are_those_of_the_probed_size():
+    assert FeatureTap(build("test_resnet", 32), "stages", input_size=(3, 32, 32)).indices == (1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"maps='some'.*'stages', 'last'"):
+        FeatureTap(build("test_resnet", 32), "some", input_size=(3, 32, 32))
+
+
 def test_shapes_of_rectangles():
     tap = FeatureTap(build("test_resnet", 32), (-1,))
     assert tap.shapes((64, 32)).maps == ((96, 2, 1),)

@@ -1,4 +1,4 @@
-"""The smallest model of each timm family, and a side in pixels that it takes."""
+"""The smallest model of each timm family, and a side in pixels that it takes: for tests and for any_timm.py."""
 
 FAMILIES: dict[str, tuple[str, int]] = {
     "beit": ("beit_base_patch16_224", 32),
