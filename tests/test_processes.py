@@ -45,7 +45,7 @@ def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
         )
         for machine in (0, 1)
     ]
-    ended = [(process, *process.communicate(timeout=180)) for process in begun]
+    ended = [(process, *process.communicate(timeout=400)) for process in begun]
     return [subprocess.CompletedProcess(process.args, process.returncode, out, errors) for process, out, errors in ended]
 
 
@@ -68,7 +68,6 @@ def runs(small_data, tmp_path_factory):
         if name == "two machines":
             done = call_machines(*words)
             assert [machine.returncode for machine in done] == [0, 0], done[0].stderr + done[1].stderr
-            assert not [line for line in done[1].stdout.splitlines() if "update" in line]  # the first one speaks
         else:
             done = [call(*words, processes=1 if name == "one process" else 2)]
             assert done[0].returncode == 0, done[0].stderr
