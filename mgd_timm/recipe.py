@@ -478,8 +478,8 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
         raise ValueError(
             f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
             f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
-            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave grad_accum_steps "
-            "out, or choose another batch_size."
+            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave "
+            "grad_accum_steps out, or choose another batch_size."
         )
     return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
 

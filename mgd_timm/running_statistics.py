@@ -53,7 +53,7 @@ class RunningStatistics:
         floats = 2 * len(after) // 3  # means and variances; then numbers of batches
         sizes = [buffer.numel() for buffer in after[:floats]]
         calls = torch.stack(after[floats:]) - torch.stack(before[floats:])
-        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], device=calls.device).double()
+        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], dtype=torch.float64).to(calls.device)
         lengths = torch.tensor(sizes, device=calls.device)
         a = (kept**calls).repeat(2).repeat_interleave(lengths, output_size=sum(sizes))
         first, last = (torch.cat(buffers[:floats]).double() for buffers in (before, after))

@@ -45,10 +45,14 @@ def write_pictures(folder: Path, count: int = 48, size: int = 128) -> Path:
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"] if processes > 1 else []
-    if processes > 1:
-        launch = [*launch[:4], "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return [sys.executable, *launch, "-m", "mgd_timm", *arguments]
+    return launched("-m", "mgd_timm", *arguments, processes=processes)
+
+
+def launched(*program: str, processes: int = 1) -> list[str]:
+    """A command of Python, such as a script with its arguments, on a number of processes."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"] if processes > 1 else []
+    launch += ["--rdzv_endpoint", "localhost:0"] if processes > 1 else []
+    return [sys.executable, *launch, *program]
 
 
 def environment(threads: int = 1) -> dict[str, str]:

@@ -1,16 +1,21 @@
 """The command line on one and on two real processes (gloo), and a disk that fills up."""
 
 import json
+import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from small import FAST, call, command, end_at, environment
+import torch
+from safetensors.torch import load_file
+from small import FAST, call, command, end_at, environment, write_pictures
+from traced import launch, recorded
 
 from mgd_timm.criteria import CRITERIA
 
@@ -23,24 +28,97 @@ def history(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Two machines of one process each, which meet at a port of this one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    launch += ["--master_port", port, "--node_rank"]
+    begun = [
+        subprocess.Popen(
+            [*launch, str(machine), "-m", "mgd_timm", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for machine in (0, 1)
+    ]
+    ended = [(process, *process.communicate(timeout=400)) for process in begun]
+    return [subprocess.CompletedProcess(process.args, process.returncode, out, errors) for process, out, errors in ended]
+
+
+# Of 320 images a tail of 2 is left, one slot: one of two processes has nothing. A rate at which rounding does not grow.
+GLOBAL = ["--batch-size", "53", "--global-batch-size", "106", "--lr", "0.001"]
+LAUNCHED = ("one process", "two processes", "two machines")
+
+
 @pytest.fixture(scope="module")
 def runs(small_data, tmp_path_factory):
-    """The same global batch of 64: one process of two steps, and two processes of one."""
-    folder = tmp_path_factory.mktemp("processes")
-    for processes in (1, 2):
-        more = ["--grad-accum-steps", str(2 // processes), "--method", "mas", "--criterion", "at"]
-        done = call(*flags(small_data, folder / str(processes), *more), processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert f"{processes} process" in done.stdout
-    return {processes: folder / str(processes) for processes in (1, 2)}
+    """The same recipe, heads included, on one process of two steps, on two processes, and on two machines of one each."""
+    folder, caches = tmp_path_factory.mktemp("processes"), os.environ["MGD_TIMM_CACHE"]
+    for name in LAUNCHED:
+        words = [*flags(small_data, folder / name, *GLOBAL, "--method", "mas", "--criterion", "at"), "--heads-batch-size", "57"]
+        os.environ["MGD_TIMM_CACHE"] = str(folder / f"cache of {name}")  # or the first one's heads would be found
+        if name == "two machines":
+            done = call_machines(*words)
+            assert [machine.returncode for machine in done] == [0, 0], done[0].stderr + done[1].stderr
+        else:
+            done = [call(*words, processes=1 if name == "one process" else 2)]
+            assert done[0].returncode == 0, done[0].stderr
+        assert f"106 images per update in {2 if name == 'one process' else 1} step" in done[0].stdout
+    os.environ["MGD_TIMM_CACHE"] = caches
+    return {name: folder / name for name in LAUNCHED}
 
 
-def test_learning_rate_and_losses_do_not_depend_on_the_number_of_processes(runs):
-    one, two = history(runs[1]), history(runs[2])
-    assert [row["updates"] for row in one] == [row["updates"] for row in two] == [5, 10]
-    assert [row["lr"] for row in one] == [row["lr"] for row in two]
-    for name in ("task", "kd", "at", "abstract", "detailed", "top1"):
-        assert two[0]["train"][name] == pytest.approx(one[0]["train"][name], rel=2e-3), name
+@pytest.mark.parametrize("stage", ["", "heads"])
+@pytest.mark.parametrize("name", LAUNCHED[1:])
+def test_learning_rate_losses_and_evaluation_do_not_depend_on_the_number_of_processes(runs, name, stage):
+    one, other = history(runs["one process"] / stage), history(runs[name] / stage)
+    assert [row["updates"] for row in one] == [row["updates"] for row in other]
+    assert [row["lr"] for row in one] == [row["lr"] for row in other]
+    if not stage:
+        assert [row["updates"] for row in one] == [4, 8]
+        assert set(one[0]["train"]) == {"task", "kd", "at", "abstract", "detailed", "top1"}
+    for before, after in zip(one, other, strict=True):
+        for part in ("train", "eval"):
+            assert after[part] == pytest.approx(before[part], rel=1e-3, abs=1e-5), part
+
+
+def test_the_recipe_of_a_run_is_that_of_any_number_of_processes(runs):
+    texts = [(runs[name] / "recipe.yaml").read_text().replace(str(runs[name]), "") for name in LAUNCHED]
+    assert texts[0] == texts[1] == texts[2]
+    assert "global_batch_size: 106" in texts[0]
+
+
+def test_batchnorm_has_the_statistics_of_the_slots_one_after_another(runs):
+    """Two steps of one process move them twice an update: so do two processes together, whichever had the slot."""
+    one, *others = [load_file(runs[name] / "export" / "model.safetensors") for name in LAUNCHED]
+    moved = [key for key in one if "running_" in key]
+    assert moved
+    for other in others:
+        for key in moved:
+            torch.testing.assert_close(other[key], one[key], rtol=2e-3, atol=1e-3)
+
+
+def test_a_run_stopped_on_two_processes_goes_on_on_one_as_if_never_stopped(tmp_path):
+    """In the midst of an epoch, by a signal; other numbers of readers as well. Six slots of 4 images: the same on both."""
+    data = write_pictures(tmp_path / "data", count=51)
+    options = {"model": "cifar_resnet8x05", "data_dir": str(data), "img_size": 104, "epochs": 2, "log_interval": 1}
+    options |= {"batch_size": 4, "global_batch_size": 24, "aa": "rand-m5", "drop": 0.2, "model_ema": True, "model_ema_decay": 0.5}
+    stopped = {"record": str(tmp_path / "stopped"), "stop_after": 4}
+    stopped["options"] = {**options, "output": str(tmp_path / "run"), "workers": 1}
+    resumed = {"record": str(tmp_path / "resumed"), "options": {**stopped["options"], "resume": True, "workers": 0}}
+    whole = {"record": str(tmp_path / "whole"), "options": {**options, "output": str(tmp_path / "whole run"), "workers": 2}}
+    said = [launch([stopped], 2), launch([resumed, whole], 1)]
+    assert "after update 4: its state is saved" in said[0]
+    assert "resumed after update 4 (epoch 2)" in said[1]
+    assert recorded(tmp_path / "stopped", 2) + recorded(tmp_path / "resumed", 1) == recorded(tmp_path / "whole", 1)
+    for row, expected in zip(history(tmp_path / "run"), history(tmp_path / "whole run"), strict=True):
+        assert (row["updates"], row["lr"]) == (expected["updates"], expected["lr"])
+        for part in ("train", "eval"):
+            assert row[part] == pytest.approx(expected[part], rel=1e-3, abs=1e-5)
 
 
 def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
@@ -57,37 +135,38 @@ def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
 def test_evaluation_counts_each_image_once_on_two_processes(runs):
     found = []
     for processes in (1, 2):
-        done = call("evaluate", str(runs[1]), processes=processes)
+        done = call("evaluate", str(runs["one process"]), processes=processes)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1
         found.append(json.loads(lines[0]))
     assert found[0]["n"] == found[1]["n"] == 100
     assert found[0] == pytest.approx(found[1])
-    assert found[0]["top1"] == json.loads((runs[1] / "summary.json").read_text())["top1"]
+    assert found[0]["top1"] == json.loads((runs["one process"] / "summary.json").read_text())["top1"]
 
 
 def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs, small_data):
-    """Each process has BatchNorm statistics of its own: those that were evaluated must be those that are exported."""
-    done = call("evaluate", str(runs[2]))
+    """The BatchNorm statistics that were evaluated must be those that are exported."""
+    done = call("evaluate", str(runs["two processes"]))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    last = json.loads((runs[2] / "summary.json").read_text())["last"]
+    last = json.loads((runs["two processes"] / "summary.json").read_text())["last"]
     assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert found["top1"] == last["top1"]
 
 
-def test_ctrl_c_on_two_processes_saves_the_state_and_another_number_of_processes_is_refused(small_data, tmp_path):
+def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_refused(small_data, tmp_path):
     output = tmp_path / "run"
     more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2", "--epochs", "40")
     code, errors = end_at(4, output / "checkpoints", signal.SIGINT, *more, processes=2, group=True)
     assert code != 0
     assert "its state is saved, --resume continues it" in errors
-    done = call(*more, "--resume")
+    done = call(*more, "--resume", "--global-batch-size", "32")
     assert done.returncode == 1
-    assert "processes: 2 -> 1" in done.stderr
-    done = call(*more, "--resume", processes=2)
+    assert "optim.global_batch_size: 64 -> 32" in done.stderr
+    done = call(*more, "--resume")  # the same flags, on one process
     assert done.returncode == 0, done.stderr
+    assert "64 images per update in 2 steps" in done.stdout
     assert "resumed after update" in done.stdout
 
 

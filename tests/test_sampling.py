@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mgd_timm.sampling import augment, cut_updates, epoch_order, mix, normal, normalise, uniform
+from mgd_timm.sampling import augment, cut_updates, epoch_order, mix, normal, normalise, num_slots, slot_size, uniform
 
 MEAN, STD = torch.tensor([0.5071, 0.4867, 0.4408])[:, None, None], torch.tensor([0.2675, 0.2565, 0.2761])[:, None, None]
 
@@ -123,40 +123,55 @@ def test_epoch_order_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("count", [16, 17, 24, 25, 31, 32, 33, 100])
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1), (3, 2)])
-def test_updates_hold_every_sample_once_but_for_the_documented_tail(count: int, processes: int, accumulation: int) -> None:
-    batch_size, order = 4, epoch_order(count, 0, 0)
-    updates = cut_updates(order, batch_size, processes, accumulation)
-    size = batch_size * processes * accumulation
-    left_out = count % size if count % size < 2 * processes else 0
-    assert torch.equal(torch.cat([slot for update in updates for slot in update]), order[: count - left_out])
-    for update in updates[: count // size]:
-        assert [len(slot) for slot in update] == [batch_size] * (processes * accumulation)
-    for update in updates:
-        sizes = [len(slot) for slot in update]
-        assert len(update) % processes == 0
-        assert len(update) <= processes * accumulation
-        assert min(sizes) >= 2
-        assert max(sizes) <= batch_size
-        assert max(sizes) - min(sizes) <= 1
+COUNTS = [16, 17, 18, 19, 24, 25, 31, 32, 33, 100]
 
 
-@pytest.mark.parametrize("count", [64, 72, 75, 100])
-def test_updates_see_the_same_samples_for_any_split_into_processes_and_steps(count: int) -> None:
-    order = epoch_order(count, 1, 1)
-    sequences = [
-        [torch.cat(update).tolist() for update in cut_updates(order, 4, processes, 4 // processes)] for processes in (1, 2, 4)
-    ]
-    assert sequences[0][: count // 16] == sequences[1][: count // 16] == sequences[2][: count // 16]
-    if count % 16 == 0 or count % 16 >= 2 * 4:
-        assert sequences[0] == sequences[1] == sequences[2]
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("global_batch", [8, 13, 16, 24, 200])
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 64])
+def test_updates_hold_the_same_samples_on_any_number_of_processes_and_steps(count, global_batch, batch_size) -> None:
+    order = epoch_order(count, 0, 0)
+    left_out = count % global_batch == 1
+    expected = [chunk.tolist() for chunk in order[: count - left_out].split(global_batch)]
+    for processes in (1, 2, 3, 4):
+        updates = cut_updates(order, batch_size, processes, global_batch)
+        assert [torch.cat(slots).tolist() for slots in updates] == expected
+        slots = num_slots(batch_size, processes, global_batch)
+        for update in updates:
+            sizes = [len(slot) for slot in update]
+            assert len(update) % processes == 0
+            assert len(update) <= slots
+            filled = [size for size in sizes if size]
+            assert sizes == filled + [0] * (len(sizes) - len(filled))  # the first of each step is filled
+            assert len(update) - len(filled) < processes
+            assert min(filled) >= 2
+            assert max(filled) <= max(batch_size, 3)
+            assert max(filled) - min(filled) <= 1
+            if len(torch.cat(update)) == global_batch:
+                assert max(filled) == slot_size(batch_size, processes, global_batch)
 
 
-@pytest.mark.parametrize(("count", "processes"), [(0, 1), (1, 1), (3, 2), (15, 8)])
-def test_too_few_samples_are_refused(count: int, processes: int) -> None:
-    with pytest.raises(ValueError, match=rf"{count} training images: expected at least 2 for each of {processes} processes"):
-        cut_updates(torch.arange(count), 4, processes, 2)
+@pytest.mark.parametrize("count", [*range(96, 130), 240])
+def test_slots_are_the_same_where_batch_size_times_processes_divides_the_global_batch(count: int) -> None:
+    """48 images in 12 slots of 4: so are a tail's, and with them what dropout and BatchNorm see."""
+    order, dealt = epoch_order(count, 1, 1), []
+    for processes in (1, 2, 3, 4, 6, 12):
+        updates = cut_updates(order, 4, processes, 48)
+        dealt.append([[slot.tolist() for slot in update if len(slot)] for update in updates])
+    assert all(one == dealt[0] for one in dealt)
+    assert {len(slot) for slot in dealt[0][0]} == {4}
+
+
+@pytest.mark.parametrize(("global_batch", "processes"), [(3, 2), (15, 8)])
+def test_a_global_batch_too_small_for_the_processes_is_refused(global_batch: int, processes: int) -> None:
+    with pytest.raises(ValueError, match=rf"{global_batch} images on {processes} processes: expected at least 2 for each"):
+        cut_updates(torch.arange(100), 4, processes, global_batch)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_samples_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"{count} training images: expected at least 2"):
+        cut_updates(torch.arange(count), 4, 1, 8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+from small import environment, launched
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,25 +36,47 @@ def look(module, inputs) -> None:
             assert seen.setdefault(sample, f"{label} {shown}") == f"{label} {shown}"
 
 
+def carry_out(job: dict, rank: int) -> None:
+    lines: list[str] = []
+
+    def note(optimizer, *_) -> None:
+        lines.append(json.dumps({"lr": optimizer.param_groups[0]["lr"], "seen": sorted(seen.items())}))
+        seen.clear()
+        if len(lines) == job.get("stop_after") and rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = register_optimizer_step_post_hook(note)
+    try:
+        mgd_timm.train(**job["options"])
+    except Stopped as stop:
+        print(stop, flush=True)
+    hook.remove()
+    Path(f"{job['record']}.{rank}").write_text("\n".join(lines))
+
+
+def launch(jobs: list[dict], processes: int, timeout: float = 300) -> str:
+    """Carry jobs out on a number of new processes; gives what they say."""
+    words = launched(str(Path(__file__)), json.dumps(jobs), processes=processes)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]:
+    """Of every update its learning rate, and the images that all processes together saw, by sample id."""
+    updates = []
+    ranks = [[json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()] for rank in range(processes)]
+    for rows in zip(*ranks, strict=True):
+        assert len({row["lr"] for row in rows}) == 1
+        updates.append((rows[0]["lr"], {sample: shown for row in rows for sample, shown in sorted(row["seen"])}))
+    return updates
+
+
 def main() -> None:
     rank = join().process_index
     register_module_forward_pre_hook(look)
     for job in json.loads(sys.argv[1]):
-        lines: list[str] = []
-
-        def note(optimizer, *_, lines=lines, stop_after=job.get("stop_after")) -> None:
-            lines.append(json.dumps({"lr": optimizer.param_groups[0]["lr"], "seen": sorted(seen.items())}))
-            seen.clear()
-            if len(lines) == stop_after and rank == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        hook = register_optimizer_step_post_hook(note)
-        try:
-            mgd_timm.train(**job["options"])
-        except Stopped as stop:
-            print(stop, flush=True)
-        hook.remove()
-        Path(f"{job['record']}.{rank}").write_text("\n".join(lines))
+        carry_out(job, rank)
     leave()
 
 
