@@ -18,7 +18,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -157,38 +157,35 @@ def memory(counts: Counts, plan: Plan) -> dict[str, float]:
     return {**parts, "total": sum(parts.values()) * RESERVE[1] + RESERVE[0]}
 
 
-def predict(plan: Plan, counts: Counts, stored: Counts, device: Device, loader: float | None) -> dict[str, Any]:
+def predict(plan: Plan, counts: Counts, device: Device, loader: float | None) -> dict[str, Any]:
     """All that is predicted of a plan.
 
     Args:
         plan: The run.
-        counts, stored: Its step with a live teacher, and with a store.
+        counts: Its step.
         device: Where.
         loader: Images per second that a core of the loader's makes; None where that was not measured.
     """
     case, batch = plan.case, plan.case.batch_size * plan.gpus
-    taken = stored if case.stored else counts
-    seconds, steps = step_seconds(taken, device, plan, UTILISATION[1]), plan.images / batch
-    both = {name: step_seconds(c, device, plan, UTILISATION[1]) for name, c in (("live", counts), ("stored", stored))}
-    hours = [plan.epochs * steps * step_seconds(taken, device, plan, u)["step"] / 3600 for u in reversed(UTILISATION)]
+    seconds, steps = step_seconds(counts, device, plan, UTILISATION[1]), plan.images / batch
+    hours = [plan.epochs * steps * step_seconds(counts, device, plan, u)["step"] / 3600 for u in reversed(UTILISATION)]
     rate = plan.case.batch_size / seconds["step"]
     layout, heads = Layout(counts.embed_dim, case.classes, plan.top_k), Heads()
-    looking = both["live"]["teacher"] / batch * plan.images / 3600
+    looking = steps * seconds["teacher"] / 3600
     return {
         "case": as_values(case),
         "device": device.name,
         "plan": {name: getattr(plan, name) for name in ("gpus", "images", "epochs", "views", "top_k", "cores", "ema", "fsdp")},
-        "macs": {phase: counts.macs(phase) / case.batch_size for phase in PHASES[:3]},
+        "macs": {phase: counts.macs(phase) / case.batch_size for phase in PHASES[:-1]},
         "parameters": {name: getattr(counts, name) for name in ("teacher", "student", "beside")},
-        "bytes": {name: getattr(taken, name) for name in ("saved", "trained", "optimizer", "student_state", "peak")},
-        "memory": memory(taken, plan),
+        "bytes": {name: getattr(counts, name) for name in ("saved", "trained", "optimizer", "student_state", "peak")},
+        "memory": memory(counts, plan),
         "seconds": seconds,
         "hours": hours,
         "loader_hours": plan.epochs * plan.images / (plan.gpus * plan.cores * loader * 3600) if loader else None,
         "images_per_second": rate,
         "loader_cores": rate / loader if loader else None,
-        "teacher_share": both["live"]["teacher"] / both["live"]["step"],
-        "store_saves": 1 - both["stored"]["step"] / both["live"]["step"],
+        "teacher_share": seconds["teacher"] / seconds["step"],
         "store_bytes": plan.views * layout.size(plan.images),
         "store_row": layout.size(1),
         "looking_hours": looking,
@@ -196,7 +193,7 @@ def predict(plan: Plan, counts: Counts, stored: Counts, device: Device, loader: 
             "hours": heads.heads_views * looking,
             "process_bytes": 4 * heads.heads_views * plan.images * (counts.embed_dim + case.classes),  # float32, see stored.py
         },
-        "checkpoint_bytes": taken.trained + taken.optimizer + (taken.student_state if plan.ema else 0),
+        "checkpoint_bytes": counts.trained + counts.optimizer + (counts.student_state if plan.ema else 0),
     }
 
 
@@ -221,11 +218,13 @@ def said(found: dict[str, Any]) -> str:
     )
     mode = "FSDP" if plan["fsdp"] else "DDP" if plan["gpus"] > 1 else "one process"
     kept = f"top {plan['top_k']}" if plan["top_k"] else "all"
+    precision = "bf16" if case["amp"] else "fp32"
+    share = "read from a store" if case["stored"] else f"{found['teacher_share']:.0%} of the step, which a store saves"
     lines = [
-        f"{case['teacher']} -> {case['student']} at {case['img_size']} px, {case['classes']:,} classes, {case['batch_size']} images "
-        f"on each of {plan['gpus']} {found['device']}, {'bf16' if case['amp'] else 'fp32'}, {mode}. PREDICTED, not measured on a GPU.",
-        f"MACs per image: teacher {macs['teacher'] / 1e9:.2f} G, student's forward {macs['forward'] / 1e9:.2f} G, backward "
-        f"{macs['backward'] / 1e9:.2f} G",
+        f"{case['teacher']} -> {case['student']} at {case['img_size']} px, {case['classes']:,} classes, {case['batch_size']} "
+        f"images on each of {plan['gpus']} {found['device']}, {precision}, {mode}. PREDICTED, not measured on a GPU.",
+        f"MACs per image: teacher {macs['teacher'] / 1e9:.2f} G, its heads {macs['heads'] / 1e9:.3f} G, student's forward "
+        f"{macs['forward'] / 1e9:.2f} G, backward {macs['backward'] / 1e9:.2f} G",
         f"parameters: teacher with heads {parameters['teacher'] / 1e6:.1f} M, student {parameters['student'] / 1e6:.1f} M, its "
         f"encoders and adapters {parameters['beside'] / 1e6:.2f} M",
         f"step: {1000 * seconds['step']:.1f} ms ({parts}); launching kernels takes {1000 * seconds['launching']:.1f} ms of Python",
@@ -235,11 +234,12 @@ def said(found: dict[str, Any]) -> str:
         f"time: {low:.1f} to {high:.1f} h for {plan['epochs']} epochs of {plan['images']:,} images ({UTILISATION[2]:.0%} to "
         f"{UTILISATION[0]:.0%} of peak; expected {expected:.1f} h, {expected / plan['epochs'] * 60:.1f} min an epoch)",
         f"loader: {found['images_per_second']:,.0f} images/s per GPU, {cores}",
-        f"teacher: {found['teacher_share']:.0%} of a live step; a store saves {found['store_saves']:.0%}",
+        f"teacher: {share}",
         f"store: {plan['views']} views x {plan['images']:,} images, {kept} of {case['classes']:,} logits = "
         f"{amount(found['store_bytes'])}, written in {60 * plan['views'] * found['looking_hours']:.1f} min",
-        f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_views} views, {amount(found['heads']['process_bytes'])} of "
-        "memory in each process (--heads-protocol live: none of it, and a look at every image in each of --heads-epochs)",
+        f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_views} views, "
+        f"{amount(found['heads']['process_bytes'])} of memory in each process; with --heads-protocol live none of it, and a look "
+        "at every image in each of --heads-epochs",
         f"checkpoint: {amount(found['checkpoint_bytes'])}",
     ]
     return "\n".join(lines)
@@ -268,7 +268,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fsdp", action="store_true", help="the student sharded over all GPUs")
     parser.add_argument("--json", action="store_true", help="the prediction as JSON")
     parser.add_argument("--check", action="store_true", help="measure on this machine what is predicted for it")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each measured step")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each measured step")
     parser.add_argument("--markdown", action="store_true", help="write the tables of docs/scaling.md")
     return parser.parse_args(arguments)
 
@@ -293,11 +293,6 @@ def loader_rate() -> float | None:
     """Images per second and core with RandAugment, as --check measured it."""
     found = known().get("check", {}).get("loader", {}).get("randaugment")
     return float(found) if found else None
-
-
-def both_counts(case: Case) -> tuple[Counts, Counts]:
-    """The step with a live teacher, and with a store."""
-    return count(replace(case, stored=False)), count(replace(case, stored=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -332,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes")
         return
     plan = Plan(case, args.gpus, args.images, args.epochs, args.views, args.top_k, args.cores, args.model_ema, args.fsdp)
-    found = predict(plan, *both_counts(case), device_of(args.device), loader_rate())
+    found = predict(plan, count(case), device_of(args.device), loader_rate())
     print(json.dumps(found, indent=1) if args.json else said(found))
 
 

@@ -1,10 +1,10 @@
 """What benchmarks/scale.py predicts, beside what real steps take on this machine: processor time and peak memory.
 
-The rates come from four pairs, a cycle of four networks of which each is once a teacher and once a student: every operation of their
-real steps is timed, and per kind of operation a per-FLOP, a per-byte and a per-call time are fitted. Other pairs are then predicted.
-One thread, and its processor time, as other programs may use the machine; each predicted step takes its turns with a step of the
-cycle, and the prediction is scaled by how much slower or faster that one is now than when the rates were taken. Peak memory is that
-of a process of its own, over that of a process with a step too small to count.
+The rates come from four pairs, a cycle of four networks of which each is once a teacher and once a student: every operation of
+their real steps is timed, and per kind of operation a per-FLOP, a per-byte and a per-call time are fitted. Other pairs are then
+predicted. One thread, and its processor time, as other programs may use the machine; each predicted step takes its turns with a
+step of the cycle, and the prediction is scaled by how much slower or faster that one is now than when the rates were taken.
+Peak memory is that of a process of its own, over that of a process with a step too small to count.
 """
 
 import io
@@ -56,7 +56,7 @@ class Timed(Recorder):
         super().__init__()
         self.seconds: list[float] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002 - torch's
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         start = time.process_time()
         out = func(*args, **kwargs)

@@ -1,8 +1,8 @@
 """What a training step of a pair costs, counted without computing it: the step itself runs on tensors that hold no numbers.
 
-Networks are built on the meta device, then shown to torch as fake CPU tensors, so that autocast and attention choose kernels as they
-do in a run, and neither weights nor memory are needed. Of every operation it is recorded how many floating-point operations it takes
-(torch's own formulas) and how many bytes it reads and writes; and of every moment, how much is allocated.
+Networks are built on the meta device, then shown to torch as fake CPU tensors, so that autocast and attention choose kernels as in
+a run, and neither weights nor memory are needed. Of every operation it is recorded how many floating-point operations it takes (by
+torch's own formulas) and how many bytes it reads and writes; and of every moment, how much is allocated.
 """
 
 import weakref
@@ -29,7 +29,7 @@ from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.terms import build_objective, needs
 
 aten = torch.ops.aten
-PHASES = ("teacher", "forward", "backward", "optimizer")
+PHASES = ("teacher", "heads", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,40 @@ class Step:
         ids = torch.arange(count)
         self.batch = Batch(torch.zeros(count, 3, side, side), ids % self.case.classes, ids)
 
-    def shown(self) -> Features:
+    def shown(self, enter: Callable[[str], None] = lambda _: None) -> Features:
         """The teacher's features of the batch, live or as if read from a store."""
-        if not self.case.stored:
-            return self.teacher(self.batch.images)
-        count, heads = len(self.batch.labels), self.teacher.heads
-        read = Features(torch.zeros(count, self.case.classes), torch.zeros(count, self.teacher.tap.embed_dim))
-        if heads is None:
-            return read
-        with torch.no_grad():
-            codes = heads.encode(read.embedding)
-            return read._replace(codes=codes, views=heads.decode(codes))
-
-    def run(self, enter: Callable[[str], None] = lambda _: None) -> None:
-        """One update; `enter` is told which of PHASES begins."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.amp):
+        teacher, count = self.teacher, len(self.batch.labels)
+        with torch.no_grad():  # as Teacher.forward, in two phases
             enter("teacher")
-            shown = self.shown()
+            if self.case.stored:
+                features = Features(torch.zeros(count, self.case.classes), torch.zeros(count, teacher.tap.embed_dim))
+            else:
+                features = teacher.tap(teacher.view(self.batch.images))
+            enter("heads")
+            if teacher.heads is None:
+                return features
+            codes = teacher.heads.encode(features.embedding)
+            return features._replace(codes=codes, views=teacher.heads.decode(codes))
+
+    def run(self, enter: Callable[[str], None] = lambda _: None, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """One update; `enter` is told which of PHASES begins, `keep` is shown what is kept for the backward."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.amp):
+            shown = self.shown(enter)
             enter("forward")
-            terms, logits = self.trainee(self.batch, shown)
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                terms, logits = self.trainee(self.batch, shown)
+                loss = torch.stack([term.float() for term in terms.values()]).sum()
         del shown, terms, logits
         enter("backward")
         loss.backward()
         enter("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def start_optimizer(self) -> None:
+        """Let the optimizer make its state, as a first update does."""
+        for parameter in self.trainee.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -157,22 +167,32 @@ class Op(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operation in `ops`, and in `now` and `peak` the bytes that are allocated."""
+    """Records operations in `ops`, the bytes that are allocated in `now` and `peak`, those kept for the backward in `saved`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = PHASES[0]
         self.ops: list[Op] = []
-        self.now = self.peak = 0
+        self.now = self.peak = self.saved = 0
         self._live: set[int] = set()
+        self._there: set[int] = set()
 
     def enter(self, phase: str) -> None:
         """A phase begins."""
         self.phase = phase
+        if phase == "forward":
+            self._there = set(self._live)
 
-    def hold(self, tensors: Any) -> int:
-        """Count tensors as allocated until they are gone; returns the bytes that are new."""
-        before = self.now
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count what is kept for the backward, unless it was there before the student's forward."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._there:
+            self._there.add(storage._cdata)
+            self.saved += storage.nbytes()
+        return tensor
+
+    def hold(self, tensors: Any) -> None:
+        """Count tensors as allocated until they are gone."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -182,13 +202,12 @@ class Recorder(TorchDispatchMode):
                     weakref.finalize(storage, self._free, key, size)
                     self.now += size
         self.peak = max(self.peak, self.now)
-        return self.now - before
 
     def _free(self, key: int, size: int) -> None:
         self._live.remove(key)
         self.now -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002 - torch's
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.hold(out)
@@ -284,11 +303,10 @@ def count(case: Case) -> Counts:
         recorder.hold(tuple(step.batch))
         before = recorder.now
         with recorder:
-            step.run()  # makes the optimizer's state
+            step.start_optimizer()
             state, recorder.peak = recorder.now, recorder.now
             recorder.ops.clear()
-            step.run(recorder.enter)
-        saved = _saved(step)
+            step.run(recorder.enter, recorder.keep)
     student = step.trainee.student
     trained = [p for p in step.trainee.parameters() if p.requires_grad]
     return Counts(
@@ -299,31 +317,12 @@ def count(case: Case) -> Counts:
         state=state,
         trained=_bytes(trained),
         optimizer=state - before,
-        saved=saved,
+        saved=recorder.saved,
         peak=recorder.peak,
         block=max((_bytes(child.parameters()) for child in _blocks(student)), default=0),
         student_state=_bytes([*student.parameters(), *student.buffers()]),
         embed_dim=step.teacher.tap.embed_dim,
     )
-
-
-def _saved(step: Step) -> int:
-    """Bytes that a forward of the trainee keeps for its backward, beside what is there anyway."""
-    there = Recorder()
-    with torch.autocast("cpu", torch.bfloat16, enabled=step.case.amp):
-        shown = step.shown()
-        there.hold([[*step.trainee.parameters(), *step.trainee.buffers()], tuple(step.batch), shown])
-        before = there.now
-
-        def keep(tensor: Tensor) -> Tensor:
-            there.hold(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            held = step.trainee(step.batch, shown)
-            saved = there.now - before
-        del held
-    return saved
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

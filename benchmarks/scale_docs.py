@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from benchmarks/results/scale.json: `python benchmarks/scale.py --markdown` predicts and writes them."""
+"""The tables of docs/scaling.md from benchmarks/results/scale.json; `benchmarks/scale.py --markdown` predicts and writes them."""
 
 import re
 from collections.abc import Callable
@@ -37,8 +37,8 @@ def predicted() -> dict[str, Any]:
     case, name, rate = PUBLISHED
     with tqdm(total=len(PLANS) + 1, desc="predict", unit="pair") as bar:
         for plan in PLANS:
-            counts = scale.both_counts(plan.case)
-            rows += [scale.predict(plan, *counts, device, scale.loader_rate()) for device in scale.DEVICES.values()]
+            counts = scale.count(plan.case)
+            rows += [scale.predict(plan, counts, device, scale.loader_rate()) for device in scale.DEVICES.values()]
             bar.update()
         seconds = scale.step_seconds(scale.count(case), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
         bar.update()
@@ -69,8 +69,8 @@ def runs(found: dict[str, Any]) -> str:
                 f"{plan['epochs']}",
                 " / ".join(f"{1000 * row['seconds']['step']:.0f}" for row in rows),
                 " / ".join(f"{row['hours'][1]:.1f} ({row['hours'][0]:.1f} to {row['hours'][2]:.1f})" for row in rows),
-                f"{first['loader_hours']:.0f}",
-                " / ".join(f"{row['loader_cores']:.0f}" for row in rows),
+                f"{first['loader_hours']:.0f}" if first["loader_hours"] else "",
+                " / ".join(f"{row['loader_cores']:.0f}" for row in rows if row["loader_cores"]),
             ]
         )
     devices = " / ".join(dict.fromkeys(row["device"] for row in found["rows"]))
@@ -103,9 +103,8 @@ def sizes(found: dict[str, Any]) -> str:
 def stores(_: dict[str, Any]) -> str:
     """Sizes by the store's own arithmetic."""
     cells = []
-    for words, images, classes, width in (("1k, resnet34", SMALL, 1000, 512), ("1k, regnety_160", SMALL, 1000, 3024)) + (
-        ("21k, vit_large", LARGE, CLASSES, 1024),
-    ):
+    kinds = (("1k, resnet34", SMALL, 1000, 512), ("1k, regnety_160", SMALL, 1000, 3024), ("21k, vit_large", LARGE, CLASSES, 1024))
+    for words, images, classes, width in kinds:
         for top_k in (0, 64, 32, 16):
             layout = Layout(width, classes, top_k)
             row = [words, f"top {top_k}" if top_k else f"all {classes:,}", f"{layout.size(1):,}"]
@@ -119,13 +118,14 @@ def assumptions(_: dict[str, Any]) -> str:
         for d in scale.DEVICES.values()
     ]
     low, expected, high = scale.UTILISATION
+    node, network = (speed / 1e9 for speed in scale.LINK.values())
+    table = markdown(["data sheet", "bf16 TFLOP/s, dense", "fp32 TFLOP/s", "TB/s", "GB"], cells)
     return (
-        f"{markdown(['data sheet', 'bf16 TFLOP/s, dense', 'fp32 TFLOP/s', 'TB/s', 'GB'], cells)}\n\n"
-        f"Assumed, not measured: products and convolutions reach {expected:.0%} of the peak ({low:.0%} to {high:.0%} in the ranges), "
-        f"the rest {scale.STREAMING:.0%} of the bandwidth; {scale.LAUNCH * 1e6:.0f} µs of Python per operation beside the GPU's work; an "
-        f"all-reduce moves {scale.LINK['node'] / 1e9:.0f} GB/s per GPU inside a machine of {scale.NODE} and "
-        f"{scale.LINK['network'] / 1e9:.0f} GB/s between machines, beside the backward but for the last 25 MiB; "
-        f"{scale.RESERVE[0] / 1e9:.0f} GB of context and {scale.RESERVE[1] - 1:.0%} of fragments beside the tensors."
+        f"{table}\n\nAssumed, not measured: products and convolutions reach {expected:.0%} of the peak ({low:.0%} to {high:.0%} "
+        f"in the ranges), the rest {scale.STREAMING:.0%} of the bandwidth; {scale.LAUNCH * 1e6:.0f} µs of Python per "
+        f"operation, beside the GPU's work; an all-reduce moves {node:.0f} GB/s per GPU inside a machine of {scale.NODE} and "
+        f"{network:.0f} GB/s between machines, beside the backward but for the last 25 MiB; {scale.RESERVE[0] / 1e9:.0f} GB of context and "
+        f"{scale.RESERVE[1] - 1:.0%} of fragments beside the tensors."
     )
 
 
@@ -139,15 +139,18 @@ def published(found: dict[str, Any]) -> str:
 
 
 def checked(_: dict[str, Any]) -> str:
-    found = scale.known()["check"]
+    found = scale.known().get("check")
+    if found is None:
+        return "Not measured yet: `benchmarks/scale.py --check` does, and `benchmarks/scale.py --markdown` writes it here."
     loader = found["loader"]
+    size, base = found["cycle"][0]["img_size"], found["rows"][0]["peak_bytes"]["base"] / 2**20
     return (
         f"{scale_check.summary(found)}\n\n"
-        f"Ratios are predicted / measured. Processor seconds of one thread, as other programs used the machine: n={found['rounds']} turns "
-        f"with a step of known time, and the ratio corrected for its pace. Memory is what a process of its own takes beyond the "
-        f"{found['rows'][0]['peak_bytes']['base'] / 2**20:.0f} MiB of torch and the package. Rates from "
-        f"{', '.join(row['pair'] for row in found['cycle'])} at {found['cycle'][0]['img_size']} px. The loader, one core: "
-        f"{loader['plain']:.0f} images/s with crop and flip, {loader['randaugment']:.0f} with RandAugment, JPEGs of 500 x 375 px and "
+        "Ratios are predicted / measured. Processor seconds of one thread, as other programs used the machine: "
+        f"n={found['rounds']} turns with a step of known time, the ratio corrected for its pace; noisy. Memory is what a process "
+        f"of its own takes beyond the {base:.0f} MiB of torch and the package. Rates from "
+        f"{', '.join(row['pair'] for row in found['cycle'])} at {size} px. The loader, one core: {loader['plain']:.0f} images/s "
+        f"with crop and flip, {loader['randaugment']:.0f} with RandAugment, JPEGs of 500 x 375 px and "
         f"{loader['jpeg_bytes'] / 1000:.0f} kB. `benchmarks/scale.py --check`; {about(found)}."
     )
 

@@ -127,7 +127,8 @@ def test_the_macs_of_a_step_are_those_of_its_networks(counted: counts.Counts) ->
     first = next(module for module in student.modules() if isinstance(module, torch.nn.Conv2d))
     widths = {"teacher": (64, 10), "student": (student.head_hidden_size, None)}
     heads = {name: sum(d * d + d * c + (c * d + d * k if k else 0) for c in (64, 256)) for name, (d, k) in widths.items()}
-    assert counted.macs("teacher") == 4 * (macs(teacher, (3, 32, 32)) + heads["teacher"])
+    assert counted.macs("teacher") == 4 * macs(teacher, (3, 32, 32))
+    assert counted.macs("heads") == 4 * heads["teacher"]
     forward = 4 * (macs(student, (3, 32, 32)) + heads["student"])
     assert counted.macs("forward") == forward
     # Both gradients of every layer, also of the depthwise ones, but for the images' own.
@@ -140,7 +141,7 @@ def test_the_bytes_of_a_step_are_those_of_real_tensors(counted: counts.Counts) -
     step.place()
     there = {t.untyped_storage().data_ptr() for t in (*step.trainee.parameters(), *step.trainee.buffers(), *step.batch)}
     shown = step.shown()
-    there |= {t.untyped_storage().data_ptr() for t in counts.tree_leaves(shown)}
+    there |= {t.untyped_storage().data_ptr() for t in counts.tree_leaves(shown) if isinstance(t, torch.Tensor)}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,9 +156,10 @@ def test_the_bytes_of_a_step_are_those_of_real_tensors(counted: counts.Counts) -
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert counted.optimizer == counted.trained == sum(4 * momentum.numel() for momentum in momenta)
     assert counted.saved < counted.peak - counted.state < 2 * counted.saved
-    half = counts.count(dataclasses.replace(CASE, amp=True))
-    assert half.saved < 0.75 * counted.saved
-    assert counts.count(dataclasses.replace(CASE, stored=True)).macs("teacher") < 0.1 * counted.macs("teacher")
+    other = counts.count(dataclasses.replace(CASE, amp=True, stored=True))
+    assert other.saved < 0.75 * counted.saved
+    assert other.macs("teacher") == 0
+    assert other.macs("backward") == counted.macs("backward")
 
 
 def test_what_is_allocated_is_followed() -> None:
@@ -196,7 +198,7 @@ def test_what_is_said_of_many_gpus(counted: counts.Counts) -> None:
     )
     assert copied["total"] - alone["total"] == pytest.approx(1.1 * counted.trained)
     assert copied["tensors"] - sharded["tensors"] == 0.75 * 2 * counted.trained - 2 * counted.block
-    found = scale.predict(plan, counted, counted, device, 100.0)
+    found = scale.predict(plan, counted, device, 100.0)
     assert found["store_bytes"] == 10 * 1000 * 2 * (64 + 10)
     assert found["loader_hours"] == pytest.approx(2 * 1000 / (4 * 16 * 100) / 3600)
     assert found["hours"][1] == pytest.approx(2 * 1000 / 16 * scale.step_seconds(counted, device, plan, 0.4)["step"] / 3600)
