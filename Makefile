@@ -27,6 +27,8 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/hosts.py
 	$(RUN) benchmarks/shortcuts.py
 	$(RUN) benchmarks/demo.py --seeds 5
+	$(RUN) benchmarks/scale.py --check
+	$(RUN) benchmarks/scale.py --markdown
 	$(RUN) benchmarks/readme.py
 
 floors:  ## The suite on the lowest versions that pyproject.toml admits.

@@ -5,6 +5,7 @@ a run, and neither weights nor memory are needed. Of every operation it is recor
 torch's own formulas) and how many bytes it reads and writes; and of every moment, how much is allocated.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.terms import build_objective, needs
 
 aten = torch.ops.aten
+_hooks = torch.autograd.graph.saved_tensors_hooks
 PHASES = ("teacher", "heads", "forward", "backward", "optimizer")
 
 
@@ -127,12 +129,12 @@ class Step:
             codes = teacher.heads.encode(features.embedding)
             return features._replace(codes=codes, views=teacher.heads.decode(codes))
 
-    def run(self, enter: Callable[[str], None] = lambda _: None, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def run(self, enter: Callable[[str], None] = lambda _: None, keep: Callable[[Tensor], Tensor] | None = None) -> None:
         """One update; `enter` is told which of PHASES begins, `keep` is shown what is kept for the backward."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.case.amp):
             shown = self.shown(enter)
             enter("forward")
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with _hooks(keep, lambda tensor: tensor) if keep is not None else contextlib.nullcontext():
                 terms, logits = self.trainee(self.batch, shown)
                 loss = torch.stack([term.float() for term in terms.values()]).sum()
         del shown, terms, logits

@@ -124,8 +124,8 @@ def assumptions(_: dict[str, Any]) -> str:
         f"{table}\n\nAssumed, not measured: products and convolutions reach {expected:.0%} of the peak ({low:.0%} to {high:.0%} "
         f"in the ranges), the rest {scale.STREAMING:.0%} of the bandwidth; {scale.LAUNCH * 1e6:.0f} µs of Python per "
         f"operation, beside the GPU's work; an all-reduce moves {node:.0f} GB/s per GPU inside a machine of {scale.NODE} and "
-        f"{network:.0f} GB/s between machines, beside the backward but for the last 25 MiB; {scale.RESERVE[0] / 1e9:.0f} GB of context and "
-        f"{scale.RESERVE[1] - 1:.0%} of fragments beside the tensors."
+        f"{network:.0f} GB/s between machines, beside the backward but for the last 25 MiB; {scale.RESERVE[0] / 1e9:.0f} GB of "
+        f"context and {scale.RESERVE[1] - 1:.0%} of fragments beside the tensors."
     )
 
 
