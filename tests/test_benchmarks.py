@@ -155,7 +155,7 @@ def test_the_bytes_of_a_step_are_those_of_real_tensors(counted: counts.Counts) -
     step.run()
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert counted.optimizer == counted.trained == sum(4 * momentum.numel() for momentum in momenta)
-    assert counted.saved < counted.peak - counted.state < 2 * counted.saved
+    assert counted.saved < counted.peak - counted.state < 2 * counted.saved + counted.trained
     other = counts.count(dataclasses.replace(CASE, amp=True, stored=True))
     assert other.saved < 0.75 * counted.saved
     assert other.macs("teacher") == 0
@@ -173,7 +173,8 @@ def test_what_is_allocated_is_followed() -> None:
         assert recorder.now == 4000
         assert two.reshape(-1).numel() == 1000
         assert (recorder.now, recorder.peak) == (4000, 8000)
-    assert [(op.kind, op.bytes) for op in recorder.ops] == [("ones", 4000), ("add", 8000), ("mul_", 8000)]
+    # A view costs nothing, and the reshape of what is transposed is a copy.
+    assert [(op.kind, op.bytes) for op in recorder.ops] == [("ones", 4000), ("add", 8000), ("mul_", 8000), ("clone", 8000)]
 
 
 def test_rates_are_found_and_never_negative() -> None:
