@@ -31,6 +31,8 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/any_timm.py
 	$(RUN) benchmarks/shortcuts.py
 	$(RUN) benchmarks/demo.py --seeds 5
+	$(RUN) benchmarks/scale.py --check
+	$(RUN) benchmarks/scale.py --markdown
 	$(RUN) benchmarks/readme.py
 
 floors:  ## The suite on the lowest versions that pyproject.toml admits.

@@ -1,5 +1,9 @@
-"""The grid of benchmarks/cifar.py: a student in a pass with others ends as it does alone, and what is done is not done again."""
+"""The grid of benchmarks/cifar.py: a student in a pass with others ends as it does alone, and what is done is not done again.
 
+Also what benchmarks/scale.py counts, beside what real tensors hold.
+"""
+
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,10 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cifar as grid
 import criteria as steps
 import hosts as each
+import scale
+import scale_check
+import scale_counts as counts
+import scale_docs
 from safetensors.torch import load_file
 
 from mgd_timm import checkpoint
+from mgd_timm.build import build_named
 from mgd_timm.recipe import make_recipe
+from mgd_timm.report import macs
 from mgd_timm.run import run
 
 
@@ -102,3 +112,105 @@ def test_the_table_of_hosts_pairs_seeds() -> None:
     }
     assert lines["at"] == ["80.50 ± 0.71", "83.00 ± 1.41", "83.00 ± 0.00", "+0.00 ± 1.41"]
     assert lines["dml"] == ["80.00", "", "81.00", "+1.00"]
+
+
+CASE = counts.Case("cifar_resnet8", "cifar_mobilenetv2", 32, 4, classes=10)
+
+
+@pytest.fixture(scope="module")
+def counted() -> counts.Counts:
+    return counts.count(CASE)
+
+
+def test_the_macs_of_a_step_are_those_of_its_networks(counted: counts.Counts) -> None:
+    teacher, student = (build_named(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
+    first = next(module for module in student.modules() if isinstance(module, torch.nn.Conv2d))
+    widths = {"teacher": (64, 10), "student": (student.head_hidden_size, None)}
+    heads = {name: sum(d * d + d * c + (c * d + d * k if k else 0) for c in (64, 256)) for name, (d, k) in widths.items()}
+    assert counted.macs("teacher") == 4 * macs(teacher, (3, 32, 32))
+    assert counted.macs("heads") == 4 * heads["teacher"]
+    forward = 4 * (macs(student, (3, 32, 32)) + heads["student"])
+    assert counted.macs("forward") == forward
+    # Both gradients of every layer, also of the depthwise ones, but for the images' own.
+    positions = 32 * 32 // (first.stride[0] * first.stride[1])
+    assert counted.macs("backward") == 2 * forward - 4 * positions * first.weight.numel()
+
+
+def test_the_bytes_of_a_step_are_those_of_real_tensors(counted: counts.Counts) -> None:
+    step = counts.Step(CASE)
+    step.place()
+    there = {t.untyped_storage().data_ptr() for t in (*step.trainee.parameters(), *step.trainee.buffers(), *step.batch)}
+    shown = step.shown()
+    there |= {t.untyped_storage().data_ptr() for t in counts.tree_leaves(shown) if isinstance(t, torch.Tensor)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = step.trainee(step.batch, shown)
+    assert counted.saved == sum(size for pointer, size in kept.items() if pointer not in there)
+    del held
+    step.run()
+    momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    assert counted.optimizer == counted.trained == sum(4 * momentum.numel() for momentum in momenta)
+    assert counted.saved < counted.peak - counted.state < 2 * counted.saved + counted.trained
+    other = counts.count(dataclasses.replace(CASE, amp=True, stored=True))
+    assert other.saved < 0.75 * counted.saved
+    assert other.macs("teacher") == 0
+    assert other.macs("backward") == counted.macs("backward")
+
+
+def test_what_is_allocated_is_followed() -> None:
+    with counts.Recorder() as recorder:
+        one = torch.ones(1000)
+        two = one.view(10, 100).t() + 1
+        assert recorder.now == 8000
+        two.mul_(2)
+        assert recorder.peak == 8000
+        del one
+        assert recorder.now == 4000
+        assert two.reshape(-1).numel() == 1000
+        assert (recorder.now, recorder.peak) == (4000, 8000)
+    # A view costs nothing, and the reshape of what is transposed is a copy.
+    assert [(op.kind, op.bytes) for op in recorder.ops] == [("ones", 4000), ("add", 8000), ("mul_", 8000), ("clone", 8000)]
+
+
+def test_rates_are_found_and_never_negative() -> None:
+    work = torch.tensor([[float(i**2), float(j), 1.0] for i in range(1, 5) for j in (1e3, 5e3, 4e4)], dtype=torch.float64)
+    known = torch.tensor([2e-3, 3e-6, 5e-4], dtype=torch.float64)
+    assert scale_check.fitted(work, work @ known) == pytest.approx(known.tolist(), rel=1e-6)
+    falling = scale_check.fitted(work, 1 / work[:, 0])
+    assert min(falling) >= 0
+    assert sum(falling) > 0
+
+
+def test_what_is_said_of_many_gpus(counted: counts.Counts) -> None:
+    device = scale.device_of("1e12+1e11")
+    plan = scale.Plan(CASE, gpus=4, images=1000, epochs=2)
+    seconds = scale.step_seconds(counted, device, plan, 0.5)
+    assert seconds["step"] == pytest.approx(sum(seconds[name] for name in (*counts.PHASES, "exchange")))
+    assert scale.communication(counted, plan) == 2 * 3 / 4 * counted.trained / scale.LINK["node"]
+    assert scale.communication(counted, dataclasses.replace(plan, gpus=1)) == 0
+    alone, copied, sharded = (
+        scale.memory(counted, dataclasses.replace(plan, gpus=gpus, fsdp=fsdp, ema=True))
+        for gpus, fsdp in ((1, False), (4, False), (4, True))
+    )
+    assert copied["total"] - alone["total"] == pytest.approx(1.1 * counted.trained)
+    assert copied["tensors"] - sharded["tensors"] == 0.75 * 2 * counted.trained - 2 * counted.block
+    found = scale.predict(plan, counted, device, 100.0)
+    assert found["store_bytes"] == 10 * 1000 * 2 * (64 + 10)
+    assert found["loader_hours"] == pytest.approx(2 * 1000 / (4 * 16 * 100) / 3600)
+    assert found["hours"][1] == pytest.approx(2 * 1000 / 16 * scale.step_seconds(counted, device, plan, 0.4)["step"] / 3600)
+    assert "PREDICTED, not measured" in scale.said(found)
+    for word in ("h300", "1e12", "0+1e9", "1e12+"):
+        with pytest.raises(ValueError, match="expected h200, a100, cpu, or FLOP/s"):
+            scale.device_of(word)
+    with pytest.raises(ValueError, match="gpus=0: expected 1 or more"):
+        scale.Plan(CASE, gpus=0)
+
+
+def test_the_document_of_scaling_is_current() -> None:
+    text = scale_docs.DOCS.read_text()
+    assert scale_docs.filled(text) == text, "run: python benchmarks/scale.py --markdown"
