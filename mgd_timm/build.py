@@ -11,7 +11,7 @@ import psutil
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
@@ -23,13 +23,15 @@ from mgd_timm.features import FeatureTap, TeacherView, choose_maps
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown
+from mgd_timm.sharding import check_sharding, sharded
 
 
 def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
     """The accelerator, and the recipe with the accumulation that is in force: `accelerate launch` may override ours.
 
     Raises:
-        ValueError: A tracker that does not exist or is not installed.
+        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, or a teacher to be cut up
+            on one process.
     """
     for name in recipe.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -45,14 +47,13 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         project_dir=recipe.output,
         kwargs_handlers=[PATIENCE],
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"accelerate was configured for {accelerator.distributed_type.value}: supported are one process, several on CPUs and "
-            "several on GPUs (DDP). Configure one of these (accelerate config)."
-        )
+    check_sharding(accelerator)
+    if recipe.shard_teacher and accelerator.num_processes == 1:
+        raise ValueError("shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out.")
     steps = accelerator.gradient_accumulation_steps
     accelerator.print(
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"
+        f"{', sharded (FSDP2)' if sharded() else ''}, "
         f"precision {accelerator.mixed_precision}, {steps} step{'s' if steps > 1 else ''} per update"
     )
     asked = _asked_processes()

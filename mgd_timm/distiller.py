@@ -1,8 +1,10 @@
 """The frozen teacher, and the one module that trains."""
 
+import copy
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from mgd_timm.criteria.base import Objective
 from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.sharding import cut, units
 
 
 class Teacher(nn.Module):
@@ -62,6 +65,19 @@ class Teacher(nn.Module):
             return features
         codes = self.heads.encode(features.embedding)
         return features._replace(codes=codes, views=self.heads.decode(codes))
+
+
+def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
+    """A copy of a frozen teacher, cut up between all processes, which have to ask it the same number of times from now on.
+
+    Args:
+        teacher: It is moved to the CPU.
+        accelerator: Device and processes, several of them.
+    """
+    names = [f"tap.{name}" for name in units(teacher.tap)]
+    parts = copy.deepcopy(teacher.to("cpu"))
+    cut(parts, names, accelerator)
+    return parts
 
 
 def live(teacher: Teacher, batch_size: int, mode: str | None) -> Callable[[Batch], Features]:

@@ -27,7 +27,7 @@ from mgd_timm.build import (
 )
 from mgd_timm.criteria import Criterion, Objective
 from mgd_timm.data import Images, Source, load_images
-from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live
+from mgd_timm.distiller import Distiller, MutualLearning, Teacher, live, shard_teacher
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import describe, export_model, versions
 from mgd_timm.features import FeatureTap, Pair
@@ -272,6 +272,8 @@ def _train_student(
     networks.objective.to(accelerator.device)
     if networks.stages:
         summary["fitted"] = fit_stages(networks.stages, images, recipe, accelerator, quiet=quiet)
+    if teacher is not None and recipe.shard_teacher:
+        teacher = shard_teacher(teacher, accelerator)
     if teacher is not None and stored is not None:
         teacher.tap.to("cpu")  # its outputs are there: the device's memory is the student's
     trainee = _trainee(networks).to(accelerator.device)
