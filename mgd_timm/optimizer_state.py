@@ -116,7 +116,8 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mappi
     }
     groups = _unpack(values["groups"], tensors)
     for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
-        group["params"] = now["params"]
+        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under FSDP.
+        group |= {key: now[key] for key in ("params", "fused", "foreach") if key in now}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():

@@ -2,14 +2,14 @@
 
 `torch.distributed.fsdp.fully_shard` changes a module for good (its class, its hooks). So a copy of it is cut up, and the module
 itself, which the caller holds, is without memory while the copy trains: `Sharded.whole` gives it the current values for a while.
-Accelerate's own FSDP2 path serves accelerators alone, refuses none of what it cannot do (empty shards of small parameters share
-one address, by which it finds the optimizer's) and casts a teacher's logits to bfloat16; here CPU and GPU run the same lines.
+Accelerate's own FSDP2 path is for GPUs alone, casts all that enters the module to bfloat16 (the teacher's logits, the losses) and
+would put BatchNorm's weights in it; so accelerate decides and computes here as under DDP, and CPU and GPU run the same lines.
 """
 
 import contextlib
 import copy
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -66,8 +66,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     for name, given in refused.items():
         if given:
             raise ValueError(
-                f"accelerate was configured for FSDP with {name}, which is not supported: expected fsdp_version 2 in float32 or bf16, "
-                "all of it on the devices. Start from recipes/fsdp.yaml."
+                f"accelerate was configured for FSDP with {name}, which is not supported: expected fsdp_version 2, float32 or "
+                "bf16, and all of it on the devices. Start from recipes/fsdp.yaml."
             )
 
 
@@ -237,18 +237,21 @@ def cut(module: nn.Module, names: Sequence[str], accelerator: Accelerator) -> No
     """Cut a module's parameters up between all processes, in place and for good: its parts of these names, then what remains.
 
     Raises:
-        ValueError: A parameter without dimensions.
+        ValueError: A parameter without dimensions that is to be trained (timm: dm_nfnet_*); a frozen one stays whole.
     """
-    for name, parameter in module.named_parameters():
-        if not parameter.ndim:
+    numbers = {name: parameter for name, parameter in module.named_parameters() if not parameter.ndim}
+    for name, parameter in numbers.items():
+        if parameter.requires_grad:
             raise ValueError(f"{name} is a single number, which FSDP2 cannot cut up: train this network under DDP.")
     _lay_flat(module)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     free = FullyShardedDataParallelPlugin(fsdp_version=2).reshard_after_forward
+    frozen = set(numbers.values())
     for name in names:
-        fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=free)
+        fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=free, ignored_params=frozen)
     trains = any(parameter.requires_grad for parameter in module.parameters())
-    fully_shard(module, mesh=mesh, reshard_after_forward=not trains)  # what trains needs it for the backward pass at once
+    # What remains is needed at once by the backward pass, where there is one.
+    fully_shard(module, mesh=mesh, reshard_after_forward=not trains, ignored_params=frozen)
 
 
 def _lay_flat(module: nn.Module) -> None:
@@ -264,14 +267,10 @@ def _taps(module: nn.Module) -> list[tuple[str, FeatureTap]]:
 def units(tap: FeatureTap) -> list[str]:
     """Names of the parts of a network that are gathered one at a time: all else is gathered once, for the whole step.
 
-    They are found by one forward pass, as a part's parameters are there while it is called, and only then: the largest modules of
-    at most `LARGEST` of all parameters that are called exactly once and share no parameter.
+    A part's parameters are there while it is called, and only then. So they are found by one forward pass: the largest modules of
+    at most `LARGEST` of all parameters that are called once, share no parameter and of which nothing is called from outside.
     """
-    calls: Counter[nn.Module] = Counter()
-    handles = [module.register_forward_pre_hook(lambda module, _: calls.update([module])) for module in tap.modules()]
-    tap.shapes((tap.input_size[1], tap.input_size[2]))
-    for handle in handles:
-        handle.remove()
+    calls, entered = _calls(tap)
     uses = Counter(id(parameter) for _, parameter in tap.named_parameters(remove_duplicate=False))
     total = sum(parameter.numel() for parameter in tap.parameters())
     found: list[str] = []
@@ -280,14 +279,40 @@ def units(tap: FeatureTap) -> list[str]:
         for name, child in module.named_children():
             own = list(child.parameters())
             size = sum(parameter.numel() for parameter in own)
-            alone = calls[child] == 1 and all(uses[id(parameter)] == 1 for parameter in own)
+            closed = calls[child] == 1 and child not in entered and all(uses[id(parameter)] == 1 for parameter in own)
             divisible = any(next(part.parameters(), None) is not None for part in child.children())
             if size < SMALLEST * total:
                 continue
-            if alone and (size <= LARGEST * total or not divisible):
+            if closed and (size <= LARGEST * total or not divisible):
                 found.append(f"{place}{name}")
             else:
                 search(f"{place}{name}.", child)
 
     search("", tap)
     return found
+
+
+def _calls(tap: FeatureTap) -> tuple[Counter[nn.Module], set[nn.Module]]:
+    """How often a forward pass calls each module, and the modules of which it calls a part while they are not called themselves."""
+    calls: Counter[nn.Module] = Counter()
+    entered: set[nn.Module] = set()
+    running: list[nn.Module] = []
+    around: dict[nn.Module, list[nn.Module]] = defaultdict(list)
+    for module in tap.modules():
+        for part in module.modules():
+            around[part].append(module)
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+        calls[module] += 1
+        entered.update(outer for outer in around[module] if outer not in running)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        assert running.pop() is module
+
+    handles = [module.register_forward_pre_hook(enter) for module in tap.modules()]
+    handles += [module.register_forward_hook(leave) for module in tap.modules()]
+    tap.shapes((tap.input_size[1], tap.input_size[2]))
+    for handle in handles:
+        handle.remove()
+    return calls, entered
