@@ -25,16 +25,17 @@ def found(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("sharded")
     command = [*LAUNCH, "--mixed_precision", "no", str(Path(__file__).parent / "sharded_runs.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize(
-    ("case", "far", "rel"), [("resnet", 1e-6, 1e-3), ("crossed", 1e-6, 1e-3), ("vit", 1e-6, 1e-3), ("bf16", 1e-2, 1e-2)]
+    ("case", "far", "rel"),
+    [("resnet", 1e-6, 1e-3), ("crossed", 1e-6, 1e-3), ("vit", 1e-6, 1e-3), ("bf16", 1e-2, 1e-2)],
 )
 def test_losses_metrics_and_weights_are_those_of_ddp(found, case, far, rel):
-    """BatchNorm, clipping, accumulation and a moving average; each gone on by the other; a ViT, the teacher cut up as well; bf16."""
+    """BatchNorm, clipping, accumulation and averaging; each one's run gone on by the other; a ViT, its teacher cut up; bf16."""
     for rank in range(2):
         row = found[rank][case]
         assert row["fsdp"] == pytest.approx(row["ddp"], rel=rel)
@@ -64,10 +65,11 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     flags = ["distill", *FAST, "--method", "none", "--epochs", "2", "--checkpoint-interval", "2", "--data-dir", str(small_data)]
     flags += ["--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "1"]
     process = start(*flags, "--output", str(tmp_path / "killed"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoints" / "00000004").exists() and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+    assert (tmp_path / "killed" / "checkpoints" / "00000004").exists()
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
@@ -76,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     assert not (tmp_path / "killed" / "export").exists()
     for more in (["--output", str(tmp_path / "killed"), "--resume"], ["--output", str(tmp_path / "whole")]):
         process = start(*flags, *more)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert "2 processes on cpu, sharded (FSDP2), precision bf16" in output
         assert ("resumed after update" in output) == ("--resume" in more)
