@@ -11,7 +11,7 @@ import psutil
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
@@ -26,13 +26,15 @@ from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
 from mgd_timm.sampling import num_slots
+from mgd_timm.sharding import check_sharding, sharded
 
 
 def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
     """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override ours.
 
     Raises:
-        ValueError: A tracker that does not exist or is not installed, or what `with_global_batch` refuses.
+        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, a teacher to be cut up on
+            one process, or what `with_global_batch` refuses.
     """
     for name in recipe.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -48,11 +50,11 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         project_dir=recipe.output,
         kwargs_handlers=[PATIENCE],
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"accelerate was configured for {accelerator.distributed_type.value}: supported are one process, several on CPUs and "
-            "several on GPUs (DDP). Configure one of these (accelerate config)."
-        )
+    check_sharding(accelerator)
+    if recipe.shard_teacher and accelerator.num_processes == 1:
+        raise ValueError("shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out.")
+    if recipe.optim.find_batch_size and sharded():
+        raise ValueError("find_batch_size under FSDP: a trial step of one process alone is none. Give a batch size that fits.")
     watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -76,8 +78,9 @@ def _with_batch(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     assert recipe.optim.global_batch_size is not None
     slots = num_slots(recipe.data.batch_size, processes, recipe.optim.global_batch_size)
     steps = accelerator.gradient_accumulation_steps = slots // processes
+    cut_up = ", sharded (FSDP2)" if sharded() else ""
     accelerator.print(
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{cut_up}, "
         f"precision {accelerator.mixed_precision}, {recipe.optim.global_batch_size} images per update in {steps} "
         f"step{'s' if steps > 1 else ''}"
     )

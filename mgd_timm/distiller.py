@@ -1,8 +1,10 @@
 """The frozen teacher, and the one module that trains."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.several import SeveralTeachers
+from mgd_timm.sharding import cut, units
 
 AnyFeatures = Features | tuple[Features, ...]
 """Of a teacher, or of several."""
@@ -81,6 +84,19 @@ class Teacher(nn.Module):
 def is_whole(batch: Batch, slot_size: int) -> bool:
     """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller."""
     return slot_size - len(batch.labels) in (0, 1)
+
+
+def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
+    """A copy of a frozen teacher, cut up between all processes, which have to ask it the same number of times from now on.
+
+    Args:
+        teacher: It is moved to the CPU.
+        accelerator: Device and processes, several of them.
+    """
+    names = [f"tap.{name}" for name in units(teacher.tap)]
+    parts = copy.deepcopy(teacher.to("cpu"))
+    cut(parts, names, accelerator)
+    return parts
 
 
 def live_together(teachers: Sequence[Teacher], slot_size: int, mode: str | None) -> Callable[[Batch], AnyFeatures]:

@@ -35,6 +35,7 @@ from mgd_timm.processes import any_process, on_main, share
 from mgd_timm.recipe import Optim, differences
 from mgd_timm.running_statistics import RunningStatistics
 from mgd_timm.sampling import cut_updates, mix, slot_size
+from mgd_timm.sharding import load_parts, place
 
 Teach = Callable[[Batch], Features | tuple[Features, ...]]
 Watch = Callable[[nn.Module | None], Metrics]
@@ -236,6 +237,8 @@ class _Loop:
         compile: bool,
         upkeep: Upkeep,
     ) -> None:
+        self.placement = place(trainee, accelerator)
+        trainee = self.placement.trainee
         self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
         self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
@@ -246,9 +249,10 @@ class _Loop:
         self.updates_per_epoch = len(self._updates(0))
         self.schedule = build_schedule(optimizer, optim, self.updates_per_epoch)
         self.ema: ModelEmaV3 | None = None
+        self.average: nn.Module | None = None
         if optim.model_ema and averaged is not None:
-            self.averaged = averaged
-            self.ema = ModelEmaV3(averaged, decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+            options = {"decay": optim.model_ema_decay, "use_warmup": optim.model_ema_warmup}
+            self.ema, self.averaged, self.average = self.placement.average(averaged, **options)
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
         # schedule is not prepared: accelerate would step it once per process, and not save it.
@@ -257,7 +261,7 @@ class _Loop:
         mode = compile_mode(accelerator) if compile else None
         wrapper = _Wrapper(trainee, whole_slot(batch_size, optim, accelerator), mode, kept)
         self.compiled = compile
-        self.model, self.optimizer = accelerator.prepare(wrapper, optimizer)
+        self.model, self.optimizer = self.placement.prepare(wrapper, optimizer)
         self.epoch = self.update = self.done = 0
         self.sums: dict[str, float] = {}
         self.seconds = 0.0
@@ -288,9 +292,9 @@ class _Loop:
         with tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar:
             while self.epoch < self.optim.epochs:
                 self._run_epoch(bar, caught)
-        averaged = self.ema.module if self.ema is not None else None
         self.accelerator.free_memory()
-        return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, averaged)
+        self.placement.restore()
+        return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, self.average)
 
     def _check_average(self) -> None:
         optim = self.optim
@@ -346,7 +350,7 @@ class _Loop:
         row: Tensor | None = None
         for step in range(len(slots) // processes):
             held = step + 1 < len(slots) // processes
-            with self.accelerator.no_sync(self.model) if held else contextlib.nullcontext():
+            with self.placement.hold(self.model) if held else contextlib.nullcontext():
                 numbers = self._train_step(slots, step, next(batches))
             row = numbers if row is None else row + numbers
         if self.optim.clip_grad is not None:
@@ -453,7 +457,10 @@ class _Loop:
         share(self.trainee.buffers(), self.accelerator)
         if self.ema is not None:
             share(self.ema.module.buffers(), self.accelerator)
-        metrics = self.watch(self.ema.module if self.ema is not None else None) if self.watch is not None else {}
+        metrics: Metrics = {}
+        if self.watch is not None:
+            with self.placement.whole():
+                metrics = self.watch(self.average)
         top1 = metrics.get("top1", -1.0)
         self.last = metrics
         self.losses = {name: value for name, value in train.items() if name != "top1"}
@@ -480,25 +487,25 @@ class _Loop:
 
     def _save(self) -> None:
         if self.upkeep.folder is not None:
-            on_main(self.accelerator, self._save_here)
+            folder = self.upkeep.folder / "checkpoints"
+            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
+            tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            tensors = {group: self.placement.gathered(held) for group, held in tensors.items()}
+            on_main(self.accelerator, lambda: self._save_here(folder, tensors, optimizer))
 
-    def _save_here(self) -> None:
-        assert self.upkeep.folder is not None
-        tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
+    def _save_here(self, folder: Path, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]) -> None:
         for name, tensor in tensors["trainee"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
                     f"{self.upkeep.stage}: {name} is not finite after update {self.done} (epoch {self.epoch + 1}), which is not "
                     f"saved. {self.upkeep.advice}"
                 )
-        tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
-        if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
         scaler = getattr(self.accelerator, "scaler", None)
         values = {name: getattr(self, name) for name in _COUNTERS}
         values |= {"identity": self.upkeep.identity, "optimizer": optimizer}
         values["scaler"] = scaler.state_dict() if scaler is not None else None
-        folder = self.upkeep.folder / "checkpoints"
         checkpoint.save(folder, self.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
 
     def _resume(self) -> None:
@@ -524,10 +531,10 @@ class _Loop:
                 f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): "
                 "resume with the flags of the first start, or choose another --output."
             )
-        self.trainee.load_state_dict(dict(state.tensors["trainee"]))
+        load_parts(self.trainee, state.tensors["trainee"])
         load_optimizer_state(self.bare_optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(dict(state.tensors["ema"]))
+            load_parts(self.ema.module, state.tensors["ema"])
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and state.values["scaler"] is not None:
             scaler.load_state_dict(state.values["scaler"])

@@ -8,9 +8,11 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mgd_timm.recipe import Optim, unknown
+from mgd_timm.sharding import part_of
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 
@@ -41,6 +43,8 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     devices = {parameter.device.type for parameter in module.parameters()}
     known = not scaled and kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
     fused: dict[str, Any] = {"fused": True} if known else {}
+    if known and kind is torch.optim.SGD and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        fused = {"foreach": True}  # torch has no fused SGD for parameters that are cut up between processes
     return create_optimizer_v2(
         module,
         opt=optim.opt,
@@ -105,10 +109,15 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mappi
     """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
     names = _names(optimizer, module)
     assert names == values["names"], "an optimizer of another module"
-    state = {names.index(name): entries for name, entries in _unpack(values["state"], tensors).items()}
+    own = dict(module.named_parameters())
+    state = {
+        names.index(name): {key: part_of(v, own[name]) if isinstance(v, Tensor) else v for key, v in entries.items()}
+        for name, entries in _unpack(values["state"], tensors).items()
+    }
     groups = _unpack(values["groups"], tensors)
     for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
-        group["params"] = now["params"]
+        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under FSDP.
+        group |= {key: now[key] for key in ("params", "fused", "foreach") if key in now}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():

@@ -356,6 +356,9 @@ class Recipe:
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "its type")
     channels_last: bool | None = _option(None, "channels-last memory format; default: on a GPU, and for cifar_* networks anywhere")
     compile: bool = _option(False, "compile the train step and the teacher (torch.compile; CUDA graphs on one GPU)")
+    shard_teacher: bool = _option(
+        False, "cut the frozen teacher up between the processes (FSDP2), for one that does not fit on each", digest=False
+    )
     fold_teacher: bool = _option(True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding")
     seed: int = _option(42, "of order, augmentation, initialisation and dropout")
     output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
@@ -411,6 +414,9 @@ class Recipe:
                 "none."
             )
         self._check_teachers()
+        if self.shard_teacher and (self.teacher is None or self.teacher_store is not None):
+            why = "there is no teacher" if self.teacher is None else f"teacher_store={self.teacher_store!r} holds its outputs"
+            raise ValueError(f"shard_teacher: {why}, so there is nothing to cut up. Leave it out.")
         if self.teacher_store is not None and self.teacher is None:
             raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
         for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):

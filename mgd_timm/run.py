@@ -12,7 +12,7 @@ from torch import nn
 from mgd_timm import checkpoint
 from mgd_timm.build import build_accelerator, check_model_name, defaults_of, lay_out
 from mgd_timm.data import Images, Source, load_images
-from mgd_timm.distiller import Teacher, live_together
+from mgd_timm.distiller import Teacher, live_together, shard_teacher
 from mgd_timm.evaluation import evaluate_model, evaluate_taps
 from mgd_timm.export import export_model, versions
 from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, whole_slot
@@ -155,6 +155,8 @@ def _train_student(
     networks.objective.to(accelerator.device)
     if networks.stages:
         summary["fitted"] = fit_stages(networks.stages, images, recipe, accelerator, quiet=quiet)
+    if recipe.shard_teacher:
+        teachers = [shard_teacher(teacher, accelerator) for teacher in teachers]
     if stored is not None:
         teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
     trainee = networks.trainee().to(accelerator.device)
