@@ -155,7 +155,8 @@ class Step:
 def _seen_by(teacher: str, size: tuple[int, int, int]) -> tuple[int, int, int]:
     """The size at which a teacher sees images of a size."""
     config = get_pretrained_cfg(teacher)
-    return tuple(config.input_size) if config is not None and config.fixed_input_size else size
+    channels, height, width = config.input_size if config is not None and config.fixed_input_size else size
+    return channels, height, width
 
 
 class Op(NamedTuple):
