@@ -12,6 +12,7 @@ import timm
 import yaml
 from small import environment, write_pictures
 
+import mgd_timm.models  # noqa: F401  # registers cifar_*
 from mgd_timm.export import describe, export_model
 from mgd_timm.recipe import make_recipe
 
