@@ -104,7 +104,7 @@ PAIRS = {
         "DeiT (Touvron et al., arXiv 2012.12877), its training of 300 epochs",
         "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of the loss, "
         "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is "
-        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average of the weights (--model-ema), as in the "
+        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average (--model-ema), as in the "
         "paper's table. Repeated augmentations of an image lie in one update, not on different GPUs.",
     ),
     "patient": Pair(
