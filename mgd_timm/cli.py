@@ -266,7 +266,9 @@ def _list(arguments: Sequence[str]) -> None:
     else:
         print("embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package")
         print("HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100")
-        print("FOLDER       parquet or arrow files, or train/CLASS/*.png and test/CLASS/*.png")
+        print(
+            "FOLDER       parquet or arrow files, train/CLASS/*.png and test/CLASS/*.png, or tar files of these or of a webdataset"
+        )
 
 
 def _list_criteria(values: Namespace) -> None:

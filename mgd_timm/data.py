@@ -140,6 +140,13 @@ class _Part:
         """Those of the ids that can be decoded."""
         return ids[[int(i) not in self.bad for i in ids]] if self.bad else ids
 
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """A decoded image; the error of a damaged one names both ways out."""
+        try:
+            return self.rows.pixels(row, in_chans)
+        except DataError as error:
+            raise DataError(f"{error} {WAY_OUT}") from error
+
 
 def _examine(rows: AnyRows, data: Data, say: Callable[[str], None]) -> _Part:
     digest = rows.digest()
@@ -160,7 +167,7 @@ def _build(
     kept, held = (train.good(ids) for ids in cut)
     _check_left(train, kept)
     first = int(train.good(torch.arange(len(train.rows)))[0])
-    own = train.rows.pixels(first, data.in_chans).shape[:2]
+    own = train.pixels(first, data.in_chans).shape[:2]
     size = (data.img_size, data.img_size) if data.img_size else own
     if max(*own, *size) <= SMALL:
         _check_small(data)
@@ -267,10 +274,7 @@ def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], 
         for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=quick):
             if row in part.bad:
                 continue
-            try:
-                image = rows.pixels(row, in_chans)
-            except DataError as error:
-                raise DataError(f"{error} {WAY_OUT}") from error
+            image = part.pixels(row, in_chans)
             if image.shape[:2] != size:
                 if data.img_size is None:
                     raise DataError(

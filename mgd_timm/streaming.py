@@ -222,7 +222,7 @@ class _Keys:
     """What the readers are given: of every slot its places, encoded images and labels, drawn from the stream in this process."""
 
     def __init__(self, source: StreamSource, slots: Sequence[Tensor], epoch: int) -> None:
-        self.source, self.slots, self.epoch = source, slots, epoch
+        self.source, self.slots, self.epoch, self.read = source, slots, epoch, 0
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -242,10 +242,10 @@ class _Keys:
             yield found
 
     def _next(self, numbered: Iterator[tuple[int, Any]], wanted: int) -> tuple[int, Any]:
-        stream, last = self.source.stream, -1
+        stream = self.source.stream
         try:
             for place, row in numbered:
-                last = place
+                self.read = place + 1
                 if place == wanted:
                     return place, row
         except DataError:
@@ -256,6 +256,6 @@ class _Keys:
                 f"({type(error).__name__}: {error}): --resume continues from the newest checkpoint."
             ) from error
         raise DataError(
-            f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({last + 1} were read): give its true "
+            f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({self.read} were read): give its true "
             "number with --num-samples."
         )

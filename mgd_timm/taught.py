@@ -48,8 +48,8 @@ def _check_streamed(recipe: Recipe) -> None:
         )
     if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
         raise ValueError(
-            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of every image: give --heads-protocol live "
-            "and a few --heads-epochs, each a pass over the stream."
+            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give --heads-protocol "
+            "live and a few --heads-epochs, each a pass over the stream."
         )
     if (recipe.teacher is not None or recipe.peer is not None) and "crd" in (terms := parse_terms(recipe)) and terms["crd"].weight:
         raise ValueError("streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion.")

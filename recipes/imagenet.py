@@ -8,6 +8,8 @@
 Every flag of `mgd-timm distill` is here as well and replaces the pair's value; a flag that is left out has the pair's, or its
 default. A pair is networks, schedule and augmentation; the method is the package's default, mas with kd, where the pair names none.
 
+Stochastic depth is of the pair's own student: to another one give --drop-path.
+
 The batch of an update is the pair's whatever the number of processes, by --batch-size x processes x --grad-accum-steps. Where these
 are given, or do not divide it, the learning rate follows the batch in proportion, unless --lr is given. With --epochs alone a
 schedule keeps its shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of it.
@@ -101,8 +103,8 @@ PAIRS = {
         },
         "DeiT (Touvron et al., arXiv 2012.12877), its training of 300 epochs",
         "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of the loss, "
-        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is --method "
-        "none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average of the weights (--model-ema), as in the "
+        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is "
+        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average (--model-ema), as in the "
         "paper's table. Repeated augmentations of an image lie in one update, not on different GPUs.",
     ),
     "patient": Pair(
@@ -178,6 +180,8 @@ def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
     options = {**COMMON, **pair.options, "teacher": pair.teacher, "student": pair.student}
     if given.get("peer") is not None:
         options.pop("teacher")
+    if "student" in given:
+        options.pop("drop_path", None)  # which not every network takes
     share = -(-pair.batch // processes)
     steps = given.get("grad_accum_steps", -(-share // given.get("batch_size", LARGEST)))
     options |= {"grad_accum_steps": steps, "batch_size": max(2, pair.batch // (processes * steps))}
