@@ -352,7 +352,9 @@ def _report_teacher(teacher: Teacher, images: Images, accelerator: Accelerator, 
 def _refuse_existing(folder: Path, recipe: Recipe) -> None:
     if recipe.resume and not (folder / "recipe.yaml").is_file():
         # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at once.
-        if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(checkpoint.ASIDE) for path in folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(not path.name.startswith(checkpoint.ASIDE) for path in folder.iterdir())
+        ):
             raise ValueError(f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output.")
     elif recipe.resume:
         before = _digested(_read_yaml(folder / "recipe.yaml"))

@@ -1,4 +1,4 @@
-"""Commands in real processes of their own, without the seconds that importing everything costs: forked from one that has imported it."""
+"""Commands in real processes without the seconds that imports cost: forked from a process that has imported everything."""
 
 import multiprocessing
 import os

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from forked import Ranks
-from small import FAST
 
 from mgd_timm import watchdog
 from mgd_timm.checkpoint import newest, verify
