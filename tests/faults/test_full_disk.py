@@ -5,9 +5,12 @@ the system's limit on the size of files refuses the n-th write, or the next larg
 """
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +44,10 @@ def full_at(number: int, room: int | None, filler: str, counted: str, *words: st
     """The command line; at its write `number` there is no room any more, in files beyond `room` bytes where it is given."""
     from mgd_timm.cli import main
 
+    sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # the log is a file as well: written by who has no limit
+    assert sink.stdin is not None
+    for stream in (1, 2):
+        os.dup2(sink.stdin.fileno(), stream)
     make, writes = tempfile.mkdtemp, 0
 
     def mkdtemp(*args: Any, **options: Any) -> str:
@@ -58,6 +65,12 @@ def full_at(number: int, room: int | None, filler: str, counted: str, *words: st
     code = main(list(words))
     if counted:
         Path(counted).write_text(str(writes))
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    sink.stdin.close()
+    sink.wait()
     return code
 
 
