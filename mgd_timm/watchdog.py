@@ -1,9 +1,9 @@
 """A process that dies or hangs ends the others within a minute and by name; else they wait for it until a collective times out.
 
-Every process has a thread that gives a sign of life over a connection of its own: all to the first process, and the first to all. The
-main thread may meanwhile decode for an hour or wait in a collective: a process that is only slow is never ended. One that was killed
-closes its connection; one that is stopped, or on a machine that is gone, falls silent. Clocks are not compared, and the time in which
-the watching process stood still itself (Ctrl-Z) does not count.
+Every process has a thread that gives a sign of life over a connection of its own: all to the first process, and the first to all.
+The main thread may meanwhile decode for an hour or wait in a collective: a process that is only slow is never ended. One that was
+killed closes its connection; one that is stopped, or on a machine that is gone, falls silent. Clocks are not compared, and the time
+in which the watching process stood still itself (Ctrl-Z) does not count.
 """
 
 import atexit
@@ -208,8 +208,8 @@ def start(accelerator: Accelerator) -> None:
         missing = set(range(1, accelerator.num_processes)) - set(links) if limit else set()
         for rank in sorted(missing):
             accelerator.print(
-                f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the network between the "
-                "machines, or silence this with MGD_TIMM_SILENCE=0."
+                f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the network between "
+                "the machines, or silence this with MGD_TIMM_SILENCE=0."
             )
     if links:
         _running = Watchdog(processes, links, limit)

@@ -1,15 +1,17 @@
-"""Commands in real processes of their own, without the seconds that importing everything costs: forked from one that has imported it."""
+"""Commands in real processes without the seconds that imports cost: forked from a process that has imported everything."""
 
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+_lock = threading.Lock()  # an exit code is read once: two threads that ask for it at once would see another one
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mgd_timm.run", "mgd_timm.api", "mgd_timm.cli", "datasets", "tqdm"])
 
@@ -60,29 +62,34 @@ class Ranks:
             launched = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
             given = {"ACCELERATE_USE_CPU": "1", **(environment or {}), **(launched if processes > 1 else {})}
             process = CONTEXT.Process(target=_run, args=(target, words, given, self.logs[rank]))
-            process.start()
+            with _lock:
+                process.start()
             self.ranks.append(process)
 
     def signal(self, kind: signal.Signals, *ranks: int) -> None:
         """Send a signal to some of them, by default to all, where they are still there."""
         for rank in ranks or range(len(self.ranks)):
             process = self.ranks[rank]
-            if process.is_alive() and process.pid is not None:
+            if self._lives(process) and process.pid is not None:
                 os.kill(process.pid, kind)
 
     def alive(self) -> bool:
         """Whether any of them still runs."""
-        return any(process.is_alive() for process in self.ranks)
+        return any(self._lives(process) for process in self.ranks)
+
+    def _lives(self, process: ForkServerProcess) -> bool:
+        with _lock:
+            return process.is_alive()
 
     def wait(self, seconds: float) -> list[int | None]:
         """Their exit codes, None for one that runs longer: it is killed."""
         deadline = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0, deadline - time.monotonic()))
-        codes = [None if process.is_alive() else process.exitcode for process in self.ranks]
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        codes = [None if self._lives(process) else process.exitcode for process in self.ranks]
         self.signal(signal.SIGKILL)
-        for process in self.ranks:
-            process.join()
+        while self.alive():
+            time.sleep(0.01)
         return codes
 
     def said(self, rank: int = 0) -> str:

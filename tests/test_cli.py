@@ -188,7 +188,35 @@ def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refuse(mgd, ["mine exists: choose another --output"], "distill", *SHORT, "--output", "mine")
+    expected = ["mine holds no run to resume (no recipe.yaml), but other files: choose another --output"]
+    refuse(mgd, expected, "distill", *SHORT, "--output", "mine", "--resume")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
+    """Whoever restarts a run that may be killed at any moment, at once too, gives one command."""
+    (tmp_path / "run" / ".writing-abc").mkdir(parents=True)  # killed while its first file was written
+    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", "run", "--resume"]
+    code, out, _ = mgd(*words)
+    assert code == 0
+    assert "run: nothing to resume there, a new run starts" in out
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["resume"] is False
+    (tmp_path / "run" / "versions.json").unlink()  # killed before it was written
+    code, out, _ = mgd(*words)
+    assert code == 0
+    assert "nothing to resume" not in out
+    assert "resumed after update 5" in out
+    assert not list((tmp_path / "run").glob(".writing-*"))
+    assert (tmp_path / "run" / "versions.json").is_file()
+
+
+def test_a_damaged_recipe_of_a_run_is_named(mgd, trained, small_data, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    for text in ("student: [", "- 1", "data: 3", "\x00"):
+        path.write_text(text)
+        refuse(mgd, ["recipe.yaml is damaged", "put it back"], "distill", *SHORT, "--output", "run", "--resume")
+        refuse(mgd, ["recipe.yaml is damaged"], "evaluate", "run")
 
 
 def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):

@@ -1,4 +1,4 @@
-"""200 flipped bits, 100 truncations, missing and foreign files in real checkpoints: all found, and the checkpoint before is used."""
+"""200 flipped bits, 100 truncations, missing and foreign files in real checkpoints: all found, and the one before is used."""
 
 import json
 import os
@@ -70,7 +70,8 @@ def test_every_flipped_bit_and_truncation_is_found(run: tuple, tmp_path: Path, r
         hit[path.name] += 1
         path.write_bytes(whole)
     assert newest(checkpoints, pytest.fail) is not None  # whole again
-    report(f"corruption, seed {SEED}: {FLIPS} bits, {TRUNCATIONS} truncations, {dict(hit)}: all found; {time.monotonic() - began:.0f} s")
+    seconds = time.monotonic() - began
+    report(f"corruption, seed {SEED}: {FLIPS} bits, {TRUNCATIONS} truncations, {dict(hit)}: all found; {seconds:.0f} s")
 
 
 def test_every_missing_and_foreign_file_is_found(run: tuple, tmp_path: Path, report: Callable[[str], None]) -> None:

@@ -114,9 +114,7 @@ def whole(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
     return {processes: (seconds, digest) for processes, (digest, seconds) in found.items()}
 
 
-def test_kills(
-    whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None]
-) -> None:
+def test_kills(whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None]) -> None:
     def task(seed: int) -> Counter[str]:
         return kill_all(seed, tiny_flags, tmp_path / str(seed), *whole[TASKS[seed]])
 
@@ -124,7 +122,9 @@ def test_kills(
     with ThreadPoolExecutor(2) as pool:  # two runs side by side, on two cores
         for seed, found in zip(TASKS, pool.map(task, TASKS), strict=True):
             total += found
-            report(f"kills, seed {seed}: {dict(found)} on {TASKS[seed]} process(es), same student; {time.monotonic() - began:.0f} s")
+            report(
+                f"kills, seed {seed}: {dict(found)} on {TASKS[seed]} process(es), same student; {time.monotonic() - began:.0f} s"
+            )
     assert total["in a save"] >= KILLS // 2
     assert total["in a save"] + total["elsewhere"] >= KILLS
     report(f"kills: {dict(total)} in {time.monotonic() - began:.0f} s: every exported student is the uninterrupted run's")

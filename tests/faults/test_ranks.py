@@ -78,7 +78,9 @@ def test_ranks_end_without_a_launcher(
     for rank in set(range(processes)) - {who}:
         assert f"error: rank {who} (" in ranks.said(rank)
         assert "Traceback" not in ranks.said(rank)
-    report(f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, and named it")
+    report(
+        f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, and named it"
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
