@@ -6,7 +6,7 @@
 By shapes: built for 10 classes at its nominal image size on meta (no values, no memory), tapped as in a run, and joined with
 resnet18 by MAS + KD + AT. As teacher: the losses of resnet18. As student: the losses from resnet18 and their gradients, one for
 every parameter. Without classifier: its classifier taken off, what it shows then. timm's encoders (*_enc) never have one: they
-teach by MAG + AT. Both see maps by one word, "stages"; where that is another number of maps than resnet18's four, by that number.
+teach by MAG + AT. Both see "stages", the default: as many maps of each, the deepest, where one has fewer.
 A real step: forward, backward and SGD of a small pair on the CPU, random weights and images; losses finite, a finite gradient for
 every parameter that trains. Writes benchmarks/results/any_timm.json and docs/any_timm.md.
 """
@@ -37,7 +37,7 @@ from mgd_timm.build import build_named, build_tap, check_classifier
 from mgd_timm.criteria import Objective
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.export import versions
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.recipe import make_recipe
@@ -66,19 +66,17 @@ def nominal(name: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def tapped(model: nn.Module, size: tuple[int, int, int]) -> tuple[FeatureTap, str]:
-    """The tap of a model, and the word for maps by which resnet18 shows as many."""
-    tap, word = build_tap(model, size, "stages"), "stages"
-    if len(tap.indices) != 4:
-        word = str(len(tap.indices))
-        tap = build_tap(model, size, word)
-    return tap, word
+def tapped(model: nn.Module, size: tuple[int, int, int]) -> tuple[FeatureTap, int]:
+    """The tap of a model, and how many maps it shares with a network of four stages."""
+    tap = build_tap(model, size, "stages")
+    return tap, len(tap.indices)
 
 
 @functools.cache
-def partner(word: str) -> Shapes:
+def partner(count: int) -> Shapes:
     with torch.device("meta"):
-        return build_tap(build_named(PARTNER, (3, 224, 224), CLASSES), (3, 224, 224), word).shapes(224)
+        shapes = build_tap(build_named(PARTNER, (3, 224, 224), CLASSES), (3, 224, 224), "stages").shapes(224)
+    return shapes._replace(maps=shapes.maps[-count:])
 
 
 def objective_of(student: Shapes, teacher: Shapes) -> Objective | MAG:
@@ -131,17 +129,17 @@ def check_gradients(parameters: Iterable[tuple[str, Tensor]]) -> None:
         raise ValueError(f"no gradient for {len(lacking)} parameters: {', '.join(lacking[:3])}")
 
 
-def teaches(shapes: Shapes, word: str) -> None:
-    other = partner(word)
+def teaches(shapes: Shapes, count: int) -> None:
+    other = partner(count)
     student = shown(other)
     terms = objective_of(other, shapes)(student, analysed(shown(shapes)), pictures((3, 8, 8)))
     summed(terms, shapes).backward()
     check_gradients([("logits", student.logits), ("embedding", student.embedding), *(("a map", m) for m in student.maps)])
 
 
-def learns(tap: FeatureTap, shapes: Shapes, word: str, size: tuple[int, int, int]) -> None:
+def learns(tap: FeatureTap, shapes: Shapes, count: int, size: tuple[int, int, int]) -> None:
     check_classifier(tap.model)
-    other = partner(word)
+    other = partner(count)
     trainee = Distiller(tap, objective_of(shapes, other)).train()
     terms, _ = trainee(pictures(size), analysed(shown(other)))
     summed(terms, other).backward()
@@ -183,11 +181,11 @@ def by_shapes(name: str) -> Row:
         reason = outcome(connect)
         if reason is not True:
             return row | dict.fromkeys(ROLES, reason)
-        model, tap, word = connected
+        model, tap, count = connected
         shapes = tap.shapes(size[1:])
-        row |= {"word": word, "maps": [list(m) for m in shapes.maps], "embed_dim": shapes.embed_dim}
-        row["teacher"] = outcome(lambda: teaches(shapes, word))
-        row["student"] = outcome(lambda: learns(tap, shapes, word, size))
+        row |= {"count": count, "maps": [list(m) for m in shapes.maps], "embed_dim": shapes.embed_dim}
+        row["teacher"] = outcome(lambda: teaches(shapes, count))
+        row["student"] = outcome(lambda: learns(tap, shapes, count, size))
         row["headless"] = outcome(lambda: shows_without_classifier(model, shapes, size))
     return row
 
@@ -217,10 +215,11 @@ def by_steps(name: str, side: int, options: dict[str, Any]) -> Row:
         def step(role: str = role) -> None:
             torch.manual_seed(0)
             size = (3, row["side"], row["side"])
-            own, word = tapped(build_named(name, size, CLASSES, **options), size)
+            own, _ = tapped(build_named(name, size, CLASSES, **options), size)
             if role == "student":
                 check_classifier(own.model)
-            other = build_tap(build_named(SMALL, size, CLASSES), size, word)
+            other = build_tap(build_named(SMALL, size, CLASSES), size, "stages")
+            show_as_many("stages", own, other)
             distil_once(*((own, other) if role == "student" else (other, own)), size)
 
         for row["side"] in (side, 2 * side, 4 * side):
@@ -260,7 +259,7 @@ def body_of(rows: dict[str, dict[str, Row]], what: str) -> dict[str, Any]:
         "what": what,
         "partner": {"shapes": PARTNER, "steps": SMALL},
         "counts": {"architectures": len(every), "families": len({row["family"] for row in every}), **counts},
-        "words": dict(Counter(row["word"] for row in every if "word" in row).most_common()),
+        "map_counts": dict(Counter(str(row["count"]) for row in every if "count" in row).most_common()),
         "real": {"models": len(steps), **{role: sum(row[role] is True for row in steps) for role in ROLES[:2]}},
         "machine": machine(),
         "versions": packages(),
@@ -342,7 +341,7 @@ def about(body: dict[str, Any]) -> str:
 
 def document(body: dict[str, Any]) -> str:
     """The text of docs/any_timm.md."""
-    counted = ", ".join(f"{word} {count}" for word, count in body["words"].items())
+    counted = ", ".join(f"{count} of them {number}" for number, count in body["map_counts"].items())
     return f"""# Any timm model
 
 Written by `python benchmarks/any_timm.py`, which says what is done; each architecture's maps, widths and parameters:
@@ -350,7 +349,7 @@ benchmarks/results/any_timm.json. {about(body)}.
 
 {summary(body)}
 
-Architectures by the word for maps under which they show as many as resnet18: {counted}.
+Maps under "stages": {counted}.
 
 ## What does not hold
 

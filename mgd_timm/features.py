@@ -401,6 +401,17 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
 
+def show_as_many(maps: str | None, *taps: FeatureTap) -> None:
+    """Under "stages" networks of different depths show as many maps: the deepest of those that have more. Other words are kept to.
+
+    So any two architectures are paired without a word on their layers: most of timm's have four stages, some two or three.
+    """
+    count = min(len(tap.indices) for tap in taps)
+    if maps == "stages" and count:
+        for tap in taps:
+            tap.indices = tap.indices[-count:]
+
+
 def _resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
     resolved = tuple(i + count if i < 0 else i for i in indices)
     if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):

@@ -19,7 +19,7 @@ from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.data import Images, cache_folder
 from mgd_timm.distiller import Distiller, Teacher, live
 from mgd_timm.evaluation import Metrics
-from mgd_timm.features import FeatureTap, Pair, TeacherView
+from mgd_timm.features import FeatureTap, Pair, TeacherView, show_as_many
 from mgd_timm.fit import Teach, Upkeep, compile_mode, whole_slot
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
@@ -27,6 +27,7 @@ from mgd_timm.memory import fit_within_memory
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Recipe, as_dict, digest
+from mgd_timm.taught import MIXED
 from mgd_timm.terms import Term, build_criterion, fitted_first, hyper_parameters
 
 
@@ -73,7 +74,7 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
         "channels_last": recipe.channels_last,
         "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
-        "shown": as_dict(recipe.data, digest_only=True),
+        "shown": {k: v for k, v in as_dict(recipe.data, digest_only=True).items() if k not in MIXED},
         "seed": recipe.seed,
         "precision": str(accelerator.mixed_precision),
     }
@@ -137,6 +138,7 @@ def student_stages(
         theirs = (images.input_size[0], *teacher.size(images.input_size[1:]))
         tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
         seen = build_tap(model, theirs, recipe.maps, preact=preact)
+        show_as_many(recipe.maps, tap, seen)
         set_seed(recipe.seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=seen.shapes(theirs[1:]))
         trainee = Distiller(tap, Objective(**{name: (1.0, build_criterion(term, own, recipe))}))

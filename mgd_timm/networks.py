@@ -25,7 +25,7 @@ from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.data import Images
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.export import describe
-from mgd_timm.features import FeatureTap, Pair, Shapes
+from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.fitting import Stage, criterion_stages, student_stages
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
@@ -118,6 +118,7 @@ def build_networks(
         _check_several(recipe)
     whole = [_connect_teacher(recipe, accelerator, model, images) for model in teachers]
     other = _connect_peer(recipe, images) if recipe.peer is not None else None
+    show_as_many(recipe.maps, tap, *(teacher.tap for teacher, _ in whole), *([other] if other is not None else []))
     shapes = tap.shapes(images.input_size[1:])
     seen = other.shapes(images.input_size[1:]) if other is not None else shapes
     alone = Pair(shapes, seen, images.num_samples, images.trained_labels())

@@ -344,7 +344,9 @@ class Recipe:
     kd_temperature: float = _option(4.0, "temperature of logit KD")
     smoothing: float = _option(0.0, "label smoothing of the labels' loss")
     maps: str = _option(
-        "stages", "maps for criteria that read them: stages, last, mid (all but the first), all, or a number of evenly spaced ones"
+        "stages",
+        "maps for criteria that read them: stages (of two networks as many, the deepest), last, mid (all but the first), all, or a "
+        "number of evenly spaced ones",
     )
     drop: float = _option(0.0, "dropout before the student's classifier")
     drop_path: float | None = _option(None, "stochastic depth of the student")

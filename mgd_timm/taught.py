@@ -16,6 +16,9 @@ from mgd_timm.recipe import Data, Recipe
 from mgd_timm.sampling import mix, repeated_order
 from mgd_timm.terms import parse_terms
 
+MIXED = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch", "aug_repeats"}
+"""Options of Data that are of the student's batches alone."""
+
 
 def check_taught(recipe: Recipe) -> None:
     """Raise ValueError where what reads images one by one stands beside what mixes, repeats or streams them."""
@@ -42,6 +45,10 @@ def check_taught(recipe: Recipe) -> None:
 
 def _check_streamed(recipe: Recipe) -> None:
     """A stream's images have no number by which they are known again in the next epoch."""
+    if recipe.fit_teacher_head == "probe":
+        raise ValueError(
+            "streaming beside fit_teacher_head='probe', which keeps the teacher's embedding of every image: choose 'finetune'."
+        )
     if recipe.teacher_store is not None:
         raise ValueError(
             f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of both out."

@@ -10,9 +10,9 @@ default. A pair is networks, schedule and augmentation; the method is the packag
 
 Stochastic depth is of the pair's own student: to another one give --drop-path.
 
-The batch of an update is the pair's whatever the number of processes, by --batch-size x processes x --grad-accum-steps. Where these
-are given, or do not divide it, the learning rate follows the batch in proportion, unless --lr is given. With --epochs alone a
-schedule keeps its shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of it.
+The batch of an update is the pair's whatever the number of processes. With another (--global-batch-size, or --batch-size and
+--grad-accum-steps), the learning rate follows it in proportion, unless --lr is given. With --epochs alone a schedule keeps its
+shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of it.
 """
 
 import dataclasses
@@ -158,11 +158,9 @@ def distil(given: dict[str, Any]) -> None:
     """Carry out the run of a pair with what the user gave."""
     accelerator = join()
     options = options_of(given, accelerator.num_processes)
-    size, steps = options["batch_size"], options["grad_accum_steps"]
     accelerator.print(
-        f"{given.get('pair', DEFAULT)}: {size * steps * accelerator.num_processes} images per update ({size} x "
-        f"{accelerator.num_processes} processes x {steps} steps), {options['epochs']} epochs of {options['opt']}, "
-        f"lr {options['lr']:.4g} ({options['sched']})"
+        f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs of "
+        f"{options['opt']}, lr {options['lr']:.4g} ({options['sched']})"
     )
     run(make_recipe(**options))
 
@@ -182,11 +180,11 @@ def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
         options.pop("teacher")
     if "student" in given:
         options.pop("drop_path", None)  # which not every network takes
-    share = -(-pair.batch // processes)
-    steps = given.get("grad_accum_steps", -(-share // given.get("batch_size", LARGEST)))
-    options |= {"grad_accum_steps": steps, "batch_size": max(2, pair.batch // (processes * steps))}
-    images = given.get("batch_size", options["batch_size"]) * processes * steps
-    options["lr"] *= images / pair.batch
+    size = options["batch_size"] = given.get("batch_size", max(2, min(LARGEST, -(-pair.batch // processes))))
+    steps = given.get("grad_accum_steps")
+    whole = given.get("global_batch_size", size * processes * steps if steps is not None else pair.batch)
+    options["global_batch_size"] = whole
+    options["lr"] *= whole / pair.batch
     epochs, whole = given.get("epochs", options["epochs"]), options["epochs"]
     if "decay_epochs" in options:
         options["decay_epochs"] *= epochs / whole

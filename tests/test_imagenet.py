@@ -37,20 +37,22 @@ def test_pairs_are_of_networks_with_weights_and_make_recipes(recipe: ModuleType)
         assert timm.is_model(pair.student)
         for processes in (1, 8):
             found = make_recipe(**recipe.options_of({"pair": name}, processes))
-            assert (found.teacher, found.student) == (pair.teacher, pair.student)
-            assert found.data.batch_size * processes * found.optim.grad_accum_steps == pair.batch
+            assert (found.teacher, found.student) == ((pair.teacher,), pair.student)
+            assert found.optim.global_batch_size == pair.batch
+            assert found.data.batch_size == min(256, pair.batch // processes)
             assert found.optim.lr == pair.options["lr"]
 
 
 def test_the_rate_follows_the_batch_and_the_schedule_its_length(recipe: ModuleType) -> None:
     found = recipe.options_of({"batch_size": 64, "epochs": 10}, 2)
-    assert (found["batch_size"], found["grad_accum_steps"], found["lr"], found["decay_epochs"]) == (64, 2, 0.1, 3.0)
+    assert (found["batch_size"], found["global_batch_size"], found["lr"], found["decay_epochs"]) == (64, 256, 0.1, 3.0)
     found = recipe.options_of({"batch_size": 64, "grad_accum_steps": 1, "lr": 0.3}, 2)
-    assert (found["grad_accum_steps"], found["lr"]) == (1, 0.3)
+    assert (found["global_batch_size"], found["lr"]) == (128, 0.3)
     assert recipe.options_of({"batch_size": 64, "grad_accum_steps": 1}, 2)["lr"] == pytest.approx(0.05)
+    assert recipe.options_of({"global_batch_size": 512}, 2)["lr"] == pytest.approx(0.2)
     found = recipe.options_of({"pair": "regnety_160-deit_tiny", "epochs": 20, "mixup": 0.0, "student": "vit_small_patch16_224"}, 8)
     assert (found["warmup_epochs"], found["mixup"], found["cutmix"], found["student"]) == (2, 0.0, 1.0, "vit_small_patch16_224")
-    assert (found["batch_size"], found["grad_accum_steps"], found["lr"]) == (128, 1, 1e-3)
+    assert (found["batch_size"], found["global_batch_size"], found["lr"]) == (128, 1024, 1e-3)
     with pytest.raises(ValueError, match=r"unknown pair 'resnet34': did you mean resnet34-resnet18\?.*All pairs: .*patient"):
         recipe.options_of({"pair": "resnet34"}, 1)
 
