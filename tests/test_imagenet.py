@@ -85,7 +85,7 @@ def test_a_pair_runs_with_all_its_augmentation(tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
-    assert "regnety_160-deit_tiny: 8 images per update (8 x 1 processes x 1 steps), 1 epochs of adamw" in done.stdout
+    assert "regnety_160-deit_tiny: 8 images per update, 1 epochs of adamw" in done.stdout
     assert set(json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train"]) == {
         "task",
         "kd",
