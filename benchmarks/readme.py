@@ -11,6 +11,7 @@ import any_timm as sweep  # type: ignore[import-not-found]  # beside this script
 import cifar as grid  # type: ignore[import-not-found]
 import criteria as methods  # type: ignore[import-not-found]
 import hosts as each  # type: ignore[import-not-found]
+import imagenette as nette  # type: ignore[import-not-found]
 
 from mgd_timm.report import markdown
 
@@ -121,6 +122,17 @@ def hosts() -> str:
     )
 
 
+def imagenette() -> str:
+    rows = each.known_rows(HERE / "results" / "imagenette.jsonl")
+    first = rows[0]
+    return (
+        f"{nette.table(rows)}\n\nTop-1 after the last of {first['epochs']} epochs on {int(first['n_test']):,} images of "
+        f"{first['img_size']} px; mean ± standard deviation over the seeds, gains seed by seed. Student {first['student']}, "
+        f"{first['parameters']:,} parameters; teacher {first['teacher']}, {first['teacher_top1']:.2f} % among the ten classes; the "
+        f"schedule was not tuned and is short. `benchmarks/imagenette.py`; {'; '.join(sorted({about(row) for row in rows}))}."
+    )
+
+
 def any_timm() -> str:
     body = json.loads((HERE / "results" / "any_timm.json").read_text())
     return f"{sweep.summary(body)}\n\n`benchmarks/any_timm.py`; {sweep.about(body)}."
@@ -134,6 +146,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "public": public,
     "criteria": criteria,
     "hosts": hosts,
+    "imagenette": imagenette,
     "any_timm": any_timm,
 }
 
