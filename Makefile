@@ -11,7 +11,7 @@ test: .venv/done  ## The whole suite.
 	$(RUN) -m pytest
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
-	$(RUN) -m pytest tests/faults
+	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
 
 lint: .venv/done  ## Style and types.
 	.venv/bin/ruff check .

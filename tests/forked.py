@@ -25,6 +25,7 @@ def command_line(*words: str) -> int:
 
 def _run(target: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], log: Path) -> None:
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # its own readers of images, as in a process that a user starts
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

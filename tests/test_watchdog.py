@@ -69,9 +69,19 @@ def work(case: str) -> int:
     return guarded("work", action)
 
 
-@pytest.mark.parametrize("case", ["slow", "fails", "breaks"])
-def test_only_what_is_wrong_is_told(tmp_path, case):
-    ranks = Ranks([case], tmp_path / "log", processes=2, environment=SHORT, target=work)
+CASES = ["slow", "fails", "breaks"]
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory):
+    """The cases side by side: most of their time is spent waiting."""
+    folder = tmp_path_factory.mktemp("cases")
+    return {case: Ranks([case], folder / case, processes=2, environment=SHORT, target=work) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_is_wrong_is_told(at_once, case):
+    ranks = at_once[case]
     codes = ranks.wait(60)
     if case == "slow":
         assert codes == [0, 0]

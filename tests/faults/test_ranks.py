@@ -85,7 +85,7 @@ def test_ranks_end_without_a_launcher(
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_worker_ends_the_run(tmp_path: Path, report: Callable[[str], None], processes: int) -> None:
-    data = write_pictures(tmp_path / "data")
+    data = write_pictures(tmp_path / "data", count=480)  # the readers live as long as an epoch
     words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(data), "--img-size", "112", "--batch-size", "4"]
     words += ["--epochs", "1000", "--workers", "2", "--checkpoint-interval", "2", "--output", str(tmp_path / "run")]
     ranks = Ranks(words, tmp_path / "log", processes=processes, environment={"MGD_TIMM_SILENCE": "10"})
