@@ -240,13 +240,14 @@ def _report_teachers(
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
             accelerator.print(
-                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, in this order?"
+                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, in "
+                "this order?"
             )
     if any(top1 is not None for top1 in found):
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Whether an accuracy in % is less than twice that of chance; of few classes, less than a quarter of the way from chance to 100."""
+    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to 100."""
     chance = 100 / num_classes
     return top1 < chance + min(chance, (100 - chance) / 4)
