@@ -240,8 +240,8 @@ def _report_teachers(
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
             accelerator.print(
-                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, in "
-                "this order?"
+                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, "
+                "in this order?"
             )
     if any(top1 is not None for top1 in found):
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
