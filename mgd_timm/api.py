@@ -43,7 +43,7 @@ def distill(
     """
     names: dict[str, Any] = {"student": _name_of(student), "output": str(output)}
     teachers = [teacher] if isinstance(teacher, str | nn.Module) else list(teacher or ())
-    if teachers:
+    if teacher is not None:
         names["teacher"] = [_name_of(one) for one in teachers]
     recipe = make_recipe(**names, **_over(data, options))
     modules = [one if isinstance(one, nn.Module) else None for one in teachers]

@@ -194,7 +194,8 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     if weight is None:
         raise ValueError(
             f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches noise. "
-            "Train its classifier first (mgd-timm train) or give weights that have one."
+            "Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have one, or let it teach "
+            "without logits (--teacher-classes none)."
         )
     model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
     load_weights(model, spec, recipe.teacher_checkpoint)
@@ -356,19 +357,26 @@ def check_student(student: nn.Module, images: Images) -> None:
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:
     """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same order."""
+    conflict = class_conflict(model, role, images)
+    if conflict is not None:
+        raise ValueError(
+            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that it was "
+            "trained on; a teacher's are put in the data's order by --teacher-classes auto."
+        )
+
+
+def class_conflict(model: nn.Module, role: str, images: Images) -> str | None:
+    """In which class the names of the weights and of the data differ; None where they do not, or one of both has no names."""
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
     numbers = [str(i) for i in range(images.num_classes)]
     if not isinstance(names, list | tuple) or numbers in (list(names), list(images.class_names)):
-        return
+        return None
     if len(names) != images.num_classes:
-        raise ValueError(f"the {role} names {len(names)} classes, the data {images.num_classes}: both need the same ones.")
+        return f"the {role} names {len(names)} classes, the data {images.num_classes}"
     for index, (known, given) in enumerate(zip(names, images.class_names, strict=True)):
         if known != given:
-            raise ValueError(
-                f"class {index} is {known!r} to the {role} and {given!r} in the data: both need the same classes in one order. "
-                "Rename or reorder the data's, or use the data that it was trained on; a teacher's are put in the data's order by "
-                "--teacher-classes auto."
-            )
+            return f"class {index} is {known!r} to the {role} and {given!r} in the data"
+    return None
 
 
 def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) -> TeacherView:

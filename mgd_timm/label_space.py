@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mgd_timm.reading import few
 
 FORMS = (
-    "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or index of it; "
+    "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or index of it "
+    "(a line that begins with # is a remark); "
     "or a .yaml or .json file, a list in the data's order or a mapping from the data's names"
 )
 
@@ -22,12 +23,21 @@ FORMS = (
 def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
     """Give a teacher the data's classes in the data's order, in place; one that has them already is left alone.
 
+    Under "auto" so is one of as many classes where nothing says what they are called: numbers for names, or no names, unless their
+    number is ImageNet's and the data's names are among ImageNet's.
+
     Raises:
         ValueError: As of `teacher_rows` and `keep_rows`.
     """
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
-    if getattr(model, "num_classes", 0) == len(class_names) and (names is None or list(names) == list(class_names)):
-        return
+    if getattr(model, "num_classes", 0) == len(class_names):
+        numbers = [str(i) for i in range(len(class_names))]  # stand for no names
+        own = list(names) if isinstance(names, list | tuple) else numbers
+        if own == list(class_names) != numbers:
+            return
+        known = _Names(class_names_of(model) or ())
+        if spec == "auto" and numbers in (own, list(class_names)) and not any(map(known.rows, class_names)):
+            return
     keep_rows(model, teacher_rows(spec, model, class_names), class_names)
 
 
@@ -59,6 +69,27 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
+class _Names:
+    """Which classes a word may stand for, of those whose names are given."""
+
+    def __init__(self, names: Sequence[tuple[str, ...]]) -> None:
+        # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's lemma. So
+        # do all its lemmas together, as the hub's data sets name ImageNet's: 'maillot' is one, 'maillot, tank suit' another.
+        self.exact = {known[0]: {index} for index, known in enumerate(names)}
+        self.whole: dict[str, set[int]] = {}
+        self.single: dict[str, set[int]] = {}
+        for index, (own, *lemmas) in enumerate(names):
+            if lemmas:
+                self.whole.setdefault(_plain(", ".join(lemmas)), set()).add(index)
+            for name in (own, *lemmas):
+                self.single.setdefault(_plain(name), set()).add(index)
+
+    def rows(self, word: str) -> set[int]:
+        """Indices of the classes: none, one, or several that it does not tell apart."""
+        found = self.exact.get(word) or self.whole.get(_plain(word)) or self.single.get(_plain(word))
+        return found or set.intersection(*(self.single.get(_plain(part), set()) for part in word.split(",")))
+
+
 def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> list[int]:
     """For each class of the data, the row of the teacher's classifier that is this class.
 
@@ -75,21 +106,17 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         if names is None:
             raise ValueError(
                 f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes are called: "
-                f"give a file instead; {FORMS}."
+                f"give a file instead; {FORMS}. Or fit it a classifier of the data's classes (--fit-teacher-head probe), or let it "
+                "teach without its logits (--teacher-classes none)."
             )
         wanted: list[str | int] = list(class_names)
     else:
         wanted = _read(spec, class_names)
-    where: dict[str, set[int]] = {}
-    for index, known in enumerate(names or ()):
-        for name in known:
-            where.setdefault(_plain(name), set()).add(index)
-    # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's lemma.
-    exact = {known[0]: index for index, known in enumerate(names or ())}
+    known = _Names(names or ())
     rows, unknown, several = [], [], []
     count = int(cast(Any, model).num_classes)
     for name, word in zip(class_names, wanted, strict=True):
-        found = {word} if isinstance(word, int) else {exact[word]} if word in exact else where.get(_plain(word), set())
+        found = {word} if isinstance(word, int) else known.rows(word)
         if not found or not all(0 <= row < count for row in found):
             unknown.append(repr(word) if word == name else f"{word!r} (for {name!r})")
         elif len(found) > 1:
@@ -98,7 +125,7 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
     if unknown or several:
         said = [f"the teacher does not know {few(unknown)}"] if unknown else []
         said += [f"it knows several classes as {few(several)}"] if several else []
-        such = f", such as {few([known[0] for known in names])}" if names else ""
+        such = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
             f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or fit it a "
             "classifier of the data's classes with --fit-teacher-head probe."
@@ -131,7 +158,7 @@ def _read(spec: str, class_names: Sequence[str]) -> list[str | int]:
             raise ValueError(f"{path}: says nothing of the data's classes {few(lacking)}; {FORMS}.")
         listed = [known[name] for name in class_names]
     elif isinstance(listed, list):
-        listed = [line for line in listed if not isinstance(line, str) or line.strip()]
+        listed = [line for line in listed if not isinstance(line, str) or line.strip().partition("#")[0]]
     if not isinstance(listed, list) or not all(isinstance(v, str | int) and not isinstance(v, bool) for v in listed):
         raise ValueError(f"{path}: {FORMS}.")
     if len(listed) != len(class_names):

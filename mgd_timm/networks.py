@@ -1,5 +1,6 @@
 """The networks of a run, connected: what fits together is found here, and what does not is refused before anything is trained."""
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from mgd_timm.build import (
     build_student,
     build_tap,
     build_teacher,
-    check_class_names,
     check_student,
+    class_conflict,
     identity,
     lay_out,
     set_seed,
@@ -33,7 +34,7 @@ from mgd_timm.label_space import fit_classes
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe
 from mgd_timm.several import SeveralTeachers, build_several
-from mgd_timm.teacher_head import needs_new_head, new_head
+from mgd_timm.teacher_head import check_probe, needs_new_head, new_head
 from mgd_timm.teacher_store import StoredViews, open_store
 from mgd_timm.terms import build_objective, criterion_names, needs, parse_terms
 
@@ -65,7 +66,11 @@ def load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.
     """The recipe's teachers with their weights; a module that is given stands for its name."""
     names = recipe.teacher or ()
     modules = list(given) or [None] * len(names)
-    return [module if module is not None else build_teacher(recipe, name) for name, module in zip(names, modules, strict=True)]
+    # What is given is the caller's, and the run may give its teachers other classes, other weights or another size.
+    return [
+        copy.deepcopy(module) if module is not None else build_teacher(recipe, name)
+        for name, module in zip(names, modules, strict=True)
+    ]
 
 
 def suit_teachers(models: Sequence[nn.Module], recipe: Recipe, images: Images) -> None:
@@ -82,6 +87,18 @@ def suit_teachers(models: Sequence[nn.Module], recipe: Recipe, images: Images) -
             new_head(model, images)
         if recipe.teacher_resize == "positions":
             _resize_positions(model, recipe.teacher_img_size or images.input_size[1])
+    _check_size(models, recipe)
+
+
+def _check_size(models: Sequence[nn.Module], recipe: Recipe) -> None:
+    """Raise ValueError for a size that no teacher would see the images at."""
+    side, inputs = recipe.teacher_img_size, [get_model_input_config(model) for model in models]
+    sizes = [config["input_size"][-1] for config in inputs if config["fixed_input_size"]]
+    if side is not None and len(sizes) == len(models) and side not in sizes:
+        raise ValueError(
+            f"teacher_img_size={side}: the teacher is fixed to {sizes[0]} pixels, at which it sees the images. Leave it out, or "
+            "let its position embeddings be resized (--teacher-resize positions)."
+        )
 
 
 def _resize_positions(model: nn.Module, side: int) -> None:
@@ -99,7 +116,13 @@ def _resize_positions(model: nn.Module, side: int) -> None:
 
 
 def build_networks(
-    recipe: Recipe, images: Images, accelerator: Accelerator, teachers: Sequence[nn.Module], student: nn.Module | None
+    recipe: Recipe,
+    images: Images,
+    accelerator: Accelerator,
+    teachers: Sequence[nn.Module],
+    student: nn.Module | None,
+    *,
+    fitted: bool = True,
 ) -> Networks:
     """Build the student and connect all networks.
 
@@ -109,6 +132,7 @@ def build_networks(
         accelerator: Device, processes, precision.
         teachers: With their weights, suited to the data (`suit_teachers`).
         student: Instead of the recipe's.
+        fitted: The teachers are as they will teach; without it no store is looked at, which would be of other weights.
 
     Raises:
         ValueError: Networks, criteria and data that do not go together.
@@ -126,6 +150,7 @@ def build_networks(
         alone._replace(teacher=_shapes_of(teacher, images), teacher_classifier=classifier) for teacher, classifier in whole
     ] or [alone]
     own = identity(recipe, images, accelerator, tap.model, teachers, other.model if other is not None else None)
+    own["teacher_logits"] = [teacher.shows_logits for teacher, _ in whole]  # the recipe's word is a file's name, or "none"
     set_seed(recipe.seed, 4)
     objective = build_several(recipe, pairs) if len(pairs) > 1 else build_objective(recipe, pairs[0])
     peers = build_objective(recipe, pairs[0]._replace(student=seen, teacher=shapes)) if other is not None else None
@@ -138,7 +163,7 @@ def build_networks(
         teacher = whole[0][0]
         stages = criterion_stages(recipe, objective, teacher)
         stages += student_stages(recipe, tap, teacher, teachers[0], images, pairs[0])
-        if recipe.teacher_store is not None:
+        if recipe.teacher_store is not None and fitted:
             stored = open_store(recipe, teacher, images, accelerator)
     if whole and not stages and not objective.needs:
         accelerator.print("warning: nothing of the teacher is learnt: every weight but the task's is 0.")
@@ -173,6 +198,7 @@ def _connect_teacher(
     size = view.size or (images.input_size[1], images.input_size[2])
     maps = recipe.maps if needs(recipe, "maps") else None
     tap = build_tap(model, (images.input_size[0], *size), maps, cam=needs(recipe, "cams"))
+    check_probe(tap, recipe)
     classifier, own_digest = tap.classifier, module_digest(model)
     if recipe.fold_teacher:
         tap = folded(tap) or tap
@@ -189,8 +215,8 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images) -> bool:
     count = int(getattr(model, "num_classes", 0) or 0)
     name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
     left_out = recipe.teacher_classes == "none"
-    if count == images.num_classes and not left_out:
-        check_class_names(model, "teacher", images)
+    conflict = class_conflict(model, "teacher", images) if count == images.num_classes else None
+    if count == images.num_classes and conflict is None and not left_out:
         return True
     kinds = {term.criterion: CRITERIA[term.criterion] for term in parse_terms(recipe).values() if term.weight}
     reading = [key for key, kind in kinds.items() if "cams" in kind.needs]
@@ -198,6 +224,7 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images) -> bool:
         reading += [key for key, kind in kinds.items() if "logits" in kind.needs]
     if reading or (recipe.method == "mas" and count and not left_out):
         has = f"{count} classes, the data {images.num_classes}" if count else "no classifier"
+        has = f"other classes ({conflict})" if conflict is not None else has
         raise ValueError(
             f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows for the data's "
             "classes (--teacher-classes auto or FILE); a classifier fitted to it first (--fit-teacher-head probe or finetune); "

@@ -436,6 +436,13 @@ class Recipe:
         weights = self.teacher_weights
         if weights is not None and (len(weights) != len(names) or not all(0 < w < float("inf") for w in weights)):
             raise ValueError(f"teacher_weights={weights}: expected a positive number for each of the teachers {list(names)}.")
+        if weights is not None and len(names) == 1:
+            raise ValueError(f"teacher_weights={weights} are of several teachers, and there is one. Leave them out (--kd-weight).")
+        if self.teacher_classes == "none" and self.fit_teacher_head != "none":
+            raise ValueError(
+                f"teacher_classes='none' beside fit_teacher_head={self.fit_teacher_head!r}: what is fitted would not be shown. "
+                "Leave one of both out."
+            )
         if self.teacher_img_size is not None and self.teacher_img_size < 1:
             raise ValueError(f"teacher_img_size={self.teacher_img_size}: expected pixels, 1 or more.")
         if not names:

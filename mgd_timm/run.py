@@ -64,7 +64,7 @@ def run(
     defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
     suit_teachers(teachers, recipe, images)
-    networks = build_networks(recipe, images, accelerator, teachers, student)
+    networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
     on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
@@ -228,19 +228,26 @@ def _report_teachers(
     teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]
 ) -> None:
     """Each teacher's accuracy on the data, before the first epoch."""
-    found = []
+    found: list[float | None] = []
     for teacher in teachers if images.watched is not None else ():
         assert images.watched is not None
         if not teacher.shows_logits:
             accelerator.print(f"teacher {teacher.tap.name}: shows no logits of these classes, which have no accuracy")
+            found.append(None)
             continue
         row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)["teacher"]
         found.append(row["top1"])
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
-        chance = 100 / images.num_classes
-        if row["top1"] < 2 * chance:
+        if near_chance(row["top1"], images.num_classes):
             accelerator.print(
-                f"warning: the teacher is near chance ({chance:.2f} %): are its weights those of these classes, in this order?"
+                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, "
+                "in this order?"
             )
-    if found:
+    if any(top1 is not None for top1 in found):
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
+
+
+def near_chance(top1: float, num_classes: int) -> bool:
+    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to 100."""
+    chance = 100 / num_classes
+    return top1 < chance + min(chance, (100 - chance) / 4)

@@ -14,7 +14,7 @@ from mgd_timm.criteria.base import Need, Objective, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.recipe import Recipe
-from mgd_timm.terms import build_objective
+from mgd_timm.terms import build_objective, parse_terms
 
 
 def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Sequence[float]) -> Float[Tensor, "b k"]:
@@ -35,7 +35,8 @@ class SeveralTeachers(nn.Module):
     probabilities (under MAS: of each teacher's stable excitation); the codes are each teacher's own all the same.
 
     Args:
-        parts: The first whole; of the others, for "sum" without the task, for "mean" without an objective: codes alone.
+        parts: The first whole; of the others, for "sum" without the task, for "mean" without an objective: codes alone. None of
+            what reads nothing of its teacher.
         weights: Of each teacher.
         mean: Take the mean of probabilities.
     """
@@ -58,6 +59,8 @@ class SeveralTeachers(nn.Module):
     def _sum(self, student: Features, shown: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
         terms = {}
         for number, (weight, one) in enumerate(zip(self.shares, shown, strict=True), start=1):
+            if str(number) not in self.parts:
+                continue
             for name, term in self.parts[str(number)](student, one, batch).items():
                 terms["task" if name == "task" else f"{name}_{number}"] = term if name == "task" else weight * term
         return terms
@@ -87,7 +90,8 @@ def build_several(recipe: Recipe, pairs: Sequence[Pair]) -> SeveralTeachers:
     """
     weights = recipe.teacher_weights or (1 / len(pairs),) * len(pairs)
     first = build_objective(recipe, pairs[0])
-    if recipe.teachers_as == "sum":
+    reads = any(term.weight for name, term in parse_terms(recipe).items() if name != "task")
+    if recipe.teachers_as == "sum" and reads:
         return SeveralTeachers([first, *(build_objective(recipe, pair, task=False) for pair in pairs[1:])], weights, mean=False)
     codes = [MAG(pair, None, recipe.heads.granularities) if recipe.method != "none" else None for pair in pairs[1:]]
-    return SeveralTeachers([first, *codes], weights, mean=True)
+    return SeveralTeachers([first, *codes], weights, mean=recipe.teachers_as == "mean")

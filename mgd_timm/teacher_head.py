@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.build import build_tap, lay_out, teacher_view
+from mgd_timm.build import build_tap, class_conflict, lay_out, teacher_view
 from mgd_timm.data import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics
@@ -26,8 +26,8 @@ PROBE_LR = 1e-3
 
 
 def needs_new_head(model: nn.Module, images: Images) -> bool:
-    """Whether a model's classifier is not of the data's number of classes."""
-    return getattr(model, "num_classes", 0) != images.num_classes
+    """Whether a model's classifier is not of the data's classes, by their number or by their names."""
+    return getattr(model, "num_classes", 0) != images.num_classes or class_conflict(model, "teacher", images) is not None
 
 
 def new_head(model: nn.Module, images: Images) -> None:

@@ -140,7 +140,7 @@ def test_classes_of_other_names_or_another_order_are_refused(tmp_path):
     expected = r"class 0 is 'T-shirt/top' to the {} and 'a' in the data: both need the same classes in one order\. Rename"
     with pytest.raises(ValueError, match=expected.format("model")):
         mgd_timm.evaluate("embedded", place)
-    with pytest.raises(ValueError, match=expected.format("teacher")):
+    with pytest.raises(ValueError, match=r"class 0 is 'T-shirt/top' to the teacher and 'a' in the data.*Ways out: its rows"):
         mgd_timm.distill(data=place, output=tmp_path / "run", method="none", **SHORT)
     model = load_model("embedded")
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list("abdcefghij")}

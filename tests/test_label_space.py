@@ -106,3 +106,30 @@ def test_a_teacher_of_the_same_classes_is_left_alone_and_one_of_another_order_is
     fit_classes(model, "auto", ["a", "b", "c"])
     assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])
     assert json.dumps(model.pretrained_cfg["label_names"]) == '["a", "b", "c"]'
+
+
+def test_imagenets_classes_by_all_their_names_together_as_data_sets_of_the_hub_have_them():
+    assert teacher_rows("auto", network(), ["maillot, tank suit", "maillot", "tench, Tinca tinca"]) == [639, 638, 0]
+
+
+def test_auto_orders_as_many_nameless_classes_where_imagenets_names_say_how():
+    model = network()
+    known = class_names_of(model)
+    names = [", ".join(lemmas) for _, *lemmas in known]
+    labels = [name if names.count(name) == 1 else known[row][0] for row, name in enumerate(names)]
+    before = model.get_classifier().weight.clone()
+    fit_classes(model, "auto", sorted(labels))  # as folders stand in their order
+    assert torch.equal(model.get_classifier().weight, before[[labels.index(name) for name in sorted(labels)]])
+    other = network()
+    fit_classes(other, "auto", [f"kind {i}" for i in range(1000)])
+    assert torch.equal(other.get_classifier().weight, before)
+
+
+def test_a_file_puts_as_many_nameless_classes_in_order(tmp_path):
+    (tmp_path / "order.txt").write_text("# the data's order\n2\n0\n1\n")
+    model = network(num_classes=3)
+    before = model.get_classifier().weight.clone()
+    fit_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])
+    assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])
+    fit_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])  # and not once more
+    assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])

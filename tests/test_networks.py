@@ -5,14 +5,17 @@ import json
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 
 import mgd_timm
 from mgd_timm.build import load_model
 from mgd_timm.data import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap
-from mgd_timm.networks import suit_teachers
+from mgd_timm.networks import build_networks, load_teachers, suit_teachers
+from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import make_recipe
+from mgd_timm.run import near_chance
 
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
@@ -131,6 +134,7 @@ def test_two_teachers_with_heads_of_their_own(small_data, tmp_path):
     mgd_timm.distill(teachers, data=str(small_data), output=tmp_path / "run", teacher_weights=(0.75, 0.25), **SHORT)
     found = summary(tmp_path / "run")
     assert found["heads_1"]["teacher"] == found["teacher_top1"][0]
+    assert found["teacher_top1"][1] is None
     assert "teacher" not in found["heads_2"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]["train"]) == {"task", "kd", "top1", *(f"{name}_{i}" for name in ("abstract", "detailed") for i in (1, 2))}
@@ -150,10 +154,64 @@ def test_several_teachers_on_the_command_line(small_data, tmp_path, capsys):
     assert capsys.readouterr().out.count("teacher cifar") == 2
 
 
+def of_other_classes() -> torch.nn.Module:
+    """As many classes as the data's, of other names."""
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet8", num_classes=10)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple("abcdefghij")}
+    return model
+
+
+def networks_of(model, small_data, **options):
+    recipe = make_recipe(data_dir=str(small_data), **options)
+    images = load_images(recipe.data, 0, say=lambda _: None)
+    teachers = load_teachers(recipe, [model])
+    suit_teachers(teachers, recipe, images)
+    return build_networks(recipe, images, Accelerator(), teachers, None)
+
+
+def test_as_many_other_classes_are_other_classes(small_data):
+    with pytest.raises(ValueError, match=r"class 0 is 'a' to the teacher.*and kd reads its logits.*fit-teacher-head"):
+        networks_of(of_other_classes(), small_data, method="none")
+    assert not networks_of(of_other_classes(), small_data, **PLAIN).teachers[0].shows_logits
+    model = of_other_classes()
+    before = module_digest(model)
+    fitted = networks_of(model, small_data, method="none", fit_teacher_head="probe").teachers[0]
+    assert fitted.shows_logits
+    assert fitted.digest != before == module_digest(model)  # a new classifier; and the caller's network stays as it was
+
+
+def test_whether_a_teacher_shows_its_logits_is_part_of_what_a_run_is(small_data):
+    one, two = (networks_of(load_model("embedded"), small_data, teacher_classes=word).identity for word in (None, "none"))
+    assert one != two
+
+
+def test_a_size_that_no_teacher_takes_and_a_probe_of_two_classifiers_are_refused(small_data):
+    fixed = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=1)
+    with pytest.raises(ValueError, match="fixed to 224 pixels, at which it sees the images"):
+        networks_of(fixed, small_data, teacher_img_size=64)
+    double = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, depth=1)
+    with pytest.raises(ValueError, match="choose 'finetune'"):
+        networks_of(double, small_data, fit_teacher_head="probe")
+
+
+def test_a_store_of_a_fitted_teachers_outputs_is_read_again(small_data, tmp_path, capsys):
+    options = {"fit_teacher_head": "probe", "fitting_epochs": 1, "teacher_store": str(tmp_path / "store"), "method": "none"}
+    for name in ("one", "two"):
+        mgd_timm.distill(mute_teacher(), data=str(small_data), output=tmp_path / name, **SHORT, **options)
+    assert "nothing to write" in capsys.readouterr().out
+
+
+def test_a_good_teacher_of_two_classes_is_not_near_chance():
+    assert [near_chance(*pair) for pair in ((92.0, 2), (55.0, 2), (19.9, 10), (20.1, 10))] == [False, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"teacher": ("a", "b"), "teacher_weights": (1.0,)}, "a positive number for each"),
+        ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
+        ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "what is fitted would not be shown"),
         ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
         ({"teacher": None, "fit_teacher_head": "probe"}, "there is no teacher"),
         ({"teacher": ()}, "name one, or give none"),

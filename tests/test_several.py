@@ -103,3 +103,12 @@ def test_needs_are_those_of_all_parts():
     assert objective(method="none")[1].needs == {"logits"}
     assert objective(method="mas")[1].needs == {"logits", "embedding"}
     assert objective(method="none", criterion=("at",), teachers_as="sum")[1].needs == {"maps"}
+
+
+@pytest.mark.parametrize("way", ["mean", "sum"])
+def test_codes_alone_of_each_teacher(way, batch):
+    _, whole = objective(method="mag", kd_weight=0.0, teachers_as=way)
+    terms = whole(features(STUDENT, 1), (features(ONE, 2, heads=True), features(TWO, 3, heads=True)), batch)
+    assert set(terms) == {"task", "abstract_1", "abstract_2", "detailed_1", "detailed_2"}
+    alone = objective(method="none", criterion=("ce",), teachers_as=way)[1]
+    assert set(alone(features(STUDENT, 1), (features(ONE, 2), features(TWO, 3)), batch)) == {"task"}
