@@ -116,8 +116,8 @@ class Replicated:
 class Sharded(Replicated):
     """Parameters, gradients and optimizer state of what trains are cut up between the processes (FSDP2).
 
-    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved, as under DDP
-    too.
+    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved, as
+    under DDP.
 
     Args:
         trainee: The module to train: it is without memory but in `whole`, and after `restore`.
