@@ -51,10 +51,11 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
         kwargs_handlers=[PATIENCE],
     )
     check_sharding(accelerator)
+    if recipe.optim.find_batch_size and (sharded() or recipe.shard_teacher):
+        where = "under FSDP" if sharded() else "beside shard_teacher"
+        raise ValueError(f"find_batch_size {where}: a trial step of one process alone is none. Give a batch size that fits.")
     if recipe.shard_teacher and accelerator.num_processes == 1:
         raise ValueError("shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out.")
-    if recipe.optim.find_batch_size and sharded():
-        raise ValueError("find_batch_size under FSDP: a trial step of one process alone is none. Give a batch size that fits.")
     watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()

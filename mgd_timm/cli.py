@@ -344,6 +344,7 @@ def guarded(name: str, action: Callable[[], None]) -> int:
                 "checkpoint.",
                 file=sys.stderr,
             )
+            _part("a reader of images was ended from outside")
             return 1
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             if "mgd_timm.watchdog" in sys.modules:

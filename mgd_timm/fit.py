@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -516,6 +517,7 @@ class _Loop:
             say, folder = self.accelerator.print, self.upkeep.folder / "checkpoints"
             on_main(self.accelerator, lambda: checkpoint.sweep(folder))
             state = checkpoint.newest(self.upkeep.folder / "checkpoints", say)
+            self._check_same(state)
             if state is None:
                 say(f"{self.upkeep.stage}: no checkpoint in {self.upkeep.folder}, starting at the beginning")
         if state is not None:
@@ -523,6 +525,16 @@ class _Loop:
             self.accelerator.print(f"{self.upkeep.stage}: resumed after update {self.done} (epoch {self.epoch + 1})")
         path, stage, done = self.upkeep.folder / "metrics.jsonl", self.upkeep.stage, self.done
         on_main(self.accelerator, lambda: _forget(path, stage, done))
+
+    def _check_same(self, state: checkpoint.State | None) -> None:
+        """All processes go on from one update: with different weights each, gradients would be averaged all the same."""
+        found = gather_object(["none" if state is None else f"update {state.values['done']}"])
+        if len(set(found)) > 1:
+            said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
+            raise checkpoint.CheckpointError(
+                f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to see one "
+                "--output folder."
+            )
 
     def _load(self, state: checkpoint.State) -> None:
         changed = differences(state.values["identity"], self.upkeep.identity)

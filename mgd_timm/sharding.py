@@ -116,7 +116,8 @@ class Replicated:
 class Sharded(Replicated):
     """Parameters, gradients and optimizer state of what trains are cut up between the processes (FSDP2).
 
-    Each process has its own BatchNorm statistics, as under DDP, where those of the main process are evaluated and saved as well.
+    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved, as
+    under DDP.
 
     Args:
         trainee: The module to train: it is without memory but in `whole`, and after `restore`.

@@ -180,7 +180,7 @@ class FileSource:
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Batches in the order of the slots, read ahead by the readers."""
         keys = [[(epoch, row) for row in ids.tolist()] for ids in slots]
-        for images, rows in read_ahead(self, keys, self.data.workers, device):
+        for images, rows in read_ahead(self, keys, self.data.workers, device, WAY_OUT):
             labels = self.all_labels[rows].to(device, non_blocking=True)
             yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))
 
@@ -234,7 +234,7 @@ def _collated(items: list[Any]) -> Any:
     return failed if failed is not None else torch.utils.data.default_collate(items)
 
 
-def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device) -> Iterator[Any]:
+def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, way_out: str = "") -> Iterator[Any]:
     """`source[key]` of each key, collated list by list in their order, by reader processes ahead of their use.
 
     Args:
@@ -242,6 +242,7 @@ def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: tor
         keys: Lists of keys, one a batch. They are drawn in this process, a few batches ahead.
         workers: Reader processes; 0 reads in this one.
         device: What the batches are for.
+        way_out: What the error of an item goes on to say.
 
     Raises:
         DataError: What an item raised.
@@ -260,7 +261,7 @@ def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: tor
         read = iter(loader)
     for found in read:
         if isinstance(found, DataError):
-            raise DataError(f"{found} {WAY_OUT}")
+            raise DataError(f"{found} {way_out}".rstrip())
         yield found
 
 

@@ -177,12 +177,13 @@ class Watchdog:
 
 
 _running: Watchdog | None = None
+_started = False  # on all processes alike, also on one that does not reach the first
 
 
 def start(accelerator: Accelerator) -> None:
     """Watch over the processes of a launch, once; called by all of them."""
-    global _running
-    if _running is not None or accelerator.num_processes == 1:
+    global _running, _started
+    if _started or accelerator.num_processes == 1:
         return
     limit = _limit()
     server, token = None, secrets.token_hex()
@@ -211,6 +212,7 @@ def start(accelerator: Accelerator) -> None:
                 f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the network between "
                 "the machines, or silence this with MGD_TIMM_SILENCE=0."
             )
+    _started = True
     if links:
         _running = Watchdog(processes, links, limit)
 
@@ -256,6 +258,7 @@ def _connect(place: str, port: int, token: str, rank: int) -> dict[int, socket.s
     """The connection to the first process; none where it cannot be reached."""
     try:
         link = socket.create_connection((place, port), timeout=_CONNECT)
+        link.settimeout(6 * _CONNECT)  # it answers or closes; who goes away before would count as killed
         link.sendall(f"{token} {rank}".encode())
         if link.recv(1) == b"\n":
             return {0: link}
@@ -266,7 +269,8 @@ def _connect(place: str, port: int, token: str, rank: int) -> dict[int, socket.s
 
 def stop(failure: str | None = None) -> None:
     """End the watch of this process, which parts from the others in peace, or has failed."""
-    global _running
+    global _running, _started
+    _started = False
     if _running is not None:
         dog, _running = _running, None
         dog.stop(failure)

@@ -59,7 +59,7 @@ def environment(threads: int = 1) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def call(*arguments: str, processes: int = 1, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, processes: int = 1, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments, processes=processes), capture_output=True, text=True, timeout=timeout, env=environment(), check=False
     )
@@ -80,7 +80,7 @@ def end_at(
         env=environment(),
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
             if group:
@@ -89,7 +89,7 @@ def end_at(
                 process.send_signal(kind)
             break
         time.sleep(0.002)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 

@@ -312,6 +312,11 @@ def main(folder: Path) -> None:
     criterion = built()
     criterion(*shown(torch.tensor([7, 3 + rank]), rank))  # sample 7 on both, in another view
     torch.save(dict(criterion.named_buffers()), folder / f"twice-{rank}.pt")
+    for queue in (None, 8):
+        criterion = built(queue=queue)
+        torch.manual_seed(0)
+        criterion(*shown(visits(1)[0]))  # the same on both, as where the second has nothing
+        torch.save(dict(criterion.named_buffers()), folder / f"idle-{queue}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -321,7 +326,7 @@ def launched(tmp_path_factory):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launch, __file__, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=one_thread, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=one_thread, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -355,6 +360,17 @@ def test_z_is_the_mean_over_processes(launched, queue):
         found.append(alone.partition)
     state, _ = torch.load(launched / f"{queue}-0.pt")
     torch.testing.assert_close(state["partition"], torch.stack(found).mean(0))
+
+
+@pytest.mark.parametrize("queue", [None, 8])
+def test_a_process_without_samples_which_is_shown_the_first_ones_adds_nothing(launched, queue):
+    alone = built(queue=queue)
+    torch.manual_seed(0)
+    alone(*shown(visits(1)[0]))
+    for rank in (0, 1):
+        found = torch.load(launched / f"idle-{queue}-{rank}.pt")
+        for name, tensor in alone.named_buffers():
+            torch.testing.assert_close(found[name], tensor)
 
 
 def test_a_sample_on_both_processes_is_remembered_as_the_last_one_says(launched):

@@ -4,12 +4,14 @@ Real processes on shuffled and augmented real images, with dropout, moving avera
 """
 
 import json
+import os
 import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from forked import Ranks, command_line
 from small import FAST, call, digest, end_at, write_pictures
 
 HARD = [*FAST, "--epochs", "3", "--drop", "0.2", "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.9"]
@@ -138,3 +140,19 @@ def test_an_existing_folder_is_refused(whole, small_data):
     assert done.returncode == 1
     assert "exists: choose another --output, remove it, or continue it with --resume" in done.stderr
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+
+
+def on_own_disk(folder: str, *words: str) -> int:
+    """The command line with a folder that no other rank sees."""
+    return command_line(*words, "--output", f"{folder}/{os.environ.get('RANK', '0')}")
+
+
+def test_machines_that_do_not_share_the_output_folder_are_refused(small_data, tmp_path):
+    """One would go on from the checkpoint and the other one begin, and their gradients would be averaged all the same."""
+    words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(small_data), "--global-batch-size", "64", "--epochs", "1"]
+    for processes, more in ((1, []), (2, ["--resume"])):
+        ranks = Ranks([str(tmp_path), *words, *more], tmp_path / "log", processes=processes, target=on_own_disk)
+        assert ranks.wait(120) == [processes - 1] * processes, ranks.said()
+    for rank in (0, 1):
+        expected = r"error: rank 0 finds in .* the checkpoint of update 5, and rank 1 none: all machines have to see one --output"
+        assert re.search(expected, ranks.said(rank)), ranks.said(rank)

@@ -105,6 +105,8 @@ def test_what_is_not_done_is_refused(monkeypatch, variable, value, named):
 def test_a_teacher_that_cannot_be_cut_up_is_refused():
     with pytest.raises(ValueError, match="there is nobody to share the teacher with"):
         build_accelerator(make_recipe(shard_teacher=True))
+    with pytest.raises(ValueError, match="find_batch_size beside shard_teacher: a trial step of one process alone is none"):
+        build_accelerator(make_recipe(shard_teacher=True, find_batch_size=True))  # or the others wait in the teacher for it
     with pytest.raises(ValueError, match="there is no teacher, so there is nothing to cut up"):
         make_recipe(shard_teacher=True, teacher=None)
     with pytest.raises(ValueError, match="teacher_store='x' holds its outputs"):

@@ -1,11 +1,13 @@
 """A rank that is killed or hangs ends the others, who name it; one that is only slow, or has left, ends nobody."""
 
+import os
 import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from forked import Ranks
 
 from mgd_timm import watchdog
@@ -60,6 +62,10 @@ def work(case: str) -> int:
             raise ValueError("a file of this rank alone")
         elif case == "breaks" and not accelerator.is_main_process:
             raise RuntimeError("a fault of this rank alone")
+        elif case == "loses a reader" and not accelerator.is_main_process:
+            read = iter(torch.utils.data.DataLoader(range(1000), num_workers=1, multiprocessing_context="fork"))
+            os.kill(read._workers[0].pid, signal.SIGKILL)
+            list(read)
         else:
             print("joined", flush=True)
             accelerator.wait_for_everyone()
@@ -69,7 +75,7 @@ def work(case: str) -> int:
     return guarded("work", action)
 
 
-CASES = ["slow", "fails", "breaks"]
+CASES = ["slow", "fails", "breaks", "loses a reader"]
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +94,36 @@ def test_only_what_is_wrong_is_told(at_once, case):
         assert [ranks.said(0), ranks.said(1)] == ["", ""]
     else:
         assert codes == [CODE, 1], ranks.said()
-        kind, what = ("ValueError", "file") if case == "fails" else ("RuntimeError", "fault")
-        assert re.search(rf"error: rank 1 \(\S+, pid \d+\) failed: {kind}: a {what} of this rank alone\.", ranks.said())
-        assert f"a {what} of this rank alone" in ranks.said(1)
+        said = {"fails": "ValueError: a file of this rank alone", "breaks": "RuntimeError: a fault of this rank alone"}
+        why = said.get(case, "a reader of images was ended from outside")
+        assert re.search(rf"error: rank 1 \(\S+, pid \d+\) failed: {why}\.", ranks.said())
+        assert why.rpartition(": ")[2] in ranks.said(1)
+        assert "Traceback" not in ranks.said(0)
         assert ("Traceback" in ranks.said(1)) == (case == "breaks")
+
+
+def unreachable() -> int:
+    """The first rank, which waits for a second, does not reach the last one; a run asks for the watch once more."""
+    from accelerate import Accelerator
+
+    from mgd_timm.processes import leave
+
+    accelerator = Accelerator()
+    watchdog._CONNECT = 1.0
+    if accelerator.process_index == 2:
+        watchdog._connect = lambda *_: {}
+    for _ in range(2):
+        watchdog.start(accelerator)
+        accelerator.wait_for_everyone()
+    leave()
+    return 0
+
+
+def test_a_rank_that_is_out_of_reach_goes_along_unwatched(tmp_path):
+    ranks = Ranks([], tmp_path / "log", processes=3, environment=SHORT, target=unreachable)
+    assert ranks.wait(60) == [0, 0, 0], ranks.said()
+    assert ranks.said(0).count("warning: rank 2 does not reach 127.0.0.1:") == 1
+    assert [ranks.said(1), ranks.said(2)] == ["", ""]
 
 
 def test_ranks_that_all_stood_still_go_on(tmp_path):

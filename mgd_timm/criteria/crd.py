@@ -57,6 +57,13 @@ def gathered(*tensors: Tensor) -> list[Tensor]:
 
 
 @torch.compiler.disable
+def first_of_each(sample_ids: Int[Tensor, " b"]) -> Int[Tensor, " m"]:
+    """The first place of every sample id, in ascending order."""
+    here = torch.arange(len(sample_ids), device=sample_ids.device)
+    return here[(sample_ids[:, None] == sample_ids).int().argmax(1) == here]
+
+
+@torch.compiler.disable
 def mean_of_processes(tensor: Tensor) -> Tensor:
     """The same mean on all processes."""
     total = tensor.clone()
@@ -227,6 +234,9 @@ class CRD(Criterion):
         self.partition.copy_(partition)
         if several() and not self.alone:
             one, two, sample_ids = gathered(one, two, sample_ids)
+            if self.queued:  # a process that has no samples in a step is shown those of the first
+                fresh = first_of_each(sample_ids)
+                one, two, sample_ids = one[fresh], two[fresh], sample_ids[fresh]
         if self.queued:
             length = len(self.queue_labels)
             one, two, sample_ids = one[-length:], two[-length:], sample_ids[-length:]
