@@ -97,7 +97,7 @@ class Data:
     scale: tuple[float, ...] = _option((0.08, 1.0), "large images: share of the area of a random crop")
     ratio: tuple[float, ...] = _option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
     aa: str | None = _option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
-    color_jitter: float = _option(0.0, "large images: strength of colour jitter")
+    color_jitter: float = _option(0.0, "large images: strength of colour jitter; as in timm none beside --aa")
     reprob: float = _option(0.0, "probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = _option(
         "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"

@@ -180,7 +180,7 @@ class FileSource:
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Batches in the order of the slots, read ahead by the readers."""
         keys = [[(epoch, row) for row in ids.tolist()] for ids in slots]
-        for images, rows in read_ahead(self, keys, self.data.workers, device, WAY_OUT):
+        for images, rows in read_ahead(self, keys, self.data.workers, device, way_out=WAY_OUT):
             labels = self.all_labels[rows].to(device, non_blocking=True)
             yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))
 
@@ -198,8 +198,22 @@ def picture(pixels: np.ndarray) -> Image.Image:
 def timm_transform(
     data: Data, defaults: Defaults, size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], training: bool
 ) -> Callable[[Any], Tensor]:
-    """timm's transform of a picture into a normalised tensor of the given size."""
+    """timm's transform of a picture into a normalised tensor of the given size.
+
+    Raises:
+        DataError: An interpolation or a policy that timm does not know.
+    """
+    from timm.data.transforms import str_to_interp_mode
     from timm.data.transforms_factory import create_transform
+
+    for name in ("interpolation", "train_interpolation"):
+        value = getattr(data, name)
+        if value is not None and not (name == "train_interpolation" and value == "random"):
+            try:
+                str_to_interp_mode(value)
+            except KeyError as error:
+                more = ", or random for either by chance" if name == "train_interpolation" else ""
+                raise DataError(f"{name}={value!r}: expected bilinear or bicubic{more}.") from error
 
     common: dict[str, Any] = {
         "input_size": size,
@@ -213,7 +227,13 @@ def timm_transform(
     common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}
     if data.train_interpolation is not None:
         common["interpolation"] = data.train_interpolation
-    return create_transform(**common, is_training=True, hflip=data.hflip, auto_augment=data.aa)
+    try:
+        return create_transform(**common, is_training=True, hflip=data.hflip, auto_augment=data.aa)
+    except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
+        raise DataError(
+            f"aa={data.aa!r}, color_jitter={data.color_jitter}: timm cannot make a transform of them ({error}): expected a policy "
+            "such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
+        ) from error
 
 
 class _Reading:
@@ -234,7 +254,7 @@ def _collated(items: list[Any]) -> Any:
     return failed if failed is not None else torch.utils.data.default_collate(items)
 
 
-def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, way_out: str = "") -> Iterator[Any]:
+def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, way_out: str = "") -> Iterator[Any]:
     """`source[key]` of each key, collated list by list in their order, by reader processes ahead of their use.
 
     Args:
@@ -242,7 +262,7 @@ def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: tor
         keys: Lists of keys, one a batch. They are drawn in this process, a few batches ahead.
         workers: Reader processes; 0 reads in this one.
         device: What the batches are for.
-        way_out: What the error of an item goes on to say.
+        way_out: What the error of an item goes on with.
 
     Raises:
         DataError: What an item raised.

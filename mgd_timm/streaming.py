@@ -116,6 +116,11 @@ def read_stream(
         if name is not None and name not in rows.features:
             raise DataError(str(unknown("column", name, rows.features)))
     key = data.input_key or image_column(rows)
+    if data.target_key is None and set(rows.features) == {key, "__key__", "__url__"}:
+        raise DataError(
+            f"the tars of the stream {split!r} have no label beside each image, and their folders are not seen in a stream: leave "
+            "--streaming out, as tars are read where they lie, or give webdataset shards (1.jpg with 1.cls)."
+        )
     target = data.target_key or label_column(rows, key, say)
     feature = rows.features[target]
     if isinstance(rows.features[key], datasets.Image):

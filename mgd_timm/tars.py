@@ -139,7 +139,7 @@ def _classes(words: list[str], classes: tuple[str, ...] | None, *, numbers: bool
     """Class ids and class names of labels in words: numbers stand for themselves, where they may."""
     if numbers and all(word.isdecimal() for word in words):
         labels = np.array([int(word) for word in words], dtype=np.int64)
-        if labels.max() >= len(words):
+        if classes is None and labels.max() >= len(words):  # else check_classes holds them against the names
             raise DataError(f"the label {labels.max()} among {len(words)} images: expected class ids from 0.")
         return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
     known = tuple(sorted(set(words)))
@@ -224,7 +224,7 @@ def _scan(path: Path) -> list[tuple[str, int, int, str]]:
         stem, ending = _key(name)
         if ending in _LABELS:
             text = _part(path, offset, size).decode(errors="replace")
-            text = json.dumps(json.loads(text)) if ending == ".json" else text.strip().partition("\n")[0]
+            text = _one_line(text, name, path) if ending == ".json" else text.strip().partition("\n")[0]
             rank = _LABELS.index(ending)
             if stem not in beside or rank < beside[stem][0]:
                 beside[stem] = rank, f"{ending} {text}"
@@ -234,6 +234,13 @@ def _scan(path: Path) -> list[tuple[str, int, int, str]]:
         for stem, ending in [_key(name)]
         if ending in ENDINGS
     ]
+
+
+def _one_line(text: str, name: str, path: Path) -> str:
+    try:
+        return json.dumps(json.loads(text))
+    except ValueError as error:
+        raise DataError(f"{path}: {name} is not JSON ({error}): write it anew.") from error
 
 
 def _key(name: str) -> tuple[str, str]:

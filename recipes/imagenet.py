@@ -95,6 +95,7 @@ PAIRS = {
             "smoothing": 0.1,
             "aa": "rand-m9-mstd0.5-inc1",
             "interpolation": "bicubic",
+            "crop_pct": 0.875,
             "reprob": 0.25,
             "remode": "pixel",
             "mixup": 0.8,
@@ -178,7 +179,7 @@ def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
     options = {**COMMON, **pair.options, "teacher": pair.teacher, "student": pair.student}
     if given.get("peer") is not None:
         options.pop("teacher")
-    if "student" in given:
+    if given.get("student", pair.student) != pair.student:
         options.pop("drop_path", None)  # which not every network takes
     size = options["batch_size"] = given.get("batch_size", max(2, min(LARGEST, -(-pair.batch // processes))))
     steps = given.get("grad_accum_steps")

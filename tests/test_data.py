@@ -400,6 +400,20 @@ def test_readers_outlive_signals_to_the_process_group(large: Path) -> None:
     assert not alive
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("aa", "rand-x9", r"aa='rand-x9', .* \(Unknown RandAugment config section\): expected a policy such as rand-m9"),
+        ("color_jitter", -1.0, r"color_jitter=-1\.0: .*: expected .* a strength of 0 or more"),
+        ("interpolation", "random", r"interpolation='random': expected bilinear or bicubic\."),
+        ("train_interpolation", "bicubik", r"train_interpolation='bicubik': expected bilinear or bicubic, or random"),
+    ],
+)
+def test_what_timm_makes_no_transform_of_is_refused(name: str, value: object, said: str, large: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        read(large, img_size=32, **{name: value})
+
+
 def test_readers_do_not_hold_up_the_exit(large: Path) -> None:
     script = f"""
 import torch
@@ -412,7 +426,7 @@ held = [batches]
 held.append(held)
 del batches
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout.split()[-1]) == (0, "1"), done.stderr
 
 

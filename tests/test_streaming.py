@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import write_pictures
-from test_tars import files, shards
+from test_tars import class_folders, files, shards
 
 from mgd_timm.data import DataError, Images, load_images
 from mgd_timm.recipe import Data
@@ -133,5 +133,12 @@ def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) ->
     path = files(tmp_path / "copy" / "train")[3]
     path.write_bytes(path.read_bytes()[:500])
     images = stream(tmp_path / "copy", workers=1, num_samples=24)
-    with pytest.raises(DataError, match=r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"):
+    said = r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"  # without --max-bad
+    with pytest.raises(DataError, match=said):
         batches(images, [images.train.ids])
+
+
+def test_class_folders_in_a_streamed_tar_are_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+    class_folders(pictures, tmp_path)
+    with pytest.raises(DataError, match=r"their folders are not seen in a stream: leave --streaming out"):
+        stream(tmp_path, num_samples=24)

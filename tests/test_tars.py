@@ -107,6 +107,18 @@ def test_webdataset_shards_are_the_folder(kind: str, names: str, pictures: Path,
     same(found, read(pictures))
 
 
+def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Path, tmp_path: Path) -> None:
+    shards(pictures, tmp_path, "cls")
+    for path in tmp_path.glob("*test*.tar"):
+        path.unlink()
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        for name, content in {"1.png": files(pictures / "test" / "c")[0].read_bytes(), "1.cls": b"2"}.items():
+            add(tar, name, content)
+    found = read(tmp_path)
+    assert found.test is not None
+    assert found.test.labels.tolist() == [2]
+
+
 def test_an_index_is_made_once_and_anew_for_another_file(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()
@@ -149,6 +161,10 @@ def test_errors_name_the_tar_and_the_way_out(pictures: Path, tmp_path: Path) -> 
         add(tar, "1.png", b"x")
         add(tar, "1.json", b'{"name": 3}')
     refused("no label under 'label': name it with --target-key")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "1.png", b"x")
+        add(tar, "1.json", b"{")
+    refused(r"train\.tar: 1\.json is not JSON")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         add(tar, "notes.txt", b"x")
     refused("no image in it")
