@@ -152,7 +152,7 @@ def test_a_student_is_shown_the_same_by_any_workers_and_from_any_update_on(kind:
         images = load_images(data, 3, say=lambda _: None)
         source = taught(images, make_recipe(seed=3, **options))
         assert isinstance(source, Taught)
-        updates = cut_updates(source.order(3, 1)[:24], 6, 2, 1)
+        updates = cut_updates(source.order(3, 1)[:24], 6, 2, 12)
         torch.manual_seed(workers)
         before = torch.get_rng_state()
         every = shown(images, data, [slot for slots in updates for slot in slots], 1)
