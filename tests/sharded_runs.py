@@ -64,8 +64,8 @@ def distil(
     student: str, optim: Optim, *, sharded: bool, teacher: bool = False, precision: str | None = None, resume: str | None = None
 ) -> dict[str, Any]:
     """Two epochs of 32 images at a global batch of 16; gives losses and metrics, learning rates and weights."""
-    size, per_step = 32, 8 // optim.grad_accum_steps
-    here = accelerator(sharded, optim.grad_accum_steps, precision)
+    size, per_step = 32, 8 // (optim.grad_accum_steps or 1)
+    here = accelerator(sharded, optim.grad_accum_steps or 1, precision)
     trainee, frozen = build(student, size)
     if teacher:
         frozen = shard_teacher(frozen, here)

@@ -25,7 +25,7 @@ def found(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("sharded")
     command = [*LAUNCH, "--mixed_precision", "no", str(Path(__file__).parent / "sharded_runs.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     flags = ["distill", *FAST, "--method", "none", "--epochs", "2", "--checkpoint-interval", "2", "--data-dir", str(small_data)]
     flags += ["--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "1"]
     process = start(*flags, "--output", str(tmp_path / "killed"))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (tmp_path / "killed" / "checkpoints" / "00000004").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     assert not (tmp_path / "killed" / "export").exists()
     for more in (["--output", str(tmp_path / "killed"), "--resume"], ["--output", str(tmp_path / "whole")]):
         process = start(*flags, *more)
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
         assert "2 processes on cpu, sharded (FSDP2), precision bf16" in output
         assert ("resumed after update" in output) == ("--resume" in more)
