@@ -133,5 +133,7 @@ def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) ->
     path = files(tmp_path / "copy" / "train")[3]
     path.write_bytes(path.read_bytes()[:500])
     images = stream(tmp_path / "copy", workers=1, num_samples=24)
-    with pytest.raises(DataError, match=r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"):
+    with pytest.raises(
+        DataError, match=r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"
+    ):
         batches(images, [images.train.ids])
