@@ -38,7 +38,10 @@ def test_losses_metrics_and_weights_are_those_of_ddp(found, case, far, rel):
     """BatchNorm, clipping, accumulation and averaging; each one's run gone on by the other; a ViT, its teacher cut up; bf16."""
     for rank in range(2):
         row = found[rank][case]
-        assert row["fsdp"] == pytest.approx(row["ddp"], rel=rel)
+        image = 100 / 13 + 1e-3 if case == "bf16" else 0.0  # logits of 8 bits have ties: one image may fall to another side
+        assert row["fsdp"].keys() == row["ddp"].keys()
+        for name, value in row["ddp"].items():
+            assert row["fsdp"][name] == pytest.approx(value, rel=rel, abs=image if "top" in name else None), name
         assert row["far"] < far
         assert row["rates"][0] == row["rates"][1]
         assert row["plain"]  # what the caller goes on with
