@@ -60,13 +60,13 @@ def test_a_parameter_without_a_gradient_is_noticed() -> None:
     with torch.device("meta"):
         model = build_named("test_resnet", size, 10)
         model.fc = Idle(model.fc)
-        tap, word = sweep.tapped(model, size)
+        tap, count = sweep.tapped(model, size)
         with pytest.raises(ValueError, match=r"no gradient for 1 parameters: student\.model\.fc\.unread"):
-            sweep.learns(tap, tap.shapes(64), word, size)
+            sweep.learns(tap, tap.shapes(64), count, size)
 
 
 def test_losses_that_are_not_finite_are_noticed() -> None:
-    shapes = sweep.partner("stages")
+    shapes = sweep.partner(4)
     terms = dict.fromkeys(("task", "kd", "at", "abstract", "detailed"), torch.tensor(1.0))
     assert sweep.summed(terms, shapes) == 5
     with pytest.raises(ValueError, match="not finite"):
