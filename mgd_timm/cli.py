@@ -338,13 +338,13 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
         if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when a reader ends
             rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            which = str(error).splitlines()[0].strip()
             print(
                 f"{name}: error: {rank}a reader of images was ended from outside, as a machine does that is short of memory "
-                f"({str(error).splitlines()[0].strip()}). Give fewer --workers or more memory; --resume continues from the newest "
-                "checkpoint.",
+                f"({which}). Give fewer --workers or more memory; --resume continues from the newest checkpoint.",
                 file=sys.stderr,
             )
-            _part("a reader of images was ended from outside")
+            _part(f"a reader of images was ended from outside ({which})")
             return 1
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             if "mgd_timm.watchdog" in sys.modules:
