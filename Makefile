@@ -30,6 +30,7 @@ bench: .venv/done  ## What the README claims, measured again on this machine.
 	$(RUN) benchmarks/hosts.py
 	$(RUN) benchmarks/any_timm.py
 	$(RUN) benchmarks/shortcuts.py
+	$(RUN) benchmarks/allocator.py
 	$(RUN) benchmarks/demo.py --seeds 5
 	$(RUN) benchmarks/scale.py --check
 	$(RUN) benchmarks/scale.py --markdown

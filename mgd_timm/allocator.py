@@ -1,4 +1,4 @@
-"""How the C library hands out memory, which on a CPU decides half of a step."""
+"""How the C library hands out memory, which on a CPU is a good part of a step."""
 
 import ctypes
 import sys
@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Let freed tensors' memory be used again instead of being given back to the system; True where that was possible.
 
     By default glibc maps every block above 32 MB anew and unmaps it when it is freed. A step's activations are such blocks, so that
-    each step has the system clear and map gigabytes: about half of the processor's time at 128 px and batch 64. The process keeps
-    what it has used once (measured: 12 % more at its peak). Other C libraries are left alone.
+    each step has the system clear and map gigabytes. The process keeps what it has used once, so its peak is somewhat higher.
+    `benchmarks/allocator.py` measures both. Other C libraries are left alone.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -132,7 +132,8 @@ def build_networks(
         accelerator: Device, processes, precision.
         teachers: With their weights, suited to the data (`suit_teachers`).
         student: Instead of the recipe's.
-        fitted: The teachers are as they will teach; without it no store is looked at, which would be of other weights.
+        fitted: The teachers are as they will teach; without it no store is looked at, which would be of other weights, and nothing
+            is said, as all is connected once more.
 
     Raises:
         ValueError: Networks, criteria and data that do not go together.
@@ -155,7 +156,7 @@ def build_networks(
     objective = build_several(recipe, pairs) if len(pairs) > 1 else build_objective(recipe, pairs[0])
     peers = build_objective(recipe, pairs[0]._replace(student=seen, teacher=shapes)) if other is not None else None
     for role, own_terms in (("", objective), ("peer_", peers)):
-        for term in own_terms.modules() if own_terms is not None else ():
+        for term in own_terms.modules() if own_terms is not None and fitted else ():
             if isinstance(term, Criterion) and term.remark() is not None:
                 accelerator.print(f"{role}{_name_of(term)}: {term.remark()}")
     stages, stored = [], None
@@ -165,7 +166,7 @@ def build_networks(
         stages += student_stages(recipe, tap, teacher, teachers[0], images, pairs[0])
         if recipe.teacher_store is not None and fitted:
             stored = open_store(recipe, teacher, images, accelerator)
-    if whole and not stages and not objective.needs:
+    if whole and not stages and not objective.needs and fitted:
         accelerator.print("warning: nothing of the teacher is learnt: every weight but the task's is 0.")
     return Networks(tap, objective, tuple(teacher for teacher, _ in whole), other, peers, stages, own, stored)
 
