@@ -388,7 +388,7 @@ class Recipe:
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
         if self.train_only == "classifier" and (self.teacher is not None or self.peer is not None):
-            beside = f"teacher {self.teacher!r}" if self.teacher is not None else f"peer {self.peer!r}"
+            beside = f"teacher {_list(self.teacher)}" if self.teacher is not None else f"peer {self.peer!r}"
             raise ValueError(
                 f"train_only='classifier' beside the {beside}: what it teaches is the backbone. Train alone (mgd-timm train)."
             )
@@ -400,7 +400,9 @@ class Recipe:
         if self.adapt_batchnorm and self.train_only == "all":
             raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
         if self.peer is not None and self.teacher is not None:
-            raise ValueError(f"peer={self.peer!r} stands in place of a teacher, and there is one, {self.teacher!r}: leave one out.")
+            raise ValueError(
+                f"peer={self.peer!r} stands in place of a teacher, and there is one, {_list(self.teacher)}: leave one out."
+            )
         if self.peer is not None and self.teacher_checkpoint is not None:
             raise ValueError(f"teacher_checkpoint={self.teacher_checkpoint!r} beside peer={self.peer!r}: there is no teacher.")
         if self.peer is not None and self.optim.model_ema:
@@ -497,6 +499,10 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
             "grad_accum_steps out, or choose another batch_size."
         )
     return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _count(number: int, word: str) -> str:

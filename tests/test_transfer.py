@@ -257,7 +257,10 @@ def test_networks_that_cannot_do_it_are_refused(small_data, tmp_path, capsys):
         mgd_timm.train("test_vit", str(small_data), adapt_batchnorm=True, **options)
     model = load_model("embedded")
     model.reset_classifier(0)
-    with pytest.raises(ValueError, match=r"the model has 0 classes, the data 10"):
+    with pytest.raises(
+        ValueError,
+        match=r"cifar_resnet20 has no classifier \(num_classes=0\), and only a teacher may lack one\. Build it with num_classes=C",
+    ):
         mgd_timm.train(model, str(small_data), **options)
     assert not (tmp_path / "run").exists()
     mgd_timm.train("cifar_resnet8x05", str(small_data), epochs=1, **options)
