@@ -334,7 +334,7 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError, RuntimeError) as error:
         from mgd_timm.checkpoint import CheckpointError
-        from mgd_timm.fit import NonFiniteError
+        from mgd_timm.upkeep import NonFiniteError
 
         if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when a reader ends
             rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
