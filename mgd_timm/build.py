@@ -21,12 +21,13 @@ import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm import watchdog
 from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
-from mgd_timm.features import FeatureTap, TeacherView
+from mgd_timm.features import FeatureTap
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import PATIENCE
 from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
 from mgd_timm.sampling import num_slots
 from mgd_timm.sharding import check_sharding, sharded
+from mgd_timm.teacher_view import TeacherView
 
 
 def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
@@ -395,10 +396,10 @@ def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) ->
 def build_tap(
     model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
 ) -> FeatureTap:
-    """The features of a model that a recipe's word for maps stands for (features.choose_maps); None for none.
+    """The features of a model that a recipe's word for maps stands for (maps.choose_maps); None for none.
 
     Raises:
-        ValueError: As FeatureTap and choose_maps.
+        ValueError: As FeatureTap and maps.choose_maps.
     """
     return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Objective
-from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
+from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.several import SeveralTeachers
 from mgd_timm.sharding import cut, units
+from mgd_timm.teacher_view import TeacherView
 
 AnyFeatures = Features | tuple[Features, ...]
 """Of a teacher, or of several."""
@@ -25,7 +26,7 @@ class Teacher(nn.Module):
     Args:
         tap: The teacher's features.
         heads: Fitted heads with decoders; None shows no codes and no views.
-        view: What to do with the student's normalised images first (another mean, std or size); see features.TeacherView.
+        view: What to do with the student's normalised images first (another mean, std or size); see teacher_view.TeacherView.
         digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default computed.
         logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
 

@@ -19,7 +19,7 @@ from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.data import Images, cache_folder
 from mgd_timm.distiller import Distiller, Live, Teacher
 from mgd_timm.evaluation import Metrics
-from mgd_timm.features import FeatureTap, Pair, TeacherView, show_as_many
+from mgd_timm.features import FeatureTap, Pair, show_as_many
 from mgd_timm.fit import fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
@@ -27,6 +27,7 @@ from mgd_timm.optimizer_state import module_digest
 from mgd_timm.processes import decided, on_main, share
 from mgd_timm.recipe import Recipe, as_dict, digest
 from mgd_timm.taught import MIXED
+from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import Term, build_criterion, fitted_first, hyper_parameters
 from mgd_timm.upkeep import Upkeep
 
