@@ -13,7 +13,8 @@ from mgd_timm.build import build_accelerator, check_class_names, load_model, sho
 from mgd_timm.data import load_images
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.recipe import Data, Recipe, as_dict, flatten, make_recipe
+from mgd_timm.options import as_dict
+from mgd_timm.recipe import Data, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 

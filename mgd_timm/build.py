@@ -23,8 +23,10 @@ from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
 from mgd_timm.features import FeatureTap, TeacherView
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, unknown
 from mgd_timm.processes import PATIENCE
-from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
+from mgd_timm.recipe import Recipe
+from mgd_timm.resolving import with_global_batch
 from mgd_timm.sampling import num_slots
 from mgd_timm.sharding import check_sharding, sharded
 

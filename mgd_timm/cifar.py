@@ -12,8 +12,10 @@ from mgd_timm import checkpoint
 from mgd_timm.build import build_teacher
 from mgd_timm.data import Images, load_images
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, digest, unknown
 from mgd_timm.processes import decided, join
-from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe, unknown, with_global_batch
+from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.resolving import with_global_batch
 from mgd_timm.run import run
 
 PAIRS: dict[str, tuple[str, str]] = {

@@ -32,8 +32,9 @@ from mgd_timm.distiller import is_whole
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
+from mgd_timm.options import differences
 from mgd_timm.processes import any_process, on_main, share
-from mgd_timm.recipe import Optim, differences
+from mgd_timm.recipe import Optim
 from mgd_timm.running_statistics import RunningStatistics
 from mgd_timm.sampling import cut_updates, mix, slot_size
 from mgd_timm.sharding import load_parts, place

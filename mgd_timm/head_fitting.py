@@ -15,8 +15,9 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.fit import Upkeep, compile_mode, fit, whole_slot
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teacher_store import StoredViews
 

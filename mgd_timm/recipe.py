@@ -5,65 +5,16 @@ a run and its resumption; so do the names of images and weights, which are known
 """
 
 import dataclasses
-import difflib
-import hashlib
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from mgd_timm.granularity import Granularity
+from mgd_timm.options import check_choices, typed, unknown
 
 
 def _option(default: Any, help: str, *, digest: bool = True) -> Any:
     return field(default=default, metadata={"help": help, "digest": digest})
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest ones that do."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
-    return ValueError(f"unknown {kind} {name!r}: {hint}")
-
-
-def _check_choices(part: Any) -> None:
-    """Refuse a word that is not among a field's Literal."""
-    for f in dataclasses.fields(part):
-        if get_origin(f.type) is Literal:
-            _chosen(f.name, getattr(part, f.name), f.type)
-
-
-def _chosen(name: str, value: Any, choices: Any) -> Any:
-    if value not in get_args(choices):
-        raise unknown(name, str(value), get_args(choices))
-    return value
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option as its field's annotation has it: lists and single strings as tuples, whole numbers as floats."""
-    for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
-        if get_origin(option) is tuple:
-            inner = get_args(option)[0]
-            values = [value] if inner is str and isinstance(value, str) else value
-            if isinstance(values, list | tuple) and all(_fits(v, inner) for v in values):
-                return tuple(inner(v) for v in values)
-        elif get_origin(option) is Literal:
-            if isinstance(value, str):
-                return _chosen(name, value, option)
-        elif _fits(value, option):
-            return value if option is NoneType else option(value)
-    words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-    shown = repr(value) if len(repr(value)) < 80 else "(long)"
-    raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))
 
 
 @dataclass(frozen=True)
@@ -120,7 +71,7 @@ class Data:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if self.in_chans not in (1, 3):
             raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
         if not 0 <= self.val_split <= 0.5:
@@ -251,7 +202,7 @@ class Heads:
     heads_decay_milestones: tuple[int, ...] = _option((30, 45), "epochs at which multistep divides the heads' learning rate by 10")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if not self.heads_weight_decay >= 0:
             raise ValueError(f"heads_weight_decay={self.heads_weight_decay}: expected 0 or more.")
         if min(self.heads_views, self.heads_epochs) < 1:
@@ -377,7 +328,7 @@ class Recipe:
     heads: Heads = field(default_factory=Heads)
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing={self.smoothing}: expected 0 <= smoothing < 1.")
         if self.log_interval < 1 or self.checkpoint_interval < 0 or self.checkpoint_hist < 1:
@@ -458,84 +409,8 @@ class Recipe:
                     raise ValueError(f"{name}={getattr(self, name)!r} is of one teacher, and there are {len(names)}: leave it out.")
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves open about its teacher store filled in; the recipe itself where there is none."""
-    if recipe.teacher_store is None:
-        return recipe
-    return dataclasses.replace(
-        recipe,
-        teacher_views=recipe.teacher_views or recipe.optim.epochs,
-        teacher_view_seed=recipe.teacher_view_seed or 0,
-        teacher_top_k=recipe.teacher_top_k or 0,
-    )
-
-
-def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
-    """The recipe with its global batch: its own, or what batch size, processes and steps per update make.
-
-    The steps themselves are then left open, as they follow from the global batch on any number of processes.
-
-    Args:
-        recipe: Of the run.
-        processes: That run.
-        steps: Per update, where the recipe names neither them nor a global batch.
-
-    Raises:
-        ValueError: A global batch smaller than 2 images for each process, or contradicted by the steps per update.
-    """
-    size, optim = recipe.data.batch_size, recipe.optim
-    whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
-    if whole < 2 * processes:
-        raise ValueError(
-            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, {2 * processes}. Start "
-            "fewer processes, or choose a larger one."
-        )
-    needed = -(-whole // (size * processes))
-    if optim.grad_accum_steps not in (None, needed):
-        raise ValueError(
-            f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
-            f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
-            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave "
-            "grad_accum_steps out, or choose another batch_size."
-        )
-    return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
-
-
 def _list(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
-
-
-def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
-    """The recipe's fields by name, nested as the dataclasses are; tuples as lists."""
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        if dataclasses.is_dataclass(value):
-            out[f.name] = as_dict(value, digest_only=digest_only)
-        elif f.metadata.get("digest", True) or not digest_only:
-            out[f.name] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:
-    """'name: a -> b' for every leaf in which two nested dicts differ."""
-    found: list[str] = []
-    for key in sorted(set(one) | set(two)):
-        a, b = one.get(key), two.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return found
 
 
 PARTS: dict[str, type] = {"data": Data, "optim": Optim, "heads": Heads}

@@ -21,8 +21,10 @@ from mgd_timm.head_fitting import fit_heads
 from mgd_timm.memory import fit_within_memory
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Recipe, as_dict, resolved
+from mgd_timm.recipe import Recipe
+from mgd_timm.resolving import resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads

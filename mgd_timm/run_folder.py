@@ -11,7 +11,8 @@ import yaml
 from mgd_timm import checkpoint
 from mgd_timm.data import Images
 from mgd_timm.export import versions
-from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe
+from mgd_timm.options import as_dict, differences
+from mgd_timm.recipe import PARTS, Recipe, flatten, make_recipe
 
 
 def fresh(folder: Path, recipe: Recipe) -> Recipe:

@@ -18,8 +18,9 @@ from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.fit import Upkeep, fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.memory import fit_within_memory
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import store_outputs
 
 PROBE_LR = 1e-3

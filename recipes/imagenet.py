@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.options import unknown
 from mgd_timm.processes import join
-from mgd_timm.recipe import make_recipe, unknown
+from mgd_timm.recipe import make_recipe
 from mgd_timm.run import run
 
 LARGEST = 256  # images per process and step, where a pair's batch leaves the choice

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mgd_timm.recipe import Recipe, as_dict, flatten, make_recipe, with_global_batch
+from mgd_timm.options import as_dict
+from mgd_timm.recipe import Recipe, flatten, make_recipe
+from mgd_timm.resolving import with_global_batch
 
 
 @pytest.mark.parametrize(
