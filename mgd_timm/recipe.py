@@ -128,6 +128,14 @@ class Data:
                 )
 
 
+OF_TRAINING = frozenset(
+    {"batch_size", "shuffle_buffer", "pad", "hflip", "scale", "ratio", "aa", "color_jitter", "train_interpolation"}
+)
+OF_TRAINING |= {"reprob", "remode", "recount", "aug_repeats"}
+OF_TRAINING |= {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch"}
+"""Options of Data that say nothing about how images are evaluated."""
+
+
 @dataclass(frozen=True)
 class Optim:
     """How long and by which rule the weights move. The paper: momentum, lr 0.05, 240 epochs, multistep at 150, 180 and 210."""

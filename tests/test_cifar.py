@@ -1,6 +1,7 @@
 """The paper's protocol: its pairs and numbers, stages found by digest, and the recipe as a user calls it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,17 @@ def test_the_recipe_refuses_what_it_does_not_know(colours: Path, tmp_path: Path)
     assert "unknown pair 'resnet9-resnet8'" in wrong.stderr
     assert "wrn_40_2-shufflev1" in wrong.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--peer", "resnet18"], "two students that teach each other: mgd-timm distill --peer."),
+        (["--resume"], "the same command continues a stopped run, without it."),
+        (["--train-only", "classifier"], "mgd-timm train takes it."),
+    ],
+)
+def test_the_recipe_says_where_the_flags_are_that_it_does_not_take(capsys, words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPE))["main"](words)
+    assert said in capsys.readouterr().err

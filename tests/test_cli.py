@@ -1,5 +1,6 @@
 """The command line as a user types it: flags, files of flags, help, and every wrong call with its way out."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from small import FAST, call
 
 from mgd_timm import cli
 from mgd_timm.cli import main
+from mgd_timm.recipe import OF_TRAINING, Data, Heads, Optim, Recipe
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
 
@@ -54,7 +56,24 @@ def test_every_flag_of_distill_has_help(mgd):
     assert code == 0
     for flag in ("--teacher", "--batch-size", "--warmup-epochs", "--clip-grad", "--abstract-temperature", "--no-channels-last"):
         assert flag in out
-    assert "--teacher" not in mgd("train", "--help")[1]
+
+
+def test_a_command_shows_the_options_alone_that_it_takes(mgd):
+    shown = {name: {f.dest for f in cli.run_parser(name, distill=name == "distill")._actions} for name in ("distill", "train")}
+    own = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
+    alone = {"train_only", "adapt_batchnorm"}
+    fields = {f.name for kind in (Recipe, Data, Optim, Heads) for f in dataclasses.fields(kind)} - {"data", "optim", "heads"}
+    assert shown["distill"] - {"help", "config", "print_config"} == fields - alone
+    left = {f.name for f in dataclasses.fields(Heads)} | {
+        name for name in fields if "teach" in name or name.startswith(("kd_", "crit"))
+    }
+    others = {"peer", "method", "task_weight", "maps", "standardise_logits", "fitting_epochs", "fitting_lr"}
+    assert shown["train"] - {"help", "config", "print_config"} == (fields | set(own.values())) - left - others - set(own)
+    assert "--train-only" not in mgd("distill", "--help")[1]
+    assert "--fold-teacher" not in mgd("train", "--help")[1]
+    help_of_evaluate = mgd("evaluate", "--help")[1]
+    assert "--val-split" in help_of_evaluate
+    assert not [name for name in OF_TRAINING if f"--{name.replace('_', '-')} " in help_of_evaluate]
 
 
 def test_print_config_is_read_back_by_config(mgd, tmp_path):
@@ -172,6 +191,13 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         ),
         (["evaluate", "runs/none"], ["unknown model 'runs/none'"]),
         (["export", "embedded"], ["folder"]),
+        (["distill", "--train-only", "classifier"], ["--train-only classifier: mgd-timm train takes it."]),
+        (["distill", "--model", "resnet18"], ["--model", "here it is --student."]),
+        (["train", "--student", "resnet18"], ["--student resnet18: here it is --model."]),
+        (["train", "--no-fold-teacher"], ["--no-fold-teacher: mgd-timm distill takes it."]),
+        (["train", "--heads-epochs", "3"], ["--heads-epochs 3: mgd-timm distill takes it."]),
+        (["evaluate", "embedded", "--aa", "rand-m9"], ["--aa rand-m9: it is of training alone."]),
+        (["list", "models", "--teacher", "resnet18"], ["--teacher is of mgd-timm list criteria, not of mgd-timm list models"]),
     ],
 )
 def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expected):
@@ -182,6 +208,8 @@ def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expect
 def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
     (tmp_path / "flags.yaml").write_text("epoch: 3\n")
     refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
+    (tmp_path / "flags.yaml").write_text("train_only: classifier\n")
+    refuse(mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml")
 
 
 def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
