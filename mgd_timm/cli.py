@@ -15,9 +15,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, get_loader
 
 from mgd_timm._version import __version__
+from mgd_timm.options import fits
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 _TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
@@ -80,7 +82,8 @@ def _gathered(words: Sequence[str]) -> list[str]:
 
 
 class _Parser(ArgumentParser):
-    """Takes a repeated flag as a list; the error for a flag that does not exist says where it belongs, or names the nearest.
+    """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that does not exist
+    says where it belongs, or names the nearest.
 
     Args:
         elsewhere: Words for the error about an option, by its name with underscores, that this command does not take.
@@ -90,9 +93,35 @@ class _Parser(ArgumentParser):
     def __init__(self, *, elsewhere: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.elsewhere = dict(elsewhere or {})
+        self.elements: dict[str, type] = {}
+        """Of each option that is a list, the kind of its elements."""
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         return super().parse_args(_gathered(sys.argv[1:] if args is None else args), *more, **options)
+
+    def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
+        try:
+            values = get_loader("yaml")(content)
+        except yaml.YAMLError:
+            values = None  # jsonargparse will say it
+        if isinstance(values, dict):
+            listed = {name: self._listed(name, value) for name, value in values.items()}
+            content = content if listed == values else json.dumps(listed)
+        return super().parse_string(content, *more, **options)
+
+    def _listed(self, name: str, value: Any) -> Any:
+        """The value of an option in a --config, a single one of an option that is a list as a list."""
+        kind = self.elements.get(name)
+        values = value if isinstance(value, list) else [value]
+        if kind is None or value is None:
+            return value
+        if not all(fits(one, kind) for one in values):
+            word, example = ("word", "[a, b]") if kind is str else ("number", "[1, 2]" if kind is int else "[0.5, 0.5]")
+            whole = "whole " if kind is int else ""
+            self.error(
+                f"{name}: {value!r} in --config: expected a {whole}{word} or a list of {whole}{word}s, as in {name}: {example}."
+            )
+        return values
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         wrong = re.search(
@@ -108,7 +137,7 @@ class _Parser(ArgumentParser):
         super().error(message, ex)
 
 
-def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
+def _add_fields(parser: _Parser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
     """A flag for every field of a dataclass: typed, spelled with dashes, its help from the field."""
     group = parser.add_argument_group(title)
     types = typing.get_type_hints(kind)
@@ -119,6 +148,8 @@ def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str],
         default: Any = None if field.default is dataclasses.MISSING else field.default
         options: dict[str, Any] = {"help": field.metadata["help"], "default": default}
         inner = _element(types[field.name])
+        if inner is not None:
+            parser.elements[field.name] = inner
         if types[field.name] in (bool, bool | None):
             group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
         elif field.name in _REPEATED:

@@ -35,24 +35,25 @@ def _chosen(name: str, value: Any, choices: Any) -> Any:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option as its field's annotation has it: lists and single strings as tuples, whole numbers as floats."""
+    """The value of an option as its field's annotation has it: lists and single values as tuples, whole numbers as floats."""
     for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
         if get_origin(option) is tuple:
             inner = get_args(option)[0]
-            values = [value] if inner is str and isinstance(value, str) else value
-            if isinstance(values, list | tuple) and all(_fits(v, inner) for v in values):
+            values = [value] if fits(value, inner) else value
+            if isinstance(values, list | tuple) and all(fits(v, inner) for v in values):
                 return tuple(inner(v) for v in values)
         elif get_origin(option) is Literal:
             if isinstance(value, str):
                 return _chosen(name, value, option)
-        elif _fits(value, option):
+        elif fits(value, option):
             return value if option is NoneType else option(value)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
     shown = repr(value) if len(repr(value)) < 80 else "(long)"
     raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")
 
 
-def _fits(value: Any, kind: type) -> bool:
+def fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind: a whole number is a float as well, a path a word, but no boolean a number."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))

@@ -86,6 +86,42 @@ def test_print_config_is_read_back_by_config(mgd, tmp_path):
     assert yaml.safe_load(again) == {**values, "seed": 7}
 
 
+def test_a_config_may_give_one_value_where_a_list_is_expected(mgd, tmp_path):
+    lines = [
+        "criterion: at",
+        "mean: 0.5",
+        "std: 1e-1",
+        "decay_milestones: 3",
+        "log_with: tensorboard",
+        "teacher: embedded",
+        "seed: 3",
+    ]
+    (tmp_path / "flags.yaml").write_text("\n".join(lines))
+    code, out, errors = mgd("distill", "--config", tmp_path / "flags.yaml", "--print_config")
+    assert code == 0, errors
+    values = yaml.safe_load(out)
+    assert (values["criterion"], values["mean"], values["std"], values["seed"]) == (["at"], [0.5], [0.1], 3)
+    assert (values["decay_milestones"], values["log_with"], values["teacher"]) == ([3], ["tensorboard"], ["embedded"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("criterion: 3", "criterion: 3 in --config: expected a word or a list of words, as in criterion: [a, b]."),
+        ("teacher: {a: b}", "teacher: {'a': 'b'} in --config: expected a word or a list of words, as in teacher: [a, b]."),
+        ("mean: 0.5 0.5 0.5", "mean: '0.5 0.5 0.5' in --config: expected a number or a list of numbers, as in mean: [0.5, 0.5]."),
+        (
+            "decay_milestones: [1, 2.5]",
+            "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
+        ),
+        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_is_refused(mgd, tmp_path, line, expected):
+    (tmp_path / "flags.yaml").write_text(line)
+    refuse(mgd, [expected], "distill", "--config", tmp_path / "flags.yaml")
+
+
 @pytest.fixture(scope="module")
 def trained(small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
