@@ -58,6 +58,7 @@ class Upkeep:
         quiet: No progress bar.
         track: Report to accelerate's trackers.
         advice: The way out that an error names where a loss or weight is not finite.
+        memory_advice: As `advice`, where memory runs out.
     """
 
     folder: Path | None = None
@@ -70,6 +71,7 @@ class Upkeep:
     quiet: bool = False
     track: bool = True
     advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+    memory_advice: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def fit(
             return loop.run(caught)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
-                error.add_note(f"{upkeep.stage}: give --find-batch-size, or a smaller --batch-size beside the --global-batch-size.")
+                error.add_note(f"{upkeep.stage}: {upkeep.memory_advice}")
             raise
 
 

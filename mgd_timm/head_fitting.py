@@ -149,6 +149,7 @@ def _fit_fresh_heads(
             quiet=quiet,
             track=False,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
+            memory_advice="give a smaller --heads-batch-size.",
         ),
     )
     return fitted.last

@@ -141,6 +141,8 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
             track=False,
             advice="Lower --fitting-lr, or clip gradients (--clip-grad 1).",
         )
+        if probe:
+            upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
         trainee: nn.Module = _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
         trainee.requires_grad_(True)
         try:

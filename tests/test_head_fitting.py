@@ -41,6 +41,25 @@ def test_stored_rows_are_what_the_teacher_shows_of_each_view(parts):
         assert torch.equal(batch.labels, live.labels)
 
 
+class Greedy(Teacher):
+    """Asks for more memory than any machine has where it is shown more than 16 images."""
+
+    def forward(self, images):
+        if len(images) > 16:
+            torch.empty(2**58)
+        return super().forward(images)
+
+
+def test_an_error_of_memory_names_the_flag_of_this_stage(parts):
+    recipe, accelerator, images, teacher = parts
+    recipe = replace(
+        recipe, heads=replace(recipe.heads, heads_protocol="live"), data=replace(recipe.data, validation_batch_size=16)
+    )
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        fit_heads(Greedy(teacher.tap), images, recipe, accelerator, {}, quiet=True)
+    assert caught.value.__notes__ == ["heads: give a smaller --heads-batch-size."]
+
+
 @pytest.mark.parametrize("protocol", ["stored", "live"])
 def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, protocol):
     recipe, accelerator, images, teacher = parts
