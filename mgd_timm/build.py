@@ -31,8 +31,13 @@ from mgd_timm.sampling import num_slots
 from mgd_timm.sharding import check_sharding, sharded
 
 
-def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
+def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[Recipe, Accelerator]:
     """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override ours.
+
+    Args:
+        recipe: Of the run.
+        start_steps: Per update, of the start of a run that is continued, where its recipe leaves them open: it is said if others
+            make its global batch now.
 
     Raises:
         ValueError: A tracker that does not exist or is not installed, an engine that is not supported, a teacher to be cut up on
@@ -61,7 +66,13 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
     watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    start_steps = start_steps if recipe.optim.grad_accum_steps is None else None
     recipe = _with_batch(recipe, accelerator)
+    if start_steps not in (None, accelerator.gradient_accumulation_steps):
+        accelerator.print(
+            f"grad_accum_steps={start_steps} is of the run's start: its {recipe.optim.global_batch_size} images per update stay, "
+            f"in {accelerator.gradient_accumulation_steps} steps now."
+        )
     asked = _asked_processes()
     if asked is not None and asked != accelerator.num_processes:
         accelerator.print(

@@ -274,6 +274,21 @@ def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
     assert (tmp_path / "run" / "versions.json").is_file()
 
 
+def test_the_command_of_the_start_is_repeated_where_other_steps_make_its_global_batch(mgd, small_data, tmp_path):
+    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", "run", "--resume"]
+    batch = ["--batch-size", "32", "--grad-accum-steps", "2"]
+    out = mgd(*words, *batch)[1]
+    assert "64 images per update in 2 steps" in out
+    assert "is of the run's start" not in out
+    out = mgd(*words, "--batch-size", "16", "--grad-accum-steps", "2")[1]  # half of a step, as on half as many processes
+    assert "grad_accum_steps=2 is of the run's start: its 64 images per update stay, in 4 steps now." in out
+    assert "resumed after update 5" in out
+    for steps in ("1", "3", "4"):
+        said = f"grad_accum_steps={steps} contradicts global_batch_size=64"
+        refuse(mgd, [said, "and 64 take 2 steps"], *words, "--batch-size", "32", "--grad-accum-steps", steps)
+    refuse(mgd, ["optim.global_batch_size: 64 -> 32"], *words, *batch, "--global-batch-size", "32")
+
+
 def test_a_damaged_recipe_of_a_run_is_named(mgd, trained, small_data, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "recipe.yaml"
