@@ -201,7 +201,7 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
         weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
     except Exception as error:
         raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
-    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == "none"):
+    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == ("none",)):
         model = timm.create_model(spec, num_classes=0, in_chans=recipe.data.in_chans)
         load_weights(model, spec, recipe.teacher_checkpoint)
         return model

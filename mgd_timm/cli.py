@@ -56,14 +56,14 @@ _BY_PEER = ("teacher", "criterion", "method")
 """What these are by default depends on whether there is a peer: make_recipe says it."""
 
 
-_REPEATED = ("teacher",)
+_REPEATED = ("teacher", "teacher_classes")
 """Flags that may be given again, for one more value."""
 
 
 def _gathered(words: Sequence[str]) -> list[str]:
     """The words of a call, the values of a repeated flag put into one list."""
     left = list(words)
-    for name in _REPEATED:
+    for name in (option.replace("_", "-") for option in _REPEATED):
         values: list[str] = []
         rest: list[str] = []
         waiting = False

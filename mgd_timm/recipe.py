@@ -255,10 +255,10 @@ class Recipe:
     teacher_checkpoint: str | None = _option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
-    teacher_classes: str | None = _option(
+    teacher_classes: tuple[str, ...] | None = _option(
         None,
         "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them (docs/teachers.md), or "
-        "'none' (it shows no logits)",
+        "'none' (it shows no logits); several teachers: once for all, or again for each in their order",
         digest=False,
     )
     fit_teacher_head: Literal["none", "probe", "finetune"] = _option(
@@ -335,6 +335,11 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     heads: Heads = field(default_factory=Heads)
 
+    def classes_of(self, place: int) -> str | None:
+        """`teacher_classes` of the teacher at a place, from 0."""
+        given = self.teacher_classes or (None,)
+        return given[place if len(given) > 1 else 0]
+
     def __post_init__(self) -> None:
         check_choices(self)
         if not 0 <= self.smoothing < 1:
@@ -399,7 +404,13 @@ class Recipe:
             raise ValueError(f"teacher_weights={weights}: expected a positive number for each of the teachers {list(names)}.")
         if weights is not None and len(names) == 1:
             raise ValueError(f"teacher_weights={weights} are of several teachers, and there is one. Leave them out (--kd-weight).")
-        if self.teacher_classes == "none" and self.fit_teacher_head != "none":
+        classes = self.teacher_classes
+        if names and classes is not None and len(classes) not in (1, len(names)):
+            raise ValueError(
+                f"teacher_classes={list(classes)}: {len(classes)} for {len(names)} {'teachers' if len(names) > 1 else 'teacher'} "
+                f"({_list(names)}): give one for all, or one for each in their order ('auto' for one that has the data's classes)."
+            )
+        if "none" in (classes or ()) and self.fit_teacher_head != "none":
             raise ValueError(
                 f"teacher_classes='none' beside fit_teacher_head={self.fit_teacher_head!r}: what is fitted would not be shown. "
                 "Leave one of both out."

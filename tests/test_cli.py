@@ -104,6 +104,15 @@ def test_a_config_may_give_one_value_where_a_list_is_expected(mgd, tmp_path):
     assert (values["decay_milestones"], values["log_with"], values["teacher"]) == ([3], ["tensorboard"], ["embedded"])
 
 
+def test_a_flag_for_each_teacher_is_given_again(mgd):
+    words = ["distill", "--teacher", "a", "--teacher-classes", "a.txt", "--teacher=b", "--teacher-classes=auto", "--print_config"]
+    values = yaml.safe_load(mgd(*words)[1])
+    assert (values["teacher"], values["teacher_classes"]) == (["a", "b"], ["a.txt", "auto"])
+    assert yaml.safe_load(mgd(*words[:3], *words[3:5], "--print_config")[1])["teacher_classes"] == "a.txt"
+    again = ["--teacher-classes", "x", "--teacher-classes", "y"]
+    refuse(mgd, ["teacher_classes=['x', 'y']: 2 for 1 teacher ('embedded')"], "distill", *again)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

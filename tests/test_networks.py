@@ -85,6 +85,16 @@ def test_a_files_rows_put_a_shuffled_teacher_right(small_data, tmp_path):
     file.write_text("\n".join(str(row + 2) for row in order))
     mgd_timm.distill(model, data=str(small_data), output=tmp_path / "run", teacher_classes=str(file), **SHORT | {"method": "none"})
     assert summary(tmp_path / "run")["teacher_top1"] == right
+    # Beside another one, each teacher by a word of its own; and one word for all does not fit both.
+    two = {"teacher": [load_model("embedded"), model], "data": str(small_data), **SHORT, "method": "none"}
+    mgd_timm.distill(**two, output=tmp_path / "two", teacher_classes=["auto", str(file)])
+    assert summary(tmp_path / "two")["teacher_top1"] == [right, right]
+    with pytest.raises(ValueError, match=r"teacher 'module:cifar_resnet20:\w+': teacher_classes='auto': nothing says what"):
+        mgd_timm.distill(**two, output=tmp_path / "auto", teacher_classes="auto")
+    one = {**two, "method": "mas", "teachers_as": "mean"}
+    mgd_timm.distill(**one, output=tmp_path / "silent", teacher_classes=["none", str(file)])
+    assert "teacher" not in summary(tmp_path / "silent")["heads_1"]
+    assert summary(tmp_path / "silent")["teacher_top1"] == [None, right]
 
 
 @pytest.mark.parametrize(("way", "lr"), [("probe", 0.01), ("finetune", 0.005)])
@@ -213,6 +223,9 @@ def test_a_good_teacher_of_two_classes_is_not_near_chance():
         ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
         ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "what is fitted would not be shown"),
         ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
+        ({"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")}, "2 for 3 teachers \\('a', 'b', 'c'\\): give one for all"),
+        ({"teacher": ("a",), "teacher_classes": ("auto", "f")}, "2 for 1 teacher \\('a'\\): give one for all, or one for each"),
+        ({"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"}, "would not be shown"),
         ({"teacher": None, "fit_teacher_head": "probe"}, "there is no teacher"),
         ({"teacher": ()}, "name one, or give none"),
         ({"teacher_img_size": 0}, "expected pixels"),

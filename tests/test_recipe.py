@@ -58,6 +58,9 @@ def test_one_value_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
     grey = make_recipe(in_chans=1, mean=0.5, std=1, decay_milestones=3)
     assert (grey.data.mean, grey.data.std, grey.optim.decay_milestones) == ((0.5,), (1.0,), (3,))
     assert (repr(recipe.optim.lr), repr(recipe.optim.clip_grad)) == ("1.0", "2.0")
+    for given, each in ((None, [None, None]), ("auto", ["auto", "auto"]), (["f", "none"], ["f", "none"])):
+        several = make_recipe(teacher=["a", "b"], teacher_classes=given)
+        assert [several.classes_of(place) for place in (0, 1)] == each
     assert make_recipe(clip_grad=None, mean=None).optim.clip_grad is None
     assert make_recipe(**flatten(as_dict(recipe))) == recipe
 
