@@ -342,6 +342,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self._check_ranges()
+        self._check_frozen_backbone()
+        self._check_peer()
+        self._check_teachers()
+        self._check_stored()
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing={self.smoothing}: expected 0 <= smoothing < 1.")
         if self.log_interval < 1 or self.checkpoint_interval < 0 or self.checkpoint_hist < 1:
@@ -351,6 +358,14 @@ class Recipe:
             )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
+        if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
+            raise ValueError(
+                f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
+                "none."
+            )
+
+    def _check_frozen_backbone(self) -> None:
+        """Refuse what moves a backbone where the classifier alone is trained."""
         if self.train_only == "classifier" and (self.teacher is not None or self.peer is not None):
             beside = f"teacher {_list(self.teacher)}" if self.teacher is not None else f"peer {self.peer!r}"
             raise ValueError(
@@ -363,6 +378,9 @@ class Recipe:
             )
         if self.adapt_batchnorm and self.train_only == "all":
             raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
+
+    def _check_peer(self) -> None:
+        """Refuse what a second student in place of a teacher does not go with."""
         if self.peer is not None and self.teacher is not None:
             raise ValueError(
                 f"peer={self.peer!r} stands in place of a teacher, and there is one, {_list(self.teacher)}: leave one out."
@@ -376,12 +394,9 @@ class Recipe:
                 f"method='mas' with the peer {self.peer!r}: two students have no fitted heads whose views there could be. Choose "
                 "'mag' (with dml: MGD-DML) or 'none'."
             )
-        if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
-            raise ValueError(
-                f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
-                "none."
-            )
-        self._check_teachers()
+
+    def _check_stored(self) -> None:
+        """Refuse what is of stored or cut-up teachers where there are none."""
         if self.shard_teacher and (self.teacher is None or self.teacher_store is not None):
             why = "there is no teacher" if self.teacher is None else f"teacher_store={self.teacher_store!r} holds its outputs"
             raise ValueError(f"shard_teacher: {why}, so there is nothing to cut up. Leave it out.")
