@@ -11,10 +11,11 @@ from torch import nn
 
 from mgd_timm.build import build_accelerator, check_class_names, load_model, shown_by
 from mgd_timm.data import load_images
+from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict
-from mgd_timm.recipe import OF_TRAINING, Data, Recipe, flatten, make_recipe
+from mgd_timm.recipe import Data, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 

@@ -232,7 +232,8 @@ def _distill(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    from mgd_timm.recipe import OF_TRAINING, Data
+    from mgd_timm.data_options import OF_TRAINING
+    from mgd_timm.recipe import Data
 
     about = "Top-1, top-5 and loss of a model, as JSON."
     parser = _Parser(prog="mgd-timm evaluate", description=about, elsewhere=dict.fromkeys(OF_TRAINING, "it is of training alone"))

@@ -1,4 +1,4 @@
-"""Values of options: checked against the annotation of their field, as plain data, compared and digested.
+"""Options and their values: checked against the annotation of their field, as plain data, compared and digested.
 
 Of any dataclass whose fields are options; which ones there are is the recipe's to say.
 """
@@ -11,6 +11,11 @@ import os
 from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
+
+
+def option(default: Any, help: str, *, digest: bool = True) -> Any:
+    """A field of a recipe: its default, its line of --help, and whether it decides the weights that a run ends with."""
+    return dataclasses.field(default=default, metadata={"help": help, "digest": digest})
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -36,17 +41,17 @@ def _chosen(name: str, value: Any, choices: Any) -> Any:
 
 def typed(name: str, value: Any, kind: Any) -> Any:
     """The value of an option as its field's annotation has it: lists and single values as tuples, whole numbers as floats."""
-    for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
-        if get_origin(option) is tuple:
-            inner = get_args(option)[0]
+    for one in get_args(kind) if isinstance(kind, UnionType) else (kind,):
+        if get_origin(one) is tuple:
+            inner = get_args(one)[0]
             values = [value] if fits(value, inner) else value
             if isinstance(values, list | tuple) and all(fits(v, inner) for v in values):
                 return tuple(inner(v) for v in values)
-        elif get_origin(option) is Literal:
+        elif get_origin(one) is Literal:
             if isinstance(value, str):
-                return _chosen(name, value, option)
-        elif fits(value, option):
-            return value if option is NoneType else option(value)
+                return _chosen(name, value, one)
+        elif fits(value, one):
+            return value if one is NoneType else one(value)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
     shown = repr(value) if len(repr(value)) < 80 else "(long)"
     raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")

@@ -12,7 +12,8 @@ from small import FAST, call
 
 from mgd_timm import cli
 from mgd_timm.cli import main
-from mgd_timm.recipe import OF_TRAINING, Data, Heads, Optim, Recipe
+from mgd_timm.data_options import OF_TRAINING
+from mgd_timm.recipe import Data, Heads, Optim, Recipe
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
 
