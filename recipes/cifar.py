@@ -75,8 +75,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
         protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
     recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
     title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
-    made_from = {"teacher": cifar.weights_digest(teacher, recipe.teacher_checkpoint)}
-    return name, cifar.stage(root, title, recipe, made_from), folder
+    return name, cifar.stage(root, title, recipe, cifar.made_from(recipe)), folder
 
 
 def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
@@ -91,9 +90,12 @@ def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
 def print_result(name: str, student: Path, teacher: Path | None) -> None:
     """Say what the student reached, in the main process."""
     summary = json.loads((student / "summary.json").read_text())
-    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary["teacher_top1"]
+    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary.get("teacher_top1")
+    tops = ", ".join(
+        "without logits" if top1 is None else f"{top1:.2f} %" for top1 in (above if isinstance(above, list) else [above])
+    )
     say = join().print
-    say(f"\n{name}: teacher {above:.2f} %, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
+    say(f"\n{name}: teacher {tops}, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
     say(f"student: {student / 'export'}")
 
 
