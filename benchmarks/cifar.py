@@ -34,7 +34,8 @@ from mgd_timm.fit import fit
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.networks import build_networks
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe
+from mgd_timm.options import as_dict, digest
+from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.report import machine, markdown, read_metrics
 from mgd_timm.terms import needs
 from mgd_timm.upkeep import Upkeep

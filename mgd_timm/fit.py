@@ -101,7 +101,7 @@ def fit(
             return training.run(caught)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
-                error.add_note(f"{kept.stage}: give --find-batch-size, or a smaller --batch-size beside the --global-batch-size.")
+                error.add_note(f"{kept.stage}: {kept.memory_advice}")
             raise
 
 

@@ -24,8 +24,9 @@ from mgd_timm.fit import fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, digest
 from mgd_timm.processes import decided, on_main, share
-from mgd_timm.recipe import Recipe, as_dict, digest
+from mgd_timm.recipe import Recipe
 from mgd_timm.taught import MIXED
 from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import Term, build_criterion, fitted_first, hyper_parameters

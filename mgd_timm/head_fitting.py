@@ -15,8 +15,9 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.fit import fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teacher_store import StoredViews
 from mgd_timm.upkeep import Upkeep
@@ -148,6 +149,7 @@ def _fit_fresh_heads(
             quiet=quiet,
             track=False,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
+            memory_advice="give a smaller --heads-batch-size.",
         ),
     )
     return fitted.last

@@ -20,8 +20,10 @@ from mgd_timm.fitting import fit_stages
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Recipe, as_dict, resolved
+from mgd_timm.recipe import Recipe
+from mgd_timm.resolving import resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
@@ -56,16 +58,17 @@ def run(
     """
     recipe = resolved(recipe)
     folder = Path(recipe.output)
+    steps = recipe.optim.grad_accum_steps
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
     check_names(recipe.optim)
-    recipe, accelerator = build_accelerator(recipe)
+    recipe, accelerator = build_accelerator(recipe, steps)
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     first = accelerator.local_main_process_first
     defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
-    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print))
+    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if teachers and recipe.fit_teacher_head != "none":

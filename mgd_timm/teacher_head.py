@@ -17,8 +17,9 @@ from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.fit import fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import store_outputs
 from mgd_timm.upkeep import Upkeep
 
@@ -140,6 +141,8 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
             track=False,
             advice="Lower --fitting-lr, or clip gradients (--clip-grad 1).",
         )
+        if probe:
+            upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
         trainee: nn.Module = _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
         trainee.requires_grad_(True)
         try:

@@ -35,8 +35,9 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
+from mgd_timm.options import differences, digest
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Recipe, differences, digest
+from mgd_timm.recipe import Recipe
 from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import parse_terms
 

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from mgd_timm import checkpoint
 from mgd_timm.evaluation import Metrics
 from mgd_timm.optimizer_state import load_optimizer_state, optimizer_state
+from mgd_timm.options import differences
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import differences
 from mgd_timm.sharding import Replicated, load_parts
 
 
@@ -36,6 +36,7 @@ class Upkeep:
         quiet: No progress bar.
         track: Report to accelerate's trackers.
         advice: The way out that an error names where a loss or weight is not finite.
+        memory_advice: As `advice`, where memory runs out.
     """
 
     folder: Path | None = None
@@ -48,6 +49,7 @@ class Upkeep:
     quiet: bool = False
     track: bool = True
     advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+    memory_advice: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
 
 
 @dataclass
