@@ -6,11 +6,13 @@
     python benchmarks/scale.py --device 9e14+3e12 ...     another device: half-precision FLOP/s + bytes/s
     python benchmarks/scale.py --device cpu ...           one thread of the machine that --check ran on
     python benchmarks/scale.py --check                    predicts what this machine can measure, and measures it
+    python benchmarks/scale.py --check memory             memory alone: other programs do not disturb it, as they do times
     python benchmarks/scale.py --markdown                 the tables of docs/scaling.md, predicted anew
 
 The step is counted operation by operation on tensors without numbers (benchmarks/scale_counts.py). On a GPU an operation takes the
 longer of its FLOPs at a share of the peak rate and its bytes at a share of the bandwidth, and the step the longer of all operations
-and all kernel launches. On a CPU the rates are measured ones (benchmarks/scale_check.py). No GPU has confirmed any of this yet.
+and all kernel launches. On a CPU the rates are measured ones (benchmarks/scale_check.py), and the bytes
+are held against what torch's allocator hands out (benchmarks/scale_memory.py). No GPU has confirmed any of this yet.
 Writes benchmarks/results/scale.json.
 """
 
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import scale_check  # type: ignore[import-not-found]  # beside this script
+import scale_memory  # type: ignore[import-not-found]
 from scale_counts import PHASES, Case, Counts, Op, as_values, count  # type: ignore[import-not-found]
 
 from mgd_timm.export import versions
@@ -32,6 +35,7 @@ from mgd_timm.report import machine
 from mgd_timm.teacher_store import Layout
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
+CHECKS = ("time", "memory")
 UTILISATION = (0.3, 0.4, 0.5)
 """Assumed share of the peak FLOP/s that matrix products and convolutions reach: low, expected, high."""
 STREAMING = 0.8
@@ -267,7 +271,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-ema", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="the student sharded over all GPUs")
     parser.add_argument("--json", action="store_true", help="the prediction as JSON")
-    parser.add_argument("--check", action="store_true", help="measure on this machine what is predicted for it")
+    parser.add_argument("--check", nargs="*", choices=CHECKS, help="measure on this machine what is predicted for it; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each measured step")
     parser.add_argument("--markdown", action="store_true", help="write the tables of docs/scaling.md")
     return parser.parse_args(arguments)
@@ -297,9 +301,14 @@ def loader_rate() -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    if args.check:
-        keep("check", {**scale_check.check(args.rounds), **provenance()})
-        print(scale_check.summary(known()["check"]))
+    if args.check is not None:
+        for part in args.check or CHECKS:
+            if part == "time":
+                keep("check", {**scale_check.check(args.rounds), **provenance()})
+                print(scale_check.summary(known()["check"]))
+            else:
+                keep("memory", {**scale_memory.check(), **provenance()})
+                print(scale_memory.summary(known()["memory"]))
         return
     if args.markdown:
         import scale_docs  # type: ignore[import-not-found]
