@@ -150,12 +150,16 @@ def step_seconds(counts: Counts, device: Device, plan: Plan, utilisation: float)
 
 
 def memory(counts: Counts, plan: Plan) -> dict[str, float]:
-    """Bytes per GPU, by part and in all. FSDP keeps a share of weights and optimizer state, and two gathered blocks."""
+    """Bytes per GPU, by part and in all.
+
+    DDP copies the gradients into buckets. FSDP keeps a share of weights and optimizer state; what it gathers is, in the backward,
+    all that is needed for the whole step, the part in use, and the next one twice: as it arrives and as it is laid out.
+    """
     share = 1 / plan.gpus if plan.fsdp else 1.0
     sharded = counts.trained + counts.optimizer
     parts = {
-        "tensors": counts.peak - sharded * (1 - share) + (2 * counts.block if plan.fsdp else 0),
-        "buckets": counts.trained * share if plan.gpus > 1 else 0.0,
+        "tensors": counts.peak - sharded * (1 - share),
+        "buckets": counts.rest + 3 * counts.unit if plan.fsdp else counts.trained if plan.gpus > 1 else 0.0,
         "average": counts.student_state * share if plan.ema else 0.0,
     }
     return {**parts, "total": sum(parts.values()) * RESERVE[1] + RESERVE[0]}
@@ -333,10 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit("--device cpu needs rates that were measured: run benchmarks/scale.py --check first.")
         counts = count(case)
         seconds = scale_check.predicted_seconds(counts.ops, case.amp, rates)
-        print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes")
+        held = known().get("memory")
+        beyond = f"; a process took {scale_memory.errors(held['rows'], 'process')['median']:.0%} more in the median" if held else ""
+        print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes{beyond}")
         return
     plan = Plan(case, args.gpus, args.images, args.epochs, args.views, args.top_k, args.cores, args.model_ema, args.fsdp)
-    found = predict(plan, count(case), device_of(args.device), loader_rate())
+    found = predict(plan, count(case, gpu=True), device_of(args.device), loader_rate())
     print(json.dumps(found, indent=1) if args.json else said(found))
 
 

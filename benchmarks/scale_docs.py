@@ -39,10 +39,10 @@ def predicted() -> dict[str, Any]:
     case, name, rate = PUBLISHED
     with tqdm(total=len(PLANS) + 1, desc="predict", unit="pair") as bar:
         for plan in PLANS:
-            counts = scale.count(plan.case)
+            counts = scale.count(plan.case, gpu=True)
             rows += [scale.predict(plan, counts, device, scale.loader_rate()) for device in scale.DEVICES.values()]
             bar.update()
-        seconds = scale.step_seconds(scale.count(case), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
+        seconds = scale.step_seconds(scale.count(case, gpu=True), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
         bar.update()
     ours = case.batch_size / seconds["step"]
     return {"rows": rows, "published": {"images_per_second": rate, "predicted": ours}, **scale.provenance()}
@@ -163,8 +163,8 @@ def remembered(_: dict[str, Any]) -> str:
     base = statistics.median(row["process"]["base"] for row in found["rows"]) / 2**20
     return (
         f"{scale_memory.summary(found)}\n\n"
-        "Ratios are predicted / measured, in bytes that torch's allocator has handed out, with what the package's modules hold; the "
-        "rest is workspace that convolutions and products ask for while they run. A process is counted beyond the "
+        "Ratios are predicted / measured, in bytes that torch's allocator has handed out, weights and all; the rest "
+        "is workspace that convolutions and products ask for while they run. A process is counted beyond the "
         f"{base:.0f} MiB of torch and the package, with freed memory kept as a run keeps it. Libraries: code, compiled kernels and "
         "objects, with every block given back when it is freed; holes: what keeping them adds. "
         f"`benchmarks/scale.py --check memory`; {about(found)}."
