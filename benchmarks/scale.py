@@ -6,7 +6,7 @@
     python benchmarks/scale.py --device 9e14+3e12 ...     another device: half-precision FLOP/s + bytes/s
     python benchmarks/scale.py --device cpu ...           one thread of the machine that --check ran on
     python benchmarks/scale.py --check                    predicts what this machine can measure, and measures it
-    python benchmarks/scale.py --check memory             memory alone: other programs do not disturb it, as they do times
+    python benchmarks/scale.py --check memory several     memory alone: other programs do not disturb it, as they do times
     python benchmarks/scale.py --markdown                 the tables of docs/scaling.md, predicted anew
 
 The step is counted operation by operation on tensors without numbers (benchmarks/scale_counts.py). On a GPU an operation takes the
@@ -27,6 +27,7 @@ from typing import Any
 
 import scale_check  # type: ignore[import-not-found]  # beside this script
 import scale_memory  # type: ignore[import-not-found]
+import scale_several  # type: ignore[import-not-found]
 from scale_counts import PHASES, Case, Counts, Op, as_values, count  # type: ignore[import-not-found]
 
 from mgd_timm.export import versions
@@ -35,7 +36,7 @@ from mgd_timm.report import machine
 from mgd_timm.teacher_store import Layout
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
-CHECKS = ("time", "memory")
+CHECKS = ("time", "memory", "several")
 UTILISATION = (0.3, 0.4, 0.5)
 """Assumed share of the peak FLOP/s that matrix products and convolutions reach: low, expected, high."""
 STREAMING = 0.8
@@ -163,6 +164,12 @@ def memory(counts: Counts, plan: Plan) -> dict[str, float]:
         "average": counts.student_state * share if plan.ema else 0.0,
     }
     return {**parts, "total": sum(parts.values()) * RESERVE[1] + RESERVE[0]}
+
+
+def held_by_tensors(case: Case, fsdp: bool, ema: bool) -> float:
+    """Bytes of each of a few processes, without the reserve."""
+    parts = memory(count(case), Plan(case, scale_several.PROCESSES, fsdp=fsdp, ema=ema))
+    return parts["tensors"] + parts["buckets"] + parts["average"]
 
 
 def predict(plan: Plan, counts: Counts, device: Device, loader: float | None) -> dict[str, Any]:
@@ -310,9 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if part == "time":
                 keep("check", {**scale_check.check(args.rounds), **provenance()})
                 print(scale_check.summary(known()["check"]))
-            else:
+            elif part == "memory":
                 keep("memory", {**scale_memory.check(), **provenance()})
                 print(scale_memory.summary(known()["memory"]))
+            else:
+                keep("several", {**scale_several.check(held_by_tensors), **provenance()})
+                print(scale_several.summary(known()["several"]))
         return
     if args.markdown:
         import scale_docs  # type: ignore[import-not-found]

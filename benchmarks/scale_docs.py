@@ -9,6 +9,7 @@ from typing import Any
 import scale  # type: ignore[import-not-found]  # beside this script
 import scale_check  # type: ignore[import-not-found]
 import scale_memory  # type: ignore[import-not-found]
+import scale_several  # type: ignore[import-not-found]
 from readme import about  # type: ignore[import-not-found]
 from scale_counts import Case  # type: ignore[import-not-found]
 from tqdm import tqdm
@@ -171,6 +172,16 @@ def remembered(_: dict[str, Any]) -> str:
     )
 
 
+def several(_: dict[str, Any]) -> str:
+    found = scale.known().get("several")
+    if found is None:
+        return "Not measured yet: `benchmarks/scale.py --check several` does, and `benchmarks/scale.py --markdown` writes it here."
+    return (
+        f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of torch's "
+        f"allocator; the least of {scale_several.STEPS} steps. `benchmarks/scale.py --check several`; {about(found)}."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "runs": runs,
     "sizes": sizes,
@@ -179,6 +190,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "published": published,
     "checked": checked,
     "memory": remembered,
+    "several": several,
 }
 
 
