@@ -178,7 +178,8 @@ def several(_: dict[str, Any]) -> str:
         return "Not measured yet: `benchmarks/scale.py --check several` does, and `benchmarks/scale.py --markdown` writes it here."
     return (
         f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of torch's "
-        f"allocator; the least of {scale_several.STEPS} steps. `benchmarks/scale.py --check several`; {about(found)}."
+        f"allocator; the least of {scale_several.STEPS} steps. FSDP2's differs between runs by a few gathered parts. "
+        f"`benchmarks/scale.py --check several`; {about(found)}."
     )
 
 
