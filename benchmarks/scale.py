@@ -6,11 +6,13 @@
     python benchmarks/scale.py --device 9e14+3e12 ...     another device: half-precision FLOP/s + bytes/s
     python benchmarks/scale.py --device cpu ...           one thread of the machine that --check ran on
     python benchmarks/scale.py --check                    predicts what this machine can measure, and measures it
+    python benchmarks/scale.py --check memory several     memory alone: other programs do not disturb it, as they do times
     python benchmarks/scale.py --markdown                 the tables of docs/scaling.md, predicted anew
 
 The step is counted operation by operation on tensors without numbers (benchmarks/scale_counts.py). On a GPU an operation takes the
 longer of its FLOPs at a share of the peak rate and its bytes at a share of the bandwidth, and the step the longer of all operations
-and all kernel launches. On a CPU the rates are measured ones (benchmarks/scale_check.py). No GPU has confirmed any of this yet.
+and all kernel launches. On a CPU the rates are measured ones (benchmarks/scale_check.py), and the bytes
+are held against what torch's allocator hands out (benchmarks/scale_memory.py). No GPU has confirmed any of this yet.
 Writes benchmarks/results/scale.json.
 """
 
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import scale_check  # type: ignore[import-not-found]  # beside this script
+import scale_memory  # type: ignore[import-not-found]
+import scale_several  # type: ignore[import-not-found]
 from scale_counts import PHASES, Case, Counts, Op, as_values, count  # type: ignore[import-not-found]
 
 from mgd_timm.export import versions
@@ -32,6 +36,7 @@ from mgd_timm.report import machine
 from mgd_timm.teacher_store import Layout
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
+CHECKS = ("time", "memory", "several")
 UTILISATION = (0.3, 0.4, 0.5)
 """Assumed share of the peak FLOP/s that matrix products and convolutions reach: low, expected, high."""
 STREAMING = 0.8
@@ -146,15 +151,25 @@ def step_seconds(counts: Counts, device: Device, plan: Plan, utilisation: float)
 
 
 def memory(counts: Counts, plan: Plan) -> dict[str, float]:
-    """Bytes per GPU, by part and in all. FSDP keeps a share of weights and optimizer state, and two gathered blocks."""
+    """Bytes per GPU, by part and in all.
+
+    DDP copies the gradients into buckets. FSDP keeps a share of weights and optimizer state; what it gathers is, in the backward,
+    all that is needed for the whole step, the part in use, and the next one twice: as it arrives and as it is laid out.
+    """
     share = 1 / plan.gpus if plan.fsdp else 1.0
     sharded = counts.trained + counts.optimizer
     parts = {
-        "tensors": counts.peak - sharded * (1 - share) + (2 * counts.block if plan.fsdp else 0),
-        "buckets": counts.trained * share if plan.gpus > 1 else 0.0,
+        "tensors": counts.peak - sharded * (1 - share),
+        "buckets": counts.rest + 3 * counts.unit if plan.fsdp else counts.trained if plan.gpus > 1 else 0.0,
         "average": counts.student_state * share if plan.ema else 0.0,
     }
     return {**parts, "total": sum(parts.values()) * RESERVE[1] + RESERVE[0]}
+
+
+def held_by_tensors(case: Case, fsdp: bool, ema: bool) -> float:
+    """Bytes of each of a few processes, without the reserve."""
+    parts = memory(count(case), Plan(case, scale_several.PROCESSES, fsdp=fsdp, ema=ema))
+    return parts["tensors"] + parts["buckets"] + parts["average"]
 
 
 def predict(plan: Plan, counts: Counts, device: Device, loader: float | None) -> dict[str, Any]:
@@ -267,7 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-ema", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="the student sharded over all GPUs")
     parser.add_argument("--json", action="store_true", help="the prediction as JSON")
-    parser.add_argument("--check", action="store_true", help="measure on this machine what is predicted for it")
+    parser.add_argument("--check", nargs="*", choices=CHECKS, help="measure on this machine what is predicted for it; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each measured step")
     parser.add_argument("--markdown", action="store_true", help="write the tables of docs/scaling.md")
     return parser.parse_args(arguments)
@@ -297,9 +312,17 @@ def loader_rate() -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    if args.check:
-        keep("check", {**scale_check.check(args.rounds), **provenance()})
-        print(scale_check.summary(known()["check"]))
+    if args.check is not None:
+        for part in args.check or CHECKS:
+            if part == "time":
+                keep("check", {**scale_check.check(args.rounds), **provenance()})
+                print(scale_check.summary(known()["check"]))
+            elif part == "memory":
+                keep("memory", {**scale_memory.check(), **provenance()})
+                print(scale_memory.summary(known()["memory"]))
+            else:
+                keep("several", {**scale_several.check(held_by_tensors), **provenance()})
+                print(scale_several.summary(known()["several"]))
         return
     if args.markdown:
         import scale_docs  # type: ignore[import-not-found]
@@ -324,10 +347,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit("--device cpu needs rates that were measured: run benchmarks/scale.py --check first.")
         counts = count(case)
         seconds = scale_check.predicted_seconds(counts.ops, case.amp, rates)
-        print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes")
+        held = known().get("memory")
+        beyond = f"; a process took {scale_memory.errors(held['rows'], 'process')['median']:.0%} more in the median" if held else ""
+        print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes{beyond}")
         return
     plan = Plan(case, args.gpus, args.images, args.epochs, args.views, args.top_k, args.cores, args.model_ema, args.fsdp)
-    found = predict(plan, count(case), device_of(args.device), loader_rate())
+    found = predict(plan, count(case, gpu=True), device_of(args.device), loader_rate())
     print(json.dumps(found, indent=1) if args.json else said(found))
 
 

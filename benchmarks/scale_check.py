@@ -1,28 +1,24 @@
-"""What benchmarks/scale.py predicts, beside what real steps take on this machine: processor time and peak memory.
+"""What benchmarks/scale.py predicts, beside what real steps take on this machine: processor time. Memory is in scale_memory.py.
 
 The rates come from four pairs, a cycle of four networks of which each is once a teacher and once a student: every operation of
 their real steps is timed, and per kind of operation a per-FLOP, a per-byte and a per-call time are fitted. Other pairs are then
 predicted. One thread, and its processor time, as other programs may use the machine; each predicted step takes its turns with a
 step of the cycle, and the prediction is scaled by how much slower or faster that one is now than when the rates were taken.
-Peak memory is that of a process of its own, over that of a process with a step too small to count.
 """
 
 import io
-import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from scale_counts import Case, Counts, Op, Recorder, Step, count  # type: ignore[import-not-found]
+from scale_memory import CHECKED, errors, real  # type: ignore[import-not-found]
 from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
@@ -30,17 +26,6 @@ from tqdm import tqdm
 from mgd_timm.report import markdown
 
 CYCLE = ("vit_tiny_patch16_224", "resnet18", "mobilenetv2_100", "regnety_004")
-CHECKED = (
-    ("resnet18", "vit_tiny_patch16_224", 224, 4),
-    ("resnet34", "resnet18", 96, 16),
-    ("resnet50", "mobilenetv1_100", 128, 8),
-    ("regnety_008", "deit_tiny_patch16_224", 128, 8),
-    ("vit_small_patch16_224", "mobilenetv3_large_100", 128, 4),
-    ("convnext_atto", "resnet26", 128, 8),
-    ("efficientnet_b0", "levit_128s", 224, 8),
-    ("cifar_resnet32x4", "cifar_resnet8x4", 32, 16),
-)
-TINY = Case("cifar_resnet8x05", "cifar_resnet8x05", 32, 2, classes=10)
 Rates = dict[str, tuple[float, float, float]]
 
 
@@ -64,13 +49,6 @@ class Timed(Recorder):
         if self.note(func, args, kwargs, out):
             self.seconds.append(taken)
         return out
-
-
-def real(case: Case) -> Step:
-    torch.manual_seed(0)
-    step = Step(case)
-    step.place()
-    return step
 
 
 def key(op: Op, amp: bool) -> str:
@@ -152,26 +130,6 @@ def turns(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[f
     return found
 
 
-def peak_bytes(case: Case) -> int:
-    """Peak resident memory of a process of its own that takes three steps."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scale_check"])  # the libraries are loaded once; what the server holds is in `base`
-    with context.Pool(1) as pool:
-        return pool.apply(own_peak, (case,))
-
-
-def own_peak(case: Case) -> int:
-    """The same of this process."""
-    torch.set_num_threads(1)
-    step = real(case)
-    for _ in range(3):
-        step.run()
-    if sys.platform == "linux":  # not ru_maxrss, which counts what the parent held when it forked
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def loader_rate(seconds: float = 4.0) -> dict[str, Any]:
     """Images per second that one core decodes and augments: a JPEG of 500 x 375 px to 224 px with timm's training transform."""
     generator = np.random.default_rng(0)
@@ -191,12 +149,11 @@ def loader_rate(seconds: float = 4.0) -> dict[str, Any]:
     return found
 
 
-def measure_row(case: Case, counts: Counts, rates: Rates, reference: Step, usual: float, rounds: int, base: int) -> dict[str, Any]:
+def measure_row(case: Case, counts: Counts, rates: Rates, reference: Step, usual: float, rounds: int) -> dict[str, Any]:
     """A prediction beside what was measured."""
     own, other, wall = turns(real(case), reference, rounds)
     pace = [now / usual for now in other]
     ratios = [predicted_seconds(counts.ops, case.amp, rates) * speed / taken for speed, taken in zip(pace, own, strict=True)]
-    peak = peak_bytes(case)
     return {
         **case.words,
         "seconds": {
@@ -207,7 +164,6 @@ def measure_row(case: Case, counts: Counts, rates: Rates, reference: Step, usual
             "ratio": statistics.median(ratios),
             "ratios": ratios,
         },
-        "peak_bytes": {"tensors": counts.peak, "base": base, "measured": peak, "ratio": counts.peak / (peak - base)},
     }
 
 
@@ -217,7 +173,6 @@ def check(rounds: int, checked: Sequence[tuple[str, str, int, int]] = CHECKED) -
     torch.set_num_threads(1)
     rates: Rates = {}
     rows = []
-    base = peak_bytes(TINY)
     with tqdm(total=2 * (len(CYCLE) + len(checked)), desc="check", unit="pair") as bar:
         for amp in (False, True):
             timed = []
@@ -229,23 +184,17 @@ def check(rounds: int, checked: Sequence[tuple[str, str, int, int]] = CHECKED) -
             usual = statistics.median(turns(reference, reference, rounds)[0])
             for names in checked:
                 case = Case(*names, amp)
-                rows.append(measure_row(case, count(case), rates, reference, usual, rounds, base))
+                rows.append(measure_row(case, count(case), rates, reference, usual, rounds))
                 bar.update()
     torch.set_num_threads(threads)
     return {"rows": rows, "rates": rates, "loader": loader_rate(), "rounds": rounds, "cycle": [case.words for case in cycle(False)]}
-
-
-def errors(rows: Sequence[dict[str, Any]], part: str) -> dict[str, float]:
-    """How far predicted / measured is from 1: median and worst, and the share of rows within a quarter."""
-    off = [max(row[part]["ratio"], 1 / row[part]["ratio"]) - 1 for row in rows]
-    return {"median": statistics.median(off), "worst": max(off), "within_a_quarter": sum(value <= 0.25 for value in off) / len(off)}
 
 
 def summary(found: dict[str, Any]) -> str:
     """The rows and the errors, as a table."""
     cells = []
     for row in found["rows"]:
-        seconds, peak = row["seconds"], row["peak_bytes"]
+        seconds = row["seconds"]
         low, _, high = statistics.quantiles(seconds["ratios"], n=4)
         cells.append(
             [
@@ -254,14 +203,8 @@ def summary(found: dict[str, Any]) -> str:
                 f"{seconds['predicted'] * seconds['pace']:.2f}",
                 f"{seconds['measured']:.2f}",
                 f"{seconds['ratio']:.2f} ({low:.2f} to {high:.2f})",
-                f"{peak['tensors'] / 2**20:.0f}",
-                f"{(peak['measured'] - peak['base']) / 2**20:.0f}",
-                f"{peak['ratio']:.2f}",
             ]
         )
-    header = ["pair", "size, batch", "predicted s", "measured s", "ratio (quartiles)", "predicted MiB", "measured MiB", "ratio"]
-    words = []
-    for name, part in (("time", "seconds"), ("memory", "peak_bytes")):
-        off = errors(found["rows"], part)
-        words.append(f"{name} is off by {off['median']:.0%} in the median and {off['worst']:.0%} at worst")
-    return f"{markdown(header, cells)}\n\n{'; '.join(words)}."
+    header = ["pair", "size, batch", "predicted s", "measured s", "ratio (quartiles)"]
+    off = errors(found["rows"], "seconds")
+    return f"{markdown(header, cells)}\n\nTime is off by {off['median']:.0%} in the median and {off['worst']:.0%} at worst."

@@ -16,22 +16,25 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from mgd_timm.build import build_named, build_tap
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.folding import folded
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.optimizer_state import build_optimizer
 from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.sharding import units
 from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import build_objective, needs
 
 aten = torch.ops.aten
 _hooks = torch.autograd.graph.saved_tensors_hooks
+HALF = (torch.bfloat16, torch.float16)
 PHASES = ("teacher", "heads", "forward", "backward", "optimizer")
 
 
@@ -160,6 +163,34 @@ def _seen_by(teacher: str, size: tuple[int, int, int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+WIDENED = frozenset(
+    ("layer_norm", "group_norm", "rms_norm", "normalize", "interpolate", "softplus", "exp", "log", "square", "pow", "__pow__")
+)
+"""Functions of networks that CUDA's autocast computes in float32 from float32 copies of its arguments, and the CPU's does not."""
+TYPED = frozenset(["softmax", "log_softmax", "sum", "cumsum", "norm"])
+"""Those of which it asks for a result in float32."""
+
+
+class GpuCasts(TorchFunctionMode):
+    """Autocast's choice of float32 as on a GPU, whose list is longer, while the operations and all else are the CPU's.
+
+    Operations on fake tensors of a GPU would choose by themselves, but their backward needs a driver.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if torch.is_autocast_enabled("cpu"):
+            if name in WIDENED:
+                args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+            elif name in TYPED and args[0].dtype in HALF:
+                kwargs = {"dtype": torch.float32, **kwargs}
+        return func(*args, **kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
 class Op(NamedTuple):
     """An operation: its kind, where in the step it is, and what it takes."""
 
@@ -230,7 +261,7 @@ class Recorder(TorchDispatchMode):
         # In place, the first argument is written as well as read.
         moved = sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, *(inputs[:1] if in_place else outputs)))
         flops = _flops(packet, args, kwargs, out)
-        half = bool(inputs) and inputs[0].dtype in (torch.bfloat16, torch.float16)
+        half = bool(inputs) and inputs[0].dtype in HALF
         self.ops.append(Op(_kind(packet, args, flops), self.phase, half, flops, moved))
         return True
 
@@ -269,7 +300,7 @@ class Counts:
         trained, optimizer: Bytes of the trained parameters, which is that of their gradients too, and of the optimizer's state.
         saved: Bytes kept by the student's forward for its backward.
         peak: The most that is allocated at once.
-        block: Bytes of the student's largest block, which FSDP gathers at once.
+        unit, rest: Bytes of the largest part that FSDP gathers by itself, and of all that it gathers once for the whole step.
         student_state: Bytes of the student's parameters and buffers, which an average of its weights takes too.
         embed_dim: Width of the teacher's embedding.
     """
@@ -283,7 +314,8 @@ class Counts:
     optimizer: int
     saved: int
     peak: int
-    block: int
+    unit: int
+    rest: int
     student_state: int
     embed_dim: int
 
@@ -292,21 +324,26 @@ class Counts:
         return sum(op.flops for op in self.ops if op.phase == phase) // 2
 
 
-def count(case: Case) -> Counts:
+def count(case: Case, gpu: bool = False) -> Counts:
     """Count a step. Nothing is computed and no weights are allocated.
+
+    Args:
+        case: The step.
+        gpu: Mixed precision casts as on a GPU, instead of as on this CPU.
 
     Raises:
         ValueError: Unknown names, networks that do not take the image size, or what a criterion refuses about the pair.
     """
     with torch.device("meta"):
         step = Step(case)
+        unit, rest = _gathered(step.trainee)
     with FakeTensorMode(allow_non_fake_inputs=True):
         step.place(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
         recorder = Recorder()
         recorder.hold([[*module.parameters(), *module.buffers()] for module in (step.teacher, step.trainee)])
         recorder.hold(tuple(step.batch))
         before = recorder.now
-        with recorder:
+        with recorder, GpuCasts() if gpu else contextlib.nullcontext():
             step.start_optimizer()
             state, recorder.peak = recorder.now, recorder.now
             recorder.ops.clear()
@@ -323,18 +360,18 @@ def count(case: Case) -> Counts:
         optimizer=state - before,
         saved=recorder.saved,
         peak=recorder.peak,
-        block=max((_bytes(child.parameters()) for child in _blocks(student)), default=0),
+        unit=unit,
+        rest=rest,
         student_state=_bytes([*student.parameters(), *student.buffers()]),
         embed_dim=step.teacher.tap.embed_dim,
     )
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """What stands in the module's outermost lists: the blocks that are repeated."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += list(child.children()) if isinstance(child, nn.Sequential | nn.ModuleList) else _blocks(child)
-    return found
+def _gathered(trainee: nn.Module) -> tuple[int, int]:
+    """Bytes of the largest part that FSDP gathers by itself, and of what it gathers once for the whole step."""
+    taps = [module for module in trainee.modules() if isinstance(module, FeatureTap)]
+    sizes = [_bytes(tap.get_submodule(name).parameters()) for tap in taps for name in units(tap)]
+    return max(sizes, default=0), _bytes(trainee.parameters()) - sum(sizes)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -1,12 +1,15 @@
 """The tables of docs/scaling.md from benchmarks/results/scale.json; `benchmarks/scale.py --markdown` predicts and writes them."""
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import scale  # type: ignore[import-not-found]  # beside this script
 import scale_check  # type: ignore[import-not-found]
+import scale_memory  # type: ignore[import-not-found]
+import scale_several  # type: ignore[import-not-found]
 from readme import about  # type: ignore[import-not-found]
 from scale_counts import Case  # type: ignore[import-not-found]
 from tqdm import tqdm
@@ -37,10 +40,10 @@ def predicted() -> dict[str, Any]:
     case, name, rate = PUBLISHED
     with tqdm(total=len(PLANS) + 1, desc="predict", unit="pair") as bar:
         for plan in PLANS:
-            counts = scale.count(plan.case)
+            counts = scale.count(plan.case, gpu=True)
             rows += [scale.predict(plan, counts, device, scale.loader_rate()) for device in scale.DEVICES.values()]
             bar.update()
-        seconds = scale.step_seconds(scale.count(case), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
+        seconds = scale.step_seconds(scale.count(case, gpu=True), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
         bar.update()
     ours = case.batch_size / seconds["step"]
     return {"rows": rows, "published": {"images_per_second": rate, "predicted": ours}, **scale.provenance()}
@@ -141,17 +144,42 @@ def published(found: dict[str, Any]) -> str:
 def checked(_: dict[str, Any]) -> str:
     found = scale.known().get("check")
     if found is None:
-        return "Not measured yet: `benchmarks/scale.py --check` does, and `benchmarks/scale.py --markdown` writes it here."
+        return "Not measured yet: `benchmarks/scale.py --check time` does, and `benchmarks/scale.py --markdown` writes it here."
     loader = found["loader"]
-    size, base = found["cycle"][0]["img_size"], found["rows"][0]["peak_bytes"]["base"] / 2**20
+    size = found["cycle"][0]["img_size"]
     return (
         f"{scale_check.summary(found)}\n\n"
         "Ratios are predicted / measured. Processor seconds of one thread, as other programs used the machine: "
-        f"n={found['rounds']} turns with a step of known time, the ratio corrected for its pace; noisy. Memory is what a process "
-        f"of its own takes beyond the {base:.0f} MiB of torch and the package. Rates from "
+        f"n={found['rounds']} turns with a step of known time, the ratio corrected for its pace; noisy. Rates from "
         f"{', '.join(row['pair'] for row in found['cycle'])} at {size} px. The loader, one core: {loader['plain']:.0f} images/s "
         f"with crop and flip, {loader['randaugment']:.0f} with RandAugment, JPEGs of 500 x 375 px and "
-        f"{loader['jpeg_bytes'] / 1000:.0f} kB. `benchmarks/scale.py --check`; {about(found)}."
+        f"{loader['jpeg_bytes'] / 1000:.0f} kB. `benchmarks/scale.py --check time`; {about(found)}."
+    )
+
+
+def remembered(_: dict[str, Any]) -> str:
+    found = scale.known().get("memory")
+    if found is None:
+        return "Not measured yet: `benchmarks/scale.py --check memory` does, and `benchmarks/scale.py --markdown` writes it here."
+    base = statistics.median(row["process"]["base"] for row in found["rows"]) / 2**20
+    return (
+        f"{scale_memory.summary(found)}\n\n"
+        "Ratios are predicted / measured, in bytes that torch's allocator has handed out, weights and all; the rest "
+        "is workspace that convolutions and products ask for while they run. A process is counted beyond the "
+        f"{base:.0f} MiB of torch and the package, with freed memory kept as a run keeps it. Libraries: code, compiled kernels and "
+        "objects, with every block given back when it is freed; holes: what keeping them adds. "
+        f"`benchmarks/scale.py --check memory`; {about(found)}."
+    )
+
+
+def several(_: dict[str, Any]) -> str:
+    found = scale.known().get("several")
+    if found is None:
+        return "Not measured yet: `benchmarks/scale.py --check several` does, and `benchmarks/scale.py --markdown` writes it here."
+    return (
+        f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of torch's "
+        f"allocator; the least of {scale_several.STEPS} steps. FSDP2's differs between runs by a few gathered parts. "
+        f"`benchmarks/scale.py --check several`; {about(found)}."
     )
 
 
@@ -162,6 +190,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "assumptions": assumptions,
     "published": published,
     "checked": checked,
+    "memory": remembered,
+    "several": several,
 }
 
 
