@@ -31,6 +31,7 @@ from mgd_timm.data import Source, epoch_ids
 from mgd_timm.distiller import is_whole
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features
+from mgd_timm.headway import Steps
 from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
 from mgd_timm.processes import any_process, on_main, share
 from mgd_timm.recipe import Optim, differences
@@ -287,6 +288,7 @@ class _Loop:
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
         self._resume()
+        self.steps = Steps(self.upkeep.stage, "update", self.done)
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
         start = self.epoch * len(self.source.ids) + int(self.sums.get("n", 0))
@@ -325,7 +327,8 @@ class _Loop:
         self.trainee.train()
         clock = time.monotonic()
         for index in range(self.update, len(updates)):
-            self._train_update(updates[index], batches)
+            with self.steps:
+                self._train_update(updates[index], batches)
             self.update += 1
             self.done += 1
             last = self.update == len(updates)
