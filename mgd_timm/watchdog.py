@@ -138,8 +138,8 @@ class Watchdog:
                 if now - beaten >= self.interval:
                     self._beat(min(now - beaten, 2 * self.interval))
                     beaten = now
-        # One that hangs has nothing to end: it goes at once, before the others, who would have to kill it.
-        if self.lost.is_set() and not self.stopping.wait(0 if self.hung == self.rank else GRACE):
+        # One that hangs has nothing to end: it goes before the others, who would have to kill it, but once they have read why.
+        if self.lost.is_set() and not self.stopping.wait(GRACE / 5 if self.hung == self.rank else GRACE):
             if self.hung is not None and self.hung != self.rank:
                 self._kill_sibling(self.hung)
             self._end()

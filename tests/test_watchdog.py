@@ -84,31 +84,6 @@ def work(case: str) -> int:
 CASES = ["slow", "fails", "breaks", "loses a reader"]
 
 
-@pytest.fixture(scope="module")
-def at_once(tmp_path_factory):
-    """The cases side by side: most of their time is spent waiting."""
-    folder = tmp_path_factory.mktemp("cases")
-    return {case: Ranks([case], folder / case, processes=2, environment=SHORT, target=work) for case in CASES}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_only_what_is_wrong_is_told(at_once, case):
-    ranks = at_once[case]
-    codes = ranks.wait(60)
-    if case == "slow":
-        assert codes == [0, 0]
-        assert [ranks.said(0), ranks.said(1)] == ["", ""]
-    else:
-        assert codes == [CODE, 1], ranks.said()
-        said = {"fails": "ValueError: a file of this rank alone", "breaks": "RuntimeError: a fault of this rank alone"}
-        why = said.get(case, "a reader of images was ended from outside")
-        which = r" \(DataLoader worker .*\)" if case == "loses a reader" else ""
-        assert re.search(rf"error: rank 1 \(\S+, pid \d+\) failed: {why}{which}\.", ranks.said())
-        assert why.rpartition(": ")[2] in ranks.said(1)
-        assert "Traceback" not in ranks.said(0)
-        assert ("Traceback" in ranks.said(1)) == (case == "breaks")
-
-
 def step(case: str) -> int:
     """What the ranks of `test_a_hang_is_found_and_named` and `test_who_is_slow_goes_on` do: eight steps, each with a collective."""
     from accelerate.utils import gather_object
@@ -131,15 +106,15 @@ def step(case: str) -> int:
         elif (case, rank) == ("pauses", 1) and number > 4:
             time.sleep(2)
         elif (case, rank, number) == ("begins slowly", 1, 1):
-            time.sleep(6)
+            time.sleep(5)
         elif (case, rank) == ("is slow throughout", 1) and number > 1:
             time.sleep(5 if number == 6 else 0.8)
         elif (case, rank, number) == ("computes", 1, 6) or (case, rank, number) == ("waits for one that computes", 2, 6):
-            until = time.monotonic() + 6
+            until = time.monotonic() + 5
             while time.monotonic() < until:
                 pass
         elif (case, rank, number) == ("waits for one that computes", 1, 6):
-            time.sleep(7)
+            time.sleep(6)
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
         if case == "hangs in evaluation" and rank == 0 and len(seen) == 5:
@@ -157,7 +132,7 @@ def step(case: str) -> int:
         if case == "hangs in evaluation":
             evaluate(predict, ("model",), Noise(31, 8), accelerator, 2)  # 8 batches each
         if case == "writes alone" and rank == 0:
-            time.sleep(6)
+            time.sleep(5)
         gather_object([rank])
 
     return guarded("work", action)
@@ -169,20 +144,40 @@ SLOW = ["pauses", "begins slowly", "is slow throughout", "computes", "waits for 
 
 
 @pytest.fixture(scope="module")
-def steps_at_once(tmp_path_factory):
-    """These side by side as well."""
-    folder = tmp_path_factory.mktemp("steps")
+def at_once(tmp_path_factory):
+    """The cases side by side: most of their time is spent waiting."""
+    folder = tmp_path_factory.mktemp("cases")
+    processes = {"waits for one that computes": 3}
     return {
-        case: Ranks([case], folder / case, processes=3 if "for one" in case else 2, environment=SHORT, target=step)
-        for case in (*HANGS, *SLOW)
+        case: Ranks([case], folder / case, processes=processes.get(case, 2), environment=SHORT, target=target)
+        for target, cases in ((work, CASES), (step, (*HANGS, *SLOW)))
+        for case in cases
     }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_is_wrong_is_told(at_once, case):
+    ranks = at_once[case]
+    codes = ranks.wait(60)
+    if case == "slow":
+        assert codes == [0, 0]
+        assert [ranks.said(0), ranks.said(1)] == ["", ""]
+    else:
+        assert codes == [CODE, 1], ranks.said()
+        said = {"fails": "ValueError: a file of this rank alone", "breaks": "RuntimeError: a fault of this rank alone"}
+        why = said.get(case, "a reader of images was ended from outside")
+        which = r" \(DataLoader worker .*\)" if case == "loses a reader" else ""
+        assert re.search(rf"error: rank 1 \(\S+, pid \d+\) failed: {why}{which}\.", ranks.said())
+        assert why.rpartition(": ")[2] in ranks.said(1)
+        assert "Traceback" not in ranks.said(0)
+        assert ("Traceback" in ranks.said(1)) == (case == "breaks")
 
 
 @pytest.mark.parametrize("case", HANGS)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere who sleeps cannot be told from who runs")
-def test_a_hang_is_found_and_named(steps_at_once, case):
+def test_a_hang_is_found_and_named(at_once, case):
     """By all, with the place of it; the hung one says how it came there. Its readers end with it."""
-    ranks, (who, place) = steps_at_once[case], HANGS[case]
+    ranks, (who, place) = at_once[case], HANGS[case]
     assert ranks.wait(60) == [CODE, CODE], ranks.said()
     line = rf"{re.escape(__file__)}:\d+ \((act|predict)\)"
     why = rf"hangs in {place} at {line}: for [34] s others have waited for it while it neither computed nor read\."
@@ -199,8 +194,8 @@ def test_a_hang_is_found_and_named(steps_at_once, case):
 
 
 @pytest.mark.parametrize("case", SLOW)
-def test_who_is_slow_goes_on(steps_at_once, case):
-    ranks = steps_at_once[case]
+def test_who_is_slow_goes_on(at_once, case):
+    ranks = at_once[case]
     assert set(ranks.wait(60)) == {0}, ranks.said()
     assert {ranks.said(rank) for rank in range(len(ranks.ranks))} == {""}
 
