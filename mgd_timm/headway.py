@@ -19,12 +19,17 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 
+if sys.platform == "linux":
+    import resource
+
 FIRST = 3
 """Steps of a loop that are not watched; all but the very first of them tell how long a step takes."""
 SLACK = 10
 """A step may take so many times as long as the longest one before it, whatever the limit is."""
-SHARE = 0.05
-"""Of a processor: who uses less sleeps. Libraries' threads use a thousandth; a process in want of processors waits for one."""
+SHARE = 0.01
+"""Of a processor: who uses less does not compute. Threads of libraries use a thousandth; who lacks processors waits for one."""
+WAKES = 150
+"""Of a process in a second: who is woken so often receives something, be it from a slow network. A polling lock wakes 100 times."""
 
 T = TypeVar("T")
 
@@ -104,7 +109,7 @@ class Headway:
         self.process = psutil.Process()
         self.before: tuple[Steps, int, int, bool, int] | None = None
         self.still = self.used = 0.0
-        self.beside: tuple[float, int] | None = None
+        self.seen: tuple[float, int, int] | None = None
 
     def look(self, passed: float) -> Place:
         """Where this process is, `passed` seconds after it was looked at before."""
@@ -113,32 +118,36 @@ class Headway:
         steps = Steps.current
         if steps is None:
             return Place(0, 0, "", False, self.limit, "")
-        seen = steps, steps.number, _collectives() - steps.base, steps.inside, steps.passed
+        place = steps, steps.number, _collectives() - steps.base, steps.inside, steps.passed
         idle = False
-        if seen == self.before:
+        if place == self.before:
             self.still += passed
             with contextlib.suppress(Exception):  # of a process that ends meanwhile; a dead watchdog would end them all
                 idle = steps.inside and steps.passed >= FIRST and not busy and self._sleeps(passed)
         else:
             if self.still and self.before is not None and self.before[3] and self.before[4]:  # in a step, but not in the first one
                 self.before[0].longest = max(self.before[0].longest, self.still + passed)
-            self.before, self.still, self.beside = seen, 0.0, None
+            self.before, self.still, self.seen = place, 0.0, None
         allowed = max(self.limit, SLACK * steps.longest)
         step = f"{steps.unit} {steps.number} of {steps.stage!r}"
-        return Place(steps.serial, seen[2], step, idle, allowed, _line(self.frame()) if idle else "")
+        return Place(steps.serial, place[2], step, idle, allowed, _line(self.frame()) if idle else "")
 
     def _sleeps(self, passed: float) -> bool:
-        """Whether the main thread neither ran nor wanted to, no child computed, and none of them had anything read from a disk."""
+        """Whether the main thread neither runs nor wants to, no child computed, and neither this process nor they read anything."""
         if sys.platform != "linux" or self.process.status() == psutil.STATUS_RUNNING:  # elsewhere all that is not stopped "runs"
-            self.beside = None
+            self.seen = None
             return False
-        used, read = 0.0, 0
-        for process in (self.process, *self.process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                read += process.io_counters().read_bytes  # pages of swap and of network file systems as well
-                used += sum(process.cpu_times()[:2]) if process is not self.process else 0.0
-        before, self.beside = self.beside, (used, read)
-        return before is not None and abs(used - before[0]) < SHARE * passed and read == before[1]
+        used, read = 0.0, self.process.io_counters().read_bytes  # pages of swap and of network file systems as well
+        woken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used += sum(child.cpu_times()[:2])
+                read += child.io_counters().read_bytes
+                woken += child.num_ctx_switches().voluntary
+        before, self.seen = self.seen, (used, read, woken)
+        if before is None or read != before[1]:
+            return False
+        return abs(used - before[0]) < SHARE * passed and abs(woken - before[2]) < WAKES * passed
 
     def frame(self) -> FrameType | None:
         """Where the thread of the steps is."""

@@ -113,6 +113,9 @@ def step(case: str) -> int:
             until = time.monotonic() + 5
             while time.monotonic() < until:
                 pass
+        elif (case, rank, number) == ("receives slowly", 1, 6):
+            for _ in range(1250):
+                time.sleep(0.004)
         elif (case, rank, number) == ("waits for one that computes", 1, 6):
             time.sleep(6)
 
@@ -140,7 +143,8 @@ def step(case: str) -> int:
 
 HANGS = {"hangs": (1, "update 6 of 'work'"), "hangs in evaluation": (0, "batch 6 of 'evaluation'")}
 HANGS["waits for its reader"] = HANGS["hangs"]
-SLOW = ["pauses", "begins slowly", "is slow throughout", "computes", "waits for one that computes", "writes alone"]
+SLOW = ["pauses", "begins slowly", "is slow throughout", "computes", "receives slowly", "writes alone"]
+SLOW += ["waits for one that computes"]
 
 
 @pytest.fixture(scope="module")
