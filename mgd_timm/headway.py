@@ -23,7 +23,7 @@ if sys.platform == "linux":
     import resource
 
 FIRST = 3
-"""Steps of a loop that are not watched; all but the very first of them tell how long a step takes."""
+"""Steps of a stage that are not watched; all but the very first of them tell how long a step takes."""
 SLACK = 10
 """A step may take so many times as long as the longest one before it, whatever the limit is."""
 SHARE = 0.01
