@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mgd_timm.criteria.base import at_least_float32
 from mgd_timm.data import Source
 from mgd_timm.features import Batch
+from mgd_timm.headway import Steps
 from mgd_timm.sampling import normal
 
 Metrics = dict[str, float]
@@ -50,7 +51,7 @@ def evaluate(
     batches = source.batches(list(mine.split(batch_size)) if len(mine) else [], 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
     with tqdm(total=len(mine), desc="evaluate", unit="img", leave=False, disable=hidden) as shown_bar:
-        for batch in batches:
+        for batch in Steps("evaluation").over(batches):
             with accelerator.autocast():
                 shown = predict(batch)
             target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels

@@ -24,6 +24,7 @@ from mgd_timm.data import Source, epoch_ids
 from mgd_timm.distiller import AnyFeatures, Live, is_whole
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch
+from mgd_timm.headway import Steps
 from mgd_timm.memory import executable_batch_size
 from mgd_timm.optimizer_state import build_optimizer, build_schedule
 from mgd_timm.processes import any_process, share
@@ -197,6 +198,7 @@ class _Loop:
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
         self.progress = self.keeper.resume()
+        self.steps = Steps(self.upkeep.stage, "update", self.progress.done)
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
         start = self.progress.epoch * len(self.source.ids) + int(self.progress.sums.get("n", 0))
@@ -236,7 +238,8 @@ class _Loop:
         self.trainee.train()
         clock = time.monotonic()
         for index in range(self.progress.update, len(updates)):
-            self._train_update(updates[index], batches)
+            with self.steps:
+                self._train_update(updates[index], batches)
             self.progress.update += 1
             self.progress.done += 1
             last = self.progress.update == len(updates)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mgd_timm.data import Source
 from mgd_timm.features import Batch, Features
+from mgd_timm.headway import Steps
 from mgd_timm.teacher_store import TeacherStore
 
 
@@ -72,12 +73,12 @@ def store_outputs(
     mine = torch.arange(len(source.ids))[accelerator.process_index :: accelerator.num_processes]
     whole: tuple[Tensor, Tensor] | None = None
     hidden = quiet or not accelerator.is_main_process
+    steps = Steps("teacher outputs")
     with tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar:
         for view in range(views):
             slots = mine.split(batch_size)
-            for positions, batch in zip(
-                slots, source.batches([source.ids[p] for p in slots], view, accelerator.device), strict=True
-            ):
+            batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
+            for positions, batch in zip(slots, steps.over(batches), strict=True):
                 with accelerator.autocast():
                     shown = teach(batch)
                 if whole is None:

@@ -35,6 +35,7 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
+from mgd_timm.headway import Steps
 from mgd_timm.options import differences, digest
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import Recipe
@@ -297,12 +298,13 @@ class TeacherStore:
             return
         mine = self.missing[accelerator.process_index :: accelerator.num_processes]
         hidden = quiet or not accelerator.is_main_process
+        steps = Steps("teacher store")
 
         def write() -> None:
             with tqdm(total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden) as bar:
                 for view, shard in mine:
                     if not self.path(view, shard).exists():  # another run on the same store may have been faster
-                        self._write(view, shard, teach, source, accelerator, batch_size, bar)
+                        self._write(view, shard, teach, source, accelerator, batch_size, bar, steps)
 
         def check() -> None:
             for view, shard in self.missing:
@@ -338,11 +340,12 @@ class TeacherStore:
         accelerator: Accelerator,
         batch_size: int,
         bar: tqdm,
+        steps: Steps,
     ) -> None:
         first, rows = shard * self.rows, self._count(shard)
         slots = torch.arange(first, first + rows).split(batch_size)
         room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.layout.parts(rows).items()}
-        for slot, batch in zip(slots, source.batches(slots, view, accelerator.device), strict=True):
+        for slot, batch in zip(slots, steps.over(source.batches(slots, view, accelerator.device)), strict=True):
             with accelerator.autocast():  # as live teaching
                 shown = teach(batch)
             for name, part in self.layout.pack(shown).items():

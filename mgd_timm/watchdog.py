@@ -4,11 +4,19 @@ Every process has a thread that gives a sign of life over a connection of its ow
 The main thread may meanwhile decode for an hour or wait in a collective: a process that is only slow is never ended. One that was
 killed closes its connection; one that is stopped, or on a machine that is gone, falls silent. Clocks are not compared, and the time
 in which the watching process stood still itself (Ctrl-Z) does not count.
+
+One whose main thread hangs while the process lives (a read that never returns, a deadlock, a reader of images that is stuck) is
+found by what `headway` says with the signs of life: in a loop of training, of evaluation or of the teacher's outputs, from its
+fourth step on, the others wait in a collective that it has not come to, and for the limit, or ten of its longest steps, it has
+neither computed nor read. That much is on Linux. What is not found, and left to the collective's time-out: a process that computes
+for ever, or waits for a device that does; one that hangs outside of such a loop; a deadlock of all, of whom none is behind. What
+cannot be told from a hang is storage that answers again only after the limit: give a longer one.
 """
 
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import secrets
 import selectors
@@ -24,8 +32,12 @@ import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from mgd_timm.headway import Headway, Place
+
 LIMIT = 40.0
-"""Seconds of silence after which a process counts as hung; the environment variable MGD_TIMM_SILENCE sets others, 0 watches none.
+"""Seconds of silence, or of doing nothing while others wait for it, after which a process counts as hung.
+
+The environment variable MGD_TIMM_SILENCE sets others; 0 watches none (for a debugger).
 
 A library that holds the interpreter's lock for as long would look hung: raise it then.
 """
@@ -50,13 +62,21 @@ class Watchdog:
     """The thread of one process; `start` makes it.
 
     Args:
+        rank: Of this process.
         processes: Host, pid, start time and parent's pid of every process, by rank.
         links: Connections by rank: of the first process to all others, of these to the first.
         limit: Seconds of silence after which a process counts as hung.
     """
 
-    def __init__(self, processes: list[tuple[str, int, float, int]], links: dict[int, socket.socket], limit: float) -> None:
-        self.processes, self.limit = processes, limit
+    def __init__(
+        self, rank: int, processes: list[tuple[str, int, float, int]], links: dict[int, socket.socket], limit: float
+    ) -> None:
+        self.rank, self.processes, self.limit = rank, processes, limit
+        self.headway = Headway(limit)
+        self.places: dict[int, Place] = {}
+        self.last: list[int] = []
+        self.waited: dict[int, float] = {}  # seconds that others have waited for those that are last and idle
+        self.hung: int | None = None
         self.interval = min(2.0, limit / 8)
         self.peers = [_Peer(rank, link) for rank, link in links.items()]
         self.ended, self.wake = socket.socketpair()
@@ -104,19 +124,53 @@ class Watchdog:
                 now = time.monotonic()
                 passed, before = min(now - before, 2 * self.interval), now  # longer: this process stood still as well
                 for peer in list(self.peers):
-                    peer.silent = 0.0 if peer in ready else peer.silent + passed
+                    peer.silent += passed
                     if peer in ready and not self._read(peer):
                         selector.unregister(peer.link)
                         self.peers.remove(peer)
+                        self.places.pop(peer.rank, None)
                         peer.link.close()
+                    elif peer in ready:
+                        peer.silent = 0.0
                     elif peer.silent >= self.limit:
                         self._lose(peer.rank, f"has given no sign of life for {self.limit:g} s: it hangs, or its machine is gone")
                         self._kill_sibling(peer.rank)
                 if now - beaten >= self.interval:
+                    self._beat(min(now - beaten, 2 * self.interval))
                     beaten = now
-                    self._send(None)
-        if self.lost.is_set() and not self.stopping.wait(GRACE):
+        # One that hangs has nothing to end: it goes before the others, who would have to kill it, but once they have read why.
+        if self.lost.is_set() and not self.stopping.wait(GRACE / 5 if self.hung == self.rank else GRACE):
+            if self.hung is not None and self.hung != self.rank:
+                self._kill_sibling(self.hung)
             self._end()
+
+    def _beat(self, passed: float) -> None:
+        place = self.headway.look(passed)
+        if self.rank:
+            self._send(["at", *place])
+        else:
+            self._send(None)
+            self._judge(0, place, passed)
+
+    def _judge(self, rank: int, place: Place, passed: float) -> None:
+        """In the first process: note where a process is, and end them all if those that are last have hung for too long.
+
+        All of the last: one of them might wait for another one, such as for its lock on a file, which is only slow.
+        """
+        before, self.places[rank] = self.places.get(rank), place
+        begun = [known.collectives for known in self.places.values()]
+        alike = len(begun) == 1 + len(self.peers) and len({known.serial for known in self.places.values()}) == 1
+        waited_for = alike and min(begun) < max(begun)
+        last = sorted(other for other, known in self.places.items() if waited_for and known.collectives == min(begun))
+        hangs = place.idle and before is not None and before[:3] == place[:3]
+        if last != self.last or (rank in last and not hangs):
+            self.last, self.waited = last, dict.fromkeys(last, 0.0)
+        elif rank in last:
+            self.waited[rank] += passed
+        if last and all(self.waited[other] >= self.places[other].allowed for other in last):
+            place = self.places[last[0]]
+            waited = f"for {self.waited[last[0]]:.0f} s others have waited for it while it neither computed nor read"
+            self._lose(last[0], f"hangs in {place.step} at {place.where}: {waited}", hung=True)
 
     def _read(self, peer: _Peer) -> bool:
         """Take in what a process says; False once it says no more."""
@@ -127,6 +181,10 @@ class Watchdog:
         *lines, peer.unread = (peer.unread + said).split(b"\n")
         for line in filter(None, lines):
             word, *rest = json.loads(line)
+            if word == "at":
+                self._judge(peer.rank, Place(*rest), min(peer.silent, 2 * self.interval))
+                peer.silent = 0.0
+                continue
             if word == "left":
                 return False
             if word == "failed":
@@ -137,12 +195,16 @@ class Watchdog:
             self._lose(peer.rank, "is gone: it was killed, or its machine was")
         return bool(said)
 
-    def _lose(self, rank: int, why: str, quietly: bool = False) -> None:
+    def _lose(self, rank: int, why: str, quietly: bool = False, hung: bool = False) -> None:
         if self.lost.is_set():
             return
         self.verdict = f"{self.name(rank)} {why}. All processes end; whole checkpoints stay: start again with --resume."
-        if self.peers and self.peers[0].rank:  # the first process tells the others
-            self._send(["lost", rank, why, quietly])
+        if self.rank == 0:  # the first process tells the others
+            self._send(["lost", rank, why, quietly, hung])
+        if hung:
+            self.hung = rank
+        if self.hung == self.rank:
+            self.verdict += f"\nIts main thread is here:\n{self.headway.stack()}"
         if not quietly:
             self._say()
         self.lost.set()
@@ -159,7 +221,7 @@ class Watchdog:
         line = (json.dumps(words) if words is not None else "").encode() + b"\n"
         for peer in self.peers:
             with contextlib.suppress(OSError):  # gone: to be read from the connection
-                peer.link.send(line)
+                peer.link.sendall(line)
 
     def _say(self) -> None:
         with self.lock:
@@ -170,6 +232,10 @@ class Watchdog:
     def _end(self) -> None:
         """The main thread may wait in a collective, which nothing but the end of the process interrupts."""
         self._say()
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                if child.daemon:  # as Python does at its exit; a reader that hangs would live on
+                    child.kill()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
@@ -214,7 +280,7 @@ def start(accelerator: Accelerator) -> None:
             )
     _started = True
     if links:
-        _running = Watchdog(processes, links, limit)
+        _running = Watchdog(accelerator.process_index, processes, links, limit)
 
 
 def _limit() -> float:

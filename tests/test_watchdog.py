@@ -1,17 +1,23 @@
 """A rank that is killed or hangs ends the others, who name it; one that is only slow, or has left, ends nobody."""
 
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from forked import Ranks
+from sharded_runs import Noise
 
 from mgd_timm import watchdog
 from mgd_timm.checkpoint import newest, verify
+from mgd_timm.features import Batch
+from mgd_timm.headway import Steps
 from mgd_timm.watchdog import CODE
 
 SHORT = {"MGD_TIMM_SILENCE": "3"}
@@ -78,11 +84,79 @@ def work(case: str) -> int:
 CASES = ["slow", "fails", "breaks", "loses a reader"]
 
 
+def step(case: str) -> int:
+    """What the ranks of `test_a_hang_is_found_and_named` and `test_who_is_slow_goes_on` do: eight steps, each with a collective."""
+    from accelerate.utils import gather_object
+
+    from mgd_timm.cli import guarded
+    from mgd_timm.evaluation import evaluate
+    from mgd_timm.processes import join
+
+    accelerator = join()
+    rank, steps = accelerator.process_index, Steps("work", "update")
+
+    def act(number: int) -> None:
+        if (case, rank, number) == ("hangs", 1, 6):
+            time.sleep(1000)
+        elif (case, rank, number) == ("waits for its reader", 1, 6):
+            reader = multiprocessing.Process(target=time.sleep, args=(1000,), daemon=True)
+            reader.start()
+            print(f"reader {reader.pid}", flush=True)
+            reader.join()
+        elif (case, rank) == ("pauses", 1) and number > 4:
+            time.sleep(2)
+        elif (case, rank, number) == ("begins slowly", 1, 1):
+            time.sleep(5)
+        elif (case, rank) == ("is slow throughout", 1) and number > 1:
+            time.sleep(5 if number == 6 else 0.8)
+        elif (case, rank, number) == ("computes", 1, 6) or (case, rank, number) == ("waits for one that computes", 2, 6):
+            until = time.monotonic() + 5
+            while time.monotonic() < until:
+                pass
+        elif (case, rank, number) == ("receives slowly", 1, 6):
+            for _ in range(1250):
+                time.sleep(0.004)
+        elif (case, rank, number) == ("waits for one that computes", 1, 6):
+            time.sleep(6)
+
+    def predict(batch: Batch) -> dict[str, torch.Tensor]:
+        if case == "hangs in evaluation" and rank == 0 and len(seen) == 5:
+            time.sleep(1000)
+        seen.append(batch)
+        return {"model": torch.zeros(len(batch.labels), 10)}
+
+    seen: list[Batch] = []
+
+    def action() -> None:
+        for number in range(1, 9):
+            with steps:
+                act(number)
+                gather_object([rank])
+        if case == "hangs in evaluation":
+            evaluate(predict, ("model",), Noise(31, 8), accelerator, 2)  # 8 batches each
+        if case == "writes alone" and rank == 0:
+            time.sleep(5)
+        gather_object([rank])
+
+    return guarded("work", action)
+
+
+HANGS = {"hangs": (1, "update 6 of 'work'"), "hangs in evaluation": (0, "batch 6 of 'evaluation'")}
+HANGS["waits for its reader"] = HANGS["hangs"]
+SLOW = ["pauses", "begins slowly", "is slow throughout", "computes", "receives slowly", "writes alone"]
+SLOW += ["waits for one that computes"]
+
+
 @pytest.fixture(scope="module")
 def at_once(tmp_path_factory):
     """The cases side by side: most of their time is spent waiting."""
     folder = tmp_path_factory.mktemp("cases")
-    return {case: Ranks([case], folder / case, processes=2, environment=SHORT, target=work) for case in CASES}
+    processes = {"waits for one that computes": 3}
+    return {
+        case: Ranks([case], folder / case, processes=processes.get(case, 2), environment=SHORT, target=target)
+        for target, cases in ((work, CASES), (step, (*HANGS, *SLOW)))
+        for case in cases
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -101,6 +175,33 @@ def test_only_what_is_wrong_is_told(at_once, case):
         assert why.rpartition(": ")[2] in ranks.said(1)
         assert "Traceback" not in ranks.said(0)
         assert ("Traceback" in ranks.said(1)) == (case == "breaks")
+
+
+@pytest.mark.parametrize("case", HANGS)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere who sleeps cannot be told from who runs")
+def test_a_hang_is_found_and_named(at_once, case):
+    """By all, with the place of it; the hung one says how it came there. Its readers end with it."""
+    ranks, (who, place) = at_once[case], HANGS[case]
+    assert ranks.wait(60) == [CODE, CODE], ranks.said()
+    line = rf"{re.escape(__file__)}:\d+ \((act|predict)\)"
+    why = rf"hangs in {place} at {line}: for [34] s others have waited for it while it neither computed nor read\."
+    for rank in (0, 1):
+        said = ranks.said(rank)
+        assert re.search(rf"mgd-timm: error: rank {who} \(\S+, pid {ranks.ranks[who].pid}\) {why}", said), said
+        assert said.count("mgd-timm: error:") == 1
+        assert ("Its main thread is here:" in said) == (rank == who)
+        assert ("in action\n" in said) == (rank == who)
+        assert "Traceback" not in said
+    if "reader" in case:
+        pid = int(re.search(r"reader (\d+)", ranks.said(1))[1])
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_who_is_slow_goes_on(at_once, case):
+    ranks = at_once[case]
+    assert set(ranks.wait(60)) == {0}, ranks.said()
+    assert {ranks.said(rank) for rank in range(len(ranks.ranks))} == {""}
 
 
 def unreachable() -> int:
