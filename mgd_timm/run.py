@@ -24,9 +24,9 @@ from mgd_timm.optimizer_state import check_names
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import Recipe, as_dict, resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
+from mgd_timm.stored_views import check_storable
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
-from mgd_timm.teacher_store import check_storable
 from mgd_timm.terms import parse_terms
 
 

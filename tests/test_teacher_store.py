@@ -27,7 +27,8 @@ from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.recipe import make_recipe, resolved
-from mgd_timm.teacher_store import Layout, StoreError, open_store
+from mgd_timm.store_format import Layout, StoreError
+from mgd_timm.stored_views import open_store
 
 CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "log_interval": 5}
