@@ -8,14 +8,12 @@ A shard appears whole or not at all, so an interrupted write goes on with the sh
 the identity in store.json and the sha256 of its numbers.
 """
 
-import contextlib
 import errno
-import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +28,8 @@ from mgd_timm import checkpoint
 from mgd_timm.data import Source
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features
-from mgd_timm.processes import on_main
+from mgd_timm.locking import Lock, held_by_main
+from mgd_timm.processes import decided, on_main
 from mgd_timm.recipe import differences, digest
 from mgd_timm.store_format import (
     DTYPES,
@@ -46,6 +45,7 @@ from mgd_timm.store_format import (
     payload,
     read_index,
 )
+from mgd_timm.tensor_file import checked_header
 
 
 class TeacherStore:
@@ -74,6 +74,7 @@ class TeacherStore:
         accelerator: Accelerator,
     ) -> None:
         self.folder, self.layout, self.num_samples, self.views = folder, layout, num_samples, views
+        self.rows, self.missing, self.digest = 0, list[tuple[int, int]](), ""
         self.identity = {
             **made_of,
             "num_samples": num_samples,
@@ -83,6 +84,14 @@ class TeacherStore:
             "dtype": "float16",
             "rows_per_shard": max(1, min(SHARD_ROWS, SHARD_BYTES // layout.size(1))),
         }
+        self._verified: set[tuple[int, int]] = set()
+        self._open: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._survey(accelerator)
+
+    # -- what is there ----------------------------------------------------------------------------------------------------------
+
+    def _survey(self, accelerator: Accelerator) -> None:
+        """Let the main process look at what is there, for all of them."""
         seen: list[Any] = [None, None]
         on_main(accelerator, lambda: seen.__setitem__(slice(None), self._look()))
         if accelerator.num_processes > 1:
@@ -90,10 +99,6 @@ class TeacherStore:
         self.rows, self.missing = seen
         self.identity["rows_per_shard"] = self.rows
         self.digest = digest(self.identity)
-        self._verified: set[tuple[int, int]] = set()
-        self._open: dict[tuple[int, int], dict[str, Tensor]] = {}
-
-    # -- what is there ----------------------------------------------------------------------------------------------------------
 
     def _look(self) -> list[Any]:
         """Rows per shard, and the (view, shard) pairs that lack."""
@@ -146,29 +151,18 @@ class TeacherStore:
         Raises:
             StoreError: The file is not whole, or of another store.
         """
-        path, rows = self.path(view, shard), self._count(shard)
+        path = self.path(view, shard)
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                text = file.read(length) if length < 2**16 else b""
-            header = json.loads(text)
-            # As safetensors writes it, so that no byte of it may differ.
-            whole = text.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
-            owner, recorded = header.pop("__metadata__")[KEY].split(" ")
-            spans = {name: part["data_offsets"][1] - part["data_offsets"][0] for name, part in header.items()}
-            found = {name: (part["dtype"], part["shape"], spans[name]) for name, part in header.items()}
-            size = path.stat().st_size
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise damaged_shard(path, f"its header cannot be read: {error}") from error
-        parts = self.layout.parts(rows)
-        expected = {name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()}
-        if not whole or found != expected:
+            found, metadata = checked_header(path)
+        except ValueError as error:
+            raise damaged_shard(path, str(error)) from error
+        parts = self.layout.parts(self._count(shard))
+        if found != {name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()}:
             raise damaged_shard(path, "its header is not that of such a shard")
-        if size != 8 + length + self.layout.size(rows):
-            raise damaged_shard(path, f"it has {size:,} bytes instead of {8 + length + self.layout.size(rows):,}")
+        owner, _, recorded = metadata.get(KEY, "").partition(" ")
         if owner != f"{self.digest}:{view}:{shard}":
             raise damaged_shard(path, "its header names another store or another place in it")
-        return str(recorded)
+        return recorded
 
     # -- writing ----------------------------------------------------------------------------------------------------------------
 
@@ -180,7 +174,9 @@ class TeacherStore:
         batch_size: int,
         quiet: bool = False,
     ) -> None:
-        """Write the shards that lack, each process its share; says the size first.
+        """Write the shards that lack, each process its share; says the size first. Where nothing lacks, nothing is written.
+
+        One run writes at a time: another waits for it, and goes on with what then lacks.
 
         Args:
             teach: The teacher.
@@ -190,25 +186,48 @@ class TeacherStore:
             quiet: No progress bar.
 
         Raises:
-            StoreError: Outputs beyond fp16; a folder that not all processes see.
+            StoreError: Outputs beyond fp16; a folder that not all processes see; what another run has written is of other outputs.
             OSError: The disk is full, or another fault while writing. What is there is whole, and a later call goes on.
         """
-        total, lacking = self.views * self.shards, len(self.missing)
         rows = f"{self.views} view{'s' if self.views > 1 else ''} x {self.num_samples:,} images x {self.layout.words()}"
         size = in_bytes(self.views * self.layout.size(self.num_samples))
-        left = f"{lacking} of {total} shards to write" if lacking else "nothing to write"
-        accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {left}")
-        on_main(accelerator, self._begin)
-        if not lacking:
+        accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
+        if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
             return
+        lock = Lock(self.folder, f"teacher store {self.folder}", accelerator.print, progress=self._progress, quiet=quiet)
+        with held_by_main(lock, accelerator):
+            before = len(self.missing)
+            self._survey(accelerator)
+            if len(self.missing) != before:
+                accelerator.print(f"teacher store: another run has written to it; {self._left()}")
+            on_main(accelerator, self._begin)
+            self._write_missing(teach, source, accelerator, batch_size, quiet)
+        self.missing = []
+
+    def _left(self) -> str:
+        return f"{len(self.missing)} of {self.views * self.shards} shards to write" if self.missing else "nothing to write"
+
+    def _progress(self) -> str:
+        """How far another run is."""
+        there = sum(self.path(view, shard).exists() for view in range(self.views) for shard in range(self.shards))
+        return f"{there} of {self.views * self.shards} shards are there"
+
+    def _begin(self) -> None:
+        """Remove what an interrupted write left, and write store.json where it lacks."""
+        checkpoint.sweep(self.folder)
+        if not (self.folder / INDEX).exists():
+            checkpoint.write_text(self.folder / INDEX, listed({"identity": self.identity, "written_by": versions()}))
+
+    def _write_missing(
+        self, teach: Callable[[Batch], Features], source: Source, accelerator: Accelerator, batch_size: int, quiet: bool
+    ) -> None:
         mine = self.missing[accelerator.process_index :: accelerator.num_processes]
         hidden = quiet or not accelerator.is_main_process
 
         def write() -> None:
             with tqdm(total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden) as bar:
                 for view, shard in mine:
-                    if not self.path(view, shard).exists():  # another run on the same store may have been faster
-                        self._write(view, shard, teach, source, accelerator, batch_size, bar)
+                    self._write(view, shard, teach, source, accelerator, batch_size, bar)
 
         def check() -> None:
             for view, shard in self.missing:
@@ -218,21 +237,8 @@ class TeacherStore:
                         f"{accelerator.process_index}: --teacher-store needs a folder that all machines share."
                     )
 
-        with contextlib.ExitStack() as held:
-            on_main(accelerator, lambda: self._clean(held))
-            _together(write)
-            _together(check)
-        self.missing = []
-
-    def _begin(self) -> None:
-        """Make the folder and store.json, where they lack."""
-        if not (self.folder / INDEX).exists():
-            checkpoint.write_text(self.folder / INDEX, listed({"identity": self.identity, "written_by": versions()}))
-
-    def _clean(self, held: contextlib.ExitStack) -> None:
-        """Remove what an interrupted write left, unless another run writes here as well."""
-        if _alone(held.enter_context((self.folder / INDEX).open("rb+"))):
-            checkpoint.sweep(self.folder)
+        _together(write)
+        _together(check)
 
     @torch.no_grad()
     def _write(
@@ -308,21 +314,6 @@ class TeacherStore:
             self._verified.add(key)
             self._open[key] = tensors
         return self._open[key]
-
-
-def _alone(index: IO[bytes]) -> bool:
-    """Whether no other run writes the store; until the file is closed, others see that this one does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    alone = False
-    with contextlib.suppress(OSError):  # locked by another run, or a file system without locks
-        fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = True
-    with contextlib.suppress(OSError):
-        fcntl.flock(index, fcntl.LOCK_SH)
-    return alone
 
 
 def _together(action: Callable[[], None]) -> None:
