@@ -1,14 +1,26 @@
 """Two runs on one teacher store and one cache at the same moment: one writes, the other waits, and both train the same student."""
 
+import copy
 import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from forked import Ranks
-from small import digest
+from safetensors.torch import load_file, save_file
+from small import digest, holding
+
+from mgd_timm import locking
+from mgd_timm.data import load_images
+from mgd_timm.features import Batch, Features
+from mgd_timm.processes import leave
+from mgd_timm.recipe import Data
+from mgd_timm.stored import StoredOutputs, store_outputs
 
 VIEWS = 40  # a shard of 60 images each
 
@@ -25,6 +37,47 @@ def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Rank
     return Ranks(
         [*words, "--output", str(folder / name), "--resume"], folder / f"log {name}", processes=processes, environment=place
     )
+
+
+def wait_and_show(folder: Path, data: Path) -> int:
+    """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single image."""
+    locking.SLICE = 1.0
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
+    with locking.held_by_main(locking.Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
+        accelerator.wait_for_everyone()
+    shown = outputs(data, accelerator)
+    save_file({"embedding": shown.embedding, "logits": shown.logits}, folder / f"rank {accelerator.process_index}")
+    leave()
+    return 0
+
+
+def outputs(data: Path, accelerator: Accelerator) -> StoredOutputs:
+    source = copy.copy(load_images(Data(data_dir=str(data), img_size=100, workers=0), 0).train)
+    source.ids, source.labels = source.ids[7:8], source.labels[7:8]
+
+    def teach(batch: Batch) -> Features:
+        return Features(batch.images.mean((2, 3)), batch.images.flatten(1)[:, 5000:5005])
+
+    return store_outputs(teach, source, 2, accelerator, 8, quiet=True)
+
+
+def test_two_processes_wait_longer_than_a_collective_may_and_one_of_them_has_no_image(
+    tiny_data: Path, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    with holding(tmp_path / "store") as other:
+        ranks = Ranks([tmp_path, tiny_data], tmp_path / "log", processes=2, target=wait_and_show)
+        until(lambda: "waiting for it to end" in ranks.said(), ranks)
+        assert f"pid {other.pid})" in ranks.said()
+        time.sleep(5)
+        assert ranks.alive(), ranks.said(1)
+    assert ranks.wait(60) == [0, 0], ranks.said() + ranks.said(1)
+    assert ranks.said().count("writes it") == 1
+    expected = outputs(tiny_data, Accelerator())
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank {rank}")
+        assert torch.equal(found["embedding"], expected.embedding)
+        assert torch.equal(found["logits"], expected.logits)
+    report("stores: two processes waited for 5 s, where a collective may take 4")
 
 
 def until(condition: Callable[[], bool], run: Ranks) -> None:
