@@ -25,7 +25,7 @@ from mgd_timm.processes import decided, on_main
 LOCK, HOLDER = ".lock", ".holder.json"
 SLICE = 30.0
 """Seconds for which the main process waits before it tells the others, so that none waits in a collective until that times out."""
-_POLL = 0.2
+_POLL = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 

@@ -5,7 +5,7 @@ those of view 3 from sample id 0 on. A view is a function of (view seed, view nu
 is there stays. Its rows are all images of the training split, a validation cut's among them: another seed cuts off others.
 
 A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the digest of
-the identity in store.json and the sha256 of its numbers.
+the identity in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
 """
 
 import errno
@@ -209,8 +209,9 @@ class TeacherStore:
 
     def _progress(self) -> str:
         """How far another run is."""
-        there = sum(self.path(view, shard).exists() for view in range(self.views) for shard in range(self.shards))
-        return f"{there} of {self.views * self.shards} shards are there"
+        there = {path.name for path in self.folder.glob("view-*")}
+        wanted = [self.path(view, shard).name in there for view in range(self.views) for shard in range(self.shards)]
+        return f"{sum(wanted)} of {len(wanted)} shards are there"
 
     def _begin(self) -> None:
         """Remove what an interrupted write left, and write store.json where it lacks."""

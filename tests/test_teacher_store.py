@@ -344,7 +344,7 @@ def test_what_another_run_writes_meanwhile_is_refused_where_it_is_of_another_tea
     assert state(tmp_path / "store") == before
 
 
-def test_a_filled_store_is_read_without_a_lock(bench, written, tmp_path):
+def test_a_filled_store_is_read_without_a_lock_while_another_run_adds_to_it(bench, written, tmp_path):
     accelerator, _, teacher, opened, _ = bench
     store = shutil.copytree(written, tmp_path / "store")
     with holding(store):
@@ -353,6 +353,22 @@ def test_a_filled_store_is_read_without_a_lock(bench, written, tmp_path):
         stored.fill(teacher, accelerator, 50, quiet=True)
         assert len(stored.store.features(torch.arange(320), 1, CPU).logits) == 320
         assert sorted(store.iterdir()) == before
+
+
+def test_a_filled_store_is_read_from_a_disk_that_nothing_can_be_written_to(bench, written, tmp_path, small_disk):
+    accelerator, _, teacher, opened, _ = bench
+    with small_disk("size=4m"):
+        store = tmp_path / "store"
+        store.mkdir()
+        for path in written.glob("[!.]*"):
+            shutil.copy(path, store)
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        stored = opened(store)
+        stored.fill(teacher, accelerator, 50, quiet=True)
+        assert len(stored.store.features(torch.arange(320), 1, CPU).logits) == 320
+        with pytest.raises(OSError, match="Read-only file system"):
+            opened(store, 3).fill(teacher, accelerator, 50, quiet=True)
+        del stored  # it maps files of the disk
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------------------
