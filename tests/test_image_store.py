@@ -33,10 +33,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def damages(content: bytes) -> dict[str, bytes]:
-    """60 flipped bits, half of them in the header, and truncations."""
+    """30 flipped bits, half of them in the header, and truncations."""
     rng, header = random.Random(3), 8 + int.from_bytes(content[:8], "little")
     found = {}
-    for number in range(60):
+    for number in range(30):
         bit = rng.randrange(8 * (header if number % 2 else len(content)))
         found[f"bit {bit}"] = content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
     return found | {f"cut to {size}": content[:size] for size in (0, 5, header, len(content) // 2, len(content) - 1)}
@@ -59,7 +59,7 @@ def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(place: 
     monkeypatch.setattr(image_store, "WHOLE", 0)
     content, rng = (place / FILE).read_bytes(), random.Random(4)
     header, size = 8 + int.from_bytes(content[:8], "little"), IMAGES[0].numel()
-    for number in range(60):
+    for number in range(30):
         row = rng.randrange(len(IMAGES))
         first, length = (header + 8 * row, 8) if number % 3 == 0 else (header + 8 * len(IMAGES) + size * row, size)
         bit = 8 * first + rng.randrange(8 * length)

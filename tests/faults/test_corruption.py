@@ -22,7 +22,7 @@ from mgd_timm.locking import LOCK
 from mgd_timm.recipe import Data
 
 FLIPS, TRUNCATIONS, SEED = 200, 100, 5
-CACHE_FLIPS, CACHE_TRUNCATIONS = 20, 5  # of each file
+CACHE_FLIPS, CACHE_TRUNCATIONS = 12, 4  # of each file
 
 
 @pytest.fixture(scope="module")
