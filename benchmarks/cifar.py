@@ -30,13 +30,15 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.fit import Upkeep, fit
+from mgd_timm.fit import fit
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.networks import build_networks
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe
+from mgd_timm.options import as_dict, digest
+from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.report import machine, markdown, read_metrics
 from mgd_timm.terms import needs
+from mgd_timm.upkeep import Upkeep
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())

@@ -20,10 +20,10 @@ from typing import Any
 
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.export import versions
-from mgd_timm.fit import NonFiniteError
 from mgd_timm.recipe import make_recipe
 from mgd_timm.report import machine, markdown
 from mgd_timm.run import run
+from mgd_timm.upkeep import NonFiniteError
 
 RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import flop_registry
 
 from mgd_timm.build import build_named, build_tap
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, Pair, TeacherView
+from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.folding import folded
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.optimizer_state import build_optimizer
 from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import build_objective, needs
 
 aten = torch.ops.aten

@@ -11,9 +11,11 @@ from torch import nn
 
 from mgd_timm.build import build_accelerator, check_class_names, load_model, shown_by
 from mgd_timm.data import load_images
+from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.recipe import Data, Recipe, as_dict, flatten, make_recipe
+from mgd_timm.options import as_dict
+from mgd_timm.recipe import Data, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
@@ -87,7 +89,7 @@ def evaluate(
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are normalised, and
             not clipped. It depends on noise seed, image and pixel alone, so that models see the same.
         noise_seeds: Noise seeds that these metrics are averaged over.
-        **options: Options of Data, such as img_size, which replace the run's; `amp`.
+        **options: Options of Data, such as img_size, which replace the run's, but for those of training; `amp`.
 
     Returns:
         "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a string:
@@ -114,7 +116,8 @@ def evaluate_named(
         options = {"seed": before.seed, **options}
     if data is None:
         data = before.data if before is not None else Data()
-    recipe = make_recipe(**_over(data, options))
+    # What is of training alone stays out, as images of another size may refuse it (--aa).
+    recipe = make_recipe(**{name: value for name, value in _over(data, options).items() if name not in OF_TRAINING})
     network = load_model(model) if isinstance(model, str) else model
     recipe, accelerator = build_accelerator(recipe)
     inputs = get_model_input_config(network)

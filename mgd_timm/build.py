@@ -21,16 +21,24 @@ import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm import watchdog
 from mgd_timm.allocator import keep_freed_memory
 from mgd_timm.data import EMBEDDED, Defaults, Images
-from mgd_timm.features import FeatureTap, TeacherView
+from mgd_timm.features import FeatureTap
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, unknown
 from mgd_timm.processes import PATIENCE
-from mgd_timm.recipe import Recipe, as_dict, unknown, with_global_batch
+from mgd_timm.recipe import Recipe
+from mgd_timm.resolving import with_global_batch
 from mgd_timm.sampling import num_slots
 from mgd_timm.sharding import check_sharding, sharded
+from mgd_timm.teacher_view import TeacherView
 
 
-def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
+def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[Recipe, Accelerator]:
     """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override ours.
+
+    Args:
+        recipe: Of the run.
+        start_steps: Per update, of the start of a run that is continued, where its recipe leaves them open: it is said if others
+            make its global batch now.
 
     Raises:
         ValueError: A tracker that does not exist or is not installed, an engine that is not supported, a teacher to be cut up on
@@ -59,7 +67,13 @@ def build_accelerator(recipe: Recipe) -> tuple[Recipe, Accelerator]:
     watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    start_steps = start_steps if recipe.optim.grad_accum_steps is None else None
     recipe = _with_batch(recipe, accelerator)
+    if start_steps not in (None, accelerator.gradient_accumulation_steps):
+        accelerator.print(
+            f"grad_accum_steps={start_steps} is of the run's start: its {recipe.optim.global_batch_size} images per update stay, "
+            f"in {accelerator.gradient_accumulation_steps} steps now."
+        )
     asked = _asked_processes()
     if asked is not None and asked != accelerator.num_processes:
         accelerator.print(
@@ -188,7 +202,7 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
         weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
     except Exception as error:
         raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
-    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == "none"):
+    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == ("none",)):
         model = timm.create_model(spec, num_classes=0, in_chans=recipe.data.in_chans)
         load_weights(model, spec, recipe.teacher_checkpoint)
         return model
@@ -395,10 +409,10 @@ def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) ->
 def build_tap(
     model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
 ) -> FeatureTap:
-    """The features of a model that a recipe's word for maps stands for (features.choose_maps); None for none.
+    """The features of a model that a recipe's word for maps stands for (maps.choose_maps); None for none.
 
     Raises:
-        ValueError: As FeatureTap and choose_maps.
+        ValueError: As FeatureTap and maps.choose_maps.
     """
     return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 

@@ -12,8 +12,10 @@ from mgd_timm import checkpoint
 from mgd_timm.build import build_teacher
 from mgd_timm.data import Images, load_images
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, digest, unknown
 from mgd_timm.processes import decided, join
-from mgd_timm.recipe import Recipe, as_dict, digest, make_recipe, unknown, with_global_batch
+from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.resolving import with_global_batch
 from mgd_timm.run import run
 
 PAIRS: dict[str, tuple[str, str]] = {
@@ -110,9 +112,13 @@ def images_of(recipe: Recipe) -> Images:
     return load_images(recipe.data, recipe.seed, main_first=accelerator.local_main_process_first, say=accelerator.print)
 
 
-def weights_digest(model: str, checkpoint: str | None = None) -> str:
-    """sha256 of the weights that a name, a folder, or a name with a file stands for."""
-    return module_digest(build_teacher(make_recipe(teacher=model, teacher_checkpoint=checkpoint)))
+def made_from(recipe: Recipe) -> dict[str, Any]:
+    """What decides a student's weights beside its recipe: those of its teachers, and which rows of their classifiers are read."""
+    digests = [module_digest(build_teacher(recipe, name)) for name in recipe.teacher or ()]
+    found: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests}
+    if recipe.teacher_classes is not None:
+        found["classes"] = [checkpoint.sha256(path) if (path := Path(word)).is_file() else word for word in recipe.teacher_classes]
+    return found
 
 
 def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | None = None, *, quiet: bool = False) -> Path:
@@ -122,7 +128,7 @@ def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | Non
         root: Folder of all stages; all processes must see the same one.
         name: What the stage is called, before its digest.
         recipe: Of the run; its output folder is chosen here.
-        made_from: What else decides the weights (a teacher's digest).
+        made_from: What else decides the weights (`made_from`).
         quiet: No progress bar.
 
     Raises:

@@ -10,16 +10,18 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn
 
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, get_loader
 
 from mgd_timm._version import __version__
+from mgd_timm.options import fits
 
-# Flags of `train` that `distill` spells with the student's name, as timm's train.py has them.
+# Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 _TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
 _DISTILL_ONLY = {
     "teacher",
@@ -45,20 +47,23 @@ _DISTILL_ONLY = {
     "standardise_logits",
     "fitting_epochs",
     "fitting_lr",
+    "shard_teacher",
+    "fold_teacher",
 }
+_TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 
 _BY_PEER = ("teacher", "criterion", "method")
 """What these are by default depends on whether there is a peer: make_recipe says it."""
 
 
-_REPEATED = ("teacher",)
+_REPEATED = ("teacher", "teacher_classes")
 """Flags that may be given again, for one more value."""
 
 
 def _gathered(words: Sequence[str]) -> list[str]:
     """The words of a call, the values of a repeated flag put into one list."""
     left = list(words)
-    for name in _REPEATED:
+    for name in (option.replace("_", "-") for option in _REPEATED):
         values: list[str] = []
         rest: list[str] = []
         waiting = False
@@ -77,22 +82,62 @@ def _gathered(words: Sequence[str]) -> list[str]:
 
 
 class _Parser(ArgumentParser):
-    """Takes a repeated flag as a list, and names the nearest flag in the error for one that does not exist."""
+    """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that does not exist
+    says where it belongs, or names the nearest.
+
+    Args:
+        elsewhere: Words for the error about an option, by its name with underscores, that this command does not take.
+        **options: Of jsonargparse's parser.
+    """
+
+    def __init__(self, *, elsewhere: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.elsewhere = dict(elsewhere or {})
+        self.elements: dict[str, type] = {}
+        """Of each option that is a list, the kind of its elements."""
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         return super().parse_args(_gathered(sys.argv[1:] if args is None else args), *more, **options)
 
+    def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
+        try:
+            values = get_loader("yaml")(content)
+        except yaml.YAMLError:
+            values = None  # jsonargparse will say it
+        if isinstance(values, dict):
+            listed = {name: self._listed(name, value) for name, value in values.items()}
+            content = content if listed == values else json.dumps(listed)
+        return super().parse_string(content, *more, **options)
+
+    def _listed(self, name: str, value: Any) -> Any:
+        """The value of an option in a --config, a single one of an option that is a list as a list."""
+        kind = self.elements.get(name)
+        values = value if isinstance(value, list) else [value]
+        if kind is None or value is None:
+            return value
+        if not all(fits(one, kind) for one in values):
+            word, example = ("word", "[a, b]") if kind is str else ("number", "[1, 2]" if kind is int else "[0.5, 0.5]")
+            whole = "whole " if kind is int else ""
+            self.error(
+                f"{name}: {value!r} in --config: expected a {whole}{word} or a list of {whole}{word}s, as in {name}: {example}."
+            )
+        return values
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        wrong = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)|[Oo]ption '([\w.]+)' is not accepted", message)
+        wrong = re.search(
+            r"(?:unrecognized arguments|ambiguous option): (--[\w-]+)|option '([\w.]+)' is not accepted", message, re.I
+        )
         if wrong:
             name = (wrong[1] or f"--{wrong[2]}").replace("_", "-")
+            words = self.elsewhere.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(name, flags, n=2, cutoff=0.6)
-            message += f"; did you mean {' or '.join(near)}?" if near else ""
+            message += f": {words}." if words else f"; did you mean {' or '.join(near)}?" if near else ""
+        self.usage = "%(prog)s ..."  # not its hundred flags, above the one that is wrong
         super().error(message, ex)
 
 
-def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
+def _add_fields(parser: _Parser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
     """A flag for every field of a dataclass: typed, spelled with dashes, its help from the field."""
     group = parser.add_argument_group(title)
     types = typing.get_type_hints(kind)
@@ -103,6 +148,8 @@ def _add_fields(parser: ArgumentParser, kind: type, title: str, leave: set[str],
         default: Any = None if field.default is dataclasses.MISSING else field.default
         options: dict[str, Any] = {"help": field.metadata["help"], "default": default}
         inner = _element(types[field.name])
+        if inner is not None:
+            parser.elements[field.name] = inner
         if types[field.name] in (bool, bool | None):
             group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
         elif field.name in _REPEATED:
@@ -122,14 +169,26 @@ def _element(kind: Any) -> Any:
     return None
 
 
-def run_parser(prog: str, *, distill: bool) -> ArgumentParser:
-    """The parser of `mgd-timm distill` or `train`, for scripts that take the same flags."""
+def run_parser(prog: str, *, distill: bool, without: Mapping[str, str] | None = None) -> ArgumentParser:
+    """The parser of `mgd-timm distill` or `train`, for scripts that take the same flags.
+
+    Args:
+        prog: What is called.
+        distill: Which of both.
+        without: Options that a script does not take, and the words for who gives one.
+    """
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
 
     about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
-    parser = _Parser(prog=prog, description=about)
+    if distill:
+        elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
+        elsewhere |= {theirs: f"here it is --{ours.replace('_', '-')}" for ours, theirs in _TRAIN_NAMES.items()}
+    else:
+        elsewhere = dict.fromkeys(_DISTILL_ONLY | {f.name for f in dataclasses.fields(Heads)}, "mgd-timm distill takes it")
+        elsewhere |= {ours: f"here it is --{theirs.replace('_', '-')}" for ours, theirs in _TRAIN_NAMES.items()}
+    parser = _Parser(prog=prog, description=about, elsewhere={**elsewhere, **(without or {})})
     parser.add_argument("--config", action="config", help="YAML file of flags")
-    leave = set() if distill else _DISTILL_ONLY
+    leave = (_TRAIN_ONLY if distill else _DISTILL_ONLY) | set(without or {})
     _add_fields(parser, Recipe, "run", leave, {} if distill else _TRAIN_NAMES)
     _add_fields(parser, Data, "images", set(), {})
     _add_fields(parser, Optim, "optimisation", set(), {})
@@ -173,16 +232,18 @@ def _distill(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
+    from mgd_timm.data_options import OF_TRAINING
     from mgd_timm.recipe import Data
 
-    parser = _Parser(prog="mgd-timm evaluate", description="Top-1, top-5 and loss of a model, as JSON.")
+    about = "Top-1, top-5 and loss of a model, as JSON."
+    parser = _Parser(prog="mgd-timm evaluate", description=about, elsewhere=dict.fromkeys(OF_TRAINING, "it is of training alone"))
     parser.add_argument("model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'")
     said = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation: such as 0.05 0.1 0.2"
     parser.add_argument("--noise", type=float, nargs="+", default=None, help=said)
     parser.add_argument("--noise-seeds", type=int, default=5, help="noise seeds to average over")
-    _add_fields(parser, Data, "images (default: those of the run)", set(), {})
+    _add_fields(parser, Data, "images (default: those of the run)", set(OF_TRAINING), {})
     # A flag that is not given leaves the run's own value alone.
-    parser.set_defaults({f.name: None for f in dataclasses.fields(Data)})
+    parser.set_defaults({f.name: None for f in dataclasses.fields(Data) if f.name not in OF_TRAINING})
     values = {name: value for name, value in _options(parser.parse_args(list(arguments))).items() if value is not None}
     model = values.pop("model")
     from mgd_timm.api import evaluate_named
@@ -255,6 +316,10 @@ def _list(arguments: Sequence[str]) -> None:
         "--markdown", action=ActionYesNo(no_prefix="no-"), default=False, help="criteria: all that is known of them"
     )
     values = parser.parse_args(list(arguments))
+    for action in parser._actions:  # whose help begins with what they are for
+        of = action.help.partition(":")[0] if action.help else ""
+        if of in ("criteria", "models") and of != values.what and getattr(values, action.dest) != action.default:
+            parser.error(f"{action.option_strings[0]} is of mgd-timm list {of}, not of mgd-timm list {values.what}: leave it out.")
     if values.what == "criteria":
         _list_criteria(values)
     elif values.what == "models":
@@ -334,7 +399,7 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError, RuntimeError) as error:
         from mgd_timm.checkpoint import CheckpointError
-        from mgd_timm.fit import NonFiniteError
+        from mgd_timm.upkeep import NonFiniteError
 
         if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when a reader ends
             rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""

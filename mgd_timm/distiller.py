@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Objective
-from mgd_timm.features import Batch, Features, FeatureTap, TeacherView
+from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.several import SeveralTeachers
 from mgd_timm.sharding import cut, units
+from mgd_timm.teacher_view import TeacherView
 
 AnyFeatures = Features | tuple[Features, ...]
 """Of a teacher, or of several."""
@@ -25,7 +26,7 @@ class Teacher(nn.Module):
     Args:
         tap: The teacher's features.
         heads: Fitted heads with decoders; None shows no codes and no views.
-        view: What to do with the student's normalised images first (another mean, std or size); see features.TeacherView.
+        view: What to do with the student's normalised images first (another mean, std or size); see teacher_view.TeacherView.
         digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default computed.
         logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
 
@@ -82,7 +83,10 @@ class Teacher(nn.Module):
 
 
 def is_whole(batch: Batch, slot_size: int) -> bool:
-    """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller."""
+    """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller.
+
+    A batch of another size, an epoch's last, is not worth compiling again for.
+    """
     return slot_size - len(batch.labels) in (0, 1)
 
 
@@ -99,28 +103,29 @@ def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
     return parts
 
 
-def live_together(teachers: Sequence[Teacher], slot_size: int, mode: str | None) -> Callable[[Batch], AnyFeatures]:
-    """One teacher as `live`; of several, the features of each."""
-    lives = [live(teacher, slot_size, mode) for teacher in teachers]
-    return lives[0] if len(lives) == 1 else lambda batch: tuple(look(batch) for look in lives)
-
-
-def live(teacher: Teacher, slot_size: int, mode: str | None) -> Callable[[Batch], Features]:
-    """The teacher as `fit` asks it about a batch.
+class Live:
+    """Teachers as `fit` asks them about a batch: the features of one, or of each of several.
 
     Args:
-        teacher: With or without heads.
-        slot_size: Of a whole update; a batch of another size, an epoch's last, is not worth compiling again for.
-        mode: torch.compile's for whole batches; None compiles nothing.
+        teachers: With or without heads.
     """
-    compiled: Callable[..., Features] | None = torch.compile(teacher, dynamic=False, mode=mode) if mode is not None else None
 
-    def teach(batch: Batch) -> Features:
-        look = compiled if compiled is not None and is_whole(batch, slot_size) else teacher
-        found: Features = look(batch.images)
-        return found
+    def __init__(self, *teachers: Teacher) -> None:
+        self.teachers = teachers
 
-    return teach
+    def __call__(self, batch: Batch) -> AnyFeatures:
+        """Features of a batch's images."""
+        return _together(self.teachers, batch)
+
+    def compiled(self, slot_size: int, mode: str) -> Callable[[Batch], AnyFeatures]:
+        """The same, compiled for whole batches of `slot_size` (see `is_whole`) with torch.compile's `mode`."""
+        fast = [torch.compile(teacher, dynamic=False, mode=mode) for teacher in self.teachers]
+        return lambda batch: _together(fast if is_whole(batch, slot_size) else self.teachers, batch)
+
+
+def _together(teachers: Sequence[Callable[..., Features]], batch: Batch) -> AnyFeatures:
+    found = tuple(look(batch.images) for look in teachers)
+    return found[0] if len(found) == 1 else found
 
 
 class Distiller(nn.Module):

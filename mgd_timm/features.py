@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.models import get_model_input_config
 from torch import Tensor, nn
+
+from mgd_timm.maps import choose_maps, resolve_indices
 
 
 class Batch(NamedTuple):
@@ -99,7 +100,7 @@ class FeatureTap(nn.Module):
     Args:
         model: Any timm model; in the tap it keeps its own `state_dict` under `model.`.
         indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
-            Or a word for them (`choose_maps`), at `input_size`.
+            Or a word for them (`maps.choose_maps`), at `input_size`.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
         preact: Show the maps as they were before their last activation; cifar_* networks do.
         cam: Show class activation maps too.
@@ -147,7 +148,7 @@ class FeatureTap(nn.Module):
         if isinstance(indices, str):
             indices = choose_maps([(m.shape[1], m.shape[2], m.shape[3]) for m in maps], indices)
         if indices is not None:
-            self.indices = _resolve_indices(self.name, indices, len(maps))
+            self.indices = resolve_indices(self.name, indices, len(maps))
 
     @contextmanager
     def _probing(self, *modules_in_train: nn.Module) -> Iterator[None]:
@@ -372,35 +373,6 @@ def _is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
-    """Indices of the maps that a recipe's word stands for.
-
-    Args:
-        sizes: (channels, height, width) of every map of the model, shallow to deep.
-        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them;
-            "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution
-            never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
-
-    Raises:
-        ValueError: Another word, or more maps than the model has.
-    """
-    count = len(sizes)
-    if maps == "last":
-        return (count - 1,)
-    if maps == "all" or (maps == "mid" and count > 1):
-        return tuple(range(maps == "mid", count))
-    if maps == "stages":
-        deepest = [i for i in range(count) if i + 1 == count or sizes[i + 1][1:] != sizes[i][1:]]
-        if len(deepest) > 1:
-            return tuple(deepest[-4:])
-        maps = str(min(4, count))
-    if not maps.isdecimal() or not 1 <= int(maps) <= count:
-        raise ValueError(
-            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the model has."
-        )
-    return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
-
-
 def show_as_many(maps: str | None, *taps: FeatureTap) -> None:
     """Under "stages" networks of different depths show as many maps: the deepest of those that have more. Other words are kept to.
 
@@ -412,59 +384,7 @@ def show_as_many(maps: str | None, *taps: FeatureTap) -> None:
             tap.indices = tap.indices[-count:]
 
 
-def _resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
-    resolved = tuple(i + count if i < 0 else i for i in indices)
-    if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):
-        raise ValueError(
-            f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in ascending order."
-        )
-    return resolved
-
-
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-class TeacherView(nn.Module):
-    """The same picture as the teacher expects it: re-normalised, and resized where the teacher's input size is fixed.
-
-    Args:
-        mean, std: Normalisation that the images arrive in, one value per channel, of pixels in [0, 1].
-        teacher_mean, teacher_std: Normalisation that the teacher was trained with.
-        size: (height, width) in pixels for the teacher; None leaves the size alone.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        teacher_mean: Sequence[float],
-        teacher_std: Sequence[float],
-        size: tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__()
-        stats = [torch.tensor(v, dtype=torch.float64) for v in (mean, std, teacher_mean, teacher_std)]
-        if len({len(v) for v in stats}) != 1:
-            raise ValueError(f"mean and std need one value per channel each, got {[v.tolist() for v in stats]}.")
-        ours_mean, ours_std, its_mean, its_std = stats
-        self.register_buffer("scale", (ours_std / its_std).float()[:, None, None], persistent=False)
-        self.register_buffer("shift", ((ours_mean - its_mean) / its_std).float()[:, None, None], persistent=False)
-        self.same = bool((ours_mean == its_mean).all() and (ours_std == its_std).all())
-        self.size = size
-
-    def values(self) -> list[object]:
-        """What it does, as JSON values: scale and shift per channel, and the size."""
-        return [self.scale.flatten().tolist(), self.shift.flatten().tolist(), self.size]
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Images in the teacher's normalisation and size."""
-        if not self.same:
-            images = images * self.scale + self.shift
-        if self.size is not None and tuple(images.shape[2:]) != self.size:
-            images = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
-        return images

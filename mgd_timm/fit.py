@@ -6,69 +6,36 @@ killed goes on to the very same weights.
 """
 
 import contextlib
-import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mgd_timm import checkpoint
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data import Source, epoch_ids
-from mgd_timm.distiller import is_whole
+from mgd_timm.distiller import AnyFeatures, Live, is_whole
 from mgd_timm.evaluation import Metrics
-from mgd_timm.features import Batch, Features
-from mgd_timm.optimizer_state import build_optimizer, build_schedule, load_optimizer_state, optimizer_state
-from mgd_timm.processes import any_process, on_main, share
-from mgd_timm.recipe import Optim, differences
+from mgd_timm.features import Batch
+from mgd_timm.memory import executable_batch_size
+from mgd_timm.optimizer_state import build_optimizer, build_schedule
+from mgd_timm.processes import any_process, share
+from mgd_timm.recipe import Optim
 from mgd_timm.running_statistics import RunningStatistics
 from mgd_timm.sampling import cut_updates, mix, slot_size
-from mgd_timm.sharding import load_parts, place
+from mgd_timm.sharding import place
+from mgd_timm.stopping import Stopped, noted_signals
+from mgd_timm.upkeep import Keeper, NonFiniteError, Progress, Upkeep
 
-Teach = Callable[[Batch], Features | tuple[Features, ...]]
+Teach = Callable[[Batch], AnyFeatures]
 Watch = Callable[[nn.Module | None], Metrics]
-
-
-@dataclass(frozen=True)
-class Upkeep:
-    """What a run keeps and shows while it goes on.
-
-    Args:
-        folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
-        identity: The recipe's values that decide the weights; a checkpoint of others is refused.
-        stage: Name of the stage in metrics, and key of its randomness.
-        resume: Continue from the newest whole checkpoint, where there is one.
-        checkpoint_interval: Updates between checkpoints; 0 for the epochs' ends only.
-        checkpoint_hist: Checkpoints kept.
-        log_interval: Updates between checks and reports of the losses.
-        quiet: No progress bar.
-        track: Report to accelerate's trackers.
-        advice: The way out that an error names where a loss or weight is not finite.
-    """
-
-    folder: Path | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    stage: str = "distil"
-    resume: bool = False
-    checkpoint_interval: int = 0
-    checkpoint_hist: int = 2
-    log_interval: int = 50
-    quiet: bool = False
-    track: bool = True
-    advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
 
 
 @dataclass(frozen=True)
@@ -84,40 +51,6 @@ class Fitted:
     averaged: nn.Module | None
 
 
-class Stopped(KeyboardInterrupt):
-    """Ended by a signal after the state was saved; `code` is the exit code that shells expect (130 for Ctrl-C)."""
-
-    def __init__(self, number: int, note: str) -> None:
-        super().__init__(note)
-        self.code = 128 + number
-
-
-class NonFiniteError(RuntimeError):
-    """A loss is not a number or infinite: names the update and the term. Checkpoints hold the state before it."""
-
-
-@contextlib.contextmanager
-def _signals(number: list[int]) -> Iterator[None]:
-    """Notes the first SIGINT or SIGTERM in `number`; a second one acts at once, as without us."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(kind: int, _: FrameType | None) -> None:
-        number.append(kind)
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    for kind in before:
-        signal.signal(kind, note)
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def fit(
     trainee: nn.Module,
     source: Source,
@@ -130,7 +63,7 @@ def fit(
     watch: Watch | None = None,
     averaged: nn.Module | None = None,
     compile: bool = False,
-    upkeep: Upkeep = Upkeep(),
+    upkeep: Upkeep | None = None,
 ) -> Fitted:
     """Train a module whose forward(batch, teacher) gives its losses by name, and logits.
 
@@ -140,57 +73,36 @@ def fit(
         optim: Epochs, optimizer, schedule, clipping, global batch, averaging.
         accelerator: Device, processes and precision.
         seed: Of order and dropout.
-        batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global batch.
-        teach: Gives the teacher's features of a batch; None passes no teacher.
+        batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global batch. With
+            `optim.find_batch_size` where the search for what memory admits starts.
+        teach: Gives the teacher's features of a batch, as `distiller.Live` does; None passes no teacher.
         watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
-        compile: Compile the trainee's forward and backward (torch.compile; CUDA graphs on a GPU).
-        upkeep: What is kept and shown.
+        compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
+        upkeep: What is kept and shown; by default nothing is kept.
 
     Raises:
         NonFiniteError: A loss that is not finite.
         Stopped: SIGINT or SIGTERM; the state was saved first, where there is a folder.
         checkpoint.CheckpointError: The newest checkpoint is of another recipe.
-        ValueError: A global batch of fewer than 2 samples for each process, or an unknown optimizer or scheduler.
+        ValueError: A global batch of fewer than 2 samples for each process, an unknown optimizer or scheduler, or no memory for 2.
         OSError: A checkpoint could not be written; older ones are whole.
     """
-    loop = _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, watch, averaged, compile, upkeep)
-    caught: list[int] = []
-    with _signals(caught):
+    kept = upkeep if upkeep is not None else Upkeep()
+
+    def loop(size: int) -> _Loop:
+        return _Loop(trainee, source, optim, accelerator, seed, size, teach, watch, averaged, compile, kept)
+
+    if optim.find_batch_size:
+        batch_size = executable_batch_size(lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size)
+    training = loop(batch_size)
+    with noted_signals() as caught:
         try:
-            return loop.run(caught)
+            return training.run(caught)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
-                error.add_note(f"{upkeep.stage}: give --find-batch-size, or a smaller --batch-size beside the --global-batch-size.")
+                error.add_note(f"{kept.stage}: {kept.memory_advice}")
             raise
-
-
-def try_update(
-    trainee: nn.Module,
-    source: Source,
-    optim: Optim,
-    accelerator: Accelerator,
-    *,
-    seed: int,
-    batch_size: int,
-    teach: Teach | None = None,
-    averaged: nn.Module | None = None,
-    compile: bool = False,
-) -> None:
-    """Take the memory that an update of `fit` takes, whose arguments these are; no process waits for another.
-
-    The trainee's state changes, as it would in training.
-    """
-    _Loop(trainee, source, optim, accelerator, seed, batch_size, teach, None, averaged, compile, Upkeep()).try_update()
-
-
-def whole_slot(batch_size: int, optim: Optim, accelerator: Accelerator) -> int:
-    """Samples that a process sees in a step of a whole update, of which some are one fewer where they are dealt unevenly."""
-    return slot_size(batch_size, accelerator.num_processes, _global_batch(batch_size, optim, accelerator))
-
-
-def _global_batch(batch_size: int, optim: Optim, accelerator: Accelerator) -> int:
-    return optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
 
 class _Wrapper(nn.Module):
@@ -210,7 +122,7 @@ class _Wrapper(nn.Module):
             for name in module.synchronised
         ]
 
-    def forward(self, batch: Batch, teacher: Features | tuple[Features, ...] | None) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, batch: Batch, teacher: AnyFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
         trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
@@ -241,9 +153,10 @@ class _Loop:
         self.placement = place(trainee, accelerator)
         trainee = self.placement.trainee
         self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
-        self.seed, self.batch_size, self.teach, self.watch, self.upkeep = seed, batch_size, teach, watch, upkeep
+        self.seed, self.batch_size, self.watch, self.upkeep = seed, batch_size, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
-        self.global_batch = _global_batch(batch_size, optim, accelerator)
+        processes = accelerator.num_processes
+        self.global_batch = optim.global_batch_size or batch_size * processes * (optim.grad_accum_steps or 1)
         self.parameters = [p for p in trainee.parameters() if p.requires_grad]
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
@@ -257,22 +170,19 @@ class _Loop:
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
         # schedule is not prepared: accelerate would step it once per process, and not save it.
-        self.statistics = RunningStatistics(trainee) if accelerator.num_processes > 1 else None
+        self.statistics = RunningStatistics(trainee) if processes > 1 else None
         kept = self.statistics.names() if self.statistics is not None else []
-        mode = compile_mode(accelerator) if compile else None
-        wrapper = _Wrapper(trainee, whole_slot(batch_size, optim, accelerator), mode, kept)
+        mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
+        wrapper = _Wrapper(trainee, slot, mode, kept)
+        self.teach = teach.compiled(slot, mode) if mode is not None and isinstance(teach, Live) else teach
         self.compiled = compile
         self.model, self.optimizer = self.placement.prepare(wrapper, optimizer)
-        self.epoch = self.update = self.done = 0
-        self.sums: dict[str, float] = {}
-        self.seconds = 0.0
-        self.last: Metrics = {}
-        self.losses: Metrics = {}
-        self.best, self.best_epoch = -1.0, 0
+        self.keeper = Keeper(upkeep, accelerator, self.placement, trainee, optimizer, self.ema)
+        self.progress = Progress()
         self.pending: list[Tensor] = []
         self.names: list[str] = []
         # Several processes learn at a report that one of them was told to stop.
-        self.log_interval = upkeep.log_interval if accelerator.num_processes == 1 else min(upkeep.log_interval, 10)
+        self.log_interval = upkeep.log_interval if processes == 1 else min(upkeep.log_interval, 10)
         self._reset_scaler()
 
     def _reset_scaler(self) -> None:
@@ -286,16 +196,17 @@ class _Loop:
 
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
-        self._resume()
+        self.progress = self.keeper.resume()
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
-        start = self.epoch * len(self.source.ids) + int(self.sums.get("n", 0))
+        start = self.progress.epoch * len(self.source.ids) + int(self.progress.sums.get("n", 0))
         with tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar:
-            while self.epoch < self.optim.epochs:
+            while self.progress.epoch < self.optim.epochs:
                 self._run_epoch(bar, caught)
         self.accelerator.free_memory()
         self.placement.restore()
-        return Fitted(self.last, self.losses, self.best, self.best_epoch, self.done, self.seconds, self.average)
+        now = self.progress
+        return Fitted(now.last, now.losses, now.best, now.best_epoch, now.done, now.seconds, self.average)
 
     def _check_average(self) -> None:
         optim = self.optim
@@ -319,24 +230,24 @@ class _Loop:
 
     def _run_epoch(self, bar: tqdm, caught: list[int]) -> None:
         processes = self.accelerator.num_processes
-        updates = self._updates(self.epoch)
-        mine = [slot for slots in updates[self.update :] for slot in self._mine(slots)]
-        batches = self.source.batches(mine, self.epoch, self.accelerator.device)
+        updates = self._updates(self.progress.epoch)
+        mine = [slot for slots in updates[self.progress.update :] for slot in self._mine(slots)]
+        batches = self.source.batches(mine, self.progress.epoch, self.accelerator.device)
         self.trainee.train()
         clock = time.monotonic()
-        for index in range(self.update, len(updates)):
+        for index in range(self.progress.update, len(updates)):
             self._train_update(updates[index], batches)
-            self.update += 1
-            self.done += 1
-            last = self.update == len(updates)
-            save = self.upkeep.checkpoint_interval and self.done % self.upkeep.checkpoint_interval == 0 and not last
+            self.progress.update += 1
+            self.progress.done += 1
+            last = self.progress.update == len(updates)
+            save = self.upkeep.checkpoint_interval and self.progress.done % self.upkeep.checkpoint_interval == 0 and not last
             alone = bool(caught) and processes == 1
             if last or save or alone or len(self.pending) >= self.log_interval:
                 stop = self._report(bar, caught)
-                self.seconds += time.monotonic() - clock
+                self.progress.seconds += time.monotonic() - clock
                 clock = time.monotonic()
                 if (save or stop) and not last:
-                    self._save()
+                    self.keeper.save(self.progress)
                 if stop and not last:
                     self._stop(caught)
         self._end_epoch()
@@ -345,9 +256,9 @@ class _Loop:
 
     def _train_update(self, slots: list[Tensor], batches: Iterator[Batch]) -> None:
         processes = self.accelerator.num_processes
-        self.schedule.step_update(self.done)
+        self.schedule.step_update(self.progress.done)
         for objective in self.objectives:
-            objective.set_progress(self.done / self.updates_per_epoch)
+            objective.set_progress(self.progress.done / self.updates_per_epoch)
         row: Tensor | None = None
         for step in range(len(slots) // processes):
             held = step + 1 < len(slots) // processes
@@ -359,7 +270,7 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.averaged, step=self.done)
+            self.ema.update(self.averaged, step=self.progress.done)
         assert row is not None
         self.pending.append(row)
 
@@ -370,7 +281,7 @@ class _Loop:
         count, total = counts[rank], sum(len(slot) for slot in slots)
         # Dropout and the like: the same whatever ran before, and however the slots are dealt to processes.
         position = step * processes + (rank if count else 0)
-        torch.manual_seed(mix(self.seed, self.stage_key, self.epoch, self.update, position))
+        torch.manual_seed(mix(self.seed, self.stage_key, self.progress.epoch, self.progress.update, position))
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
         before = self.statistics.snapshot() if self.statistics is not None else []
@@ -410,7 +321,7 @@ class _Loop:
             for criterion in criteria:
                 criterion.alone = False
 
-    def _shown(self, batch: Batch) -> Features | tuple[Features, ...] | None:
+    def _shown(self, batch: Batch) -> AnyFeatures | None:
         if self.teach is None:
             return None
         with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast
@@ -422,7 +333,7 @@ class _Loop:
         """Bring the pending updates' losses to the host: add them up, check and show them. True if any process is to stop."""
         flag = torch.full_like(self.pending[0][:1], float(bool(caught)))
         flat = self.accelerator.reduce(torch.cat([flag, *self.pending]), "sum").cpu().double()
-        first = self.done - len(self.pending) + 1
+        first = self.progress.done - len(self.pending) + 1
         rows = flat[1:].view(len(self.pending), -1).tolist()
         self.pending.clear()
         shown: Metrics = {}
@@ -430,29 +341,30 @@ class _Loop:
             for name, value in zip(self.names, values, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteError(
-                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch {self.epoch + 1}, "
+                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch {self.progress.epoch + 1}, "
                         f"lr {self._lr():.3g}). {self.upkeep.advice}"
                     )
-                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
                 shown[name] = value / count
-            self.sums["hits"] = self.sums.get("hits", 0.0) + hits
-            self.sums["n"] = self.sums.get("n", 0.0) + count
+            self.progress.sums["hits"] = self.progress.sums.get("hits", 0.0) + hits
+            self.progress.sums["n"] = self.progress.sums.get("n", 0.0) + count
         told = shown if len(shown) <= 6 else {"loss": sum(shown.values())}
-        bar.set_postfix({"epoch": self.epoch + 1, **{name: f"{value:.3f}" for name, value in told.items()}}, refresh=False)
+        bar.set_postfix({"epoch": self.progress.epoch + 1, **{name: f"{value:.3f}" for name, value in told.items()}}, refresh=False)
         bar.update(int(sum(row[-1] for row in rows)))
         self._track({**shown, "lr": self._lr()})
         return bool(flat[0] > 0)
 
     def _track(self, values: Metrics) -> None:
         if self.upkeep.track:
-            self.accelerator.log({f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.done)
+            self.accelerator.log({f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.progress.done)
 
     def _lr(self) -> float:
         return float(self.bare_optimizer.param_groups[0]["lr"])
 
     def _end_epoch(self) -> None:
-        count = self.sums.pop("n")
-        train = {name: value / count for name, value in self.sums.items()}
+        now = self.progress
+        count = now.sums.pop("n")
+        train = {name: value / count for name, value in now.sums.items()}
         train["top1"] = 100 * train.pop("hits")
         # What is evaluated is what is saved and exported: the main process's, where a buffer is each process's own.
         share(self.trainee.buffers(), self.accelerator)
@@ -462,99 +374,25 @@ class _Loop:
         if self.watch is not None:
             with self.placement.whole():
                 metrics = self.watch(self.average)
+        now.last = metrics
+        now.losses = {name: value for name, value in train.items() if name != "top1"}
+        now.epoch, now.update, now.sums = now.epoch + 1, 0, {}
         top1 = metrics.get("top1", -1.0)
-        self.last = metrics
-        self.losses = {name: value for name, value in train.items() if name != "top1"}
-        self.epoch, self.update, self.sums = self.epoch + 1, 0, {}
-        if top1 > self.best:
-            self.best, self.best_epoch = top1, self.epoch
-        row = {"stage": self.upkeep.stage, "epoch": self.epoch, "updates": self.done, "lr": self._lr(), "train": train}
-        row |= {"eval": metrics, "best_top1": self.best if self.best_epoch else None}
-        row |= {"seconds": round(self.seconds, 3), "images_per_second": round(self.epoch * count / max(self.seconds, 1e-9), 1)}
-        if self.upkeep.folder is not None:
-            path, line = self.upkeep.folder / "metrics.jsonl", json.dumps(row) + "\n"
-            on_main(self.accelerator, lambda: _append(path, line))
+        if top1 > now.best:
+            now.best, now.best_epoch = top1, now.epoch
+        row = {"stage": self.upkeep.stage, "epoch": now.epoch, "updates": now.done, "lr": self._lr(), "train": train}
+        row |= {"eval": metrics, "best_top1": now.best if now.best_epoch else None}
+        row |= {"seconds": round(now.seconds, 3), "images_per_second": round(now.epoch * count / max(now.seconds, 1e-9), 1)}
+        self.keeper.note(row)
         self._track({f"eval/{name}": value for name, value in metrics.items()})
-        self._save()
+        self.keeper.save(now)
 
     def _stop(self, caught: list[int]) -> None:
         number = caught[0] if caught else signal.SIGTERM
         kept = (
             "its state is saved, --resume continues it" if self.upkeep.folder is not None else "without a folder nothing was saved"
         )
-        raise Stopped(number, f"stopped by {signal.Signals(number).name} after update {self.done}: {kept}")
-
-    # -- what is kept ---------------------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        if self.upkeep.folder is not None:
-            folder = self.upkeep.folder / "checkpoints"
-            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
-            tensors["optimizer"], optimizer = optimizer_state(self.bare_optimizer, self.trainee)
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            tensors = {group: self.placement.gathered(held) for group, held in tensors.items()}
-            on_main(self.accelerator, lambda: self._save_here(folder, tensors, optimizer))
-
-    def _save_here(self, folder: Path, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]) -> None:
-        for name, tensor in tensors["trainee"].items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NonFiniteError(
-                    f"{self.upkeep.stage}: {name} is not finite after update {self.done} (epoch {self.epoch + 1}), which is not "
-                    f"saved. {self.upkeep.advice}"
-                )
-        scaler = getattr(self.accelerator, "scaler", None)
-        values = {name: getattr(self, name) for name in _COUNTERS}
-        values |= {"identity": self.upkeep.identity, "optimizer": optimizer}
-        values["scaler"] = scaler.state_dict() if scaler is not None else None
-        checkpoint.save(folder, self.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
-
-    def _resume(self) -> None:
-        if self.upkeep.folder is None:
-            return
-        state = None
-        if self.upkeep.resume:
-            say, folder = self.accelerator.print, self.upkeep.folder / "checkpoints"
-            on_main(self.accelerator, lambda: checkpoint.sweep(folder))
-            state = checkpoint.newest(self.upkeep.folder / "checkpoints", say)
-            self._check_same(state)
-            if state is None:
-                say(f"{self.upkeep.stage}: no checkpoint in {self.upkeep.folder}, starting at the beginning")
-        if state is not None:
-            self._load(state)
-            self.accelerator.print(f"{self.upkeep.stage}: resumed after update {self.done} (epoch {self.epoch + 1})")
-        path, stage, done = self.upkeep.folder / "metrics.jsonl", self.upkeep.stage, self.done
-        on_main(self.accelerator, lambda: _forget(path, stage, done))
-
-    def _check_same(self, state: checkpoint.State | None) -> None:
-        """All processes go on from one update: with different weights each, gradients would be averaged all the same."""
-        found = gather_object(["none" if state is None else f"update {state.values['done']}"])
-        if len(set(found)) > 1:
-            said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
-            raise checkpoint.CheckpointError(
-                f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to see one "
-                "--output folder."
-            )
-
-    def _load(self, state: checkpoint.State) -> None:
-        changed = differences(state.values["identity"], self.upkeep.identity)
-        if changed:
-            raise checkpoint.CheckpointError(
-                f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): "
-                "resume with the flags of the first start, or choose another --output."
-            )
-        load_parts(self.trainee, state.tensors["trainee"])
-        load_optimizer_state(self.bare_optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
-        if self.ema is not None:
-            load_parts(self.ema.module, state.tensors["ema"])
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None and state.values["scaler"] is not None:
-            scaler.load_state_dict(state.values["scaler"])
-        for name in _COUNTERS:
-            setattr(self, name, state.values[name])
-
-
-_COUNTERS = ("epoch", "update", "done", "sums", "seconds", "last", "losses", "best", "best_epoch")
+        raise Stopped(number, f"stopped by {signal.Signals(number).name} after update {self.progress.done}: {kept}")
 
 
 def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
@@ -564,20 +402,3 @@ def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
         target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
         hits = (logits.argmax(1) == target).sum().float()
         return torch.stack([*(term.detach().float() * count for term in terms.values()), hits, torch.full_like(hits, count)])
-
-
-def _append(path: Path, line: str) -> None:
-    checkpoint.write_text(path, (path.read_text() if path.exists() else "") + line)
-
-
-def _forget(path: Path, stage: str, updates: int) -> None:
-    """Drop a stage's rows of metrics from after the update that the run goes on from."""
-    if not path.exists():
-        return
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # half of a line, or a damaged one
-            rows.append(json.loads(line))
-    kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    checkpoint.write_text(path, text)

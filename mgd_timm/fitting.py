@@ -17,18 +17,20 @@ from mgd_timm import checkpoint
 from mgd_timm.build import build_tap, lay_out, set_seed
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.data import Images, cache_folder
-from mgd_timm.distiller import Distiller, Teacher, live
+from mgd_timm.distiller import Distiller, Live, Teacher
 from mgd_timm.evaluation import Metrics
-from mgd_timm.features import FeatureTap, Pair, TeacherView, show_as_many
-from mgd_timm.fit import Teach, Upkeep, compile_mode, whole_slot
+from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.fit import fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
-from mgd_timm.memory import fit_within_memory
 from mgd_timm.optimizer_state import module_digest
+from mgd_timm.options import as_dict, digest
 from mgd_timm.processes import decided, on_main, share
-from mgd_timm.recipe import Recipe, as_dict, digest
+from mgd_timm.recipe import Recipe
 from mgd_timm.taught import MIXED
+from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import Term, build_criterion, fitted_first, hyper_parameters
+from mgd_timm.upkeep import Upkeep
 
 
 def found_or_fitted(
@@ -183,20 +185,16 @@ def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accele
     }
     folder = Path(recipe.output) / "fitting" / stage.name
 
-    def teach(batch_size: int) -> Teach:
-        whole = whole_slot(batch_size, optim, accelerator)
-        return live(stage.teacher, whole, compile_mode(accelerator) if recipe.compile else None)
-
     def fit_fresh() -> Metrics:
         on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
-        fitted = fit_within_memory(
+        fitted = fit(
             stage.trainee,
             images.train,
             optim,
             accelerator,
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
-            teach=teach,
+            teach=Live(stage.teacher),
             compile=recipe.compile,
             upkeep=Upkeep(
                 folder=folder,

@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from mgd_timm.build import set_seed
 from mgd_timm.data import Images
-from mgd_timm.distiller import Teacher, live
+from mgd_timm.distiller import Live, Teacher
 from mgd_timm.evaluation import Metrics, evaluate
 from mgd_timm.features import Batch, Features
-from mgd_timm.fit import Upkeep, compile_mode, fit, whole_slot
+from mgd_timm.fit import fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.stored_views import StoredViews
+from mgd_timm.upkeep import Upkeep
 
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
 
@@ -128,7 +130,6 @@ def _fit_fresh_heads(
     folder = Path(recipe.output) / name
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
     batch_size = max(2, -(-options.heads_batch_size // accelerator.num_processes))  # one step of all processes
-    mode = compile_mode(accelerator) if recipe.compile else None
     fitted = fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,
@@ -136,7 +137,7 @@ def _fit_fresh_heads(
         accelerator,
         seed=recipe.seed,
         batch_size=batch_size,
-        teach=stored.features if stored is not None else live(teacher, whole_slot(batch_size, optim, accelerator), mode),
+        teach=stored.features if stored is not None else Live(teacher),
         compile=recipe.compile,
         watch=watch if held is not None else None,
         upkeep=Upkeep(
@@ -148,6 +149,7 @@ def _fit_fresh_heads(
             quiet=quiet,
             track=False,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
+            memory_advice="give a smaller --heads-batch-size.",
         ),
     )
     return fitted.last

@@ -7,57 +7,9 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, find_executable_batch_size, should_reduce_batch_size
 from torch import nn
 
-from mgd_timm.data import Source
-from mgd_timm.fit import Fitted, Teach, Upkeep, Watch, fit, try_update
 from mgd_timm.processes import any_process
 from mgd_timm.recipe import Optim
 from mgd_timm.sampling import num_slots
-
-
-def fit_within_memory(
-    trainee: nn.Module,
-    source: Source,
-    optim: Optim,
-    accelerator: Accelerator,
-    *,
-    seed: int,
-    batch_size: int,
-    teach: Callable[[int], Teach | None],
-    watch: Watch | None = None,
-    averaged: nn.Module | None = None,
-    compile: bool = False,
-    upkeep: Upkeep,
-) -> Fitted:
-    """`fit`, and where the recipe asks for it with a batch size that is found first.
-
-    Args:
-        trainee, source, optim, accelerator, seed, watch, averaged, compile, upkeep: As of `fit`.
-        batch_size: As of `fit`, or where to start.
-        teach: Gives `fit`'s `teach` for a batch size.
-
-    Raises:
-        ValueError: Not even 2 samples fit; and all that `fit` raises.
-    """
-
-    def attempt(size: int) -> None:
-        shown = teach(size)
-        try_update(trainee, source, optim, accelerator, seed=seed, batch_size=size, teach=shown, averaged=averaged, compile=compile)
-
-    if optim.find_batch_size:
-        batch_size = executable_batch_size(attempt, trainee, optim, accelerator, batch_size)
-    return fit(
-        trainee,
-        source,
-        optim,
-        accelerator,
-        seed=seed,
-        batch_size=batch_size,
-        teach=teach(batch_size),
-        watch=watch,
-        averaged=averaged,
-        compile=compile,
-        upkeep=upkeep,
-    )
 
 
 def executable_batch_size(

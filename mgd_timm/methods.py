@@ -58,7 +58,7 @@ class Connection:
         teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size sees images in
             that size, as in a run.
         input_size: (channels, height, width) of the images.
-        maps: Word for the maps (features.choose_maps).
+        maps: Word for the maps (maps.choose_maps).
         num_samples: Training images, which size CRD's memory banks.
 
     Raises:

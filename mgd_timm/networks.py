@@ -79,9 +79,15 @@ def suit_teachers(models: Sequence[nn.Module], recipe: Recipe, images: Images) -
     Raises:
         ValueError: Classes that are not found among the teacher's, or a network that cannot take another size.
     """
-    for model in models:
-        if recipe.teacher_classes not in (None, "none"):
-            fit_classes(model, str(recipe.teacher_classes), images.class_names)
+    for place, model in enumerate(models):
+        spec = recipe.classes_of(place)
+        if spec not in (None, "none"):
+            try:
+                fit_classes(model, str(spec), images.class_names)
+            except ValueError as error:
+                if len(models) == 1:
+                    raise
+                raise ValueError(f"teacher {(recipe.teacher or ())[place]!r}: {error}") from error
         if recipe.fit_teacher_head != "none" and needs_new_head(model, images):
             set_seed(recipe.seed, 7)
             new_head(model, images)
@@ -141,7 +147,10 @@ def build_networks(
     tap = _connect_student(recipe, images, accelerator, student)
     if len(teachers) > 1:
         _check_several(recipe)
-    whole = [_connect_teacher(recipe, accelerator, model, images) for model in teachers]
+    whole = [
+        _connect_teacher(recipe, accelerator, model, images, silent=recipe.classes_of(place) == "none")
+        for place, model in enumerate(teachers)
+    ]
     other = _connect_peer(recipe, images) if recipe.peer is not None else None
     show_as_many(recipe.maps, tap, *(teacher.tap for teacher, _ in whole), *([other] if other is not None else []))
     shapes = tap.shapes(images.input_size[1:])
@@ -188,13 +197,13 @@ def _connect_student(recipe: Recipe, images: Images, accelerator: Accelerator, s
 
 
 def _connect_teacher(
-    recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images
+    recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> tuple[Teacher, nn.Module | None]:
-    """A frozen teacher as yet without heads, and the classifier of its network."""
+    """A frozen teacher as yet without heads, and the classifier of its network; one that is silent shows no logits."""
     channels = get_model_input_config(model)["input_size"][0]
     if channels != images.input_size[0]:
         raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
-    logits = _shows_logits(recipe, model, images)
+    logits = _shows_logits(recipe, model, images, silent)
     view = teacher_view(model, images, recipe.teacher_img_size)
     size = view.size or (images.input_size[1], images.input_size[2])
     maps = recipe.maps if needs(recipe, "maps") else None
@@ -208,14 +217,13 @@ def _connect_teacher(
     return teacher, classifier
 
 
-def _shows_logits(recipe: Recipe, model: nn.Module, images: Images) -> bool:
+def _shows_logits(recipe: Recipe, model: nn.Module, images: Images, left_out: bool) -> bool:
     """Whether the teacher's logits are of the data's classes; refused where they are not and a criterion reads them.
 
     Under mas the views of a teacher without logits are fitted on the labels, and stand for them.
     """
     count = int(getattr(model, "num_classes", 0) or 0)
     name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
-    left_out = recipe.teacher_classes == "none"
     conflict = class_conflict(model, "teacher", images) if count == images.num_classes else None
     if count == images.num_classes and conflict is None and not left_out:
         return True

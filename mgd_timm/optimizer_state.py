@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mgd_timm.recipe import Optim, unknown
+from mgd_timm.options import unknown
+from mgd_timm.recipe import Optim
 from mgd_timm.sharding import part_of
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from mgd_timm.decoding import ENDINGS, DataError, decode, spaced_digest
-from mgd_timm.recipe import Data, unknown
+from mgd_timm.options import unknown
+from mgd_timm.recipe import Data
 from mgd_timm.tars import TarRows, Tars, find_tars, read_tars
 
 _HUB = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")

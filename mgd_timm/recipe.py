@@ -5,210 +5,49 @@ a run and its resumption; so do the names of images and weights, which are known
 """
 
 import dataclasses
-import difflib
-import hashlib
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from mgd_timm.data_options import Data
 from mgd_timm.granularity import Granularity
+from mgd_timm.options import check_choices, option, typed, unknown
 
-
-def _option(default: Any, help: str, *, digest: bool = True) -> Any:
-    return field(default=default, metadata={"help": help, "digest": digest})
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest ones that do."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
-    return ValueError(f"unknown {kind} {name!r}: {hint}")
-
-
-def _check_choices(part: Any) -> None:
-    """Refuse a word that is not among a field's Literal."""
-    for f in dataclasses.fields(part):
-        if get_origin(f.type) is Literal:
-            _chosen(f.name, getattr(part, f.name), f.type)
-
-
-def _chosen(name: str, value: Any, choices: Any) -> Any:
-    if value not in get_args(choices):
-        raise unknown(name, str(value), get_args(choices))
-    return value
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option as its field's annotation has it: lists and single strings as tuples, whole numbers as floats."""
-    for option in get_args(kind) if isinstance(kind, UnionType) else (kind,):
-        if get_origin(option) is tuple:
-            inner = get_args(option)[0]
-            values = [value] if inner is str and isinstance(value, str) else value
-            if isinstance(values, list | tuple) and all(_fits(v, inner) for v in values):
-                return tuple(inner(v) for v in values)
-        elif get_origin(option) is Literal:
-            if isinstance(value, str):
-                return _chosen(name, value, option)
-        elif _fits(value, option):
-            return value if option is NoneType else option(value)
-    words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-    shown = repr(value) if len(repr(value)) < 80 else "(long)"
-    raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which images, and how they are shown."""
-
-    dataset: str = _option("embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder", digest=False)
-    data_dir: str | None = _option(
-        None, "folder of parquet/arrow files or of images in class folders; instead of --dataset", digest=False
-    )
-    dataset_config: str | None = _option(None, "configuration name of a hub data set that has several")
-    input_key: str | None = _option(None, "image column; found by its type by default")
-    target_key: str | None = _option(None, "label column; found by its type by default")
-    train_split: str = _option("train", "split to train on")
-    eval_split: str | None = _option(None, "split to evaluate on; default: test, validation, valid or val, whichever exists")
-    val_split: float = _option(0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch")
-    streaming: bool = _option(False, "read images one after the other, from the hub or files, and keep none on disk")
-    shuffle_buffer: int = _option(4096, "streaming: encoded images in memory that the next one is drawn from, in each process")
-    num_samples: int | None = _option(None, "streaming: training images of an epoch; default: what the data set says of itself")
-    num_classes: int | None = _option(None, "streaming: classes, where labels are numbers without names")
-    img_size: int | None = _option(None, "side in pixels; default: the images' own where small, else the model's")
-    in_chans: int = _option(3, "3 for colour, 1 for grey")
-    mean: tuple[float, ...] | None = _option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
-    std: tuple[float, ...] | None = _option(None, "as --mean")
-    batch_size: int = _option(64, "images per process and step, at most", digest=False)
-    validation_batch_size: int = _option(256, "images per process and evaluation step", digest=False)
-    workers: int = _option(2, "loader processes for large images", digest=False)
-    max_bad: int = _option(0, "damaged images that are left out, with a list of their names; more are refused")
-    pad: int = _option(4, "small images: zero padding in pixels before the random crop; 0 for no crop")
-    hflip: float = _option(0.5, "probability of a horizontal flip")
-    scale: tuple[float, ...] = _option((0.08, 1.0), "large images: share of the area of a random crop")
-    ratio: tuple[float, ...] = _option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
-    aa: str | None = _option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
-    color_jitter: float = _option(0.0, "large images: strength of colour jitter; as in timm none beside --aa")
-    reprob: float = _option(0.0, "probability of random erasing")
-    remode: Literal["const", "rand", "pixel"] = _option(
-        "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"
-    )
-    recount: int = _option(1, "largest number of boxes that are erased of an image")
-    mixup: float = _option(
-        0.0, "alpha of mixup: student and teacher see mixed images (heads are fitted on images as they are); 0: none"
-    )
-    cutmix: float = _option(0.0, "alpha of cutmix, as --mixup")
-    mixup_prob: float = _option(1.0, "probability that a batch is mixed")
-    mixup_switch_prob: float = _option(0.5, "probability of cutmix where there are both")
-    mixup_off_epoch: int = _option(0, "epoch from which on nothing is mixed; 0: never")
-    aug_repeats: int = _option(
-        0, "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the images"
-    )
-    crop_pct: float | None = _option(None, "large images: share of the resized side that evaluation crops; default: the model's")
-    interpolation: str | None = _option(None, "large images: bilinear or bicubic; default: the model's")
-    train_interpolation: str | None = _option(
-        None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
-    )
-
-    def __post_init__(self) -> None:
-        _check_choices(self)
-        if self.in_chans not in (1, 3):
-            raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
-        if not 0 <= self.val_split <= 0.5:
-            raise ValueError(f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split).")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image.")
-        self._check_streaming()
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip={self.hflip}: expected a probability from 0 to 1.")
-        if self.pad < 0 or (self.img_size is not None and self.img_size < 1):
-            raise ValueError(f"pad={self.pad}, img_size={self.img_size}: expected pixels, pad 0 or more and img_size 1 or more.")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.in_chans:
-                raise ValueError(f"{name}={values}: expected {self.in_chans} values, one per channel (in_chans).")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std={self.std}: expected positive values.")
-        if self.validation_batch_size < 1 or self.workers < 0:
-            raise ValueError(
-                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and 0 or more."
-            )
-        for name in ("scale", "ratio"):
-            values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1]:
-                raise ValueError(f"{name}={values}: expected two positive numbers, the smaller one first.")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct={self.crop_pct}: expected 0 < crop_pct <= 1, or none for the model's.")
-        for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a probability from 0 to 1.")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}: expected alpha of a Beta distribution, or 0 for none.")
-        if self.recount < 1 or min(self.mixup_off_epoch, self.aug_repeats, self.max_bad) < 0:
-            raise ValueError(
-                f"recount={self.recount}, mixup_off_epoch={self.mixup_off_epoch}, aug_repeats={self.aug_repeats}, "
-                f"max_bad={self.max_bad}: expected 1 or more, and 0 or more of the others."
-            )
-
-    def _check_streaming(self) -> None:
-        for name, least in (("num_samples", 2), ("num_classes", 2)):
-            value = getattr(self, name)
-            if value is not None and not self.streaming:
-                raise ValueError(f"{name}={value} is for streaming images: else they are counted. Leave it out.")
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: expected {least} or more.")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}: expected 1 or more.")
-        for name in ("val_split", "max_bad", "aug_repeats"):
-            if self.streaming and getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the other: leave "
-                    "it out, or --streaming."
-                )
+__all__ = ["PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
 
 
 @dataclass(frozen=True)
 class Optim:
     """How long and by which rule the weights move. The paper: momentum, lr 0.05, 240 epochs, multistep at 150, 180 and 210."""
 
-    epochs: int = _option(20, "passes over the training images")
-    opt: str = _option("momentum", "timm optimizer; 'momentum' is plain SGD, timm's 'sgd' is Nesterov's")
-    lr: float = _option(0.05, "peak learning rate")
-    momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(5e-4, "weight decay")
-    filter_bias_and_bn: bool = _option(False, "spare biases and normalisation from weight decay")
-    sched: str = _option("cosine", "timm scheduler (cosine, multistep, step, tanh, poly, ...), stepped by update")
-    min_lr: float = _option(0.0, "learning rate at the end of a cosine")
-    warmup_epochs: int = _option(0, "epochs of linear warm-up")
-    warmup_lr: float = _option(1e-5, "learning rate at the start of the warm-up")
-    decay_milestones: tuple[int, ...] = _option((150, 180, 210), "epochs at which multistep multiplies by the decay rate")
-    decay_epochs: float = _option(30.0, "epochs between decays of the step scheduler")
-    decay_rate: float = _option(0.1, "factor of a decay")
-    clip_grad: float | None = _option(None, "largest gradient norm")
-    global_batch_size: int | None = _option(
+    epochs: int = option(20, "passes over the training images")
+    opt: str = option("momentum", "timm optimizer; 'momentum' is plain SGD, timm's 'sgd' is Nesterov's")
+    lr: float = option(0.05, "peak learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(5e-4, "weight decay")
+    filter_bias_and_bn: bool = option(False, "spare biases and normalisation from weight decay")
+    sched: str = option("cosine", "timm scheduler (cosine, multistep, step, tanh, poly, ...), stepped by update")
+    min_lr: float = option(0.0, "learning rate at the end of a cosine")
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-5, "learning rate at the start of the warm-up")
+    decay_milestones: tuple[int, ...] = option((150, 180, 210), "epochs at which multistep multiplies by the decay rate")
+    decay_epochs: float = option(30.0, "epochs between decays of the step scheduler")
+    decay_rate: float = option(0.1, "factor of a decay")
+    clip_grad: float | None = option(None, "largest gradient norm")
+    global_batch_size: int | None = option(
         None,
         "images per update, of all processes and steps, whatever their number; default: batch size x processes x steps per update "
         "at the run's start",
     )
-    grad_accum_steps: int | None = _option(
+    grad_accum_steps: int | None = option(
         None, "steps per update, where no global batch says it (as many as it needs); default: 1", digest=False
     )
-    find_batch_size: bool = _option(
+    find_batch_size: bool = option(
         False, "out of memory in a trial update: halve the batch size, with more steps for the same global batch", digest=False
     )
-    model_ema: bool = _option(False, "keep an exponential moving average of the weights; it is evaluated and exported")
-    model_ema_decay: float = _option(0.9998, "its decay per update")
-    model_ema_warmup: bool = _option(False, "let the decay rise from 0 in the first updates")
+    model_ema: bool = option(False, "keep an exponential moving average of the weights; it is evaluated and exported")
+    model_ema_decay: float = option(0.9998, "its decay per update")
+    model_ema_warmup: bool = option(False, "let the decay rise from 0 in the first updates")
 
     def __post_init__(self) -> None:
         steps = self.grad_accum_steps
@@ -233,25 +72,25 @@ class Optim:
 class Heads:
     """The teacher's granularity heads. The paper: 64 dims at T=2, 256 dims at T=8, weights 1, 60 epochs on live images."""
 
-    abstract_dim: int = _option(64, "width of the abstract code")
-    abstract_temperature: float = _option(2.0, "temperature of the abstract granularity")
-    abstract_weight: float = _option(1.0, "weight of the abstract code's loss")
-    detailed_dim: int = _option(256, "width of the detailed code")
-    detailed_temperature: float = _option(8.0, "temperature of the detailed granularity")
-    detailed_weight: float = _option(1.0, "weight of the detailed code's loss")
-    heads_protocol: Literal["stored", "live"] = _option("stored", "fit on stored teacher outputs, or on live images as the authors")
-    heads_views: int = _option(4, "stored: augmented views of each image that the teacher sees")
-    heads_epochs: int = _option(24, "passes over the training images while the heads are fitted")
+    abstract_dim: int = option(64, "width of the abstract code")
+    abstract_temperature: float = option(2.0, "temperature of the abstract granularity")
+    abstract_weight: float = option(1.0, "weight of the abstract code's loss")
+    detailed_dim: int = option(256, "width of the detailed code")
+    detailed_temperature: float = option(8.0, "temperature of the detailed granularity")
+    detailed_weight: float = option(1.0, "weight of the detailed code's loss")
+    heads_protocol: Literal["stored", "live"] = option("stored", "fit on stored teacher outputs, or on live images as the authors")
+    heads_views: int = option(4, "stored: augmented views of each image that the teacher sees")
+    heads_epochs: int = option(24, "passes over the training images while the heads are fitted")
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
-    heads_lr: float = _option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
-    heads_clip_grad: float | None = _option(1.0, "largest gradient norm of the heads; T^2 makes early gradients large")
-    heads_batch_size: int = _option(256, "images per update, of all processes, while the heads are fitted")
-    heads_weight_decay: float = _option(5e-4, "weight decay of the heads")
-    heads_sched: Literal["cosine", "multistep"] = _option("cosine", "schedule of the heads (the authors: multistep)")
-    heads_decay_milestones: tuple[int, ...] = _option((30, 45), "epochs at which multistep divides the heads' learning rate by 10")
+    heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
+    heads_clip_grad: float | None = option(1.0, "largest gradient norm of the heads; T^2 makes early gradients large")
+    heads_batch_size: int = option(256, "images per update, of all processes, while the heads are fitted")
+    heads_weight_decay: float = option(5e-4, "weight decay of the heads")
+    heads_sched: Literal["cosine", "multistep"] = option("cosine", "schedule of the heads (the authors: multistep)")
+    heads_decay_milestones: tuple[int, ...] = option((30, 45), "epochs at which multistep divides the heads' learning rate by 10")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if not self.heads_weight_decay >= 0:
             raise ValueError(f"heads_weight_decay={self.heads_weight_decay}: expected 0 or more.")
         if min(self.heads_views, self.heads_epochs) < 1:
@@ -277,107 +116,117 @@ class Heads:
 class Recipe:
     """A whole run: which networks, which method, which images, which rule."""
 
-    student: str = _option("cifar_resnet8x05", "timm model to train")
-    student_pretrained: bool = _option(False, "start the student from its pretrained weights")
-    student_checkpoint: str | None = _option(None, "safetensors file with the student's initial weights", digest=False)
-    teacher: tuple[str, ...] | None = _option(
+    student: str = option("cifar_resnet8x05", "timm model to train")
+    student_pretrained: bool = option(False, "start the student from its pretrained weights")
+    student_checkpoint: str | None = option(None, "safetensors file with the student's initial weights", digest=False)
+    teacher: tuple[str, ...] | None = option(
         ("embedded",),
         "'embedded' (the default), a timm model with weights, local-dir:PATH, hf-hub:ID, or a run folder; several: give it again",
         digest=False,
     )
-    teacher_weights: tuple[float, ...] | None = _option(None, "several teachers: weight of each; default: 1/N each")
-    teachers_as: Literal["mean", "sum"] = _option(
+    teacher_weights: tuple[float, ...] | None = option(None, "several teachers: weight of each; default: 1/N each")
+    teachers_as: Literal["mean", "sum"] = option(
         "mean", "several teachers: one target, the mean of their probabilities; or the sum of the losses of each"
     )
-    peer: str | None = _option(
+    peer: str | None = option(
         None,
         "a second student, from the seed, in place of a teacher: both learn from labels and from each other; --drop is for both",
     )
-    teacher_checkpoint: str | None = _option(
+    teacher_checkpoint: str | None = option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
     )
-    teacher_classes: str | None = _option(
+    teacher_classes: tuple[str, ...] | None = option(
         None,
         "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them (docs/teachers.md), or "
-        "'none' (it shows no logits)",
+        "'none' (it shows no logits); several teachers: once for all, or again for each in their order",
         digest=False,
     )
-    fit_teacher_head: Literal["none", "probe", "finetune"] = _option(
+    fit_teacher_head: Literal["none", "probe", "finetune"] = option(
         "none", "fit the teacher to the data's labels first: a classifier on its embedding, or all of it"
     )
-    teacher_img_size: int | None = _option(
+    teacher_img_size: int | None = option(
         None, "side in pixels at which the teacher sees the student's crop; default: the student's, or the one that it is fixed to"
     )
-    teacher_resize: Literal["images", "positions"] = _option(
+    teacher_resize: Literal["images", "positions"] = option(
         "images", "a teacher of a fixed input size: resize the images for it, or its position embeddings for the images"
     )
-    teacher_store: str | None = _option(
+    teacher_store: str | None = option(
         None, "folder of teacher outputs, written once and read by every later run; for criteria that read no maps", digest=False
     )
     # None without a store, so that these are values of the runs alone that they decide.
-    teacher_views: int | None = _option(
+    teacher_views: int | None = option(
         None, "stored: augmented views of each image; epoch e shows view e modulo this. Default: the epochs"
     )
-    teacher_view_seed: int | None = _option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
-    teacher_top_k: int | None = _option(None, "stored: largest logits that are kept of each view. Default: 0, all")
-    method: Literal["none", "mag", "mas"] = _option(
+    teacher_view_seed: int | None = option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
+    teacher_top_k: int | None = option(None, "stored: largest logits that are kept of each view. Default: 0, all")
+    method: Literal["none", "mag", "mas"] = option(
         "mas", "multi-granularity part: none, mag (codes) or mas (codes, stable target); default: mas, and none with a peer"
     )
-    criterion: tuple[str, ...] = _option(
+    criterion: tuple[str, ...] = option(
         ("kd",),
         "host methods, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, over which the weight rises from 0 (mgd-timm list criteria); "
         "default: kd, and dml with a peer",
     )
-    criterion_options: tuple[str, ...] = _option(
-        (), "their hyper-parameters, each NAME.OPTION=VALUE, such as kd.divergence=reverse"
-    )
-    standardise_logits: bool = _option(
+    criterion_options: tuple[str, ...] = option((), "their hyper-parameters, each NAME.OPTION=VALUE, such as kd.divergence=reverse")
+    standardise_logits: bool = option(
         False,
         "criteria compare logits of mean 0 and deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 --task-weight 0.1)",
     )
-    fitting_epochs: int = _option(30, "epochs of what is fitted before the run (ab, fsp, ft; --fit-teacher-head)")
-    fitting_lr: float | None = _option(
+    fitting_epochs: int = option(30, "epochs of what is fitted before the run (ab, fsp, ft; --fit-teacher-head)")
+    fitting_lr: float | None = option(
         None, "its learning rate; default: the run's, for ft 0.01 at most, a tenth for a teacher's fine-tuning, 0.001 for its probe"
     )
-    task_weight: float | None = _option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
-    kd_weight: float | None = _option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
-    kd_temperature: float = _option(4.0, "temperature of logit KD")
-    smoothing: float = _option(0.0, "label smoothing of the labels' loss")
-    maps: str = _option(
+    task_weight: float | None = option(None, "weight of the labels' loss; default: 0.2 where kd is the only host, else 1")
+    kd_weight: float | None = option(None, "weight of logit KD; default: 0.8 as the only host, 1 beside others in mag/mas, else 0")
+    kd_temperature: float = option(4.0, "temperature of logit KD")
+    smoothing: float = option(0.0, "label smoothing of the labels' loss")
+    maps: str = option(
         "stages",
         "maps for criteria that read them: stages (of two networks as many, the deepest), last, mid (all but the first), all, or a "
         "number of evenly spaced ones",
     )
-    drop: float = _option(0.0, "dropout before the student's classifier")
-    drop_path: float | None = _option(None, "stochastic depth of the student")
-    train_only: Literal["all", "classifier"] = _option(
+    drop: float = option(0.0, "dropout before the student's classifier")
+    drop_path: float | None = option(None, "stochastic depth of the student")
+    train_only: Literal["all", "classifier"] = option(
         "all", "what is trained of a network on its own: all, or the classifier on a frozen backbone (a linear probe)"
     )
-    adapt_batchnorm: bool = _option(False, "with a frozen backbone: its BatchNorm statistics go on to follow the images")
-    amp: bool = _option(False, "mixed precision; else what accelerate launch says")
-    amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "its type")
-    channels_last: bool | None = _option(None, "channels-last memory format; default: on a GPU, and for cifar_* networks anywhere")
-    compile: bool = _option(False, "compile the train step and the teacher (torch.compile; CUDA graphs on one GPU)")
-    shard_teacher: bool = _option(
+    adapt_batchnorm: bool = option(False, "with a frozen backbone: its BatchNorm statistics go on to follow the images")
+    amp: bool = option(False, "mixed precision; else what accelerate launch says")
+    amp_dtype: Literal["bfloat16", "float16"] = option("bfloat16", "its type")
+    channels_last: bool | None = option(None, "channels-last memory format; default: on a GPU, and for cifar_* networks anywhere")
+    compile: bool = option(False, "compile the train step and the teacher (torch.compile; CUDA graphs on one GPU)")
+    shard_teacher: bool = option(
         False, "cut the frozen teacher up between the processes (FSDP2), for one that does not fit on each", digest=False
     )
-    fold_teacher: bool = _option(True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding")
-    seed: int = _option(42, "of order, augmentation, initialisation and dropout")
-    output: str = _option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
-    resume: bool = _option(
+    fold_teacher: bool = option(True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding")
+    seed: int = option(42, "of order, augmentation, initialisation and dropout")
+    output: str = option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
+    resume: bool = option(
         False, "continue the run in the output folder from its newest whole checkpoint; start it where there is none", digest=False
     )
-    checkpoint_interval: int = _option(0, "updates between checkpoints; 0: at each epoch's end only", digest=False)
-    checkpoint_hist: int = _option(2, "checkpoints kept", digest=False)
-    log_interval: int = _option(50, "updates between checks and reports of the losses", digest=False)
-    log_with: tuple[str, ...] = _option((), "accelerate trackers, such as tensorboard or wandb", digest=False)
-    license: str = _option("other", "licence of the exported weights", digest=False)
+    checkpoint_interval: int = option(0, "updates between checkpoints; 0: at each epoch's end only", digest=False)
+    checkpoint_hist: int = option(2, "checkpoints kept", digest=False)
+    log_interval: int = option(50, "updates between checks and reports of the losses", digest=False)
+    log_with: tuple[str, ...] = option((), "accelerate trackers, such as tensorboard or wandb", digest=False)
+    license: str = option("other", "licence of the exported weights", digest=False)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     heads: Heads = field(default_factory=Heads)
 
+    def classes_of(self, place: int) -> str | None:
+        """`teacher_classes` of the teacher at a place, from 0."""
+        given = self.teacher_classes or (None,)
+        return given[place if len(given) > 1 else 0]
+
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
+        self._check_ranges()
+        self._check_frozen_backbone()
+        self._check_peer()
+        self._check_teachers()
+        self._check_stored()
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing={self.smoothing}: expected 0 <= smoothing < 1.")
         if self.log_interval < 1 or self.checkpoint_interval < 0 or self.checkpoint_hist < 1:
@@ -387,6 +236,14 @@ class Recipe:
             )
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
+        if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
+            raise ValueError(
+                f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
+                "none."
+            )
+
+    def _check_frozen_backbone(self) -> None:
+        """Refuse what moves a backbone where the classifier alone is trained."""
         if self.train_only == "classifier" and (self.teacher is not None or self.peer is not None):
             beside = f"teacher {_list(self.teacher)}" if self.teacher is not None else f"peer {self.peer!r}"
             raise ValueError(
@@ -399,6 +256,9 @@ class Recipe:
             )
         if self.adapt_batchnorm and self.train_only == "all":
             raise ValueError("adapt_batchnorm: BatchNorm follows the images wherever all is trained; give train_only='classifier'.")
+
+    def _check_peer(self) -> None:
+        """Refuse what a second student in place of a teacher does not go with."""
         if self.peer is not None and self.teacher is not None:
             raise ValueError(
                 f"peer={self.peer!r} stands in place of a teacher, and there is one, {_list(self.teacher)}: leave one out."
@@ -412,12 +272,9 @@ class Recipe:
                 f"method='mas' with the peer {self.peer!r}: two students have no fitted heads whose views there could be. Choose "
                 "'mag' (with dml: MGD-DML) or 'none'."
             )
-        if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
-            raise ValueError(
-                f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "
-                "none."
-            )
-        self._check_teachers()
+
+    def _check_stored(self) -> None:
+        """Refuse what is of stored or cut-up teachers where there are none."""
         if self.shard_teacher and (self.teacher is None or self.teacher_store is not None):
             why = "there is no teacher" if self.teacher is None else f"teacher_store={self.teacher_store!r} holds its outputs"
             raise ValueError(f"shard_teacher: {why}, so there is nothing to cut up. Leave it out.")
@@ -440,7 +297,13 @@ class Recipe:
             raise ValueError(f"teacher_weights={weights}: expected a positive number for each of the teachers {list(names)}.")
         if weights is not None and len(names) == 1:
             raise ValueError(f"teacher_weights={weights} are of several teachers, and there is one. Leave them out (--kd-weight).")
-        if self.teacher_classes == "none" and self.fit_teacher_head != "none":
+        classes = self.teacher_classes
+        if names and classes is not None and len(classes) not in (1, len(names)):
+            raise ValueError(
+                f"teacher_classes={list(classes)}: {len(classes)} for {len(names)} {'teachers' if len(names) > 1 else 'teacher'} "
+                f"({_list(names)}): give one for all, or one for each in their order ('auto' for one that has the data's classes)."
+            )
+        if "none" in (classes or ()) and self.fit_teacher_head != "none":
             raise ValueError(
                 f"teacher_classes='none' beside fit_teacher_head={self.fit_teacher_head!r}: what is fitted would not be shown. "
                 "Leave one of both out."
@@ -458,84 +321,8 @@ class Recipe:
                     raise ValueError(f"{name}={getattr(self, name)!r} is of one teacher, and there are {len(names)}: leave it out.")
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves open about its teacher store filled in; the recipe itself where there is none."""
-    if recipe.teacher_store is None:
-        return recipe
-    return dataclasses.replace(
-        recipe,
-        teacher_views=recipe.teacher_views or recipe.optim.epochs,
-        teacher_view_seed=recipe.teacher_view_seed or 0,
-        teacher_top_k=recipe.teacher_top_k or 0,
-    )
-
-
-def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
-    """The recipe with its global batch: its own, or what batch size, processes and steps per update make.
-
-    The steps themselves are then left open, as they follow from the global batch on any number of processes.
-
-    Args:
-        recipe: Of the run.
-        processes: That run.
-        steps: Per update, where the recipe names neither them nor a global batch.
-
-    Raises:
-        ValueError: A global batch smaller than 2 images for each process, or contradicted by the steps per update.
-    """
-    size, optim = recipe.data.batch_size, recipe.optim
-    whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
-    if whole < 2 * processes:
-        raise ValueError(
-            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, {2 * processes}. Start "
-            "fewer processes, or choose a larger one."
-        )
-    needed = -(-whole // (size * processes))
-    if optim.grad_accum_steps not in (None, needed):
-        raise ValueError(
-            f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
-            f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
-            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave "
-            "grad_accum_steps out, or choose another batch_size."
-        )
-    return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
-
-
 def _list(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
-
-
-def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
-    """The recipe's fields by name, nested as the dataclasses are; tuples as lists."""
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        if dataclasses.is_dataclass(value):
-            out[f.name] = as_dict(value, digest_only=digest_only)
-        elif f.metadata.get("digest", True) or not digest_only:
-            out[f.name] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:
-    """'name: a -> b' for every leaf in which two nested dicts differ."""
-    found: list[str] = []
-    for key in sorted(set(one) | set(two)):
-        a, b = one.get(key), two.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return found
 
 
 PARTS: dict[str, type] = {"data": Data, "optim": Optim, "heads": Heads}

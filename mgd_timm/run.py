@@ -12,22 +12,24 @@ from torch import nn
 from mgd_timm import checkpoint
 from mgd_timm.build import build_accelerator, check_model_name, defaults_of, lay_out
 from mgd_timm.data import Images, Source, load_images
-from mgd_timm.distiller import Teacher, live_together, shard_teacher
-from mgd_timm.evaluation import evaluate_model, evaluate_taps
+from mgd_timm.distiller import Live, Teacher, shard_teacher
+from mgd_timm.evaluation import Metrics, evaluate_model, evaluate_taps
 from mgd_timm.export import export_model, versions
-from mgd_timm.fit import Fitted, Metrics, Teach, Upkeep, Watch, compile_mode, whole_slot
+from mgd_timm.fit import Fitted, Teach, Watch, fit
 from mgd_timm.fitting import fit_stages
 from mgd_timm.head_fitting import fit_heads
-from mgd_timm.memory import fit_within_memory
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Recipe, as_dict, resolved
+from mgd_timm.recipe import Recipe
+from mgd_timm.resolving import resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
 from mgd_timm.stored_views import check_storable
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
 from mgd_timm.terms import parse_terms
+from mgd_timm.upkeep import Upkeep
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,17 @@ def run(
     """
     recipe = resolved(recipe)
     folder = Path(recipe.output)
+    steps = recipe.optim.grad_accum_steps
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
     check_names(recipe.optim)
-    recipe, accelerator = build_accelerator(recipe)
+    recipe, accelerator = build_accelerator(recipe, steps)
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     first = accelerator.local_main_process_first
     defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
-    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print))
+    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     summary: dict[str, Any] = {}
     if teachers and recipe.fit_teacher_head != "none":
@@ -171,14 +174,11 @@ def _train_student(
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
 
-    def teach(batch_size: int) -> Teach | None:
-        if stored is not None:
-            return stored.teacher(teachers[0].heads)
-        if not teachers or not networks.objective.needs:
-            return None
-        whole = whole_slot(batch_size, recipe.optim, accelerator)
-        return live_together(teachers, whole, compile_mode(accelerator) if recipe.compile else None)
-
+    teach: Teach | None = None
+    if stored is not None:
+        teach = stored.teacher(teachers[0].heads)
+    elif teachers and networks.objective.needs:
+        teach = Live(*teachers)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         identity=networks.identity,
@@ -189,7 +189,7 @@ def _train_student(
         log_interval=recipe.log_interval,
         quiet=quiet,
     )
-    fitted = fit_within_memory(
+    fitted = fit(
         trainee,
         taught(images, recipe) if stored is None else stored,
         recipe.optim,

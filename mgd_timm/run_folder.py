@@ -11,7 +11,8 @@ import yaml
 from mgd_timm import checkpoint
 from mgd_timm.data import Images
 from mgd_timm.export import versions
-from mgd_timm.recipe import PARTS, Recipe, as_dict, differences, flatten, make_recipe
+from mgd_timm.options import as_dict, differences
+from mgd_timm.recipe import PARTS, Recipe, flatten, make_recipe
 
 
 def fresh(folder: Path, recipe: Recipe) -> Recipe:
@@ -28,6 +29,8 @@ def fresh(folder: Path, recipe: Recipe) -> Recipe:
 def continued(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe with the global batch of the run that it continues; as it is where nothing has begun yet.
 
+    Steps per update that are those of the run's start are left open: on another number of processes others make its global batch.
+
     Raises:
         ValueError: A run of other values, or a folder of something else.
     """
@@ -38,9 +41,13 @@ def continued(folder: Path, recipe: Recipe) -> Recipe:
         ):
             raise ValueError(f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output.")
         return recipe
-    before = _digested(_read_yaml(folder / "recipe.yaml"))
-    if recipe.optim.global_batch_size is None:
-        recipe = replace(recipe, optim=replace(recipe.optim, global_batch_size=before["optim"]["global_batch_size"]))
+    values = _read_yaml(folder / "recipe.yaml")
+    before, optim = _digested(values), recipe.optim
+    if optim.global_batch_size is None:
+        optim = replace(optim, global_batch_size=before["optim"]["global_batch_size"])
+    if optim.grad_accum_steps == values.get("optim", {}).get("grad_accum_steps"):
+        optim = replace(optim, grad_accum_steps=None)
+    recipe = replace(recipe, optim=optim)
     changed = differences(before, as_dict(recipe, digest_only=True))
     if changed:
         raise ValueError(
@@ -78,13 +85,14 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[str], None]) -> None:
-    """Write what a run starts with; what is there of an earlier start stays."""
+def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[str], None], steps: int | None) -> None:
+    """Write what a run starts with, the steps per update as its command named them; what is there of an earlier start stays."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(folder)
     if recipe.resume and not (folder / "recipe.yaml").exists():
         say(f"{folder}: nothing to resume there, a new run starts")
-    texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(replace(recipe, resume=False)), sort_keys=False)}
+    kept = replace(recipe, resume=False, optim=replace(recipe.optim, grad_accum_steps=steps))
+    texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(kept), sort_keys=False)}
     texts["versions.json"] = lambda: json.dumps(versions(), indent=2) + "\n"
     if images.bad:
         texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.bad)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mgd_timm.features import Features
-from mgd_timm.recipe import digest
+from mgd_timm.options import digest
 
 INDEX = "store.json"
 FORMAT = 1

@@ -11,11 +11,12 @@ from torch import Tensor
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.data import FileSource, Images, Source, StoreSource
 from mgd_timm.distiller import Teacher
-from mgd_timm.features import Batch, Features, TeacherView
+from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.recipe import Recipe
 from mgd_timm.store_format import FORMAT, Layout
 from mgd_timm.teacher_store import TeacherStore
+from mgd_timm.teacher_view import TeacherView
 from mgd_timm.terms import parse_terms
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mgd_timm.decoding import DataError, decode
 from mgd_timm.features import Batch
+from mgd_timm.options import unknown
 from mgd_timm.reading import image_column, label_column
-from mgd_timm.recipe import Data, unknown
+from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix, seeded
 from mgd_timm.sources import picture, read_ahead
 

@@ -15,12 +15,13 @@ from mgd_timm.data import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.fit import Upkeep, fit
+from mgd_timm.fit import fit
 from mgd_timm.fitting import found_or_fitted, shown_by_teacher
-from mgd_timm.memory import fit_within_memory
+from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
-from mgd_timm.recipe import Optim, Recipe, as_dict
+from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import store_outputs
+from mgd_timm.upkeep import Upkeep
 
 PROBE_LR = 1e-3
 
@@ -140,6 +141,8 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
             track=False,
             advice="Lower --fitting-lr, or clip gradients (--clip-grad 1).",
         )
+        if probe:
+            upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
         trainee: nn.Module = _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
         trainee.requires_grad_(True)
         try:
@@ -150,9 +153,7 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
                 batch_size = max(2, -(-recipe.heads.heads_batch_size // accelerator.num_processes))  # one step of all processes
                 return fit(trainee, stored, optim, accelerator, batch_size=batch_size, teach=stored.features, **options).losses
             size = recipe.data.batch_size
-            return fit_within_memory(
-                trainee, images.train, optim, accelerator, batch_size=size, teach=lambda _: None, **options
-            ).losses
+            return fit(trainee, images.train, optim, accelerator, batch_size=size, **options).losses
         finally:
             teacher.requires_grad_(False)
             teacher.eval()

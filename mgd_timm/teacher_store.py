@@ -29,8 +29,8 @@ from mgd_timm.data import Source
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features
 from mgd_timm.locking import Lock, held_by_main
+from mgd_timm.options import differences, digest
 from mgd_timm.processes import decided, on_main
-from mgd_timm.recipe import differences, digest
 from mgd_timm.store_format import (
     DTYPES,
     INDEX,

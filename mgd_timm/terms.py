@@ -12,7 +12,8 @@ from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.features import Pair
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.recipe import Recipe, typed, unknown
+from mgd_timm.options import typed, unknown
+from mgd_timm.recipe import Recipe
 
 
 @dataclass(frozen=True)

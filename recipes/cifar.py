@@ -5,8 +5,9 @@
     accelerate launch recipes/cifar.py --pair vgg13-vgg8 --epochs 30 --amp --compile
 
 The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: a schedule of an eighth, its milestones too. Every flag of
-`mgd-timm distill` is here as well and replaces the protocol's value for the student; --amp, --compile and --channels-last hold for
-the teacher too. A flag that is left out has the protocol's value. A stopped run goes on when the same command is given again.
+`mgd-timm distill` but --peer and --resume is here as well and replaces the protocol's value for the student; --amp, --compile and
+--channels-last hold for the teacher too. A flag that is left out has the protocol's value. A stopped run goes on when the same
+command is given again.
 """
 
 import json
@@ -24,6 +25,10 @@ from mgd_timm.processes import join
 from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.terms import build_criterion, criterion_names, parse_terms
 
+_WITHOUT = {
+    "peer": "these are the paper's pairs of teacher and student; two students that teach each other: mgd-timm distill --peer",
+    "resume": "the same command continues a stopped run, without it",
+}
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
 _OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split", "val_split")
 _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size")
@@ -32,7 +37,7 @@ _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = run_parser("recipes/cifar.py", distill=True)
+    parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT)
     group = parser.add_argument_group("protocol")
     group.add_argument("--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}")
     group.add_argument("--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs")
@@ -46,11 +51,6 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     name = given.get("pair", "resnet32x4-resnet8x4")
     network, student = cifar.pair(name)
     student = given.get("student", student)
-    if given.get("peer") is not None:
-        raise ValueError(
-            f"peer={given['peer']!r}: these are the paper's pairs of teacher and student. Two students that teach each other: "
-            "mgd-timm distill --peer."
-        )
     root = Path(given.get("output", "runs/cifar"))
     data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
     data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
@@ -58,7 +58,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     classes = images.num_classes
     epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
-    own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output", "resume")}
+    own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output")}
     _check_criteria(make_recipe(**{**cifar.distillation_options(), **own, "epochs": epochs, "student": student}), network, images)
     if teacher is None:
         options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
@@ -75,8 +75,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
         protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
     recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
     title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
-    made_from = {"teacher": cifar.weights_digest(teacher, recipe.teacher_checkpoint)}
-    return name, cifar.stage(root, title, recipe, made_from), folder
+    return name, cifar.stage(root, title, recipe, cifar.made_from(recipe)), folder
 
 
 def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
@@ -91,9 +90,12 @@ def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
 def print_result(name: str, student: Path, teacher: Path | None) -> None:
     """Say what the student reached, in the main process."""
     summary = json.loads((student / "summary.json").read_text())
-    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary["teacher_top1"]
+    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary.get("teacher_top1")
+    tops = ", ".join(
+        "without logits" if top1 is None else f"{top1:.2f} %" for top1 in (above if isinstance(above, list) else [above])
+    )
     say = join().print
-    say(f"\n{name}: teacher {above:.2f} %, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
+    say(f"\n{name}: teacher {tops}, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
     say(f"student: {student / 'export'}")
 
 

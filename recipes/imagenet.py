@@ -19,12 +19,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.options import unknown
 from mgd_timm.processes import join
-from mgd_timm.recipe import make_recipe, unknown
+from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.run import run
+from mgd_timm.run_folder import read_recipe
 
 LARGEST = 256  # images per process and step, where a pair's batch leaves the choice
 COMMON: dict[str, Any] = {
@@ -158,12 +161,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def distil(given: dict[str, Any]) -> None:
     """Carry out the run of a pair with what the user gave."""
     accelerator = join()
-    options = options_of(given, accelerator.num_processes)
+    options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
         f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs of "
         f"{options['opt']}, lr {options['lr']:.4g} ({options['sched']})"
     )
     run(make_recipe(**options))
+
+
+def with_batch_of_run(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user gave, and the global batch of the run that it continues, on whatever number of processes it was started."""
+    folder = Path(given.get("output", Recipe.output))
+    if not given.get("resume") or not (folder / "recipe.yaml").is_file():
+        return given
+    return {"global_batch_size": read_recipe(folder).optim.global_batch_size, **given}
 
 
 def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -17,14 +17,15 @@ from torch.distributed.tensor import DTensor
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.criteria import CRITERIA, Objective
-from mgd_timm.distiller import Distiller, Teacher, live, shard_teacher
+from mgd_timm.distiller import Distiller, Live, Teacher, shard_teacher
 from mgd_timm.evaluation import evaluate_taps
 from mgd_timm.features import Batch, FeatureTap, Pair
-from mgd_timm.fit import Upkeep, fit
+from mgd_timm.fit import fit
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.processes import leave
 from mgd_timm.recipe import Optim
 from mgd_timm.sharding import Sharded, units
+from mgd_timm.upkeep import Upkeep
 
 
 class Noise:
@@ -88,7 +89,7 @@ def distil(
         here,
         seed=3,
         batch_size=per_step,
-        teach=live(frozen, per_step, None),
+        teach=Live(frozen),
         watch=watch,
         averaged=trainee.student,
         upkeep=Upkeep(folder=folder, quiet=True, resume=resume is not None),

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from mgd_timm.features import Batch
-from mgd_timm.fit import Upkeep
-from mgd_timm.memory import fit_within_memory
+from mgd_timm.fit import fit
 from mgd_timm.processes import join, leave
 from mgd_timm.recipe import Optim
+from mgd_timm.upkeep import Upkeep
 
 
 class Rows:
@@ -51,8 +51,8 @@ class Wide(nn.Module):
 def train(accelerator, batch_size: int, find: bool) -> nn.Module:
     trainee = Wide()
     optim = Optim(epochs=1, lr=0.1, global_batch_size=64, find_batch_size=find)
-    options = {"seed": 3, "batch_size": batch_size, "teach": lambda _: None, "upkeep": Upkeep(quiet=True)}
-    fit_within_memory(trainee, Rows(), optim, accelerator, **options)
+    options = {"seed": 3, "batch_size": batch_size, "upkeep": Upkeep(quiet=True)}
+    fit(trainee, Rows(), optim, accelerator, **options)
     return trainee
 
 

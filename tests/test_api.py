@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,8 @@ def test_options_replace_what_a_data_says(small_data, tmp_path):
     mgd_timm.distill(data=data, output=tmp_path / "two", method="none", pad=3, **SHORT)
     assert (read_recipe(tmp_path / "two").data.pad, read_recipe(tmp_path / "two").data.batch_size) == (3, 16)
     assert mgd_timm.evaluate("embedded", data, eval_split="train")["n"] == 320
+    # Training's augmentation of large images, which small ones refuse, is nothing to an evaluation.
+    assert mgd_timm.evaluate("embedded", replace(data, aa="rand-m5"))["n"] == 100
 
 
 def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp_path):

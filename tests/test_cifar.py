@@ -1,6 +1,7 @@
 """The paper's protocol: its pairs and numbers, stages found by digest, and the recipe as a user calls it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,32 @@ def test_the_papers_numbers(name: str, lr: float) -> None:
     assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.heads_decay_milestones) == ("live", 60, (30, 45))
 
 
+def test_a_stage_is_known_by_all_its_teachers_and_by_what_chooses_their_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_text("0\n1\n")
+    one = cifar.made_from(make_recipe())
+    assert set(one) == {"teacher"}
+    two = cifar.made_from(make_recipe(teacher=["embedded"] * 2, teacher_classes=["auto", str(file)]))
+    assert two["teacher"] == [one["teacher"]] * 2
+    assert two["classes"][0] == "auto"
+    file.write_text("1\n0\n")
+    assert cifar.made_from(make_recipe(teacher_classes=str(file)))["classes"] != two["classes"][1:]
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"teacher_top1": 81.234}, "teacher 81.23 %, student 70.00 %"),
+        ({"teacher_top1": [81.2, None]}, "teacher 81.20 %, without logits, student 70.00 %"),
+        ({}, "teacher without logits, student"),
+    ],
+)
+def test_what_is_said_of_teachers_that_were_given(tmp_path: Path, capsys, summary, said: str) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "top1": 70.0, "best_top1": 71.0}))
+    runpy.run_path(str(RECIPE))["print_result"]("pair", tmp_path, None)
+    assert said in capsys.readouterr().out
+
+
 def call(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"] if processes > 1 else []
@@ -107,3 +134,17 @@ def test_the_recipe_refuses_what_it_does_not_know(colours: Path, tmp_path: Path)
     assert "unknown pair 'resnet9-resnet8'" in wrong.stderr
     assert "wrn_40_2-shufflev1" in wrong.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--peer", "resnet18"], "two students that teach each other: mgd-timm distill --peer."),
+        (["--resume"], "the same command continues a stopped run, without it."),
+        (["--train-only", "classifier"], "mgd-timm train takes it."),
+    ],
+)
+def test_the_recipe_says_where_the_flags_are_that_it_does_not_take(capsys, words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPE))["main"](words)
+    assert said in capsys.readouterr().err

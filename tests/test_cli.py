@@ -1,5 +1,6 @@
 """The command line as a user types it: flags, files of flags, help, and every wrong call with its way out."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,8 @@ from small import FAST, call
 
 from mgd_timm import cli
 from mgd_timm.cli import main
+from mgd_timm.data_options import OF_TRAINING
+from mgd_timm.recipe import Data, Heads, Optim, Recipe
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
 
@@ -54,7 +57,24 @@ def test_every_flag_of_distill_has_help(mgd):
     assert code == 0
     for flag in ("--teacher", "--batch-size", "--warmup-epochs", "--clip-grad", "--abstract-temperature", "--no-channels-last"):
         assert flag in out
-    assert "--teacher" not in mgd("train", "--help")[1]
+
+
+def test_a_command_shows_the_options_alone_that_it_takes(mgd):
+    shown = {name: {f.dest for f in cli.run_parser(name, distill=name == "distill")._actions} for name in ("distill", "train")}
+    own = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
+    alone = {"train_only", "adapt_batchnorm"}
+    fields = {f.name for kind in (Recipe, Data, Optim, Heads) for f in dataclasses.fields(kind)} - {"data", "optim", "heads"}
+    assert shown["distill"] - {"help", "config", "print_config"} == fields - alone
+    left = {f.name for f in dataclasses.fields(Heads)} | {
+        name for name in fields if "teach" in name or name.startswith(("kd_", "crit"))
+    }
+    others = {"peer", "method", "task_weight", "maps", "standardise_logits", "fitting_epochs", "fitting_lr"}
+    assert shown["train"] - {"help", "config", "print_config"} == (fields | set(own.values())) - left - others - set(own)
+    assert "--train-only" not in mgd("distill", "--help")[1]
+    assert "--fold-teacher" not in mgd("train", "--help")[1]
+    help_of_evaluate = mgd("evaluate", "--help")[1]
+    assert "--val-split" in help_of_evaluate
+    assert not [name for name in OF_TRAINING if f"--{name.replace('_', '-')} " in help_of_evaluate]
 
 
 def test_print_config_is_read_back_by_config(mgd, tmp_path):
@@ -65,6 +85,51 @@ def test_print_config_is_read_back_by_config(mgd, tmp_path):
     (tmp_path / "flags.yaml").write_text(out)
     again = mgd("distill", "--config", tmp_path / "flags.yaml", "--seed", "7", "--print_config")[1]
     assert yaml.safe_load(again) == {**values, "seed": 7}
+
+
+def test_a_config_may_give_one_value_where_a_list_is_expected(mgd, tmp_path):
+    lines = [
+        "criterion: at",
+        "mean: 0.5",
+        "std: 1e-1",
+        "decay_milestones: 3",
+        "log_with: tensorboard",
+        "teacher: embedded",
+        "seed: 3",
+    ]
+    (tmp_path / "flags.yaml").write_text("\n".join(lines))
+    code, out, errors = mgd("distill", "--config", tmp_path / "flags.yaml", "--print_config")
+    assert code == 0, errors
+    values = yaml.safe_load(out)
+    assert (values["criterion"], values["mean"], values["std"], values["seed"]) == (["at"], [0.5], [0.1], 3)
+    assert (values["decay_milestones"], values["log_with"], values["teacher"]) == ([3], ["tensorboard"], ["embedded"])
+
+
+def test_a_flag_for_each_teacher_is_given_again(mgd):
+    words = ["distill", "--teacher", "a", "--teacher-classes", "a.txt", "--teacher=b", "--teacher-classes=auto", "--print_config"]
+    values = yaml.safe_load(mgd(*words)[1])
+    assert (values["teacher"], values["teacher_classes"]) == (["a", "b"], ["a.txt", "auto"])
+    assert yaml.safe_load(mgd(*words[:3], *words[3:5], "--print_config")[1])["teacher_classes"] == "a.txt"
+    again = ["--teacher-classes", "x", "--teacher-classes", "y"]
+    refuse(mgd, ["teacher_classes=['x', 'y']: 2 for 1 teacher ('embedded')"], "distill", *again)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("criterion: 3", "criterion: 3 in --config: expected a word or a list of words, as in criterion: [a, b]."),
+        ("teacher: {a: b}", "teacher: {'a': 'b'} in --config: expected a word or a list of words, as in teacher: [a, b]."),
+        ("mean: 0.5 0.5 0.5", "mean: '0.5 0.5 0.5' in --config: expected a number or a list of numbers, as in mean: [0.5, 0.5]."),
+        (
+            "decay_milestones: [1, 2.5]",
+            "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
+        ),
+        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_is_refused(mgd, tmp_path, line, expected):
+    (tmp_path / "flags.yaml").write_text(line)
+    refuse(mgd, [expected], "distill", "--config", tmp_path / "flags.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +237,13 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         ),
         (["evaluate", "runs/none"], ["unknown model 'runs/none'"]),
         (["export", "embedded"], ["folder"]),
+        (["distill", "--train-only", "classifier"], ["--train-only classifier: mgd-timm train takes it."]),
+        (["distill", "--model", "resnet18"], ["--model", "here it is --student."]),
+        (["train", "--student", "resnet18"], ["--student resnet18: here it is --model."]),
+        (["train", "--no-fold-teacher"], ["--no-fold-teacher: mgd-timm distill takes it."]),
+        (["train", "--heads-epochs", "3"], ["--heads-epochs 3: mgd-timm distill takes it."]),
+        (["evaluate", "embedded", "--aa", "rand-m9"], ["--aa rand-m9: it is of training alone."]),
+        (["list", "models", "--teacher", "resnet18"], ["--teacher is of mgd-timm list criteria, not of mgd-timm list models"]),
     ],
 )
 def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expected):
@@ -182,6 +254,8 @@ def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expect
 def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
     (tmp_path / "flags.yaml").write_text("epoch: 3\n")
     refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
+    (tmp_path / "flags.yaml").write_text("train_only: classifier\n")
+    refuse(mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml")
 
 
 def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
@@ -208,6 +282,21 @@ def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
     assert "resumed after update 5" in out
     assert not list((tmp_path / "run").glob(".writing-*"))
     assert (tmp_path / "run" / "versions.json").is_file()
+
+
+def test_the_command_of_the_start_is_repeated_where_other_steps_make_its_global_batch(mgd, small_data, tmp_path):
+    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", "run", "--resume"]
+    batch = ["--batch-size", "32", "--grad-accum-steps", "2"]
+    out = mgd(*words, *batch)[1]
+    assert "64 images per update in 2 steps" in out
+    assert "is of the run's start" not in out
+    out = mgd(*words, "--batch-size", "16", "--grad-accum-steps", "2")[1]  # half of a step, as on half as many processes
+    assert "grad_accum_steps=2 is of the run's start: its 64 images per update stay, in 4 steps now." in out
+    assert "resumed after update 5" in out
+    for steps in ("1", "3", "4"):
+        said = f"grad_accum_steps={steps} contradicts global_batch_size=64"
+        refuse(mgd, [said, "and 64 take 2 steps"], *words, "--batch-size", "32", "--grad-accum-steps", steps)
+    refuse(mgd, ["optim.global_batch_size: 64 -> 32"], *words, *batch, "--global-batch-size", "32")
 
 
 def test_a_damaged_recipe_of_a_run_is_named(mgd, trained, small_data, tmp_path):

@@ -11,8 +11,10 @@ from timm.models.mobilenetv5 import MobileNetV5Encoder
 from torch import Tensor, nn
 
 from mgd_timm.build import check_classifier
-from mgd_timm.features import FeatureTap, Shapes, TeacherView, choose_maps
+from mgd_timm.features import FeatureTap, Shapes
 from mgd_timm.folding import folded
+from mgd_timm.maps import choose_maps
+from mgd_timm.teacher_view import TeacherView
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:

@@ -13,9 +13,10 @@ from torch import nn
 
 from mgd_timm.evaluation import evaluate
 from mgd_timm.features import Batch
-from mgd_timm.fit import NonFiniteError, Upkeep, fit
+from mgd_timm.fit import fit
 from mgd_timm.optimizer_state import build_optimizer
 from mgd_timm.recipe import Optim
+from mgd_timm.upkeep import NonFiniteError, Upkeep
 
 
 class Rows:

@@ -14,6 +14,7 @@ from mgd_timm.features import FeatureTap
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.recipe import make_recipe
 from mgd_timm.stored import store_outputs
+from mgd_timm.teacher_head import fit_teacher_heads
 
 
 @pytest.fixture
@@ -39,6 +40,44 @@ def test_stored_rows_are_what_the_teacher_shows_of_each_view(parts):
         torch.testing.assert_close(shown.logits, teacher(live.images).logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(shown.embedding, teacher(live.images).embedding, rtol=1e-4, atol=1e-4)
         assert torch.equal(batch.labels, live.labels)
+
+
+class Greedy(Teacher):
+    """Asks for more memory than any machine has where it is shown more than 16 images."""
+
+    def forward(self, images):
+        if len(images) > 16:
+            torch.empty(2**58)
+        return super().forward(images)
+
+
+def test_an_error_of_memory_names_the_flag_of_this_stage(parts):
+    recipe, accelerator, images, teacher = parts
+    recipe = replace(
+        recipe, heads=replace(recipe.heads, heads_protocol="live"), data=replace(recipe.data, validation_batch_size=16)
+    )
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        fit_heads(Greedy(teacher.tap), images, recipe, accelerator, {}, quiet=True)
+    assert caught.value.__notes__ == ["heads: give a smaller --heads-batch-size."]
+
+
+class GreedyLinear(torch.nn.Linear):
+    """As Greedy, a classifier."""
+
+    def forward(self, embedding):
+        if len(embedding) > 16:
+            torch.empty(2**58)
+        return super().forward(embedding)
+
+
+def test_an_error_of_memory_in_a_probe_names_the_same_flag(parts):
+    recipe, accelerator, images, _ = parts
+    recipe = replace(recipe, fit_teacher_head="probe", data=replace(recipe.data, validation_batch_size=16))
+    model = load_model("embedded")
+    model.fc = GreedyLinear(model.fc.in_features, model.fc.out_features)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        fit_teacher_heads([model], images, recipe, accelerator, quiet=True)
+    assert caught.value.__notes__ == ["teacher_head: give a smaller --heads-batch-size."]
 
 
 @pytest.mark.parametrize("protocol", ["stored", "live"])

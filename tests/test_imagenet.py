@@ -14,6 +14,7 @@ from small import environment, write_pictures
 
 import mgd_timm.models  # noqa: F401  # registers cifar_*
 from mgd_timm.export import describe, export_model
+from mgd_timm.options import as_dict
 from mgd_timm.recipe import make_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet.py"
@@ -57,6 +58,15 @@ def test_the_rate_follows_the_batch_and_the_schedule_its_length(recipe: ModuleTy
     assert (recipe.options_of(own, 1)["drop_path"], "drop_path" in found) == (0.1, False)
     with pytest.raises(ValueError, match=r"unknown pair 'resnet34': did you mean resnet34-resnet18\?.*All pairs: .*patient"):
         recipe.options_of({"pair": "resnet34"}, 1)
+
+
+def test_a_run_is_continued_with_its_own_batch_on_any_number_of_processes(recipe: ModuleType, tmp_path: Path) -> None:
+    given = {"grad_accum_steps": 2, "batch_size": 8, "output": str(tmp_path), "resume": True}
+    first = recipe.options_of(recipe.with_batch_of_run(given), 4)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(as_dict(make_recipe(**first))))
+    again = recipe.options_of(recipe.with_batch_of_run(given), 2)
+    assert again["global_batch_size"] == first["global_batch_size"] == 64
+    assert again["lr"] == first["lr"]
 
 
 def test_the_list_shows_pairs_and_what_differs(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

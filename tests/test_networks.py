@@ -85,6 +85,12 @@ def test_a_files_rows_put_a_shuffled_teacher_right(small_data, tmp_path):
     file.write_text("\n".join(str(row + 2) for row in order))
     mgd_timm.distill(model, data=str(small_data), output=tmp_path / "run", teacher_classes=str(file), **SHORT | {"method": "none"})
     assert summary(tmp_path / "run")["teacher_top1"] == right
+    # Beside another one, each teacher by a word of its own; and one word for all does not fit both.
+    two = {"teacher": [load_model("embedded"), model], "data": str(small_data), **SHORT, "method": "none"}
+    mgd_timm.distill(**two, output=tmp_path / "two", teacher_classes=["auto", str(file)])
+    assert summary(tmp_path / "two")["teacher_top1"] == [right, right]
+    with pytest.raises(ValueError, match=r"teacher 'module:cifar_resnet20:\w+': teacher_classes='auto': nothing says what"):
+        mgd_timm.distill(**two, output=tmp_path / "auto", teacher_classes="auto")
 
 
 @pytest.mark.parametrize(("way", "lr"), [("probe", 0.01), ("finetune", 0.005)])
@@ -181,6 +187,15 @@ def test_as_many_other_classes_are_other_classes(small_data):
     assert fitted.digest != before == module_digest(model)  # a new classifier; and the caller's network stays as it was
 
 
+def test_one_of_several_teachers_may_be_silent(small_data):
+    recipe = make_recipe(teacher=["embedded"] * 2, teacher_classes=["none", "auto"], data_dir=str(small_data))
+    images = load_images(recipe.data, 0, say=lambda _: None)
+    teachers = load_teachers(recipe, ())
+    suit_teachers(teachers, recipe, images)
+    networks = build_networks(recipe, images, Accelerator(), teachers, None)
+    assert [teacher.shows_logits for teacher in networks.teachers] == [False, True]
+
+
 def test_whether_a_teacher_shows_its_logits_is_part_of_what_a_run_is(small_data):
     one, two = (networks_of(load_model("embedded"), small_data, teacher_classes=word).identity for word in (None, "none"))
     assert one != two
@@ -213,6 +228,9 @@ def test_a_good_teacher_of_two_classes_is_not_near_chance():
         ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
         ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "what is fitted would not be shown"),
         ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
+        ({"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")}, "2 for 3 teachers \\('a', 'b', 'c'\\): give one for all"),
+        ({"teacher": ("a",), "teacher_classes": ("auto", "f")}, "2 for 1 teacher \\('a'\\): give one for all, or one for each"),
+        ({"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"}, "would not be shown"),
         ({"teacher": None, "fit_teacher_head": "probe"}, "there is no teacher"),
         ({"teacher": ()}, "name one, or give none"),
         ({"teacher_img_size": 0}, "expected pixels"),

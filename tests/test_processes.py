@@ -157,7 +157,7 @@ def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs,
 
 def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_refused(small_data, tmp_path):
     output = tmp_path / "run"
-    more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2", "--epochs", "12")
+    more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2", "--epochs", "12", "--grad-accum-steps", "1")
     code, errors = end_at(4, output / "checkpoints", signal.SIGINT, *more, processes=2, group=True)
     assert code != 0
     assert "its state is saved, --resume continues it" in errors
@@ -167,6 +167,7 @@ def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_ref
     done = call(*more, "--resume")  # the same flags, on one process
     assert done.returncode == 0, done.stderr
     assert "64 images per update in 2 steps" in done.stdout
+    assert "grad_accum_steps=1 is of the run's start: its 64 images per update stay, in 2 steps now." in done.stdout
     assert "resumed after update" in done.stdout
 
 

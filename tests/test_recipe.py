@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mgd_timm.recipe import Recipe, as_dict, flatten, make_recipe, with_global_batch
+from mgd_timm.options import as_dict
+from mgd_timm.recipe import Recipe, flatten, make_recipe
+from mgd_timm.resolving import with_global_batch
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,12 @@ from mgd_timm.recipe import Recipe, as_dict, flatten, make_recipe, with_global_b
         ({"epochs": True}, "epochs=True: expected int, not bool"),
         ({"amp": 1}, "amp=1: expected bool, not int"),
         ({"clip_grad": "much"}, "clip_grad='much': expected float | None, not str"),
-        ({"mean": 0.5}, "mean=0.5: expected tuple[float, ...] | None, not float"),
+        ({"mean": 0.5}, "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ({"mean": "much"}, "mean='much': expected tuple[float, ...] | None, not str"),
+        ({"scale": 0.5}, "scale=(0.5,): expected two positive numbers, the smaller one first"),
+        ({"decay_milestones": 1.5}, "decay_milestones=1.5: expected tuple[int, ...], not float"),
+        ({"criterion": 3}, "criterion=3: expected tuple[str, ...], not int"),
+        ({"decay_milestones": True}, "decay_milestones=True: expected tuple[int, ...], not bool"),
         ({"decay_milestones": ("a", "b")}, "decay_milestones=('a', 'b'): expected tuple[int, ...], not tuple"),
         ({"method": None}, "method=None: expected Literal['none', 'mag', 'mas'], not NoneType"),
     ],
@@ -42,13 +49,18 @@ def test_wrong_values_are_named_with_what_was_expected(options, message):
         make_recipe(**options)
 
 
-def test_one_word_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
+def test_one_value_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
     recipe = make_recipe(
         criterion="at", log_with="tensorboard", decay_milestones=[1, 2], lr=1, clip_grad=2, data_dir=Path("a") / "b"
     )
     assert (recipe.criterion, recipe.log_with) == (("at",), ("tensorboard",))
     assert (recipe.optim.decay_milestones, recipe.data.data_dir) == ((1, 2), "a/b")
+    grey = make_recipe(in_chans=1, mean=0.5, std=1, decay_milestones=3)
+    assert (grey.data.mean, grey.data.std, grey.optim.decay_milestones) == ((0.5,), (1.0,), (3,))
     assert (repr(recipe.optim.lr), repr(recipe.optim.clip_grad)) == ("1.0", "2.0")
+    for given, each in ((None, [None, None]), ("auto", ["auto", "auto"]), (["f", "none"], ["f", "none"])):
+        several = make_recipe(teacher=["a", "b"], teacher_classes=given)
+        assert [several.classes_of(place) for place in (0, 1)] == each
     assert make_recipe(clip_grad=None, mean=None).optim.clip_grad is None
     assert make_recipe(**flatten(as_dict(recipe))) == recipe
 

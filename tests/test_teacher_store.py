@@ -26,7 +26,8 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.head_fitting import fit_heads
-from mgd_timm.recipe import make_recipe, resolved
+from mgd_timm.recipe import make_recipe
+from mgd_timm.resolving import resolved
 from mgd_timm.store_format import Layout, StoreError
 from mgd_timm.stored_views import open_store
 

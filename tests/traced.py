@@ -21,8 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mgd_timm
 from mgd_timm.distiller import Distiller
-from mgd_timm.fit import Stopped
 from mgd_timm.processes import join, leave
+from mgd_timm.stopping import Stopped
 
 seen: dict[int, str] = {}
 

@@ -1,0 +1,46 @@
+"""Which of a network's maps are looked at."""
+
+from collections.abc import Sequence
+
+
+def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
+    """Indices of the maps that a recipe's word stands for.
+
+    Args:
+        sizes: (channels, height, width) of every map of the model, shallow to deep.
+        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them;
+            "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution
+            never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
+
+    Raises:
+        ValueError: Another word, or more maps than the model has.
+    """
+    count = len(sizes)
+    if maps == "last":
+        return (count - 1,)
+    if maps == "all" or (maps == "mid" and count > 1):
+        return tuple(range(maps == "mid", count))
+    if maps == "stages":
+        deepest = [i for i in range(count) if i + 1 == count or sizes[i + 1][1:] != sizes[i][1:]]
+        if len(deepest) > 1:
+            return tuple(deepest[-4:])
+        maps = str(min(4, count))
+    if not maps.isdecimal() or not 1 <= int(maps) <= count:
+        raise ValueError(
+            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the model has."
+        )
+    return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
+
+
+def resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
+    """Indices from 0 of the `count` maps of the network `name`.
+
+    Raises:
+        ValueError: Indices out of range, doubled, or not in ascending order.
+    """
+    resolved = tuple(i + count if i < 0 else i for i in indices)
+    if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):
+        raise ValueError(
+            f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in ascending order."
+        )
+    return resolved

@@ -1,0 +1,51 @@
+"""A teacher sees the student's picture as it was trained to see pictures."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class TeacherView(nn.Module):
+    """The same picture as the teacher expects it: re-normalised, and resized where the teacher's input size is fixed.
+
+    Args:
+        mean, std: Normalisation that the images arrive in, one value per channel, of pixels in [0, 1].
+        teacher_mean, teacher_std: Normalisation that the teacher was trained with.
+        size: (height, width) in pixels for the teacher; None leaves the size alone.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        teacher_mean: Sequence[float],
+        teacher_std: Sequence[float],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        stats = [torch.tensor(v, dtype=torch.float64) for v in (mean, std, teacher_mean, teacher_std)]
+        if len({len(v) for v in stats}) != 1:
+            raise ValueError(f"mean and std need one value per channel each, got {[v.tolist() for v in stats]}.")
+        ours_mean, ours_std, its_mean, its_std = stats
+        self.register_buffer("scale", (ours_std / its_std).float()[:, None, None], persistent=False)
+        self.register_buffer("shift", ((ours_mean - its_mean) / its_std).float()[:, None, None], persistent=False)
+        self.same = bool((ours_mean == its_mean).all() and (ours_std == its_std).all())
+        self.size = size
+
+    def values(self) -> list[object]:
+        """What it does, as JSON values: scale and shift per channel, and the size."""
+        return [self.scale.flatten().tolist(), self.shift.flatten().tolist(), self.size]
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Images in the teacher's normalisation and size."""
+        if not self.same:
+            images = images * self.scale + self.shift
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        return images
