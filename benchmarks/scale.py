@@ -33,7 +33,7 @@ from scale_counts import PHASES, Case, Counts, Op, as_values, count  # type: ign
 from mgd_timm.export import versions
 from mgd_timm.recipe import Heads
 from mgd_timm.report import machine
-from mgd_timm.teacher_store import Layout
+from mgd_timm.store_format import Layout
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 CHECKS = ("time", "memory", "several")

@@ -15,7 +15,7 @@ from scale_counts import Case  # type: ignore[import-not-found]
 from tqdm import tqdm
 
 from mgd_timm.report import markdown
-from mgd_timm.teacher_store import Layout
+from mgd_timm.store_format import Layout
 
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 SMALL = 1_281_167

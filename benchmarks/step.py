@@ -44,7 +44,9 @@ from mgd_timm.folding import folded
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.recipe import Data, Optim
 from mgd_timm.report import machine, markdown
-from mgd_timm.teacher_store import Layout, StoredViews, TeacherStore
+from mgd_timm.store_format import Layout
+from mgd_timm.stored_views import StoredViews
+from mgd_timm.teacher_store import TeacherStore
 from mgd_timm.upkeep import Upkeep
 
 RESULTS = Path(__file__).parent / "results" / "step.json"

@@ -139,7 +139,7 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
             verify(target)
             return target
         except CheckpointError:
-            shutil.rmtree(target)
+            shutil.rmtree(target, ignore_errors=True)  # another run on the same cache may have been faster
 
     def fill(draft: Path) -> None:
         draft.mkdir()

@@ -1,12 +1,11 @@
 """Images that cannot be decoded: found before the first epoch, so that who is left out depends on the data alone."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import torch
 
-from mgd_timm.checkpoint import write_text
+from mgd_timm.checkpoint import State, newest, save
 from mgd_timm.decoding import DataError, cache_folder
 from mgd_timm.reading import AnyRows, ArrayRows
 from mgd_timm.sources import read_ahead
@@ -43,9 +42,10 @@ def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callab
 
     if isinstance(rows, ArrayRows):
         return {}  # pixels already
-    path = cache_folder() / "damaged" / f"{hashlib.sha256(f'{digest}:{in_chans}'.encode()).hexdigest()[:32]}.json"
-    if path.exists():
-        return {int(row): reason for row, reason in json.loads(path.read_text()).items()}
+    place = cache_folder() / "damaged" / hashlib.sha256(f"{digest}:{in_chans}".encode()).hexdigest()[:32]
+    known = newest(place, say)
+    if known is not None:
+        return {int(row): reason for row, reason in known.values["damaged"].items()}
     found: dict[int, str] = {}
     keys = [ids.tolist() for ids in torch.arange(len(rows)).split(64)]
     with tqdm(total=len(rows), desc=f"checking {rows.split}", unit="img", leave=False, disable=len(rows) < 2000) as bar:
@@ -56,8 +56,7 @@ def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callab
                     found[row] = reason
             bar.update(len(numbers))
     say(f"checked {len(rows):,} images of {rows.split!r}: {len(found)} cannot be decoded")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(found))
+    save(place, 1, State({}, {"damaged": found}))
     return found
 
 

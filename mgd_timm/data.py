@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mgd_timm.checkpoint import write_whole
 from mgd_timm.damaged import check_number, damaged
 from mgd_timm.decoding import EVAL_SPLITS, DataError, cache_folder, decode
+from mgd_timm.image_store import ImageStore, stored_images
 from mgd_timm.reading import AnyRows, check_classes, open_splits, read_split
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix
@@ -115,9 +115,9 @@ def load_images(
         return _stream(data, seed, defaults, open_streams(place, data.dataset_config), say)
     with main_first():
         splits = open_splits(place, data.dataset_config, local=data.data_dir is not None)
-    train = read_split(data, splits, data.train_split, say)
-    test_name = data.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != data.train_split), None)
-    test = read_split(data, splits, test_name, lambda _: None, train.class_names) if test_name else None
+        train = read_split(data, splits, data.train_split, say)
+        test_name = data.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != data.train_split), None)
+        test = read_split(data, splits, test_name, lambda _: None, train.class_names) if test_name else None
     check_classes(train, test)
     kept, held = _cut_validation(train, data.val_split, seed)
     with main_first():
@@ -176,7 +176,8 @@ def _build(
         stats = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
         def source(part: _Part, ids: Tensor, training: bool) -> Source:
-            return StoreSource(stored[part.rows.split], part.labels, ids, part.digest, data, stats, seed if training else None)
+            own_seed, kept = seed if training else None, stored[part.rows.split]
+            return StoreSource(kept.images, part.labels, ids, part.digest, data, stats, own_seed, kept.check)
     else:
         side = data.img_size or defaults.img_size
         size = (side, side)
@@ -259,16 +260,15 @@ def _cut_validation(train: AnyRows, share: float, seed: int) -> tuple[Tensor, Te
     return everything[~held], everything[held]
 
 
-def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], None]) -> Tensor:
-    """The split's images, uint8 [n, c, h, w], mapped from a file in the cache that is written once; damaged ones are black."""
-    from safetensors.torch import load_file, save_file
+def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], None]) -> ImageStore:
+    """The split's images from the cache; damaged ones are black."""
     from tqdm import tqdm
 
     rows, in_chans = part.rows, data.in_chans
-    made_of = f"{part.digest}:{in_chans}:{size}:2" + (f":{sorted(part.bad)}" if part.bad else "")
+    made_of = f"{part.digest}:{in_chans}:{size}:3" + (f":{sorted(part.bad)}" if part.bad else "")
     key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
-    path = cache_folder() / "images" / f"{key}.safetensors"
-    if not path.exists():
+
+    def decode_all() -> Tensor:
         pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
         quick = len(rows) < 20_000
         for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=quick):
@@ -284,19 +284,20 @@ def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], 
                 resized = picture(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
                 image = np.asarray(resized).reshape(*size, in_chans)
             pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-        write_whole(path, lambda draft: save_file({"images": pixels}, draft))
-        say(f"stored {len(rows)} images of {rows.split!r}, {pixels.numel() / 1e6:.0f} MB")
-    return load_file(path)["images"]
+        return pixels
+
+    return stored_images(cache_folder() / "images" / key, (len(rows), in_chans, *size), decode_all, rows.split, say)
 
 
-def _statistics(data: Data, defaults: Defaults, images: Tensor, ids: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(data: Data, defaults: Defaults, stored: ImageStore, ids: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel: the recipe's, else the weights', else measured on the images of `ids`."""
     mean, std = data.mean or defaults.mean, data.std or defaults.std
     if mean is None or std is None:
         levels = torch.arange(256, dtype=torch.float64) / 255
-        counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+        counts = torch.zeros(stored.images.shape[1], 256, dtype=torch.float64)
         for part in ids.split(8192):
-            counts += torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in images[part].unbind(1)])
+            stored.check(part)
+            counts += torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in stored.images[part].unbind(1)])
         counts /= counts.sum(1, keepdim=True)
         average = counts @ levels
         spread = (counts @ levels.square() - average.square()).clamp_min(1e-8).sqrt()

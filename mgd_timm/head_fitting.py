@@ -19,7 +19,7 @@ from mgd_timm.options import as_dict
 from mgd_timm.processes import on_main
 from mgd_timm.recipe import Optim, Recipe
 from mgd_timm.stored import StoredOutputs, read_outputs, store_outputs
-from mgd_timm.teacher_store import StoredViews
+from mgd_timm.stored_views import StoredViews
 from mgd_timm.upkeep import Upkeep
 
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher

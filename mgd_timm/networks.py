@@ -34,8 +34,8 @@ from mgd_timm.label_space import fit_classes
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import Recipe
 from mgd_timm.several import SeveralTeachers, build_several
+from mgd_timm.stored_views import StoredViews, open_store
 from mgd_timm.teacher_head import check_probe, needs_new_head, new_head
-from mgd_timm.teacher_store import StoredViews, open_store
 from mgd_timm.terms import build_objective, criterion_names, needs, parse_terms
 
 AnyObjective = Objective | MAG | SeveralTeachers

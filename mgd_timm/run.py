@@ -25,9 +25,9 @@ from mgd_timm.processes import on_main
 from mgd_timm.recipe import Recipe
 from mgd_timm.resolving import resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
+from mgd_timm.stored_views import check_storable
 from mgd_timm.taught import check_taught, taught
 from mgd_timm.teacher_head import fit_teacher_heads
-from mgd_timm.teacher_store import check_storable
 from mgd_timm.terms import parse_terms
 from mgd_timm.upkeep import Upkeep
 

@@ -81,12 +81,20 @@ def weights_statistics(data: Data, defaults: Defaults) -> tuple[tuple[float, ...
 
 
 class StoreSource:
-    """Small images in a uint8 tensor [n, c, h, w], augmented as a batch on the device."""
+    """Small images in a uint8 tensor [n, c, h, w], augmented as a batch on the device; `check` sees rows before they are read."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, ids: Tensor, digest: str, data: Data, stats: tuple[Tensor, Tensor], seed: int | None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        digest: str,
+        data: Data,
+        stats: tuple[Tensor, Tensor],
+        seed: int | None,
+        check: Callable[[Tensor], None] = lambda _: None,
     ) -> None:
-        self.images, self.all_labels, self.ids, self.digest = images, labels, ids, digest
+        self.images, self.all_labels, self.ids, self.digest, self.check = images, labels, ids, digest, check
         self.labels = labels[ids]
         self.data, self.stats, self.seed = data, stats, seed
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -110,6 +118,8 @@ class StoreSource:
         moved = torch.cat(list(slots)).to(device).split(sizes) if sizes else ()  # one transfer an epoch
         for ids, keys in zip(slots, moved, strict=True):
             there = keys % len(self.images)
+            if not images.is_cuda:
+                self.check(ids % len(images))
             if images.device == there.device:
                 shown = images[there]
             else:
@@ -130,6 +140,8 @@ class StoreSource:
             return self.images, self.all_labels.to(device)
         if device not in self._moved:
             fits = self.images.numel() < torch.cuda.mem_get_info(device)[0] // 4
+            if fits:
+                self.check(torch.arange(len(self.images)))
             self._moved[device] = (self.images.to(device) if fits else self.images, self.all_labels.to(device))
         return self._moved[device]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,7 +77,7 @@ def store_outputs(
     steps = Steps("teacher outputs")
     with tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar:
         for view in range(views):
-            slots = mine.split(batch_size)
+            slots = mine.split(batch_size) if len(mine) else ()
             batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
             for positions, batch in zip(slots, steps.over(batches), strict=True):
                 with accelerator.autocast():
@@ -86,9 +87,13 @@ def store_outputs(
                 for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
                     rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
-    assert whole is not None
     if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
+        widths = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
+        broadcast_object_list(widths)  # the first process has an image; the last ones have none where there are few
+        assert widths[0] is not None
+        whole = whole or _room(views * len(source.ids), widths[0], accelerator)
         whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
+    assert whole is not None
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mgd_timm.checkpoint import write_whole
+from mgd_timm.checkpoint import State, newest, save
 from mgd_timm.decoding import ENDINGS, EVAL_SPLITS, DataError, cache_folder, decode, spaced_digest
 
 _LABELS = (".cls", ".json", ".txt")
@@ -186,30 +188,31 @@ def _part(path: Path, offset: int, size: int) -> bytes:
 
 def _indexed(path: Path) -> _Index:
     """The index of a tar: from the cache by the tar's place, size and time, else made, which reads a header for every member."""
-    from safetensors.numpy import load_file, save_file
-
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
-    place = cache_folder() / "tars" / f"{key}.safetensors"
-    if not place.exists():
+    place = cache_folder() / "tars" / key
+    known = newest(place, print)
+    if known is None:
         rows = _scan(path)
         made = {
-            "offsets": np.array([row[1] for row in rows], dtype=np.int64),
-            "sizes": np.array([row[2] for row in rows], dtype=np.int64),
+            "offsets": torch.tensor([row[1] for row in rows], dtype=torch.int64),
+            "sizes": torch.tensor([row[2] for row in rows], dtype=torch.int64),
             "names": _bytes([row[0] for row in rows]),
             "labels": _bytes([row[3] for row in rows]),
         }
-        write_whole(place, lambda draft: save_file(made, draft))
-    found = load_file(place)
-    return _Index(found["offsets"], found["sizes"], _words(found["names"]), _words(found["labels"]))
+        known = State({"index": made}, {})
+        save(place, 1, known)
+    found = known.tensors["index"]
+    return _Index(found["offsets"].numpy(), found["sizes"].numpy(), _words(found["names"]), _words(found["labels"]))
 
 
-def _bytes(words: list[str]) -> np.ndarray:
-    return np.frombuffer("".join(f"{word}\n" for word in words).encode("utf-8", "surrogateescape"), dtype=np.uint8).copy()
+def _bytes(words: list[str]) -> Tensor:
+    text = "".join(f"{word}\n" for word in words).encode("utf-8", "surrogateescape")
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
 
-def _words(text: np.ndarray) -> list[str]:
-    return text.tobytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+def _words(text: Tensor) -> list[str]:
+    return text.numpy().tobytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
 
 
 def _scan(path: Path) -> list[tuple[str, int, int, str]]:

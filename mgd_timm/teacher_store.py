@@ -5,19 +5,15 @@ those of view 3 from sample id 0 on. A view is a function of (view seed, view nu
 is there stays. Its rows are all images of the training split, a validation cut's among them: another seed cuts off others.
 
 A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the digest of
-the identity in store.json and the sha256 of its numbers.
+the identity in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
 """
 
-import contextlib
 import errno
-import hashlib
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,118 +25,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm import checkpoint
-from mgd_timm.criteria import CRITERIA
-from mgd_timm.data import FileSource, Images, Source, StoreSource
-from mgd_timm.distiller import Teacher
+from mgd_timm.data import Source
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features
-from mgd_timm.granularity import GranularityHeads
 from mgd_timm.headway import Steps
+from mgd_timm.locking import Lock, held_by_main
 from mgd_timm.options import differences, digest
-from mgd_timm.processes import on_main
-from mgd_timm.recipe import Recipe
-from mgd_timm.teacher_view import TeacherView
-from mgd_timm.terms import parse_terms
-
-INDEX = "store.json"
-FORMAT = 1
-SHARD_BYTES, SHARD_ROWS = 2**27, 32768  # a shard is a process's share of the work, and what an interruption loses
-_KEY = "mgd_timm"
-_NAMES = {torch.float16: "F16", torch.float32: "F32", torch.int16: "I16", torch.int32: "I32"}
-
-
-class StoreError(ValueError):
-    """A store that cannot be used: of other outputs, or damaged; with the way out."""
-
-
-def check_storable(recipe: Recipe) -> None:
-    """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
-    for name, term in parse_terms(recipe).items():
-        lacking = sorted(CRITERIA[term.criterion].needs - {"logits", "embedding"}) if term.weight else []
-        if lacking:
-            raise ValueError(
-                f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits and embedding "
-                "only: leave --teacher-store out."
-            )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a row holds: the embedding in float16, and all logits in float16 or the `top_k` largest with their classes.
-
-    With `top_k`, the other classes share one logit, rest = log(sum of their exp(logit) / their number), in float32: at T=1 each
-    kept class and the sum of the others have the probabilities that they had, but for rounding. At T > 1 the sum of the others is
-    larger than it was (equal logits are spread least), the more the fewer are kept.
-
-    Args:
-        embed_dim: Width of the embedding.
-        num_classes: Number of logits.
-        top_k: Logits kept, fewer than there are; 0 keeps all.
-
-    Raises:
-        ValueError: top_k out of range.
-    """
-
-    embed_dim: int
-    num_classes: int
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.top_k < self.num_classes:
-            raise ValueError(
-                f"teacher_top_k={self.top_k}: expected 1 to {self.num_classes - 1}, fewer than the {self.num_classes} classes, "
-                "or 0 for all logits."
-            )
-
-    def parts(self, rows: int) -> dict[str, tuple[torch.dtype, list[int]]]:
-        """Type and shape of each tensor of `rows` rows."""
-        parts: dict[str, tuple[torch.dtype, list[int]]] = {"embedding": (torch.float16, [rows, self.embed_dim])}
-        if not self.top_k:
-            return parts | {"logits": (torch.float16, [rows, self.num_classes])}
-        kind = torch.int16 if self.num_classes <= 2**15 else torch.int32
-        kept = [rows, self.top_k]
-        return parts | {"values": (torch.float16, kept), "classes": (kind, kept), "rest": (torch.float32, [rows])}
-
-    def size(self, rows: int) -> int:
-        """Bytes of `rows` rows."""
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts(rows).values())
-
-    def pack(self, shown: Features) -> dict[str, Tensor]:
-        """The rows of a batch, on the CPU.
-
-        Raises:
-            StoreError: A number that is not finite, or beyond float16's range.
-        """
-        embedding, logits = shown.embedding.float().cpu(), shown.logits.float().cpu()
-        parts = {"embedding": _half("embedding", embedding)}
-        if not self.top_k:
-            return parts | {"logits": _half("logits", logits)}
-        values, classes = logits.topk(self.top_k)
-        rest = logits.scatter(1, classes, -torch.inf).logsumexp(1) - math.log(self.num_classes - self.top_k)
-        return parts | {"values": _half("logits", values), "classes": classes.to(self.parts(0)["classes"][0]), "rest": rest}
-
-    def unpack(self, parts: dict[str, Tensor]) -> Features:
-        """Features in float32 from rows, on their device."""
-        if not self.top_k:
-            return Features(parts["logits"].float(), parts["embedding"].float())
-        logits = parts["rest"][:, None].repeat(1, self.num_classes)
-        logits.scatter_(1, parts["classes"].long(), parts["values"].float())
-        return Features(logits, parts["embedding"].float())
-
-    def words(self) -> str:
-        """What a row holds, for the user."""
-        kept = f"{self.num_classes}" if not self.top_k else f"{self.top_k} of {self.num_classes} logits"
-        return f"({self.embed_dim} + {kept}) fp16"
-
-
-def _half(name: str, values: Tensor) -> Tensor:
-    half = values.half()
-    if not half.isfinite().all():
-        raise StoreError(
-            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, up to 65,504: leave --teacher-store out "
-            "for this teacher."
-        )
-    return half
+from mgd_timm.processes import decided, on_main
+from mgd_timm.store_format import (
+    DTYPES,
+    INDEX,
+    KEY,
+    SHARD_BYTES,
+    SHARD_ROWS,
+    Layout,
+    StoreError,
+    damaged_shard,
+    in_bytes,
+    listed,
+    payload,
+    read_index,
+)
+from mgd_timm.tensor_file import checked_header
 
 
 class TeacherStore:
@@ -169,6 +75,7 @@ class TeacherStore:
         accelerator: Accelerator,
     ) -> None:
         self.folder, self.layout, self.num_samples, self.views = folder, layout, num_samples, views
+        self.rows, self.missing, self.digest = 0, list[tuple[int, int]](), ""
         self.identity = {
             **made_of,
             "num_samples": num_samples,
@@ -178,6 +85,14 @@ class TeacherStore:
             "dtype": "float16",
             "rows_per_shard": max(1, min(SHARD_ROWS, SHARD_BYTES // layout.size(1))),
         }
+        self._verified: set[tuple[int, int]] = set()
+        self._open: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._survey(accelerator)
+
+    # -- what is there ----------------------------------------------------------------------------------------------------------
+
+    def _survey(self, accelerator: Accelerator) -> None:
+        """Let the main process look at what is there, for all of them."""
         seen: list[Any] = [None, None]
         on_main(accelerator, lambda: seen.__setitem__(slice(None), self._look()))
         if accelerator.num_processes > 1:
@@ -185,10 +100,6 @@ class TeacherStore:
         self.rows, self.missing = seen
         self.identity["rows_per_shard"] = self.rows
         self.digest = digest(self.identity)
-        self._verified: set[tuple[int, int]] = set()
-        self._open: dict[tuple[int, int], dict[str, Tensor]] = {}
-
-    # -- what is there ----------------------------------------------------------------------------------------------------------
 
     def _look(self) -> list[Any]:
         """Rows per shard, and the (view, shard) pairs that lack."""
@@ -196,7 +107,7 @@ class TeacherStore:
             raise StoreError(f"{self.folder} is a file: --teacher-store takes a folder.")
         index = self.folder / INDEX
         if index.exists():
-            found = _read_index(index)
+            found = read_index(index)
             changed = differences(found, {**self.identity, "rows_per_shard": found.get("rows_per_shard")})
             if changed:
                 raise StoreError(
@@ -218,7 +129,7 @@ class TeacherStore:
         if lacking > free:
             raise OSError(
                 errno.ENOSPC,
-                f"the teacher store {self.folder} needs {_bytes(lacking)} more, and {_bytes(free)} are free: choose fewer "
+                f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: choose fewer "
                 "--teacher-views, a --teacher-top-k, or a larger disk",
             )
         return [self.rows, self.missing]
@@ -241,29 +152,18 @@ class TeacherStore:
         Raises:
             StoreError: The file is not whole, or of another store.
         """
-        path, rows = self.path(view, shard), self._count(shard)
+        path = self.path(view, shard)
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                text = file.read(length) if length < 2**16 else b""
-            header = json.loads(text)
-            # As safetensors writes it, so that no byte of it may differ.
-            whole = text.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
-            owner, payload = header.pop("__metadata__")[_KEY].split(" ")
-            spans = {name: part["data_offsets"][1] - part["data_offsets"][0] for name, part in header.items()}
-            found = {name: (part["dtype"], part["shape"], spans[name]) for name, part in header.items()}
-            size = path.stat().st_size
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"its header cannot be read: {error}") from error
-        parts = self.layout.parts(rows)
-        listed = {name: (_NAMES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()}
-        if not whole or found != listed:
-            raise _damaged(path, "its header is not that of such a shard")
-        if size != 8 + length + self.layout.size(rows):
-            raise _damaged(path, f"it has {size:,} bytes instead of {8 + length + self.layout.size(rows):,}")
+            found, metadata = checked_header(path)
+        except ValueError as error:
+            raise damaged_shard(path, str(error)) from error
+        parts = self.layout.parts(self._count(shard))
+        if found != {name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()}:
+            raise damaged_shard(path, "its header is not that of such a shard")
+        owner, _, recorded = metadata.get(KEY, "").partition(" ")
         if owner != f"{self.digest}:{view}:{shard}":
-            raise _damaged(path, "its header names another store or another place in it")
-        return str(payload)
+            raise damaged_shard(path, "its header names another store or another place in it")
+        return recorded
 
     # -- writing ----------------------------------------------------------------------------------------------------------------
 
@@ -275,7 +175,9 @@ class TeacherStore:
         batch_size: int,
         quiet: bool = False,
     ) -> None:
-        """Write the shards that lack, each process its share; says the size first.
+        """Write the shards that lack, each process its share; says the size first. Where nothing lacks, nothing is written.
+
+        One run writes at a time: another waits for it, and goes on with what then lacks.
 
         Args:
             teach: The teacher.
@@ -285,17 +187,42 @@ class TeacherStore:
             quiet: No progress bar.
 
         Raises:
-            StoreError: Outputs beyond fp16; a folder that not all processes see.
+            StoreError: Outputs beyond fp16; a folder that not all processes see; what another run has written is of other outputs.
             OSError: The disk is full, or another fault while writing. What is there is whole, and a later call goes on.
         """
-        total, lacking = self.views * self.shards, len(self.missing)
         rows = f"{self.views} view{'s' if self.views > 1 else ''} x {self.num_samples:,} images x {self.layout.words()}"
-        size = _bytes(self.views * self.layout.size(self.num_samples))
-        left = f"{lacking} of {total} shards to write" if lacking else "nothing to write"
-        accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {left}")
-        on_main(accelerator, self._begin)
-        if not lacking:
+        size = in_bytes(self.views * self.layout.size(self.num_samples))
+        accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
+        if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
             return
+        lock = Lock(self.folder, f"teacher store {self.folder}", accelerator.print, progress=self._progress, quiet=quiet)
+        with held_by_main(lock, accelerator):
+            before = len(self.missing)
+            self._survey(accelerator)
+            if len(self.missing) != before:
+                accelerator.print(f"teacher store: another run has written to it; {self._left()}")
+            on_main(accelerator, self._begin)
+            self._write_missing(teach, source, accelerator, batch_size, quiet)
+        self.missing = []
+
+    def _left(self) -> str:
+        return f"{len(self.missing)} of {self.views * self.shards} shards to write" if self.missing else "nothing to write"
+
+    def _progress(self) -> str:
+        """How far another run is."""
+        there = {path.name for path in self.folder.glob("view-*")}
+        wanted = [self.path(view, shard).name in there for view in range(self.views) for shard in range(self.shards)]
+        return f"{sum(wanted)} of {len(wanted)} shards are there"
+
+    def _begin(self) -> None:
+        """Remove what an interrupted write left, and write store.json where it lacks."""
+        checkpoint.sweep(self.folder)
+        if not (self.folder / INDEX).exists():
+            checkpoint.write_text(self.folder / INDEX, listed({"identity": self.identity, "written_by": versions()}))
+
+    def _write_missing(
+        self, teach: Callable[[Batch], Features], source: Source, accelerator: Accelerator, batch_size: int, quiet: bool
+    ) -> None:
         mine = self.missing[accelerator.process_index :: accelerator.num_processes]
         hidden = quiet or not accelerator.is_main_process
         steps = Steps("teacher store")
@@ -303,8 +230,7 @@ class TeacherStore:
         def write() -> None:
             with tqdm(total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden) as bar:
                 for view, shard in mine:
-                    if not self.path(view, shard).exists():  # another run on the same store may have been faster
-                        self._write(view, shard, teach, source, accelerator, batch_size, bar, steps)
+                    self._write(view, shard, teach, source, accelerator, batch_size, bar, steps)
 
         def check() -> None:
             for view, shard in self.missing:
@@ -314,21 +240,8 @@ class TeacherStore:
                         f"{accelerator.process_index}: --teacher-store needs a folder that all machines share."
                     )
 
-        with contextlib.ExitStack() as held:
-            on_main(accelerator, lambda: self._clean(held))
-            _together(write)
-            _together(check)
-        self.missing = []
-
-    def _begin(self) -> None:
-        """Make the folder and store.json, where they lack."""
-        if not (self.folder / INDEX).exists():
-            checkpoint.write_text(self.folder / INDEX, _listed({"identity": self.identity, "written_by": versions()}))
-
-    def _clean(self, held: contextlib.ExitStack) -> None:
-        """Remove what an interrupted write left, unless another run writes here as well."""
-        if _alone(held.enter_context((self.folder / INDEX).open("rb+"))):
-            checkpoint.sweep(self.folder)
+        _together(write)
+        _together(check)
 
     @torch.no_grad()
     def _write(
@@ -352,7 +265,7 @@ class TeacherStore:
                 room[name][slot - first] = part
             bar.update(len(slot))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
-        mark = {_KEY: f"{self.digest}:{view}:{shard} {_payload(room)}"}
+        mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}
         checkpoint.write_whole(self.path(view, shard), lambda draft: save_file(room, draft, metadata=mark))
 
     # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -399,63 +312,12 @@ class TeacherStore:
             try:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
-                raise _damaged(path, str(error)) from error
-            if key not in self._verified and _payload(tensors) != recorded:
-                raise _damaged(path, "its numbers do not match their sha256")
+                raise damaged_shard(path, str(error)) from error
+            if key not in self._verified and payload(tensors) != recorded:
+                raise damaged_shard(path, "its numbers do not match their sha256")
             self._verified.add(key)
             self._open[key] = tensors
         return self._open[key]
-
-
-def _alone(index: IO[bytes]) -> bool:
-    """Whether no other run writes the store; until the file is closed, others see that this one does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    alone = False
-    with contextlib.suppress(OSError):  # locked by another run, or a file system without locks
-        fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = True
-    with contextlib.suppress(OSError):
-        fcntl.flock(index, fcntl.LOCK_SH)
-    return alone
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return json.dumps({**values, "sha256": digest(values)}, indent=2) + "\n"
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    """The identity in store.json.
-
-    Raises:
-        StoreError: It cannot be read, or does not match its digest.
-    """
-    way_out = "delete this file, and the next run with the teacher and the flags of the first one writes it anew"
-    try:
-        text = path.read_text()
-        values = json.loads(text)
-        identity, same = dict(values["identity"]), text == _listed({name: values[name] for name in values if name != "sha256"})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error}): {way_out}.") from error
-    if not same:
-        raise StoreError(f"{path} does not match its sha256: {way_out}.")
-    return identity
-
-
-def _damaged(path: Path, why: str) -> StoreError:
-    return StoreError(
-        f"{path} is damaged ({why}): delete this file and start again, a run that had begun with --resume; then it is written anew."
-    )
-
-
-def _payload(tensors: dict[str, Tensor]) -> str:
-    """sha256 of all numbers, in the order of their names."""
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        whole.update(tensors[name].numpy().data)
-    return whole.hexdigest()
 
 
 def _together(action: Callable[[], None]) -> None:
@@ -468,79 +330,3 @@ def _together(action: Callable[[], None]) -> None:
     failures = [found for found in gather_object([failure]) if found is not None]
     if failure is not None or failures:
         raise failure if failure is not None else failures[0]
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
-
-
-class StoredViews:
-    """A Source that shows, in epoch e, view e modulo their number, and the teacher that answers from the store.
-
-    Args:
-        source: Images under the store's view seed; view v is what it shows in epoch v.
-        store: The teacher's outputs on them.
-    """
-
-    def __init__(self, source: Source, store: TeacherStore) -> None:
-        self.source, self.store = source, store
-        self.ids, self.labels, self.digest = source.ids, source.labels, source.digest
-        self._last: tuple[Tensor, Tensor, int] | None = None
-
-    def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Batches of the epoch's view."""
-        view = epoch % self.store.views
-        for ids, batch in zip(slots, self.source.batches(slots, view, device), strict=True):
-            self._last = batch.sample_ids, ids, view
-            yield batch
-
-    def fill(self, teacher: Teacher, accelerator: Accelerator, batch_size: int, *, quiet: bool = False) -> None:
-        """Let the teacher write what the store lacks; see `TeacherStore.fill`."""
-        self.store.fill(lambda batch: teacher(batch.images), self.source, accelerator, batch_size, quiet)
-
-    def teacher(self, heads: GranularityHeads | None) -> Callable[[Batch], Features]:
-        """The teacher of the batch that was read last, with the codes and views of its heads."""
-
-        @torch.no_grad()
-        def teach(batch: Batch) -> Features:
-            # The ids that were asked for lie on the CPU: to fetch the batch's from the device would wait for all that it has to do.
-            assert self._last is not None, "no batch was read"
-            there, ids, view = self._last
-            assert batch.sample_ids is there, "another batch than the one that was read last"
-            shown = self.store.features(ids, view, there.device)
-            if heads is None:
-                return shown
-            codes = heads.encode(shown.embedding)
-            return shown._replace(codes=codes, views=heads.decode(codes))
-
-        return teach
-
-
-def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Accelerator) -> StoredViews:
-    """The store that a resolved recipe names, as yet perhaps not filled, and the training images under its view seed.
-
-    Raises:
-        StoreError: The folder holds a store of other outputs, or a damaged file.
-        OSError: The disk has no room for what lacks.
-    """
-    assert recipe.teacher_store is not None
-    assert recipe.teacher_views is not None
-    assert recipe.teacher_view_seed is not None
-    assert isinstance(images.train, StoreSource | FileSource)
-    view = teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view)
-    made_of = {
-        "format": FORMAT,
-        "teacher": teacher.digest,
-        "teacher_view": json.loads(json.dumps(view)),  # tuples as lists, as they are read back
-        "images": images.train.digest,
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "input_size": list(images.input_size),
-        "transform": images.train.shown,
-        "view_seed": recipe.teacher_view_seed,
-        "precision": str(accelerator.mixed_precision),
-    }
-    layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, recipe.teacher_top_k or 0)
-    folder = Path(recipe.teacher_store)
-    store = TeacherStore(folder, made_of, layout, images.num_samples, recipe.teacher_views, accelerator)
-    return StoredViews(images.train.seeded(recipe.teacher_view_seed), store)

@@ -1,11 +1,16 @@
 """A small part of the embedded images as parquet, and real processes on it."""
 
+import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import datasets
@@ -13,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mgd_timm.data import EMBEDDED
+from mgd_timm.locking import Lock
 
 FAST = ["--student", "cifar_resnet8x05", "--batch-size", "32", "--heads-epochs", "2", "--heads-views", "2", "--log-interval", "5"]
 
@@ -91,6 +97,28 @@ def end_at(
         time.sleep(0.002)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
+
+
+def _hold(folder: Path, ready: Event) -> None:
+    lock = Lock(folder, "", print)
+    assert lock.attempt(0)
+    ready.set()
+    time.sleep(600)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[ForkProcess]:
+    """A process that holds a store's lock until it is killed."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(folder, ready))
+    process.start()
+    assert ready.wait(10)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def digest(path: Path) -> str:

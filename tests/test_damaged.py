@@ -75,6 +75,19 @@ def test_damaged_images_are_left_out_up_to_a_number(large: Path, tmp_path: Path,
     assert set(cut.val.ids.tolist()) == set(whole.val.ids.tolist()) - bad
 
 
+def test_a_damaged_list_is_named_and_made_anew(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    found = read(large, img_size=32, max_bad=2)
+    for path in cache_folder().glob("damaged/*/*/state.json"):
+        text = path.read_text()
+        path.write_text(text.replace("image 1", "image 2").replace(": {}", ": {}\n"))
+    said: list[str] = []
+    again = load_images(Data(data_dir=str(large), img_size=32, max_bad=2, workers=0), 1, say=said.append)
+    assert sum("state.json does not match its sha256" in line for line in said) == 2
+    assert again.bad == found.bad
+    assert torch.equal(again.train.ids, found.train.ids)
+
+
 def test_small_images_are_left_out_too_and_no_store_without_them_is_mistaken(tmp_path: Path) -> None:
     place = write_pictures(tmp_path / "small", 24, 20)
     place = spoil(place, "train/a/0.png")  # the first of all

@@ -119,6 +119,24 @@ def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Pat
     assert found.test.labels.tolist() == [2]
 
 
+def test_a_damaged_index_is_named_and_made_anew(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    class_folders(pictures, tmp_path / "tars")
+    first = read(tmp_path / "tars")
+    for path in (cache_folder() / "tars").rglob("index.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1  # of an offset, a size or a name
+        path.write_bytes(content)
+    capsys.readouterr()
+    again = read(tmp_path / "tars")
+    assert capsys.readouterr().out.count("index.safetensors does not match its sha256") == 2
+    same(again, first)
+    assert again.train.digest == first.train.digest
+
+
 def test_an_index_is_made_once_and_anew_for_another_file(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()

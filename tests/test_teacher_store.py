@@ -1,13 +1,13 @@
 """Stored teacher outputs: what live teaching gives, written once, whole or not at all, refused where they are of something else."""
 
 import errno
-import fcntl
 import json
 import math
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from small import FAST, call, command, digest, end_at, environment, write_pictures
+from small import FAST, call, command, digest, end_at, environment, holding, write_pictures
 
 import mgd_timm
 from mgd_timm import teacher_store
@@ -28,7 +28,8 @@ from mgd_timm.granularity import GranularityHeads
 from mgd_timm.head_fitting import fit_heads
 from mgd_timm.recipe import make_recipe
 from mgd_timm.resolving import resolved
-from mgd_timm.teacher_store import Layout, StoreError, open_store
+from mgd_timm.store_format import Layout, StoreError
+from mgd_timm.stored_views import open_store
 
 CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "log_interval": 5}
@@ -229,7 +230,7 @@ def whole(small_data, tmp_path_factory):
     """An uninterrupted run of one process: its output and its store of 8 views."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(words(small_data, folder / "run", folder / "store")) == 0
-    assert len(list((folder / "store").iterdir())) == 9
+    assert len(contents(folder / "store")) == 9
     return folder
 
 
@@ -302,16 +303,73 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_a_later_call_goes_on(bench
         assert state(tmp_path / "store").items() > there.items()
 
 
-def test_what_an_interrupted_write_left_behind_goes_unless_another_run_writes(bench, tmp_path):
-    filled, stray = bench[-1], tmp_path / "store" / ".writing-x"
-    filled(tmp_path / "store", 1)
-    stray.mkdir()
-    with (tmp_path / "store" / "store.json").open("rb+") as other:
-        fcntl.flock(other, fcntl.LOCK_SH)
-        filled(tmp_path / "store", 2)
-        assert stray.exists()
-    filled(tmp_path / "store", 3)
-    assert not stray.exists()
+def test_another_run_that_writes_is_waited_for_and_what_it_wrote_is_read(bench, written, tmp_path, capsys):
+    """The other run holds the lock, writes half of the store, begins with another shard, and is killed."""
+    accelerator, _, teacher, opened, _ = bench
+    store, stray = tmp_path / "store", tmp_path / "store" / ".writing-x" / "view-00001-rows-000000200.safetensors"
+    stored = opened(store)
+    assert len(stored.store.missing) == 8
+
+    def work_and_die() -> None:
+        time.sleep(0.5)
+        for path in [written / "store.json", *sorted(written.glob("view-*"))[:5]]:
+            shutil.copy(path, store)
+        there.update(state(store))
+        stray.parent.mkdir()
+        stray.write_bytes(b"a part")
+        other.kill()
+
+    there: dict[str, tuple[int, str]] = {}
+    with holding(store) as other:
+        worker = threading.Thread(target=work_and_die)
+        worker.start()
+        stored.fill(teacher, accelerator, 50, quiet=True)
+        worker.join()
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"teacher store {store}: another run \(\S+, pid {other.pid}\) writes it; waiting for it to end", said[1])
+    assert re.fullmatch(rf"teacher store {store}: free after \d+ s", said[2])
+    assert said[3:] == ["teacher store: another run has written to it; 3 of 8 shards to write"]
+    assert not stray.parent.exists()
+    assert contents(store) == contents(written)
+    assert len(there) == 6
+    assert state(store).items() > there.items()
+
+
+def test_what_another_run_writes_meanwhile_is_refused_where_it_is_of_another_teacher(bench, written, tmp_path):
+    accelerator, _, teacher, opened, _ = bench
+    stored = opened(tmp_path / "store", teacher_view_seed=1)
+    shutil.copytree(written, tmp_path / "store")
+    before = state(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"store of other teacher outputs \(view_seed: 0 -> 1\): choose another --teacher-store"):
+        stored.fill(teacher, accelerator, 50, quiet=True)
+    assert state(tmp_path / "store") == before
+
+
+def test_a_filled_store_is_read_without_a_lock_while_another_run_adds_to_it(bench, written, tmp_path):
+    accelerator, _, teacher, opened, _ = bench
+    store = shutil.copytree(written, tmp_path / "store")
+    with holding(store):
+        before = sorted(store.iterdir())
+        stored = opened(store)
+        stored.fill(teacher, accelerator, 50, quiet=True)
+        assert len(stored.store.features(torch.arange(320), 1, CPU).logits) == 320
+        assert sorted(store.iterdir()) == before
+
+
+def test_a_filled_store_is_read_from_a_disk_that_nothing_can_be_written_to(bench, written, tmp_path, small_disk):
+    accelerator, _, teacher, opened, _ = bench
+    with small_disk("size=4m"):
+        store = tmp_path / "store"
+        store.mkdir()
+        for path in written.glob("[!.]*"):
+            shutil.copy(path, store)
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        stored = opened(store)
+        stored.fill(teacher, accelerator, 50, quiet=True)
+        assert len(stored.store.features(torch.arange(320), 1, CPU).logits) == 320
+        with pytest.raises(OSError, match="Read-only file system"):
+            opened(store, 3).fill(teacher, accelerator, 50, quiet=True)
+        del stored  # it maps files of the disk
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""200 flipped bits, 100 truncations, missing and foreign files in real checkpoints: all found, and the one before is used."""
+"""Flipped bits, truncations, missing and foreign files in real checkpoints and caches: all found, and what is whole is used."""
 
 import json
 import os
 import random
 import shutil
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Ranks
-from small import digest
+from small import digest, write_pictures
 
 from mgd_timm.checkpoint import State, load, newest
+from mgd_timm.data import Images, StoreSource, load_images
+from mgd_timm.image_store import FILE
+from mgd_timm.locking import LOCK
+from mgd_timm.recipe import Data
 
 FLIPS, TRUNCATIONS, SEED = 200, 100, 5
+CACHE_FLIPS, CACHE_TRUNCATIONS = 12, 4  # of each file
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +137,76 @@ def test_a_resumed_run_says_so_and_ends_with_the_same_student(
         assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
         assert [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     report(f"corruption: {damage} damaged: said by the resumed run")
+
+
+def test_every_change_in_a_cache_is_found_and_mended(
+    run: tuple, tmp_path: Path, report: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images, tar indices and the list of damaged images; of the fitted heads, that nothing but what was written is read."""
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    began, rng, data = time.monotonic(), random.Random(SEED), tmp_path / "data"
+    for split, count in (("train", 12), ("test", 6)):
+        write_pictures(tmp_path / "pictures", count, 20)
+        (tmp_path / "pictures" / split / "a" / "0.png").write_text("no image")
+        data.mkdir(exist_ok=True)
+        with tarfile.open(data / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / "pictures" / split, arcname=".")
+
+    def read() -> tuple[Images, str]:
+        found = load_images(Data(data_dir=str(data), max_bad=2, workers=0), 0)
+        return found, capsys.readouterr().out
+
+    def heads() -> tuple[State | None, str]:
+        found = newest(place, print)
+        return found, capsys.readouterr().out
+
+    expected, _ = read()
+    assert len(expected.bad) == 2
+    assert isinstance(expected.train, StoreSource)
+    pixels = expected.train.images.clone()  # they are mapped from a file that is changed below
+    (place,) = (Path(run[2]["MGD_TIMM_CACHE"]) / "heads").iterdir()
+    fitted, said = heads()
+    assert fitted is not None
+    assert not said
+    files = [path for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")] if path.is_file() and path.name != LOCK]
+    hit = Counter(path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files)
+    assert hit == {"images": 2, "tars": 6, "damaged": 4, "heads": 3}
+    for path in files:
+        whole = path.read_bytes()
+        for number in range(CACHE_FLIPS + CACHE_TRUNCATIONS):
+            bit, length = rng.randrange(8 * len(whole)), rng.randrange(len(whole))
+            flipped = whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
+            case = f"bit {bit} of {path}" if number < CACHE_FLIPS else f"{path} cut to {length} bytes"
+            path.write_bytes(flipped if number < CACHE_FLIPS else whole[:length])
+            if tmp_path not in path.parents:
+                assert heads()[0] is None, case
+                path.write_bytes(whole)
+                continue
+            images, said = read()
+            assert f"{path if path.name == FILE else path.parent}" in said, case
+            assert "damaged" in said, case
+            assert path.read_bytes() == whole, case
+            assert images.bad == expected.bad, case
+            assert images.train.digest == expected.train.digest, case
+            assert isinstance(images.train, StoreSource)
+            assert torch.equal(images.train.images, pixels), case
+    seconds = time.monotonic() - began
+    report(f"corruption: {CACHE_FLIPS} bits and {CACHE_TRUNCATIONS} truncations in each of {dict(hit)}: all found; {seconds:.0f} s")
+
+
+def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
+    run: tuple, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    whole, words, environment = run
+    cache = shutil.copytree(environment["MGD_TIMM_CACHE"], tmp_path / "cache")
+    images, heads = max(cache.glob(f"images/*/{FILE}"), key=os.path.getsize), next(cache.glob("heads/*/0*/heads.safetensors"))
+    for path in (images, heads):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    ranks = Ranks([*words[:-1], str(tmp_path / "run")], tmp_path / "log", environment={"MGD_TIMM_CACHE": str(cache)})
+    assert ranks.wait(180) == [0], ranks.said()
+    assert f"warning: {images} is damaged (checksum of image 59): it is written anew from the source" in ranks.said()
+    assert f"skipped a damaged checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
+    assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
+    report("corruption: damaged images and heads in the cache: said, and the same student")

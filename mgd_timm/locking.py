@@ -1,0 +1,142 @@
+"""One run at a time fills a store; the others wait for it, and say for whom.
+
+The lock is the operating system's, on a file in the store's folder: it is free once its holder has ended, however that ended. To
+read a store takes no lock, as its files appear whole or not at all.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from mgd_timm.checkpoint import file_mode
+from mgd_timm.processes import decided, on_main
+
+LOCK, HOLDER = ".lock", ".holder.json"
+SLICE = 30.0
+"""Seconds for which the main process waits before it tells the others, so that none waits in a collective until that times out."""
+_POLL = 0.5
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+class Lock:
+    """The right to write in a folder, in one process.
+
+    Args:
+        folder: Made where it lacks.
+        what: What messages call it.
+        say: Takes one line for the user.
+        progress: How far the holder is, in a few words; shown while waiting.
+        quiet: Show no progress.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        what: str,
+        say: Callable[[str], None],
+        *,
+        progress: Callable[[], str] = lambda: "",
+        quiet: bool = False,
+    ) -> None:
+        self.folder, self.what, self.say, self.progress, self.quiet = folder, what, say, progress, quiet
+        self._lock = FileLock(folder / LOCK, mode=file_mode())
+        self._since: float | None = None
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Lock":
+        while not self.attempt(SLICE):
+            pass
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def attempt(self, seconds: float) -> bool:
+        """Whether the lock is held, after up to so many seconds of waiting for another run, which is said.
+
+        Raises:
+            OSError: Nothing can be written in the folder.
+        """
+        began = time.monotonic()
+        while not self._take():
+            if self._since is None:
+                self._since = began
+                self.say(f"{self.what}: {self._holder()} writes it; waiting for it to end")
+            if self._bar is None:
+                name = f"waiting for {self._holder()}"
+                self._bar = tqdm(desc=name, bar_format="{desc}: {elapsed}{postfix}", mininterval=1.0, disable=self.quiet)
+            self._bar.set_postfix_str(self.progress(), refresh=False)
+            self._bar.update(0)
+            if time.monotonic() - began >= seconds:
+                return False
+            time.sleep(_POLL)
+        self._close_bar()
+        if self._since is not None:
+            self.say(f"{self.what}: free after {time.monotonic() - self._since:.0f} s")
+            self._since = None
+        return True
+
+    def release(self) -> None:
+        """Let others in, where it is held."""
+        self._close_bar()
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                (self.folder / HOLDER).unlink()
+            self._lock.release()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _take(self) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            self.say(
+                f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile does the "
+                "same work once more; whole files are whole all the same."
+            )
+            return True
+        with contextlib.suppress(OSError):  # a full disk: who waits then cannot say for whom
+            (self.folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        return True
+
+    def _holder(self) -> str:
+        """Who holds the lock, as far as that is known."""
+        try:
+            found = json.loads((self.folder / HOLDER).read_text())
+            host, pid = str(found["host"]), int(found["pid"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return "another run"
+        if host == socket.gethostname() and not psutil.pid_exists(pid):  # one that was killed: its follower has not said so yet
+            return "another run"
+        return f"another run ({host}, pid {pid})"
+
+
+@contextlib.contextmanager
+def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
+    """The main process holds the lock while all go through the body, whose last step has to be one of all of them together."""
+    got = [False]
+    try:
+        while not decided(accelerator, got[0]):
+            on_main(accelerator, lambda: got.__setitem__(0, lock.attempt(SLICE)))
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,95 @@
+"""A lock on a folder: whom it is waited for, and that it is free once its holder has ended, however that ended."""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from small import holding
+
+from mgd_timm.locking import HOLDER, LOCK, Lock
+
+
+def test_who_holds_it_is_waited_for_by_name_and_its_death_frees_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    lock = Lock(tmp_path / "store", "it", said.append, progress=lambda: "3 of 8")
+    with holding(tmp_path / "store") as holder:
+        assert not lock.attempt(1.4)
+        assert not lock.attempt(0.1)
+        assert re.fullmatch(rf"it: another run \(\S+, pid {holder.pid}\) writes it; waiting for it to end", *said)
+        assert re.search(rf"waiting for another run \(\S+, pid {holder.pid}\): 00:01, 3 of 8", capsys.readouterr().err)
+    with lock:
+        assert json.loads((tmp_path / "store" / HOLDER).read_text())["pid"] == os.getpid()
+    assert re.fullmatch(r"it: free after \d+ s", said[1])
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [LOCK]
+
+
+def _hold_and_fork(folder: Path, ready: Event) -> None:
+    lock = Lock(folder, "it", print)
+    if lock.attempt(0) and os.fork():
+        ready.set()
+    time.sleep(600)
+
+
+def test_a_reader_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=_hold_and_fork, args=(tmp_path, ready))
+    holder.start()
+    assert ready.wait(10)
+    (reader,) = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
+    os.kill(int(holder.pid or 0), signal.SIGKILL)
+    holder.join()
+    try:
+        lock = Lock(tmp_path, "it", pytest.fail)
+        assert lock.attempt(0)
+        lock.release()
+    finally:
+        os.kill(int(reader), signal.SIGKILL)
+
+
+def test_one_writes_at_a_time(tmp_path: Path) -> None:
+    """Four processes add to a number 25 times each, which they read and write back."""
+    context = multiprocessing.get_context("fork")
+    (tmp_path / "number").write_text("0")
+
+    def add() -> None:
+        for _ in range(25):
+            with Lock(tmp_path, "it", lambda _: None, quiet=True):
+                number = int((tmp_path / "number").read_text())
+                time.sleep(0.001)
+                (tmp_path / "number").write_text(str(number + 1))
+
+    processes = [context.Process(target=add) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert (tmp_path / "number").read_text() == "100"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EACCES])
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As none can be had here, the system's call is made to answer as theirs does."""
+
+    def refuse(self: FileLock, timeout: float) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    said: list[str] = []
+    lock = Lock(tmp_path, "it", said.append)
+    if code == errno.EACCES:
+        with pytest.raises(PermissionError):
+            lock.attempt(0)
+    else:
+        with lock:
+            pass
+        assert re.fullmatch(r"warning: it: its file system has no locks \(.*\)\. Another run that fills it meanwhile .*", *said)
+    assert list(tmp_path.iterdir()) == []
