@@ -197,7 +197,10 @@ class _Loop:
 
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
-        self.progress = self.keeper.resume()
+        state = self.keeper.newest()
+        if state is not None:
+            self._settle_sums()
+        self.progress = self.keeper.go_on(state)
         self.steps = Steps(self.upkeep.stage, "update", self.progress.done)
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
@@ -209,6 +212,19 @@ class _Loop:
         self.placement.restore()
         now = self.progress
         return Fitted(now.last, now.losses, now.best, now.best_epoch, now.done, now.seconds, self.average)
+
+    def _settle_sums(self) -> None:
+        """Have one backward pass whose gradients are dropped, before a state is loaded, so that a resumed run keeps its last bits.
+
+        DDP sums gradients in other groups after its first pass, and of three or more processes the groups decide in which order a
+        number is summed.
+        """
+        if isinstance(self.model, nn.parallel.DistributedDataParallel) and self.accelerator.num_processes > 2:
+            self.trainee.train()
+            slot = self._mine(self._updates(0)[0])[0]
+            batch = next(iter(self.source.batches([slot], 0, self.accelerator.device)))
+            self.accelerator.backward(self._losses(self.model, batch)[-1])
+            self.optimizer.zero_grad()
 
     def _check_average(self) -> None:
         optim = self.optim

@@ -143,26 +143,33 @@ class Keeper:
         values["scaler"] = scaler.state_dict() if scaler is not None else None
         checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
 
-    def resume(self) -> Progress:
-        """Where to go on from: the newest whole checkpoint, which is loaded, or the beginning.
+    def newest(self) -> checkpoint.State | None:
+        """The newest whole checkpoint where the stage is to go on from one; None starts at the beginning.
 
         Raises:
             checkpoint.CheckpointError: It is of another recipe, or the processes find different ones.
         """
-        if self.upkeep.folder is None:
-            return Progress()
-        say, folder, stage = self.accelerator.print, self.upkeep.folder, self.upkeep.stage
+        folder, stage = self.upkeep.folder, self.upkeep.stage
+        if folder is None or not self.upkeep.resume:
+            return None
+        on_main(self.accelerator, lambda: checkpoint.sweep(folder / "checkpoints"))
+        state = checkpoint.newest(folder / "checkpoints", self.accelerator.print)
+        self._check_same(state)
+        if state is None:
+            self.accelerator.print(f"{stage}: no checkpoint in {folder}, starting at the beginning")
+        else:
+            self._check_identity(state)
+        return state
+
+    def go_on(self, state: checkpoint.State | None) -> Progress:
+        """Load a state, and drop the rows of metrics from after it; None loads nothing."""
+        folder, stage = self.upkeep.folder, self.upkeep.stage
         progress = Progress()
-        if self.upkeep.resume:
-            on_main(self.accelerator, lambda: checkpoint.sweep(folder / "checkpoints"))
-            state = checkpoint.newest(folder / "checkpoints", say)
-            self._check_same(state)
-            if state is not None:
-                progress = self._load(state)
-                say(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
-            else:
-                say(f"{stage}: no checkpoint in {folder}, starting at the beginning")
-        on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
+        if state is not None:
+            progress = self._load(state)
+            self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
+        if folder is not None:
+            on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
         return progress
 
     def _check_same(self, state: checkpoint.State | None) -> None:
@@ -175,13 +182,15 @@ class Keeper:
                 "--output folder."
             )
 
-    def _load(self, state: checkpoint.State) -> Progress:
+    def _check_identity(self, state: checkpoint.State) -> None:
         changed = differences(state.values["identity"], self.upkeep.identity)
         if changed:
             raise checkpoint.CheckpointError(
                 f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): "
                 "resume with the flags of the first start, or choose another --output."
             )
+
+    def _load(self, state: checkpoint.State) -> Progress:
         load_parts(self.trainee, state.tensors["trainee"])
         load_optimizer_state(self.optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
         if self.ema is not None:

@@ -128,3 +128,20 @@ def test_kills(whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_p
     assert total["in a save"] >= KILLS // 2
     assert total["in a save"] + total["elsewhere"] >= KILLS
     report(f"kills: {dict(total)} in {time.monotonic() - began:.0f} s: every exported student is the uninterrupted run's")
+
+
+def test_three_processes_go_on_to_the_same_bits(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Of three summands the order decides the last bits, and DDP sums in another order after its first backward pass."""
+    chains = {name: Chain(tiny_flags, tmp_path / name, 3, 0, random.Random()) for name in ("whole", "killed")}
+    for chain in chains.values():
+        chain.folder.mkdir()
+    expected, killed = chains["whole"].finish(), chains["killed"]
+    run, checkpoints = killed.start(), killed.folder / "run" / "checkpoints"
+    while not any(place.name >= "00000002" for place in checkpoints.glob("0*")):
+        assert run.alive(), run.said()
+        time.sleep(0.002)
+    run.signal(signal.SIGKILL)
+    assert None not in run.wait(60)
+    assert not (killed.folder / "run" / "export").exists()
+    assert killed.finish() == expected
+    assert "distil: resumed after update" in (killed.folder / "log2.0").read_text()
