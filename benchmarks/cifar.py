@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm import cifar
-from mgd_timm.build import build_accelerator, build_teacher, defaults_of
+from mgd_timm.accelerator import build_accelerator
+from mgd_timm.build import build_teacher, defaults_of
 from mgd_timm.data import Source, load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise

@@ -9,7 +9,8 @@ from typing import Any
 from timm.models import get_model_input_config
 from torch import nn
 
-from mgd_timm.build import build_accelerator, check_class_names, load_model, shown_by
+from mgd_timm.accelerator import build_accelerator
+from mgd_timm.build import check_class_names, load_model, shown_by
 from mgd_timm.data import load_images
 from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise

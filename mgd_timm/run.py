@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd_timm import checkpoint
-from mgd_timm.build import build_accelerator, check_model_name, defaults_of, lay_out
+from mgd_timm.accelerator import build_accelerator
+from mgd_timm.build import check_model_name, defaults_of, lay_out
 from mgd_timm.data import Images, Source, load_images
 from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.evaluation import Metrics, evaluate_model, evaluate_taps

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgd_timm.build import build_accelerator, load_model
+from mgd_timm.accelerator import build_accelerator
+from mgd_timm.build import load_model
 from mgd_timm.data import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from small import FAST, digest, environment
 
-from mgd_timm.build import build_accelerator
+from mgd_timm.accelerator import build_accelerator
 from mgd_timm.recipe import make_recipe
 
 ROOT = Path(__file__).parent.parent

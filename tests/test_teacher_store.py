@@ -19,7 +19,8 @@ from small import FAST, call, command, digest, end_at, environment, holding, wri
 
 import mgd_timm
 from mgd_timm import teacher_store
-from mgd_timm.build import build_accelerator, load_model
+from mgd_timm.accelerator import build_accelerator
+from mgd_timm.build import load_model
 from mgd_timm.cli import main
 from mgd_timm.data import load_images
 from mgd_timm.distiller import Teacher
