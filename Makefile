@@ -8,7 +8,7 @@ demo: .venv/done  ## The main job: train one small student four ways, compare, e
 	$(RUN) benchmarks/demo.py --output runs/demo
 
 test: .venv/done  ## The whole suite, a file at a time on every core.
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds

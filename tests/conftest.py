@@ -11,6 +11,16 @@ from pathlib import Path
 
 import pytest
 
+_LONG = {
+    "test_sharding",
+    "test_processes",
+    "test_resume",
+    "test_fitting",
+    "test_cifar",
+    "test_watchdog",
+    "test_cli",
+    "test_teacher_store",
+}
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
@@ -24,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
         HF_HUB_OFFLINE="1",
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of real processes, which take a minute or more each, come first: begun last, they would leave a core without work."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
