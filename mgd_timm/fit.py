@@ -198,7 +198,7 @@ class _Loop:
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
         state = self.keeper.newest()
-        if state is not None:
+        if state is not None and state.values["epoch"] < self.optim.epochs:
             self._settle_sums()
         self.progress = self.keeper.go_on(state)
         self.steps = Steps(self.upkeep.stage, "update", self.progress.done)
