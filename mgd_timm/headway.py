@@ -125,15 +125,15 @@ class Headway:
         """Whether neither the main thread nor a child runs or wants to, no child computed, and nothing was read."""
         if sys.platform != "linux":  # elsewhere all that is not stopped "runs"
             return False
+        runs = self.process.status() == psutil.STATUS_RUNNING  # also one that gets next to nothing of a busy processor
+        used, read = 0.0, self.process.io_counters().read_bytes  # pages of swap and of network file systems as well
         woken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        runs, used, read = False, 0.0, 0
-        for one in (self.process, *self.process.children(recursive=True)):
+        for child in self.process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                runs |= one.status() == psutil.STATUS_RUNNING  # also one that gets next to nothing of a busy processor
-                read += one.io_counters().read_bytes  # pages of swap and of network file systems as well
-                if one is not self.process:
-                    used += sum(one.cpu_times()[:2])
-                    woken += one.num_ctx_switches().voluntary
+                runs |= child.status() == psutil.STATUS_RUNNING
+                used += sum(child.cpu_times()[:2])
+                read += child.io_counters().read_bytes
+                woken += child.num_ctx_switches().voluntary
         before, self.seen = self.seen, (used, read, woken)
         if runs or before is None or read != before[1]:
             return False
