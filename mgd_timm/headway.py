@@ -50,10 +50,10 @@ class Steps:
 
     def __init__(self, stage: str, unit: str = "batch", done: int = 0) -> None:
         Steps.made += 1
-        self.serial, self.stage, self.unit, self.number = Steps.made, stage, unit, done
+        self.serial, self.stage, self.unit, self.number, self.first = Steps.made, stage, unit, done, done + 1
         self.base = _collectives()
         self.thread = threading.get_ident()
-        self.inside, self.passed, self.longest = False, 0, 0.0
+        self.inside, self.longest = False, 0.0
         Steps.current = self  # also where this process has none of them
 
     def __enter__(self) -> None:
@@ -63,7 +63,6 @@ class Steps:
 
     def __exit__(self, *_: object) -> None:
         self.inside = False
-        self.passed += 1
 
 
 class Place(NamedTuple):
@@ -96,7 +95,7 @@ class Headway:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.process = psutil.Process()
-        self.before: tuple[Steps, int, int, bool, int] | None = None
+        self.before: tuple[Steps, int, bool, int] | None = None
         self.still = self.used = 0.0
         self.seen: tuple[float, int, int] | None = None
 
@@ -107,19 +106,22 @@ class Headway:
         steps = Steps.current
         if steps is None:
             return Place(0, 0, "", False, self.limit, "")
-        place = steps, steps.number, _collectives() - steps.base, steps.inside, steps.passed
+        begun = _collectives() - steps.base
+        place = steps, steps.number, steps.inside, begun
         idle = False
         if place == self.before:
             self.still += passed
             with contextlib.suppress(Exception):  # of a process that ends meanwhile; a dead watchdog would end them all
-                idle = steps.inside and steps.passed >= FIRST and not busy and self._sleeps(passed)
+                idle = steps.inside and steps.number >= steps.first + FIRST and not busy and self._sleeps(passed)
         else:
-            if self.still and self.before is not None and self.before[3] and self.before[4]:  # in a step, but not in the first one
-                self.before[0].longest = max(self.before[0].longest, self.still + passed)
+            if self.before is not None and self.still:
+                stage, number, inside, _ = self.before
+                if inside and number > stage.first:
+                    stage.longest = max(stage.longest, self.still + passed)
             self.before, self.still, self.seen = place, 0.0, None
         allowed = max(self.limit, SLACK * steps.longest, Steps.patience)
         step = f"{steps.unit} {steps.number} of {steps.stage!r}"
-        return Place(steps.serial, place[2], step, idle, allowed, _line(self.frame()) if idle else "")
+        return Place(steps.serial, begun, step, idle, allowed, _line(self.frame()) if idle else "")
 
     def _sleeps(self, passed: float) -> bool:
         """Whether neither the main thread nor a child runs or wants to, no child computed, and nothing was read."""
