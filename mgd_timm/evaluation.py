@@ -48,20 +48,24 @@ def evaluate(
     precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(len(names), 3, dtype=precise, device=accelerator.device)
     classes = 0
-    batches = source.batches(list(mine.split(batch_size)) if len(mine) else [], 0, accelerator.device)
+    slots = mine.split(batch_size) if len(mine) else ()
+    batches = source.batches(slots, 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
+    steps = Steps("evaluation")
     with tqdm(total=len(mine), desc="evaluate", unit="img", leave=False, disable=hidden) as shown_bar:
-        for batch in Steps("evaluation").over(batches):
-            with accelerator.autocast():
-                shown = predict(batch)
-            target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-            for row, name in enumerate(names):
-                logits = at_least_float32(shown[name])
-                classes = logits.shape[1]
-                ranked = logits.topk(min(5, classes)).indices == target[:, None]
-                loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-                found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-                sums[row] += found.to(precise)  # on the device: nothing waits for it
+        for _ in slots:
+            with steps:
+                batch = next(batches)
+                with accelerator.autocast():
+                    shown = predict(batch)
+                target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+                for row, name in enumerate(names):
+                    logits = at_least_float32(shown[name])
+                    classes = logits.shape[1]
+                    ranked = logits.topk(min(5, classes)).indices == target[:, None]
+                    loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+                    found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+                    sums[row] += found.to(precise)  # on the device: nothing waits for it
             shown_bar.update(len(batch.labels))
     share = (accelerator.reduce(sums, "sum").cpu() / len(source.ids)).tolist()
     return {

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -95,6 +95,7 @@ def fit(
         return _Loop(trainee, source, optim, accelerator, seed, size, teach, watch, averaged, compile, kept)
 
     if optim.find_batch_size:
+        optim = replace(optim, global_batch_size=_global_batch(batch_size, optim, accelerator))  # it stays as it is at the start
         batch_size = executable_batch_size(lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size)
     training = loop(batch_size)
     with noted_signals() as caught:
@@ -104,6 +105,10 @@ def fit(
             if should_reduce_batch_size(error):
                 error.add_note(f"{kept.stage}: {kept.memory_advice}")
             raise
+
+
+def _global_batch(batch_size: int, optim: Optim, accelerator: Accelerator) -> int:
+    return optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
 
 class _Wrapper(nn.Module):
@@ -157,7 +162,7 @@ class _Loop:
         self.seed, self.batch_size, self.watch, self.upkeep = seed, batch_size, watch, upkeep
         self.stage_key = mix(*upkeep.stage.encode())
         processes = accelerator.num_processes
-        self.global_batch = optim.global_batch_size or batch_size * processes * (optim.grad_accum_steps or 1)
+        self.global_batch = _global_batch(batch_size, optim, accelerator)
         self.parameters = [p for p in trainee.parameters() if p.requires_grad]
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
@@ -198,7 +203,7 @@ class _Loop:
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
         state = self.keeper.newest()
-        if state is not None:
+        if state is not None and state.values["epoch"] < self.optim.epochs:
             self._settle_sums()
         self.progress = self.keeper.go_on(state)
         self.steps = Steps(self.upkeep.stage, "update", self.progress.done)

@@ -2,7 +2,8 @@
 
 A process that others wait for has begun fewer collectives than they have; torch counts them, so that nothing is counted on the way
 but steps. Whether it hangs is a guess, and one that must not be wrong: it is made in loops alone, whose first steps (compilation,
-cold disks) are left out, and only of a process that has not moved, computed or read for longer than ten of the steps before.
+cold disks) are left out, and only of a process that has not moved, computed or read for longer than ten of the steps before, nor
+wanted to: its readers may get next to nothing of a busy processor.
 """
 
 import contextlib
@@ -12,9 +13,8 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -31,13 +31,11 @@ SHARE = 0.01
 WAKES = 150
 """Of a process in a second: who is woken so often receives something, be it from a slow network. A polling lock wakes 100 times."""
 
-T = TypeVar("T")
-
 
 class Steps:
     """The steps of a stage, each of which `with` surrounds; made by all processes together, before a first collective of them.
 
-    Outside of steps (checkpoints, what one process writes while the others wait) nothing is watched.
+    Outside of steps (checkpoints, what one process writes or shows while the others wait) nothing is watched.
 
     Args:
         stage: What messages call it.
@@ -47,13 +45,15 @@ class Steps:
 
     made = 0
     current: "Steps | None" = None
+    patience = 0.0
+    """Seconds that any step may take as well: for which a library tries again, and sleeps between."""
 
     def __init__(self, stage: str, unit: str = "batch", done: int = 0) -> None:
         Steps.made += 1
-        self.serial, self.stage, self.unit, self.number = Steps.made, stage, unit, done
+        self.serial, self.stage, self.unit, self.number, self.first = Steps.made, stage, unit, done, done + 1
         self.base = _collectives()
         self.thread = threading.get_ident()
-        self.inside, self.passed, self.longest = False, 0, 0.0
+        self.inside, self.longest = False, 0.0
         Steps.current = self  # also where this process has none of them
 
     def __enter__(self) -> None:
@@ -63,18 +63,6 @@ class Steps:
 
     def __exit__(self, *_: object) -> None:
         self.inside = False
-        self.passed += 1
-
-    def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; to fetch one and what is done with it is a step."""
-        source = iter(items)
-        while True:
-            with self:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    return
-                yield item
 
 
 class Place(NamedTuple):
@@ -107,7 +95,7 @@ class Headway:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.process = psutil.Process()
-        self.before: tuple[Steps, int, int, bool, int] | None = None
+        self.before: tuple[Steps, int, bool, int] | None = None
         self.still = self.used = 0.0
         self.seen: tuple[float, int, int] | None = None
 
@@ -118,34 +106,38 @@ class Headway:
         steps = Steps.current
         if steps is None:
             return Place(0, 0, "", False, self.limit, "")
-        place = steps, steps.number, _collectives() - steps.base, steps.inside, steps.passed
+        begun = _collectives() - steps.base
+        place = steps, steps.number, steps.inside, begun
         idle = False
         if place == self.before:
             self.still += passed
             with contextlib.suppress(Exception):  # of a process that ends meanwhile; a dead watchdog would end them all
-                idle = steps.inside and steps.passed >= FIRST and not busy and self._sleeps(passed)
+                idle = steps.inside and steps.number >= steps.first + FIRST and not busy and self._sleeps(passed)
         else:
-            if self.still and self.before is not None and self.before[3] and self.before[4]:  # in a step, but not in the first one
-                self.before[0].longest = max(self.before[0].longest, self.still + passed)
+            if self.before is not None and self.still:
+                stage, number, inside, _ = self.before
+                if inside and number > stage.first:
+                    stage.longest = max(stage.longest, self.still + passed)
             self.before, self.still, self.seen = place, 0.0, None
-        allowed = max(self.limit, SLACK * steps.longest)
+        allowed = max(self.limit, SLACK * steps.longest, Steps.patience)
         step = f"{steps.unit} {steps.number} of {steps.stage!r}"
-        return Place(steps.serial, place[2], step, idle, allowed, _line(self.frame()) if idle else "")
+        return Place(steps.serial, begun, step, idle, allowed, _line(self.frame()) if idle else "")
 
     def _sleeps(self, passed: float) -> bool:
-        """Whether the main thread neither runs nor wants to, no child computed, and neither this process nor they read anything."""
-        if sys.platform != "linux" or self.process.status() == psutil.STATUS_RUNNING:  # elsewhere all that is not stopped "runs"
-            self.seen = None
+        """Whether neither the main thread nor a child runs or wants to, no child computed, and nothing was read."""
+        if sys.platform != "linux":  # elsewhere all that is not stopped "runs"
             return False
+        runs = self.process.status() == psutil.STATUS_RUNNING  # also one that gets next to nothing of a busy processor
         used, read = 0.0, self.process.io_counters().read_bytes  # pages of swap and of network file systems as well
         woken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         for child in self.process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
+                runs |= child.status() == psutil.STATUS_RUNNING
                 used += sum(child.cpu_times()[:2])
                 read += child.io_counters().read_bytes
                 woken += child.num_ctx_switches().voluntary
         before, self.seen = self.seen, (used, read, woken)
-        if before is None or read != before[1]:
+        if runs or before is None or read != before[1]:
             return False
         return abs(used - before[0]) < SHARE * passed and abs(woken - before[2]) < WAKES * passed
 

@@ -79,13 +79,15 @@ def store_outputs(
         for view in range(views):
             slots = mine.split(batch_size) if len(mine) else ()
             batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
-            for positions, batch in zip(slots, steps.over(batches), strict=True):
-                with accelerator.autocast():
-                    shown = teach(batch)
-                if whole is None:
-                    whole = _room(views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator)
-                for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
-                    rows[positions + view * len(source.ids)] = values.float().cpu()
+            for positions in slots:
+                with steps:
+                    batch = next(batches)
+                    with accelerator.autocast():
+                        shown = teach(batch)
+                    if whole is None:
+                        whole = _room(views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator)
+                    for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
+                        rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
     if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
         widths = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]

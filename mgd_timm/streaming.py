@@ -23,12 +23,14 @@ from torch import Tensor
 
 from mgd_timm.decoding import DataError, decode
 from mgd_timm.features import Batch
+from mgd_timm.headway import Steps
 from mgd_timm.options import unknown
 from mgd_timm.reading import image_column, label_column
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix, seeded
 from mgd_timm.sources import picture, read_ahead
 
+_TRIES = 20 * 60.0  # seconds: `datasets` asks a server that refuses 20 times, up to a minute apart
 _HEAD = 8  # images that stand for a stream in its digest
 
 
@@ -85,6 +87,7 @@ def open_streams(place: str, config: str | None) -> dict[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
+    Steps.patience = 0.0 if Path(place).exists() else _TRIES
     try:
         return dict(datasets.load_dataset(place, config, streaming=True))
     except Exception as error:  # `datasets` raises a dozen kinds, of several libraries

@@ -258,11 +258,14 @@ class TeacherStore:
         first, rows = shard * self.rows, self._count(shard)
         slots = torch.arange(first, first + rows).split(batch_size)
         room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.layout.parts(rows).items()}
-        for slot, batch in zip(slots, steps.over(source.batches(slots, view, accelerator.device)), strict=True):
-            with accelerator.autocast():  # as live teaching
-                shown = teach(batch)
-            for name, part in self.layout.pack(shown).items():
-                room[name][slot - first] = part
+        batches = source.batches(slots, view, accelerator.device)
+        for slot in slots:
+            with steps:
+                batch = next(batches)
+                with accelerator.autocast():  # as live teaching
+                    shown = teach(batch)
+                for name, part in self.layout.pack(shown).items():
+                    room[name][slot - first] = part
             bar.update(len(slot))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
         mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}

@@ -10,7 +10,7 @@ found by what `headway` says with the signs of life: in a loop of training, of e
 fourth step on, the others wait in a collective that it has not come to, and for the limit, or ten of its longest steps, it has
 neither computed nor read. That much is on Linux. What is not found, and left to the collective's time-out: a process that computes
 for ever, or waits for a device that does; one that hangs outside of such a loop; a deadlock of all, of whom none is behind. What
-cannot be told from a hang is storage that answers again only after the limit: give a longer one.
+cannot be told from a hang is storage that answers again only after the limit: give a longer one. A stream from the hub has it.
 """
 
 import atexit
@@ -157,13 +157,12 @@ class Watchdog:
 
         All of the last: one of them might wait for another one, such as for its lock on a file, which is only slow.
         """
-        before, self.places[rank] = self.places.get(rank), place
+        self.places[rank] = place
         begun = [known.collectives for known in self.places.values()]
         alike = len(begun) == 1 + len(self.peers) and len({known.serial for known in self.places.values()}) == 1
         waited_for = alike and min(begun) < max(begun)
         last = sorted(other for other, known in self.places.items() if waited_for and known.collectives == min(begun))
-        hangs = place.idle and before is not None and before[:3] == place[:3]
-        if last != self.last or (rank in last and not hangs):
+        if last != self.last or (rank in last and not place.idle):
             self.last, self.waited = last, dict.fromkeys(last, 0.0)
         elif rank in last:
             self.waited[rank] += passed

@@ -330,3 +330,21 @@ def test_evaluation_counts_each_image_once(accelerator, soft):
 def test_evaluating_nothing_is_refused(accelerator):
     with pytest.raises(ValueError, match="no image"):
         evaluate(lambda batch: {}, ("a",), Rows(0), accelerator(), 5)
+
+
+class Short(Linear):
+    """Memory for 4 samples."""
+
+    def forward(self, batch, teacher=None):
+        if len(batch.labels) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(batch, teacher)
+
+
+def test_a_smaller_batch_size_is_found_without_a_global_one(accelerator):
+    """The first one is kept as the global one."""
+    found, expected = Short(), Linear()
+    options = {"seed": 0, "upkeep": Upkeep(quiet=True)}
+    fit(found, Rows(24), Optim(epochs=1, lr=0.1, find_batch_size=True), accelerator(), batch_size=8, **options)
+    fit(expected, Rows(24), Optim(epochs=1, lr=0.1, global_batch_size=8), accelerator(2), batch_size=4, **options)
+    assert torch.equal(found.layer.weight, expected.layer.weight)

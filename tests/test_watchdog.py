@@ -1,11 +1,14 @@
 """A rank that is killed or hangs ends the others, who name it; one that is only slow, or has left, ends nobody."""
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,7 @@ from sharded_runs import Noise
 
 from mgd_timm import watchdog
 from mgd_timm.checkpoint import newest, verify
-from mgd_timm.features import Batch
+from mgd_timm.features import Batch, Features
 from mgd_timm.headway import Steps
 from mgd_timm.watchdog import CODE
 
@@ -84,6 +87,38 @@ def work(case: str) -> int:
 CASES = ["slow", "fails", "breaks", "loses a reader"]
 
 
+def compute(seconds: float, idly: bool | None = None) -> None:
+    """Keep a processor busy; with `idly` the first one that there is, and if true only where nobody else wants it."""
+    if idly is not None:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    if idly:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+def into_a_pipe() -> Callable[[float], None]:
+    """What this process shows goes to a pipe; gives what fills it, to be read in some seconds: as after Ctrl-S, or in a pager."""
+    out, into = os.pipe()
+    os.dup2(into, 2)
+
+    def fill(seconds: float) -> None:
+        os.set_blocking(into, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(into, bytes(4096))
+        os.set_blocking(into, True)
+        threading.Thread(target=read, args=(seconds,), daemon=True).start()
+
+    def read(seconds: float) -> None:
+        time.sleep(seconds)
+        while os.read(out, 65536):
+            pass
+
+    return fill
+
+
 def step(case: str) -> int:
     """What the ranks of `test_a_hang_is_found_and_named` and `test_who_is_slow_goes_on` do: eight steps, each with a collective."""
     from accelerate.utils import gather_object
@@ -91,13 +126,23 @@ def step(case: str) -> int:
     from mgd_timm.cli import guarded
     from mgd_timm.evaluation import evaluate
     from mgd_timm.processes import join
+    from mgd_timm.stored import store_outputs
 
     accelerator = join()
     rank, steps = accelerator.process_index, Steps("work", "update")
+    fill = into_a_pipe() if (case, rank) == ("is not read", 0) else None
+    Steps.patience = 60.0 if case == "tries again" else 0.0
 
     def act(number: int) -> None:
         if (case, rank, number) == ("hangs", 1, 6):
             time.sleep(1000)
+        elif (case, rank, number) == ("tries again", 1, 6):
+            time.sleep(5)
+        elif (case, number) == ("reads on a busy processor", 6):
+            reader = multiprocessing.Process(target=compute, args=(5 if rank else 10, rank == 1), daemon=True)
+            reader.start()
+            if rank:
+                reader.join()
         elif (case, rank, number) == ("waits for its reader", 1, 6):
             reader = multiprocessing.Process(target=time.sleep, args=(1000,), daemon=True)
             reader.start()
@@ -110,14 +155,19 @@ def step(case: str) -> int:
         elif (case, rank) == ("is slow throughout", 1) and number > 1:
             time.sleep(5 if number == 6 else 0.8)
         elif (case, rank, number) == ("computes", 1, 6) or (case, rank, number) == ("waits for one that computes", 2, 6):
-            until = time.monotonic() + 5
-            while time.monotonic() < until:
-                pass
+            compute(5)
         elif (case, rank, number) == ("receives slowly", 1, 6):
             for _ in range(1250):
                 time.sleep(0.004)
         elif (case, rank, number) == ("waits for one that computes", 1, 6):
             time.sleep(6)
+
+    def teach(batch: Batch) -> Features:
+        seen.append(batch)
+        if fill is not None and len(seen) == 5:
+            time.sleep(0.2)  # the bar is drawn anew
+            fill(5)
+        return Features(torch.zeros(len(batch.labels), 10), torch.zeros(len(batch.labels), 2))
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
         if case == "hangs in evaluation" and rank == 0 and len(seen) == 5:
@@ -134,6 +184,8 @@ def step(case: str) -> int:
                 gather_object([rank])
         if case == "hangs in evaluation":
             evaluate(predict, ("model",), Noise(31, 8), accelerator, 2)  # 8 batches each
+        if case == "is not read":
+            store_outputs(teach, Noise(31, 8), 1, accelerator, 2)
         if case == "writes alone" and rank == 0:
             time.sleep(5)
         gather_object([rank])
@@ -144,7 +196,9 @@ def step(case: str) -> int:
 HANGS = {"hangs": (1, "update 6 of 'work'"), "hangs in evaluation": (0, "batch 6 of 'evaluation'")}
 HANGS["waits for its reader"] = HANGS["hangs"]
 SLOW = ["pauses", "begins slowly", "is slow throughout", "computes", "receives slowly", "writes alone"]
-SLOW += ["waits for one that computes"]
+SLOW += ["waits for one that computes", "tries again", "is not read"]
+if sys.platform == "linux":
+    SLOW += ["reads on a busy processor"]
 
 
 @pytest.fixture(scope="module")
