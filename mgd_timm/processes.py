@@ -68,10 +68,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
 
 def decided(accelerator: Accelerator, value: bool) -> bool:
     """The main process's answer, on all."""
-    answer = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    return answer[0]
+    return of_main(accelerator, lambda: value)
 
 
 def any_process(accelerator: Accelerator, mine: bool) -> bool:
