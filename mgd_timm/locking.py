@@ -110,6 +110,8 @@ class Lock:
     def _take(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):  # whose lock may be had all the same
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
             self._lock.acquire(timeout=0)
         except Timeout:
             return False

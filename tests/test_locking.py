@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import stat
+import tempfile
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -133,7 +134,24 @@ def test_another_user_may_hold_it_next_and_what_a_killed_holder_left_is_removed(
         assert not (tmp_path / f"{ASIDE}x").exists()
 
 
+def _refused(folder: Path) -> None:
+    if os.getuid() == 0:  # who may write everywhere
+        os.setuid(65534)
+    with pytest.raises(PermissionError, match=r"it cannot be written \(\[Errno 13\] Permission denied: '\S+'\): free its folder"):
+        Lock(folder, "it", pytest.fail).attempt(0)
+
+
 def test_who_may_not_write_is_told_where_and_what_then(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # in tmp_path only its owner may look
+        folder = Path(name)
+        with Lock(folder, "it", pytest.fail):
+            pass
+        folder.chmod(0o555)
+        process = multiprocessing.get_context("fork").Process(target=_refused, args=(folder,))
+        process.start()
+        process.join()
+        folder.chmod(0o755)
+    assert process.exitcode == 0
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"\] it cannot be written \(.*store'\): free its folder for writing, or "):
         Lock(tmp_path / "file" / "store", "it", pytest.fail).attempt(0)
