@@ -160,6 +160,6 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def errors(rows: Sequence[dict[str, Any]], part: str) -> dict[str, float]:
-    """How far predicted / measured is from 1: median and worst, and the share of rows within a quarter."""
+    """How far predicted / measured is from 1: median and worst."""
     off = [max(row[part]["ratio"], 1 / row[part]["ratio"]) - 1 for row in rows]
-    return {"median": statistics.median(off), "worst": max(off), "within_a_quarter": sum(value <= 0.25 for value in off) / len(off)}
+    return {"median": statistics.median(off), "worst": max(off)}

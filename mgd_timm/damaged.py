@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mgd_timm.checkpoint import State, newest, save
+from mgd_timm.checkpoint import State
 from mgd_timm.decoding import DataError, cache_folder
+from mgd_timm.locking import kept
 from mgd_timm.reading import AnyRows, ArrayRows
 from mgd_timm.sources import read_ahead
 
@@ -38,14 +39,23 @@ def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callab
         workers: Reader processes.
         say: Takes one line for the user.
     """
-    from tqdm import tqdm
-
     if isinstance(rows, ArrayRows):
         return {}  # pixels already
     place = cache_folder() / "damaged" / hashlib.sha256(f"{digest}:{in_chans}".encode()).hexdigest()[:32]
-    known = newest(place, say)
-    if known is not None:
-        return {int(row): reason for row, reason in known.values["damaged"].items()}
+
+    def make() -> State:
+        found = _checked(rows, in_chans, workers)
+        say(f"checked {len(rows):,} images of {rows.split!r}: {len(found)} cannot be decoded")
+        return State({}, {"damaged": {str(row): reason for row, reason in found.items()}})
+
+    known = kept(place, f"list of the damaged images of {rows.split!r}", make, say)
+    return {int(row): reason for row, reason in known.values["damaged"].items()}
+
+
+def _checked(rows: AnyRows, in_chans: int, workers: int) -> dict[int, str]:
+    """The rows that cannot be decoded, and why, by decoding all."""
+    from tqdm import tqdm
+
     found: dict[int, str] = {}
     keys = [ids.tolist() for ids in torch.arange(len(rows)).split(64)]
     with tqdm(total=len(rows), desc=f"checking {rows.split}", unit="img", leave=False, disable=len(rows) < 2000) as bar:
@@ -55,8 +65,6 @@ def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callab
                 if reason is not None:
                     found[row] = reason
             bar.update(len(numbers))
-    say(f"checked {len(rows):,} images of {rows.split!r}: {len(found)} cannot be decoded")
-    save(place, 1, State({}, {"damaged": found}))
     return found
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mgd_timm.checkpoint import sweep, write_whole
+from mgd_timm.checkpoint import write_whole
 from mgd_timm.decoding import DataError
 from mgd_timm.locking import Lock
 from mgd_timm.tensor_file import checked_header
@@ -39,6 +39,7 @@ class ImageStore:
     Raises:
         DamagedStoreError: It is not as it was written, as far as it was looked at.
         FileNotFoundError: There is none.
+        PermissionError: This user may not read it.
     """
 
     def __init__(self, path: Path, shape: Sequence[int]) -> None:
@@ -51,6 +52,8 @@ class ImageStore:
             if found != expected:
                 raise ValueError("its header is of other images")
             tensors = load_file(path)
+        except PermissionError:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             raise DamagedStoreError(f"{path} is damaged ({error})") from error
         self.path, self.images, self._sums = path, tensors["images"], tensors["sums"].numpy()
@@ -105,16 +108,15 @@ def stored_images(
         OSError: It cannot be written.
     """
     path = place / FILE
-    with contextlib.suppress(FileNotFoundError, DamagedStoreError):
+    try:
         return ImageStore(path, shape)
+    except FileNotFoundError:
+        pass
+    except DamagedStoreError as error:
+        say(f"warning: {error}: it is written anew from the source")
     with Lock(place, f"store of the images of {split!r} ({place})", say):
-        try:
+        with contextlib.suppress(FileNotFoundError, DamagedStoreError):
             return ImageStore(path, shape)  # another run's, meanwhile
-        except FileNotFoundError:
-            pass
-        except DamagedStoreError as error:
-            say(f"warning: {error}: it is written anew from the source")
-        sweep(place)
         images = decode_all()
         rows = images.numpy()
         sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)

@@ -1,7 +1,7 @@
-"""One run at a time fills a store; the others wait for it, and say for whom.
+"""One run at a time fills a folder that runs share; the others wait for it, and say for whom.
 
-The lock is the operating system's, on a file in the store's folder: it is free once its holder has ended, however that ended. To
-read a store takes no lock, as its files appear whole or not at all.
+The lock is the operating system's, on a file in the folder: it is free once its holder has ended, however that ended. To read takes
+no lock, as files appear whole or not at all.
 """
 
 import contextlib
@@ -19,18 +19,20 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mgd_timm.checkpoint import file_mode
-from mgd_timm.processes import decided, on_main
+from mgd_timm.checkpoint import State, newest, save, sweep
+from mgd_timm.processes import of_main
 
 LOCK, HOLDER = ".lock", ".holder.json"
 SLICE = 30.0
 """Seconds for which the main process waits before it tells the others, so that none waits in a collective until that times out."""
 _POLL = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_FOR_ALL = 0o666
+"""Mode of the lock's file, whatever the umask: who may write in the folder may hold the lock after another user."""
 
 
 class Lock:
-    """The right to write in a folder, in one process.
+    """The right to write in a folder, in one process. Who gets it removes what a killed holder left half written.
 
     Args:
         folder: Made where it lacks.
@@ -50,13 +52,18 @@ class Lock:
         quiet: bool = False,
     ) -> None:
         self.folder, self.what, self.say, self.progress, self.quiet = folder, what, say, progress, quiet
-        self._lock = FileLock(folder / LOCK, mode=file_mode())
+        # The other kind of lock, a file that is there or not, would outlive a holder that was killed on another machine.
+        self._lock = FileLock(folder / LOCK, mode=_FOR_ALL, fallback_to_soft=False)
         self._since: float | None = None
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "Lock":
-        while not self.attempt(SLICE):
-            pass
+        try:
+            while not self.attempt(SLICE):
+                pass
+        except BaseException:
+            self._close_bar()  # what is said of Ctrl-C gets a line of its own
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -101,20 +108,25 @@ class Lock:
             self._bar = None
 
     def _take(self) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):  # whose lock may be had all the same
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
             self._lock.acquire(timeout=0)
         except Timeout:
             return False
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                why = f"{self.what} cannot be written ({error}): free its folder for writing, or choose another one"
+                raise OSError(error.errno, why) from error
             self.say(
                 f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile does the "
                 "same work once more; whole files are whole all the same."
             )
             return True
+        sweep(self.folder)  # without a lock it might be what another run writes just now
         with contextlib.suppress(OSError):  # a full disk: who waits then cannot say for whom
+            (self.folder / HOLDER).unlink(missing_ok=True)  # of one that was killed, perhaps another user
             (self.folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         return True
 
@@ -133,10 +145,32 @@ class Lock:
 @contextlib.contextmanager
 def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them together."""
-    got = [False]
     try:
-        while not decided(accelerator, got[0]):
-            on_main(accelerator, lambda: got.__setitem__(0, lock.attempt(SLICE)))
+        while not of_main(accelerator, lambda: lock.attempt(SLICE)):
+            pass
         yield
     finally:
         lock.release()
+
+
+def kept(place: Path, what: str, make: Callable[[], State], say: Callable[[str], None]) -> State:
+    """The state in a folder of the cache: found, or made where it lacks or is damaged, by one run while others wait.
+
+    Args:
+        place: A folder of its own.
+        what: What messages call it.
+        make: Makes it.
+        say: Takes one line for the user.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    known = newest(place, say)
+    if known is not None:
+        return known
+    with Lock(place, f"{what} ({place})", say):
+        known = newest(place, lambda _: None)  # another run's, meanwhile
+        if known is None:
+            known = make()
+            save(place, 1, known)
+    return known

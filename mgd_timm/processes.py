@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -11,6 +12,8 @@ from torch import Tensor
 from mgd_timm import watchdog
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one decodes, or writes a store
+
+T = TypeVar("T")
 
 
 def join() -> Accelerator:
@@ -38,26 +41,34 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
                 torch.distributed.broadcast(tensor.data, 0)
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Carry something out on the main process; what it raises is raised on all, or they would wait for a process that is gone."""
-    failure: list[Exception | None] = [None]
+def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that is gone."""
+    found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            action()
+            found[0] = action()
         except Exception as error:  # raised again below, on every process
-            failure[0] = error
+            found[1] = error
     if accelerator.num_processes > 1:
-        broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+        broadcast_object_list(found)
+    answer, failure = found
+    if failure is not None:
+        raise failure
+    return answer
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """As `of_main`, where what the action gives is for the main process alone."""
+
+    def act() -> None:
+        action()
+
+    of_main(accelerator, act)
 
 
 def decided(accelerator: Accelerator, value: bool) -> bool:
     """The main process's answer, on all."""
-    answer = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    return answer[0]
+    return of_main(accelerator, lambda: value)
 
 
 def any_process(accelerator: Accelerator, mine: bool) -> bool:

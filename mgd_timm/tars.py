@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgd_timm.checkpoint import State, newest, save
+from mgd_timm.checkpoint import State
 from mgd_timm.decoding import ENDINGS, EVAL_SPLITS, DataError, cache_folder, decode, spaced_digest
+from mgd_timm.locking import kept
 
 _LABELS = (".cls", ".json", ".txt")
 _SPLITS = ("train", *EVAL_SPLITS)
@@ -191,8 +192,8 @@ def _indexed(path: Path) -> _Index:
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
     place = cache_folder() / "tars" / key
-    known = newest(place, print)
-    if known is None:
+
+    def make() -> State:
         rows = _scan(path)
         made = {
             "offsets": torch.tensor([row[1] for row in rows], dtype=torch.int64),
@@ -200,9 +201,9 @@ def _indexed(path: Path) -> _Index:
             "names": _bytes([row[0] for row in rows]),
             "labels": _bytes([row[3] for row in rows]),
         }
-        known = State({"index": made}, {})
-        save(place, 1, known)
-    found = known.tensors["index"]
+        return State({"index": made}, {})
+
+    found = kept(place, f"index of {path}", make, print).tensors["index"]
     return _Index(found["offsets"].numpy(), found["sizes"].numpy(), _words(found["names"]), _words(found["labels"]))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.headway import Steps
 from mgd_timm.locking import Lock, held_by_main
 from mgd_timm.options import differences, digest
-from mgd_timm.processes import decided, on_main
+from mgd_timm.processes import decided, of_main, on_main
 from mgd_timm.store_format import (
     DTYPES,
     INDEX,
@@ -93,15 +93,11 @@ class TeacherStore:
 
     def _survey(self, accelerator: Accelerator) -> None:
         """Let the main process look at what is there, for all of them."""
-        seen: list[Any] = [None, None]
-        on_main(accelerator, lambda: seen.__setitem__(slice(None), self._look()))
-        if accelerator.num_processes > 1:
-            broadcast_object_list(seen)
-        self.rows, self.missing = seen
+        self.rows, self.missing = of_main(accelerator, self._look)
         self.identity["rows_per_shard"] = self.rows
         self.digest = digest(self.identity)
 
-    def _look(self) -> list[Any]:
+    def _look(self) -> tuple[int, list[tuple[int, int]]]:
         """Rows per shard, and the (view, shard) pairs that lack."""
         if self.folder.exists() and not self.folder.is_dir():
             raise StoreError(f"{self.folder} is a file: --teacher-store takes a folder.")
@@ -132,7 +128,7 @@ class TeacherStore:
                 f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: choose fewer "
                 "--teacher-views, a --teacher-top-k, or a larger disk",
             )
-        return [self.rows, self.missing]
+        return self.rows, self.missing
 
     @property
     def shards(self) -> int:
@@ -215,8 +211,7 @@ class TeacherStore:
         return f"{sum(wanted)} of {len(wanted)} shards are there"
 
     def _begin(self) -> None:
-        """Remove what an interrupted write left, and write store.json where it lacks."""
-        checkpoint.sweep(self.folder)
+        """Write store.json where it lacks."""
         if not (self.folder / INDEX).exists():
             checkpoint.write_text(self.folder / INDEX, listed({"identity": self.identity, "written_by": versions()}))
 

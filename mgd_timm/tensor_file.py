@@ -11,6 +11,7 @@ def checked_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int]], d
     """Type, shape and bytes of each tensor, and the metadata, of a file as safetensors wrote it and of the length that it names.
 
     Raises:
+        PermissionError: This user may not read it.
         ValueError: The header was changed or the file has another length, in words that go into "it is damaged (...)".
     """
     try:
@@ -26,6 +27,8 @@ def checked_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int]], d
         }
         whole = 8 + length + sum(span for *_, span in parts.values())
         size = path.stat().st_size
+    except PermissionError:  # no damage: nobody is to be told to delete it
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error
     if not same:

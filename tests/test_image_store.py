@@ -117,6 +117,20 @@ def test_a_store_that_cannot_be_written_is_read(place: Path) -> None:
         assert sorted(place.iterdir()) == before
 
 
+def test_a_file_that_this_user_may_not_read_is_not_called_damaged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)  # above it only this user may look
+    place.chmod(0o755)
+    Path(FILE).chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        with pytest.raises(PermissionError):
+            stored_images(Path(), SHAPE, refuse, "train", pytest.fail)
+    finally:
+        os.seteuid(user)
+
+
 def test_what_a_killed_run_left_is_removed(place: Path) -> None:
     (place / FILE).unlink()
     (place / ".writing-x").mkdir()
