@@ -198,7 +198,7 @@ class Watchdog:
     def _lose(self, rank: int, why: str, quietly: bool = False, hung: bool = False) -> None:
         if self.lost.is_set():
             return
-        self.verdict = f"{self.name(rank)} {why}. All processes end; whole checkpoints stay: start again with --resume."
+        self.verdict = f"{self.name(rank)} {why.rstrip('.')}. All processes end; whole checkpoints stay: start again with --resume."
         if self.rank == 0:  # the first process tells the others
             self._send(["lost", rank, why, quietly, hung])
         if hung:
