@@ -319,7 +319,14 @@ def _import(arguments: Sequence[str]) -> None:
     from mgd_timm.importing import import_checkpoint
 
     file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
-    print(f"wrote {import_checkpoint(file, model, folder, **values)}")
+    written = import_checkpoint(file, model, folder, **values)
+    print(f"wrote {written}")
+    if values["mean"] is None or values["std"] is None:
+        config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
+        print(
+            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: say what the weights "
+            "were trained with (--mean, --std), or lose accuracy."
+        )
 
 
 def _list(arguments: Sequence[str]) -> None:
