@@ -324,8 +324,8 @@ def _import(arguments: Sequence[str]) -> None:
     if values["mean"] is None or values["std"] is None:
         config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
         print(
-            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: say what the weights "
-            "were trained with (--mean, --std), or lose accuracy."
+            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: name those of the "
+            "images that it was trained on (--mean, --std), or lose accuracy."
         )
 
 
