@@ -128,7 +128,10 @@ def evaluate_named(
     known = shown_by(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(recipe.data, recipe.seed, known, say=accelerator.print, main_first=accelerator.local_main_process_first)
     if network.num_classes != images.num_classes:
-        raise ValueError(f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree.")
+        raise ValueError(
+            f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The accuracy of "
+            "a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
+        )
     check_class_names(network, "model", images)
     source = images.test if images.test is not None else images.val
     if source is None:

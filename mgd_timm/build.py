@@ -26,6 +26,14 @@ def check_model_name(name: str) -> None:
     """Raise ValueError with the nearest names unless timm knows the architecture, and the tag where there is one."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
+        place = name.removeprefix("local-dir:").removeprefix("hf-hub:")
+        if name == "embedded" or place != name or Path(place).exists():
+            raise ValueError(
+                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student starts from "
+                "weights of its own by --student-checkpoint FILE.safetensors."
+            )
+        if "/" in name:
+            raise ValueError(f"unknown model {name!r}: there is no such folder, and timm has no such name.")
         raise unknown("model", name, timm.list_models())
     if tag and name not in get_arch_pretrained_cfgs(architecture):
         known = [found for found in timm.list_pretrained(f"{architecture}*") if found.split(".")[0] == architecture]
@@ -230,7 +238,8 @@ def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, *
     try:
         return timm.create_model(**resolve_model_input_args(name, inputs, num_classes=num_classes, **options))
     except Exception as error:
-        raise ValueError(f"{name!r} cannot be built for {input_size} images and {num_classes} classes: {error}") from error
+        weights = " from its pretrained weights" if options.get("pretrained") else ""
+        raise ValueError(f"{name!r} cannot be built for {input_size} images and {num_classes} classes{weights}: {error}") from error
 
 
 def build_student(recipe: Recipe, images: Images) -> nn.Module:
@@ -267,7 +276,7 @@ def check_student(student: nn.Module, images: Images) -> None:
     check_classifier(student)
     count = getattr(student, "num_classes", 0)
     if count != images.num_classes:
-        raise ValueError(f"the model has {count} classes, the data {images.num_classes}: they must agree.")
+        raise ValueError(f"the model has {count} classes, the data {images.num_classes}: build it with as many.")
 
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import typing
+from argparse import Action
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -81,6 +82,26 @@ def _gathered(words: Sequence[str]) -> list[str]:
     return left
 
 
+_WRONG_VALUE = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?:\s(.*)(?:Got|Given) value: (.*)', re.DOTALL)
+"""How jsonargparse refuses a value: in several lines, and in Python's words for what it expected."""
+
+
+def _in_words(message: str, actions: Sequence[Action]) -> str:
+    """An error of jsonargparse about a value in one line: the flag, its value and what was expected; any other one as it is."""
+    found = _WRONG_VALUE.search(message)
+    if found is None:
+        return message
+    name, kinds, value = found.groups()
+    if choices := re.search(r"Literal\[(.*?)\]", kinds):
+        expected = f"one of {choices[1].replace(chr(39), '')}"
+    elif kind := re.search(r"<class '(int|float)'>", kinds):
+        expected = {"int": "a whole number", "float": "a number"}[kind[1]]
+    else:
+        return message
+    flag = next((f for action in actions if action.dest == name for f in action.option_strings), name)
+    return f"{flag}: {value!r}: expected {expected}."
+
+
 class _Parser(ArgumentParser):
     """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that does not exist
     says where it belongs, or names the nearest.
@@ -132,7 +153,10 @@ class _Parser(ArgumentParser):
             words = self.elsewhere.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(name, flags, n=2, cutoff=0.6)
+            if name.startswith(("--data.", "--optim.", "--heads.")):
+                words = "a run's recipe.yaml is no file of flags, which --print_config writes; --resume continues a run"
             message += f": {words}." if words else f"; did you mean {' or '.join(near)}?" if near else ""
+        message = _in_words(message, self._actions)
         self.usage = "%(prog)s ..."  # not its hundred flags, above the one that is wrong
         super().error(message, ex)
 
@@ -236,7 +260,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from mgd_timm.recipe import Data
 
     about = "Top-1, top-5 and loss of a model, as JSON."
-    parser = _Parser(prog="mgd-timm evaluate", description=about, elsewhere=dict.fromkeys(OF_TRAINING, "it is of training alone"))
+    elsewhere = dict.fromkeys(OF_TRAINING, "it is of training alone") | {"batch_size": "here it is --validation-batch-size"}
+    parser = _Parser(prog="mgd-timm evaluate", description=about, elsewhere=elsewhere)
     parser.add_argument("model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'")
     said = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation: such as 0.05 0.1 0.2"
     parser.add_argument("--noise", type=float, nargs="+", default=None, help=said)
@@ -294,7 +319,14 @@ def _import(arguments: Sequence[str]) -> None:
     from mgd_timm.importing import import_checkpoint
 
     file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
-    print(f"wrote {import_checkpoint(file, model, folder, **values)}")
+    written = import_checkpoint(file, model, folder, **values)
+    print(f"wrote {written}")
+    if values["mean"] is None or values["std"] is None:
+        config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
+        print(
+            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: name those of the "
+            "images that it was trained on (--mean, --std), or lose accuracy."
+        )
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -327,7 +359,10 @@ def _list(arguments: Sequence[str]) -> None:
 
         import mgd_timm.models  # noqa: F401  # registers cifar_*
 
-        print("\n".join(timm.list_models(values.filter)))
+        found = timm.list_models(values.filter)
+        if not found:
+            raise ValueError(f"--filter {values.filter!r}: no model of this name; * stands for any characters, as in 'resnet*'.")
+        print("\n".join(found))
     else:
         print("embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package")
         print("HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100")

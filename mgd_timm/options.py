@@ -22,7 +22,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest ones that do."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}."
     return ValueError(f"unknown {kind} {name!r}: {hint}")
 
 

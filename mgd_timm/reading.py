@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,15 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as an npy file of numbers ({error}): write it anew with numpy.save.") from error
 
 
+def check_split(split: str, splits: Iterable[str]) -> None:
+    """Raise DataError unless a split is there, with the others and the flags that name one."""
+    if split not in splits:
+        raise DataError(
+            f"{unknown('split', split, splits)} --train-split and --eval-split name others; those of a folder are folders in "
+            "it (train/CLASS/1.png, test/CLASS/2.png)."
+        )
+
+
 def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any]:
     """The splits of a folder, or of a hub id where `local` is false and no such folder exists; npy files come before others.
 
@@ -238,8 +247,7 @@ def read_split(
     """
     import datasets
 
-    if split not in splits:
-        raise DataError(str(unknown("split", split, splits)))
+    check_split(split, splits)
     table = splits[split]
     if isinstance(table, ArrayRows):
         if data.input_key is not None or data.target_key is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mgd_timm.data_options import Data
 from mgd_timm.granularity import Granularity
+from mgd_timm.maps import WORDS as MAPS
 from mgd_timm.options import check_choices, option, typed, unknown
 
 __all__ = ["PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
@@ -234,6 +235,8 @@ class Recipe:
                 f"log_interval={self.log_interval}, checkpoint_interval={self.checkpoint_interval}, "
                 f"checkpoint_hist={self.checkpoint_hist}: expected 1, 0 and 1 or more."
             )
+        if self.maps not in MAPS and not (self.maps.isdecimal() and int(self.maps)):
+            raise ValueError(f"maps={self.maps!r}: expected {', '.join(MAPS)} or a number of maps, 1 or more.")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
         if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):

@@ -233,7 +233,7 @@ def _report_teachers(
     for teacher in teachers if images.watched is not None else ():
         assert images.watched is not None
         if not teacher.shows_logits:
-            accelerator.print(f"teacher {teacher.tap.name}: shows no logits of these classes, which have no accuracy")
+            accelerator.print(f"teacher {teacher.tap.name}: shows no logits of these classes, so that it has no accuracy")
             found.append(None)
             continue
         row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)["teacher"]

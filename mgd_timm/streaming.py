@@ -25,7 +25,7 @@ from mgd_timm.decoding import DataError, decode
 from mgd_timm.features import Batch
 from mgd_timm.headway import Steps
 from mgd_timm.options import unknown
-from mgd_timm.reading import image_column, label_column
+from mgd_timm.reading import check_split, image_column, label_column
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix, seeded
 from mgd_timm.sources import picture, read_ahead
@@ -111,8 +111,7 @@ def read_stream(
     """
     import datasets
 
-    if split not in splits:
-        raise DataError(str(unknown("split", split, splits)))
+    check_split(split, splits)
     rows = splits[split]
     if rows.features is None:
         raise DataError(f"split {split!r}: the types of its columns are not known before it is read: it cannot be streamed.")

@@ -216,6 +216,16 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--criterion", "kd:0.5", "--kd-weight", "0.7"], ["two weights of kd: 0.5", "0.7"]),
         (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
         (["distill", "--data-dir", "nowhere"], ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"]),
+        (["distill", "--student", "embedded"], ["unknown model 'embedded': an architecture of timm", "--student-checkpoint FILE"]),
+        (["distill", "--maps", "stage"], ["maps='stage': expected stages, last, mid, all or a number of maps"]),
+        (["distill", "--eval-split", "none"], ["unknown split 'none': known: test, train. --train-split and --eval-split name"]),
+        (["distill", "--epochs", "1.5"], ["error: --epochs: '1.5': expected a whole number."]),
+        (["distill", "--img-size", "big"], ["error: --img-size: 'big': expected a whole number."]),
+        (["distill", "--mean", "0.1", "a", "0.3"], ["error: --mean: 'a': expected a number."]),
+        (["distill", "--heads-sched", "step"], ["error: --heads-sched: 'step': expected one of cosine, multistep."]),
+        (["list", "criterion"], ["error: what: 'criterion': expected one of criteria, models, data."]),
+        (["list", "models", "--filter", "resnot*"], ["--filter 'resnot*': no model of this name"]),
+        (["evaluate", "embedded", "--batch-size", "8"], ["here it is --validation-batch-size."]),
         (["distill", "--train-split", "trian"], ["unknown split 'trian': did you mean train?"]),
         (["distill", "--input-key", "imge"], ["unknown column 'imge': did you mean image?"]),
         (["distill", "--epochs", "0"], ["epochs=0", "expected 1 or more"]),
@@ -235,7 +245,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
             ["train", "--model", "vit_tiny_patch16_224", "--initial-checkpoint", "none.safetensors"],
             ["none.safetensors: cannot be read"],
         ),
-        (["evaluate", "runs/none"], ["unknown model 'runs/none'"]),
+        (["evaluate", "runs/none"], ["unknown model 'runs/none': there is no such folder"]),
         (["export", "embedded"], ["folder"]),
         (["distill", "--train-only", "classifier"], ["--train-only classifier: mgd-timm train takes it."]),
         (["distill", "--model", "resnet18"], ["--model", "here it is --student."]),
@@ -256,6 +266,16 @@ def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
     refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
     (tmp_path / "flags.yaml").write_text("train_only: classifier\n")
     refuse(mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml")
+
+
+def test_the_recipe_of_a_run_is_no_config(mgd, trained):
+    refuse(
+        mgd,
+        ["'data.dataset' is not accepted: a run's recipe.yaml is no file of flags"],
+        "distill",
+        "--config",
+        trained / "recipe.yaml",
+    )
 
 
 def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
