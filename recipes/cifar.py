@@ -18,9 +18,10 @@ from typing import Any
 
 from mgd_timm import cifar
 from mgd_timm.build import build_named
-from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.cli import guarded
 from mgd_timm.data import Images
 from mgd_timm.methods import Connection
+from mgd_timm.parsing import given_options, run_parser
 from mgd_timm.processes import join
 from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.terms import build_criterion, criterion_names, parse_terms

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgd_timm.cli import given_options, guarded, run_parser
+from mgd_timm.cli import guarded
 from mgd_timm.options import unknown
+from mgd_timm.parsing import given_options, run_parser
 from mgd_timm.processes import join
 from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.run import run
