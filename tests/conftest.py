@@ -60,7 +60,7 @@ def small_disk(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
         try:
             yield
         finally:
-            subprocess.run(["umount", tmp_path], check=True)
+            subprocess.run(["umount", "--lazy", tmp_path], check=True)  # a mapped file may live until garbage is collected
 
     return mount
 
