@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,8 +111,8 @@ class Lock:
     def _take(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):  # whose lock may be had all the same
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
+            with tempfile.TemporaryFile(dir=self.folder):  # the lock of a folder may be had where nothing can be written
+                pass
             self._lock.acquire(timeout=0)
         except Timeout:
             return False
