@@ -39,7 +39,7 @@ from mgd_timm.data import StoreSource
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.export import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
-from mgd_timm.fit import compile_mode, fit
+from mgd_timm.fit import fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.recipe import Data, Optim
@@ -48,6 +48,7 @@ from mgd_timm.store_format import Layout
 from mgd_timm.stored_views import StoredViews
 from mgd_timm.teacher_store import TeacherStore
 from mgd_timm.upkeep import Upkeep
+from mgd_timm.wrapping import compile_mode
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 AGAINST = ("bare", "plain", "alone")

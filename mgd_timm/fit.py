@@ -9,7 +9,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data import Source, epoch_ids
-from mgd_timm.distiller import AnyFeatures, Live, is_whole
+from mgd_timm.distiller import AnyFeatures, Live
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch
 from mgd_timm.headway import Steps
@@ -34,6 +34,7 @@ from mgd_timm.sampling import cut_updates, mix, slot_size
 from mgd_timm.sharding import place
 from mgd_timm.stopping import Stopped, noted_signals
 from mgd_timm.upkeep import Keeper, NonFiniteError, Progress, Upkeep
+from mgd_timm.wrapping import Wrapper, compile_mode
 
 Teach = Callable[[Batch], AnyFeatures]
 Watch = Callable[[nn.Module | None], Metrics]
@@ -111,36 +112,6 @@ def _global_batch(batch_size: int, optim: Optim, accelerator: Accelerator) -> in
     return optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
 
-class _Wrapper(nn.Module):
-    """What accelerate may wrap and patch; the trainee itself stays as it is."""
-
-    def __init__(self, trainee: nn.Module, slot_size: int, mode: str | None, kept: Sequence[str]) -> None:
-        super().__init__()
-        self.trainee, self.slot_size = trainee, slot_size
-        # Beside the module, not in it: a compiled module would register the same parameters again.
-        self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
-        # DDP's: not to be sent from the first process before every step, as we or a criterion keep them identical.
-        self._ddp_params_and_buffers_to_ignore = [f"trainee.{name}" for name in kept]
-        self._ddp_params_and_buffers_to_ignore += [
-            f"trainee.{place}.{name}"
-            for place, module in trainee.named_modules()
-            if isinstance(module, Criterion)
-            for name in module.synchronised
-        ]
-
-    def forward(self, batch: Batch, teacher: AnyFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
-        trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
-        found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
-        return found
-
-
-def compile_mode(accelerator: Accelerator) -> str:
-    """torch.compile's mode: CUDA graphs on one GPU, unless gradients accumulate, which would outlive the graph that made them."""
-    alone = accelerator.num_processes == 1 and accelerator.gradient_accumulation_steps == 1
-    return "reduce-overhead" if accelerator.device.type == "cuda" and alone else "default"
-
-
 class _Loop:
     def __init__(
         self,
@@ -179,7 +150,7 @@ class _Loop:
         self.statistics = RunningStatistics(trainee) if processes > 1 else None
         kept = self.statistics.names() if self.statistics is not None else []
         mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
-        wrapper = _Wrapper(trainee, slot, mode, kept)
+        wrapper = Wrapper(trainee, slot, mode, kept)
         self.teach = teach.compiled(slot, mode) if mode is not None and isinstance(teach, Live) else teach
         self.compiled = compile
         self.model, self.optimizer = self.placement.prepare(wrapper, optimizer)
