@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import mgd_timm.forking  # noqa: F401  # readers are forked safely
 from mgd_timm.augmentation import erase
 from mgd_timm.decoding import DataError
 from mgd_timm.features import Batch
