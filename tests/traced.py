@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mgd_timm
 from mgd_timm.distiller import Distiller
+from mgd_timm.fit import _Loop
 from mgd_timm.processes import join, leave
 from mgd_timm.stopping import Stopped
 
@@ -34,6 +35,15 @@ def look(module, inputs) -> None:
         for sample, image, label in zip(batch.sample_ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
             shown = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:12]
             assert seen.setdefault(sample, f"{label} {shown}") == f"{label} {shown}"
+
+
+_settle_sums = _Loop._settle_sums
+
+
+def settle_sums(loop: _Loop) -> None:
+    """Of three or more processes: a pass whose gradients are dropped, so that what it shows is in no update."""
+    _settle_sums(loop)
+    seen.clear()
 
 
 def carry_out(job: dict, rank: int) -> None:
@@ -75,6 +85,7 @@ def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]
 def main() -> None:
     rank = join().process_index
     register_module_forward_pre_hook(look)
+    _Loop._settle_sums = settle_sums
     for job in json.loads(sys.argv[1]):
         carry_out(job, rank)
     leave()
