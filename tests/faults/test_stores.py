@@ -120,10 +120,12 @@ def test_a_killed_writer_is_followed(words: list[str], tmp_path: Path, report: C
     """Of two processes the one that holds the lock, while the other one still writes; two others wait for it."""
     began, first = time.monotonic(), start(words, tmp_path, "a", 2)
     until(lambda: len(shards(tmp_path)) > 0, first)
+    first.signal(signal.SIGSTOP)  # the others' start takes longer than the rest of its work
     second = start(words, tmp_path, "b", 2)
     until(lambda: "waiting for it" in second.said(), second)
     there = len(shards(tmp_path))
     first.signal(signal.SIGKILL, 0)
+    first.signal(signal.SIGCONT, 1)
     first.wait(60)
     assert second.wait(120) == [0, 0], second.said()
     left = re.search(rf"another run has written to it; (\d+) of {VIEWS} shards to write", second.said())
