@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ from mgd_timm.data import load_images
 from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
-from mgd_timm.options import as_dict
-from mgd_timm.recipe import Data, Recipe, flatten, make_recipe
+from mgd_timm.options import as_dict, unknown
+from mgd_timm.parsing import DISTILL_ONLY
+from mgd_timm.recipe import Data, Heads, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
+Model = str | PathLike[str] | nn.Module
+"""As the command line names a model, its folder, or a module."""
+
 
 def distill(
-    teacher: str | nn.Module | Sequence[str | nn.Module] | None = None,
-    student: str | nn.Module = "cifar_resnet8x05",
-    data: str | Data = "embedded",
+    teacher: Model | Sequence[Model] | None = None,
+    student: Model = "cifar_resnet8x05",
+    data: str | PathLike[str] | Data = "embedded",
     *,
-    output: str | Path = "runs/distill",
+    output: str | PathLike[str] = "runs/distill",
     **options: Any,
 ) -> nn.Module:
     """Distil a teacher into a student and return the student, on the CPU and in eval mode.
@@ -44,8 +49,10 @@ def distill(
         ValueError: An unknown option, model, criterion or data set, or networks and data that do not fit.
         FileExistsError: The output folder exists.
     """
+    student = _model(student, "student")
     names: dict[str, Any] = {"student": _name_of(student), "output": str(output)}
-    teachers = [teacher] if isinstance(teacher, str | nn.Module) else list(teacher or ())
+    several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
+    teachers = [_model(one, "teacher") for one in several]
     if teacher is not None:
         names["teacher"] = [_name_of(one) for one in teachers]
     recipe = make_recipe(**names, **_over(data, options))
@@ -54,15 +61,29 @@ def distill(
     return run(recipe, teacher=modules, student=student_module).student
 
 
-def train(model: str | nn.Module, data: str | Data = "embedded", *, output: str | Path = "runs/train", **options: Any) -> nn.Module:
-    """Train a model on its own (a teacher, or a student alone) and return it; arguments as of `distill`."""
+def train(
+    model: Model, data: str | PathLike[str] | Data = "embedded", *, output: str | PathLike[str] = "runs/train", **options: Any
+) -> nn.Module:
+    """Train a model on its own (a teacher, or a student alone) and return it; arguments and errors as of `distill`."""
+    model = _model(model, "model")
+    for name in options:
+        if name in DISTILL_ONLY or name in {f.name for f in fields(Heads)}:
+            raise ValueError(f"option {name!r} is not of mgd_timm.train: mgd_timm.distill takes it.")
     recipe = make_recipe(teacher=None, student=_name_of(model), output=str(output), **_over(data, options))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student
 
 
-def _over(data: str | Data, options: dict[str, Any]) -> dict[str, Any]:
+def _model(model: Model, what: str) -> str | nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str | PathLike):
+        return str(model)
+    raise ValueError(f"{what}={model!r}: expected a timm name, a folder or a module that timm built.")
+
+
+def _over(data: str | PathLike[str] | Data, options: dict[str, Any]) -> dict[str, Any]:
     """Options, and beneath them those of the data."""
-    beneath = as_dict(data) if isinstance(data, Data) else {"dataset": data}
+    beneath = as_dict(data) if isinstance(data, Data) else {"dataset": str(data)}
     if "dataset" in options:
         beneath |= {"data_dir": None}
     return {**beneath, **options}
@@ -75,8 +96,8 @@ def _name_of(model: str | nn.Module) -> str:
 
 
 def evaluate(
-    model: str | nn.Module,
-    data: str | Data | None = None,
+    model: Model,
+    data: str | PathLike[str] | Data | None = None,
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
@@ -90,21 +111,21 @@ def evaluate(
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are normalised, and
             not clipped. It depends on noise seed, image and pixel alone, so that models see the same.
         noise_seeds: Noise seeds that these metrics are averaged over.
-        **options: Options of Data, such as img_size, which replace the run's, but for those of training; `amp`.
+        **options: Options of Data, such as img_size, which replace the run's, but for those of training; `seed` and `amp`.
 
     Returns:
         "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a string:
         "top1", "top5" and "loss" averaged over the noise seeds, "top1_std" between them, and "seeds", their number.
 
     Raises:
-        ValueError: No such model or data, classes that differ, noise that is not from 0 to 1, or no noise seed.
+        ValueError: No such model, data or option, classes that differ, noise that is not from 0 to 1, or no noise seed.
     """
     return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, **options)[0]
 
 
 def evaluate_named(
-    model: str | nn.Module,
-    data: str | Data | None = None,
+    model: Model,
+    data: str | PathLike[str] | Data | None = None,
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
@@ -112,6 +133,13 @@ def evaluate_named(
 ) -> tuple[dict[str, Any], str]:
     """As `evaluate`, and the name of the data."""
     sigmas = check_noise(noise, noise_seeds)
+    model = _model(model, "model")
+    known = {f.name for f in fields(Data)} - OF_TRAINING | {"seed", "amp"}
+    for name in options:
+        if name in OF_TRAINING:
+            raise ValueError(f"option {name!r} is of training alone: an evaluation does not take it.")
+        if name not in known:
+            raise unknown("option of an evaluation", name, known)
     before = _recipe_of(model) if isinstance(model, str) else None
     if before is not None:
         options = {"seed": before.seed, **options}
@@ -125,8 +153,8 @@ def evaluate_named(
     height, width = inputs["input_size"][1:]
     if recipe.data.img_size is None and inputs["fixed_input_size"] and height == width:
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
-    known = shown_by(getattr(network, "pretrained_cfg", {}) or {})
-    images = load_images(recipe.data, recipe.seed, known, say=accelerator.print, main_first=accelerator.local_main_process_first)
+    shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
+    images = load_images(recipe.data, recipe.seed, shown, say=accelerator.print, main_first=accelerator.local_main_process_first)
     if network.num_classes != images.num_classes:
         raise ValueError(
             f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The accuracy of "

@@ -18,7 +18,7 @@ from mgd_timm.options import fits
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-_DISTILL_ONLY = {
+DISTILL_ONLY = {
     "teacher",
     "teacher_checkpoint",
     "teacher_classes",
@@ -45,7 +45,7 @@ _DISTILL_ONLY = {
     "shard_teacher",
     "fold_teacher",
 }
-_TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
+TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 
 BY_PEER = ("teacher", "criterion", "method")
 """What these are by default depends on whether there is a peer: make_recipe says it."""
@@ -202,14 +202,14 @@ def run_parser(prog: str, *, distill: bool, without: Mapping[str, str] | None = 
 
     about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
     if distill:
-        elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
+        elsewhere = dict.fromkeys(TRAIN_ONLY, "mgd-timm train takes it")
         elsewhere |= {theirs: f"here it is --{ours.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
     else:
-        elsewhere = dict.fromkeys(_DISTILL_ONLY | {f.name for f in dataclasses.fields(Heads)}, "mgd-timm distill takes it")
+        elsewhere = dict.fromkeys(DISTILL_ONLY | {f.name for f in dataclasses.fields(Heads)}, "mgd-timm distill takes it")
         elsewhere |= {ours: f"here it is --{theirs.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
     parser = Parser(prog=prog, description=about, elsewhere={**elsewhere, **(without or {})})
     parser.add_argument("--config", action="config", help="YAML file of flags")
-    leave = (_TRAIN_ONLY if distill else _DISTILL_ONLY) | set(without or {})
+    leave = (TRAIN_ONLY if distill else DISTILL_ONLY) | set(without or {})
     add_fields(parser, Recipe, "run", leave, {} if distill else TRAIN_NAMES)
     add_fields(parser, Data, "images", set(), {})
     add_fields(parser, Optim, "optimisation", set(), {})

@@ -88,6 +88,34 @@ def test_unknown_options_show_the_nearest(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: mgd_timm.train("cifar_resnet8", heads_epochs=3), "'heads_epochs' is not of mgd_timm.train: mgd_timm.distill"),
+        (lambda: mgd_timm.train("cifar_resnet8", criterion=("at",)), "'criterion' is not of mgd_timm.train"),
+        (lambda: mgd_timm.evaluate("embedded", heads_epochs=3), "unknown option of an evaluation 'heads_epochs'"),
+        (lambda: mgd_timm.evaluate("embedded", pad=3), "'pad' is of training alone"),
+    ],
+)
+def test_what_a_call_does_not_take_is_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_what_is_no_model_is_refused():  # in a process without this suite's checks of types
+    program = """
+import mgd_timm
+for call in (lambda: mgd_timm.evaluate(3), lambda: mgd_timm.distill([3]), lambda: mgd_timm.distill(student=3)):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    expected = "=3: expected a timm name, a folder or a module that timm built."
+    assert done.stdout.splitlines() == [f"{what}{expected}" for what in ("model", "teacher", "student")]
+
+
 def test_options_replace_what_a_data_says(small_data, tmp_path):
     data = Data(data_dir=str(small_data), batch_size=16, pad=1)
     mgd_timm.train("cifar_resnet8x05", data, output=tmp_path / "run", epochs=1, batch_size=32, val_split=0.25)
@@ -109,7 +137,7 @@ def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp
     mgd_timm.train("test_vit3", str(place), output=tmp_path / "run", lr=0.01, **options)
     last = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
     for model in (tmp_path / "run", tmp_path / "run" / "export"):
-        found = mgd_timm.evaluate(str(model))
+        found = mgd_timm.evaluate(model)
         assert (found["n"], found["top1"]) == (80, pytest.approx(last["top1"]))
         assert found["loss"] == pytest.approx(last["loss"], rel=1e-4)
         assert mgd_timm.evaluate(str(model), seed=8)["loss"] != found["loss"]
