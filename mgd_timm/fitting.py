@@ -23,6 +23,7 @@ from mgd_timm.features import FeatureTap, Pair, show_as_many
 from mgd_timm.fit import fit
 from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG
+from mgd_timm.locking import Lock, held_by_main
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict, digest
 from mgd_timm.processes import decided, on_main, share
@@ -38,6 +39,8 @@ def found_or_fitted(
 ) -> tuple[Metrics, bool]:
     """Give a module its fitted weights: from the cache where a digest of all that makes them matches, else fitted and kept there.
 
+    One run at a time fits them: others that need the same wait, and take them.
+
     Args:
         kind: The folder of the cache.
         kept: Whose state is fitted; on the accelerator's device.
@@ -47,24 +50,38 @@ def found_or_fitted(
 
     Returns:
         The metrics, and whether they were found.
+
+    Raises:
+        OSError: They cannot be written.
     """
     place = cache_folder() / kind / digest(made_of)[:32]
-    # One process looks and decides: others may have a disk of their own.
-    seen: list[checkpoint.State | None] = [None]
-    on_main(accelerator, lambda: seen.__setitem__(0, checkpoint.newest(place, print)))
-    (state,) = seen
-    found = decided(accelerator, state is not None)
-    metrics: Metrics = {}
-    if found:
-        if state is not None:
-            kept.load_state_dict(dict(state.tensors[kind]))
-            metrics = dict(state.values["metrics"])
-        share(kept.state_dict().values(), accelerator)
-    else:
+    found = _found(place, kind, kept, accelerator, print)
+    if found is not None:
+        return found, True
+    with held_by_main(Lock(place, f"fitted {kind} ({place})", accelerator.print), accelerator):
+        found = _found(place, kind, kept, accelerator, lambda _: None)  # another run's, meanwhile
+        if found is not None:
+            return found, True
         metrics = fit_fresh()
         fresh = checkpoint.State({kind: kept.state_dict()}, {"made_of": made_of, "metrics": metrics})
         on_main(accelerator, lambda: checkpoint.save(place, 1, fresh))
-    return metrics, found
+    return metrics, False
+
+
+def _found(place: Path, kind: str, kept: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Metrics | None:
+    """The metrics of what the cache keeps, whose weights are given to `kept`; None where it keeps none."""
+    # One process looks and decides: others may have a disk of their own.
+    seen: list[checkpoint.State | None] = [None]
+    on_main(accelerator, lambda: seen.__setitem__(0, checkpoint.newest(place, say)))
+    (state,) = seen
+    if not decided(accelerator, state is not None):
+        return None
+    metrics: Metrics = {}
+    if state is not None:
+        kept.load_state_dict(dict(state.tensors[kind]))
+        metrics = dict(state.values["metrics"])
+    share(kept.state_dict().values(), accelerator)
+    return metrics
 
 
 def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What is fitted before a run, and two students that teach each other: real runs on real images."""
 
 import json
+import re
 import shutil
 import signal
 
 import pytest
 import timm
 import torch
+from forked import Ranks
 from safetensors.torch import load_file
 from small import call, digest, end_at
 
@@ -155,6 +157,25 @@ def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weight
     assert "distil: resumed after update" in done.stdout
     one, two = (digest(tmp_path / name / "export" / "model.safetensors") for name in ("whole", "run"))
     assert one == two
+
+
+def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
+    """Real processes: one run of one process, one of two."""
+    flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--global-batch-size", "64"]
+    flags += ["--batch-size", "32", "--epochs", "1", "--heads-epochs", "16", "--heads-views", "1", "--seed", "3"]
+    cache = {"MGD_TIMM_CACHE": str(tmp_path / "cache")}
+    runs = [
+        Ranks([*flags, "--output", str(tmp_path / str(number))], tmp_path / f"log{number}", processes=number, environment=cache)
+        for number in (1, 2)
+    ]
+    for number, ranks in enumerate(runs, 1):
+        assert ranks.wait(120) == [0] * number, ranks.said()
+    said = [ranks.said() for ranks in runs]
+    waited = [re.search(r"fitted heads \(.*\): another run .* writes it; waiting for it to end", text) is not None for text in said]
+    found = ["fitted before, from the cache" in text for text in said]
+    assert sorted(found) == [False, True]
+    assert all(found[number] for number in (0, 1) if waited[number])  # one that was started late need not wait
+    assert re.findall("top-1: teacher.*", said[0])[0] == re.findall("top-1: teacher.*", said[1])[0]
 
 
 def test_memories_know_the_classes_of_training_images_alone(small_data):
