@@ -1,6 +1,7 @@
 # Every target sets up .venv itself: a fresh machine needs Python 3.11 or newer and this file.
 PYTHON ?= python3
 RUN := .venv/bin/python
+TESTS := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test faults lint bench floors clean
 
@@ -8,7 +9,7 @@ demo: .venv/done  ## The main job: train one small student four ways, compare, e
 	$(RUN) benchmarks/demo.py --output runs/demo
 
 test: .venv/done  ## The whole suite, a file at a time on every core.
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(RUN) $(TESTS)
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
@@ -41,7 +42,7 @@ floors:  ## The suite on the lowest versions that pyproject.toml admits.
 	.venv-floors/bin/pip install --quiet uv
 	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct --editable . --group dev \
 		"torchvision==0.25.0"  # the one that belongs to the lowest torch; timm asks for any
-	.venv-floors/bin/python -m pytest
+	.venv-floors/bin/python $(TESTS)
 
 .venv/done: pyproject.toml
 	$(PYTHON) -m venv .venv
