@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict, unknown
 from mgd_timm.parsing import DISTILL_ONLY
+from mgd_timm.processes import local_main_first
 from mgd_timm.recipe import Data, Heads, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
@@ -154,7 +156,7 @@ def evaluate_named(
     if recipe.data.img_size is None and inputs["fixed_input_size"] and height == width:
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
     shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
-    images = load_images(recipe.data, recipe.seed, shown, say=accelerator.print, main_first=accelerator.local_main_process_first)
+    images = load_images(recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator))
     if network.num_classes != images.num_classes:
         raise ValueError(
             f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The accuracy of "

@@ -5,6 +5,7 @@ with momentum, lr 0.05, batch 64, 240 epochs, decayed at 150, 180 and 210.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mgd_timm.build import build_teacher
 from mgd_timm.data import Images, load_images
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict, digest, unknown
-from mgd_timm.processes import decided, join
+from mgd_timm.processes import decided, join, local_main_first
 from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.resolving import with_global_batch
 from mgd_timm.run import run
@@ -109,7 +110,7 @@ def images_of(recipe: Recipe) -> Images:
         DataError: No such data.
     """
     accelerator = join()
-    return load_images(recipe.data, recipe.seed, main_first=accelerator.local_main_process_first, say=accelerator.print)
+    return load_images(recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), say=accelerator.print)
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:

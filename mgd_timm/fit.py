@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils.memory import should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from mgd_timm.sampling import cut_updates, mix, slot_size
 from mgd_timm.sharding import place
 from mgd_timm.stopping import Stopped, noted_signals
 from mgd_timm.upkeep import Keeper, NonFiniteError, Progress, Upkeep
-from mgd_timm.wrapping import Wrapper, compile_mode
+from mgd_timm.wrapping import Wrapper, compile_mode, reads_logits
 
 Teach = Callable[[Batch], AnyFeatures]
 Watch = Callable[[nn.Module | None], Metrics]
@@ -153,6 +153,8 @@ class _Loop:
         wrapper = Wrapper(trainee, slot, mode, kept)
         self.teach = teach.compiled(slot, mode) if mode is not None and isinstance(teach, Live) else teach
         self.compiled = compile
+        # DDP waits for the gradient of every parameter, unless it looks in each step which there will be.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not reads_logits(trainee))
         self.model, self.optimizer = self.placement.prepare(wrapper, optimizer)
         self.keeper = Keeper(upkeep, accelerator, self.placement, trainee, optimizer, self.ema)
         self.progress = Progress()

@@ -26,7 +26,7 @@ from mgd_timm.granularity import MAG
 from mgd_timm.locking import Lock, held_by_main
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict, digest
-from mgd_timm.processes import decided, on_main, share
+from mgd_timm.processes import of_main, on_main, share
 from mgd_timm.recipe import Recipe
 from mgd_timm.taught import MIXED
 from mgd_timm.teacher_view import TeacherView
@@ -72,14 +72,16 @@ def _found(place: Path, kind: str, kept: nn.Module, accelerator: Accelerator, sa
     """The metrics of what the cache keeps, whose weights are given to `kept`; None where it keeps none."""
     # One process looks and decides: others may have a disk of their own.
     seen: list[checkpoint.State | None] = [None]
-    on_main(accelerator, lambda: seen.__setitem__(0, checkpoint.newest(place, say)))
-    (state,) = seen
-    if not decided(accelerator, state is not None):
+
+    def look() -> Metrics | None:
+        seen[0] = checkpoint.newest(place, say)
+        return dict(seen[0].values["metrics"]) if seen[0] is not None else None
+
+    metrics = of_main(accelerator, look)
+    if metrics is None:
         return None
-    metrics: Metrics = {}
-    if state is not None:
-        kept.load_state_dict(dict(state.tensors[kind]))
-        metrics = dict(state.values["metrics"])
+    if seen[0] is not None:
+        kept.load_state_dict(dict(seen[0].tensors[kind]))
     share(kept.state_dict().values(), accelerator)
     return metrics
 

@@ -1,17 +1,22 @@
 """What several processes have to agree on: the main one's tensors, and the main one's failures."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from mgd_timm import watchdog
 
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one decodes, or writes a store
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one writes a store
+_FIRST, _POLL = 24 * 3600.0, 0.1  # seconds that a machine's main process may take before the others
+_firsts = itertools.count()
 
 T = TypeVar("T")
 
@@ -39,6 +44,30 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
         with torch.no_grad():
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, 0)
+
+
+@contextlib.contextmanager
+def local_main_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter together.
+
+    Accelerate's own lets the others wait in a collective, for as long as that may take.
+
+    Raises:
+        TimeoutError: A main process took longer.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    machines = sum(gather_object([accelerator.is_local_main_process]))
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/first/{next(_firsts)}"
+    deadline = time.monotonic() + _FIRST
+    while not accelerator.is_local_main_process and store.add(key, 0) < machines:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the first process of a machine has read images for {_FIRST / 3600:g} hours: does it hang?")
+        time.sleep(_POLL)
+    yield
+    if accelerator.is_local_main_process:
+        store.add(key, 1)
 
 
 def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:

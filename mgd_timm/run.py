@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mgd_timm.head_fitting import fit_heads
 from mgd_timm.networks import Networks, build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import check_names
 from mgd_timm.options import as_dict
-from mgd_timm.processes import on_main
+from mgd_timm.processes import local_main_first, on_main
 from mgd_timm.recipe import Recipe
 from mgd_timm.resolving import resolved
 from mgd_timm.run_folder import continued, fresh, start_folder
@@ -64,9 +65,9 @@ def run(
     check_names(recipe.optim)
     recipe, accelerator = build_accelerator(recipe, steps)
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
-    first = accelerator.local_main_process_first
     defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
-    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=first)
+    in_turn = partial(local_main_first, accelerator)
+    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=in_turn)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
     on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps))

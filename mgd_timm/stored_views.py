@@ -88,6 +88,7 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
     made_of = {
         "format": FORMAT,
         "teacher": teacher.digest,
+        "architecture": teacher.tap.name,  # timm has several that compute other things from the same weights
         "teacher_view": json.loads(json.dumps(view)),  # tuples as lists, as they are read back
         "images": images.train.digest,
         "mean": list(images.mean),

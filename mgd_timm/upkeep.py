@@ -169,6 +169,7 @@ class Keeper:
             progress = self._load(state)
             self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
         if folder is not None:
+            on_main(self.accelerator, lambda: checkpoint.sweep(folder))  # of metrics.jsonl
             on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
         return progress
 

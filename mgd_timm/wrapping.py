@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion
+from mgd_timm.criteria import CrossEntropy
+from mgd_timm.criteria.base import Criterion, Objective
 from mgd_timm.distiller import AnyFeatures, is_whole
 from mgd_timm.features import Batch
 
@@ -39,7 +40,14 @@ class Wrapper(nn.Module):
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
         trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
-        return found
+        return found[0], found[1].detach()  # to be counted: DDP would take a classifier that no loss reads for one that learns
+
+
+def reads_logits(trainee: nn.Module) -> bool:
+    """Whether a loss reads the student's logits: without one, as of maps alone, its classifier takes no gradient."""
+    objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
+    criteria = [term for objective in objectives for term in objective.criteria.values() if isinstance(term, Criterion)]
+    return not objectives or any(isinstance(term, CrossEntropy) or term.needs & {"logits", "cams"} for term in criteria)
 
 
 def compile_mode(accelerator: Accelerator) -> str:

@@ -16,6 +16,7 @@ import argparse
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import mgd_timm
 from mgd_timm.build import channel_values, load_model, set_seed
 from mgd_timm.cli import guarded
 from mgd_timm.data import load_images
-from mgd_timm.processes import join
+from mgd_timm.processes import join, local_main_first
 from mgd_timm.recipe import make_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,7 +89,7 @@ def transfer(args: argparse.Namespace) -> None:
     options = options_for(model, args)
     recipe = make_recipe(teacher=None, **options)  # refuses what is out of range before an image is read
     # The processes wait for the one that decodes the images; they are set up as the run will have them.
-    images = load_images(recipe.data, recipe.seed, say=lambda _: None, main_first=join().local_main_process_first)
+    images = load_images(recipe.data, recipe.seed, say=lambda _: None, main_first=partial(local_main_first, join()))
     set_seed(recipe.seed, 3)
     model.reset_classifier(images.num_classes)  # type: ignore[operator]  # timm's, of every classifier
     mgd_timm.train(model, output=args.output, **options)

@@ -178,6 +178,19 @@ def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
     assert re.findall("top-1: teacher.*", said[0])[0] == re.findall("top-1: teacher.*", said[1])[0]
 
 
+def test_what_one_process_has_fitted_several_take_with_its_losses(small_data, tmp_path):
+    flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--global-batch-size", "64"]
+    flags += ["--batch-size", "32", "--epochs", "1", "--method", "none", "--fit-teacher-head", "probe", "--fitting-epochs", "1"]
+    said = []
+    for number in (1, 2):
+        words = [*flags, "--output", str(tmp_path / str(number))]
+        ranks = Ranks(words, tmp_path / f"log{number}", processes=number, environment={"MGD_TIMM_CACHE": str(tmp_path / "cache")})
+        assert ranks.wait(120) == [0] * number, "".join(ranks.said(rank) for rank in range(number))
+        said.append(re.search(r"probe, (.*); last loss of the labels (.*)", ranks.said()).groups())
+    assert [how for how, _ in said] == ["1 epochs", "from the cache"]
+    assert said[0][1] == said[1][1]
+
+
 def test_memories_know_the_classes_of_training_images_alone(small_data):
     images = load_images(Data(data_dir=str(small_data), val_split=0.25), seed=3)
     labels = images.trained_labels()

@@ -9,15 +9,19 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from forked import Ranks
 from safetensors.torch import load_file
 from small import FAST, call, command, end_at, environment, write_pictures
 from traced import launch, recorded
 
 from mgd_timm.criteria import CRITERIA
+from mgd_timm.processes import leave, local_main_first
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
@@ -130,6 +134,45 @@ def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
     assert "memory banks 2 x 320 x 128: 0.3 MB" in done.stdout
     terms = set(history(tmp_path / "run")[-1]["train"])
     assert terms == {"task", "kd", "abstract", "detailed", "top1", *(name for name in names if name != "ab")}
+
+
+def test_a_classifier_that_no_loss_reads_stays_as_it_is_on_any_number_of_processes(small_data, tmp_path):
+    """Of maps alone: DDP would wait for its gradient in vain. In two steps an update of two processes, and in four of one."""
+    words = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--batch-size", "16", "--clip-grad", "1"]
+    words += ["--global-batch-size", "64", "--epochs", "1", "--method", "none", "--criterion", "at:1", "--task-weight", "0"]
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        ranks = Ranks([*words, "--output", str(output)], tmp_path / f"log{processes}", processes=processes)
+        assert ranks.wait(120) == [0] * processes, "".join(ranks.said(rank) for rank in range(processes))
+        assert "Warning" not in ranks.said()
+        found.append((history(output), load_file(output / "export" / "model.safetensors")))
+    (one, weights), (other, others) = found
+    for before, after in zip(one, other, strict=True):
+        assert after["lr"] == before["lr"]
+        assert after["train"] == pytest.approx(before["train"], rel=1e-3, abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    assert torch.equal(others["fc.weight"], weights["fc.weight"])
+
+
+def wait_for_the_first(folder: Path) -> int:
+    """One of two processes, whose collectives time out after 2 seconds; the first takes 3, twice."""
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
+    for name in "ab":
+        with local_main_first(accelerator):
+            if accelerator.is_main_process:
+                time.sleep(3)
+                (folder / name).touch()
+            assert (folder / name).exists()
+    accelerator.wait_for_everyone()
+    leave()
+    return 0
+
+
+def test_the_main_process_may_take_longer_than_a_collective_while_the_others_wait_for_it(tmp_path):
+    ranks = Ranks([tmp_path], tmp_path / "log", processes=2, target=wait_for_the_first)
+    assert ranks.wait(60) == [0, 0], ranks.said() + ranks.said(1)
 
 
 def test_evaluation_counts_each_image_once_on_two_processes(runs):

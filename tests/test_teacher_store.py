@@ -402,6 +402,19 @@ def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_da
     assert state(written) == before
 
 
+def test_an_architecture_that_shows_other_things_by_the_same_weights_has_another_store(bench, tmp_path):
+    opened = bench[3]
+    names = ("efficientnet_lite0", "tf_efficientnet_lite0")  # whose padding differs
+    one, other = (timm.create_model(name, num_classes=10) for name in names)
+    other.load_state_dict(one.state_dict())
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    teachers = [Teacher(FeatureTap(model, input_size=(3, 28, 28))) for model in (one, other)]
+    assert teachers[0].digest == teachers[1].digest
+    assert not torch.allclose(*(teacher(images).embedding for teacher in teachers))
+    first, second = (opened(tmp_path / "store", teacher=teacher).store for teacher in teachers)
+    assert first.digest != second.digest
+
+
 def test_criteria_that_read_maps_are_refused_before_anything_is_written(small_data, tmp_path):
     with pytest.raises(
         ValueError, match="criterion 'at' reads the teacher's maps, and a teacher store holds its logits and embedding"
