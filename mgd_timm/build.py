@@ -271,12 +271,34 @@ def check_classifier(student: nn.Module) -> None:
         )
 
 
+def check_module(module: nn.Module, role: str) -> None:
+    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
+    if not hasattr(module, "num_classes"):
+        raise ValueError(
+            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model built."
+        )
+    for name, weight in module.named_parameters():
+        if weight.dtype != torch.float32:
+            raise ValueError(f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True.")
+
+
+def check_channels(model: nn.Module, role: str, images: Images) -> None:
+    """Raise ValueError unless a model takes the images' channels."""
+    channels, given = get_model_input_config(model)["input_size"][0], images.input_size[0]
+    if channels != given:
+        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
+        raise ValueError(f"the {role} takes {channels} channels, the images have {given}: {way_out}")
+
+
 def check_student(student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless the student has a classifier, of the data's classes."""
+    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be trained."""
     check_classifier(student)
+    check_channels(student, "student", images)
     count = getattr(student, "num_classes", 0)
     if count != images.num_classes:
         raise ValueError(f"the model has {count} classes, the data {images.num_classes}: build it with as many.")
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
 
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:

@@ -15,6 +15,7 @@ from mgd_timm.build import (
     build_student,
     build_tap,
     build_teacher,
+    check_channels,
     check_student,
     class_conflict,
     identity,
@@ -200,9 +201,7 @@ def _connect_teacher(
     recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> tuple[Teacher, nn.Module | None]:
     """A frozen teacher as yet without heads, and the classifier of its network; one that is silent shows no logits."""
-    channels = get_model_input_config(model)["input_size"][0]
-    if channels != images.input_size[0]:
-        raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
+    check_channels(model, "teacher", images)
     logits = _shows_logits(recipe, model, images, silent)
     view = teacher_view(model, images, recipe.teacher_img_size)
     size = view.size or (images.input_size[1], images.input_size[2])

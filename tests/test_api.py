@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import mgd_timm
 from mgd_timm.api import evaluate_named
@@ -114,6 +115,39 @@ for call in (lambda: mgd_timm.evaluate(3), lambda: mgd_timm.distill([3]), lambda
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     expected = "=3: expected a timm name, a folder or a module that timm built."
     assert done.stdout.splitlines() == [f"{what}{expected}" for what in ("model", "teacher", "student")]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m, data: mgd_timm.evaluate(nn.Linear(2, 2), data),
+            "model: a Linear, which has no num_classes: expected a model that timm",
+        ),
+        (
+            lambda m, data: mgd_timm.distill(m.half(), data=data, output="run"),
+            r"teacher: its .* is torch\.float16, expected torch\.float32: give model\.float\(\)",
+        ),
+        (
+            lambda m, data: mgd_timm.train(m.requires_grad_(False), data, output="run"),
+            "the student's weights are frozen: call student.req",
+        ),
+        (
+            lambda m, data: mgd_timm.train(m, data, in_chans=1, output="run"),
+            "the student takes 3 channels, the images have 1: --in-chans 3",
+        ),
+        (lambda m, data: mgd_timm.evaluate(m, data, in_chans=1), "the model takes 3 channels, the images have 1: --in-chans 3"),
+        (
+            lambda m, data: mgd_timm.distill(timm.create_model("test_resnet", in_chans=4), data=data, output="run"),
+            r"4 channels.* colour \(3\) or gr",
+        ),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused_before_a_folder_is_made(call, said, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        call(timm.create_model("cifar_resnet8", num_classes=10), str(small_data))
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_replace_what_a_data_says(small_data, tmp_path):
