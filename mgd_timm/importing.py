@@ -3,6 +3,7 @@
 Nothing in the file is executed: torch's restricted unpickler builds tensors and plain containers and refuses the rest.
 """
 
+import argparse
 import os
 import re
 import warnings
@@ -66,7 +67,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
+        # timm's train.py writes its options beside the weights: a plain container of values, which are checked as all else is.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of what is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises a dozen kinds
