@@ -91,6 +91,8 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     """
     spec = spec or (recipe.teacher or ("",))[0]
     place = _weights_folder(spec)
+    if place is not None or spec.startswith("hf-hub:"):
+        check_no_checkpoint(recipe, spec)
     if place is not None:
         return _load_folder(place)
     if spec.startswith("hf-hub:"):
@@ -125,6 +127,15 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     return model
 
 
+def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
+    """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
+    if recipe.teacher_checkpoint is not None:
+        raise ValueError(
+            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or "
+            "name its architecture beside the file."
+        )
+
+
 def _weights_folder(spec: str) -> Path | None:
     if spec == "embedded":
         return EMBEDDED / "teacher"
@@ -143,7 +154,9 @@ def _load_folder(folder: Path) -> nn.Module:
     """A model from a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise ValueError(f"{folder}: no model.safetensors beside config.json.")
+        raise ValueError(
+            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another file."
+        )
     _check_config(folder / "config.json")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)

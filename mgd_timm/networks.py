@@ -16,6 +16,7 @@ from mgd_timm.build import (
     build_tap,
     build_teacher,
     check_channels,
+    check_no_checkpoint,
     check_student,
     class_conflict,
     identity,
@@ -67,6 +68,9 @@ def load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.
     """The recipe's teachers with their weights; a module that is given stands for its name."""
     names = recipe.teacher or ()
     modules = list(given) or [None] * len(names)
+    for name, module in zip(names, modules, strict=True):
+        if module is not None:
+            check_no_checkpoint(recipe, name)
     # What is given is the caller's, and the run may give its teachers other classes, other weights or another size.
     return [
         copy.deepcopy(module) if module is not None else build_teacher(recipe, name)
