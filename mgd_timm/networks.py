@@ -25,7 +25,7 @@ from mgd_timm.build import (
     teacher_view,
 )
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
-from mgd_timm.data import Images
+from mgd_timm.data import Images, StoreSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.export import describe
 from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
@@ -287,6 +287,10 @@ def _name_of(term: Criterion) -> str:
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
+    """Let timm show images to the exported model as they were shown here: small ones whole, others by their centre."""
+    data = recipe.data
+    small = isinstance(images.train, StoreSource)
+    shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
     describe(
         model,
         input_size=images.input_size,
@@ -295,6 +299,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
         class_names=images.class_names,
         license=recipe.license,
         tag=weights_tag(recipe),
+        shown={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
     )
 
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from datasets import load_dataset
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import mgd_timm
 from mgd_timm.api import evaluate_named
 from mgd_timm.build import defaults_of, load_model
+from mgd_timm.data import Defaults, load_images
 from mgd_timm.recipe import Data, Recipe
 from mgd_timm.run_folder import read_recipe
 
@@ -148,6 +151,19 @@ def test_models_that_cannot_be_used_are_refused_before_a_folder_is_made(call, sa
     with pytest.raises(ValueError, match=said):
         call(timm.create_model("cifar_resnet8", num_classes=10), str(small_data))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": 112, "crop_pct": 0.8, "interpolation": "bicubic", "workers": 0}])
+def test_timm_shows_images_to_an_exported_student_as_they_were_evaluated(options, small_data, tmp_path):
+    """Small images whole, and large ones as the options say: neither is the architecture's own share of 0.95, bilinear."""
+    mgd_timm.train("test_resnet", str(small_data), epochs=1, output=tmp_path / "run", **options)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    transform = create_transform(**resolve_data_config({}, model=model))
+    known, data = model.pretrained_cfg, read_recipe(tmp_path / "run").data
+    images = load_images(data, 0, Defaults(mean=tuple(known["mean"]), std=tuple(known["std"])))
+    shown = next(images.test.batches([images.test.ids[:8]], 0, torch.device("cpu"))).images
+    raw = load_dataset(str(small_data), split="test[:8]")["image"]
+    assert torch.allclose(torch.stack([transform(image.convert("RGB")) for image in raw]), shown, atol=1e-5)
 
 
 def test_options_replace_what_a_data_says(small_data, tmp_path):
