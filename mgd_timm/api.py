@@ -12,7 +12,7 @@ from timm.models import get_model_input_config
 from torch import nn
 
 from mgd_timm.accelerator import build_accelerator
-from mgd_timm.build import check_class_names, load_model, shown_by
+from mgd_timm.build import check_channels, check_class_names, check_module, load_model, shown_by
 from mgd_timm.data import load_images
 from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
@@ -52,7 +52,7 @@ def distill(
         FileExistsError: The output folder exists.
     """
     student = _model(student, "student")
-    names: dict[str, Any] = {"student": _name_of(student), "output": str(output)}
+    names: dict[str, Any] = {"student": _name_of(student), "output": output}
     several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
     teachers = [_model(one, "teacher") for one in several]
     if teacher is not None:
@@ -71,12 +71,13 @@ def train(
     for name in options:
         if name in DISTILL_ONLY or name in {f.name for f in fields(Heads)}:
             raise ValueError(f"option {name!r} is not of mgd_timm.train: mgd_timm.distill takes it.")
-    recipe = make_recipe(teacher=None, student=_name_of(model), output=str(output), **_over(data, options))
+    recipe = make_recipe(teacher=None, student=_name_of(model), output=output, **_over(data, options))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student
 
 
 def _model(model: Model, what: str) -> str | nn.Module:
     if isinstance(model, nn.Module):
+        check_module(model, what)
         return model
     if isinstance(model, str | PathLike):
         return str(model)
@@ -157,6 +158,7 @@ def evaluate_named(
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
     shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator))
+    check_channels(network, "model", images)
     if network.num_classes != images.num_classes:
         raise ValueError(
             f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The accuracy of "

@@ -91,6 +91,8 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     """
     spec = spec or (recipe.teacher or ("",))[0]
     place = _weights_folder(spec)
+    if place is not None or spec.startswith("hf-hub:"):
+        check_no_checkpoint(recipe, spec)
     if place is not None:
         return _load_folder(place)
     if spec.startswith("hf-hub:"):
@@ -125,6 +127,15 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     return model
 
 
+def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
+    """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
+    if recipe.teacher_checkpoint is not None:
+        raise ValueError(
+            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or "
+            "name its architecture beside the file."
+        )
+
+
 def _weights_folder(spec: str) -> Path | None:
     if spec == "embedded":
         return EMBEDDED / "teacher"
@@ -143,7 +154,9 @@ def _load_folder(folder: Path) -> nn.Module:
     """A model from a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise ValueError(f"{folder}: no model.safetensors beside config.json.")
+        raise ValueError(
+            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another file."
+        )
     _check_config(folder / "config.json")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -271,12 +284,34 @@ def check_classifier(student: nn.Module) -> None:
         )
 
 
+def check_module(module: nn.Module, role: str) -> None:
+    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
+    if not hasattr(module, "num_classes"):
+        raise ValueError(
+            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model built."
+        )
+    for name, weight in module.named_parameters():
+        if weight.dtype != torch.float32:
+            raise ValueError(f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True.")
+
+
+def check_channels(model: nn.Module, role: str, images: Images) -> None:
+    """Raise ValueError unless a model takes the images' channels."""
+    channels, given = get_model_input_config(model)["input_size"][0], images.input_size[0]
+    if channels != given:
+        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
+        raise ValueError(f"the {role} takes {channels} channels, the images have {given}: {way_out}")
+
+
 def check_student(student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless the student has a classifier, of the data's classes."""
+    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be trained."""
     check_classifier(student)
+    check_channels(student, "student", images)
     count = getattr(student, "num_classes", 0)
     if count != images.num_classes:
         raise ValueError(f"the model has {count} classes, the data {images.num_classes}: build it with as many.")
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
 
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:

@@ -76,6 +76,8 @@ class Data:
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name}={values}: expected {self.in_chans} values, one per channel (in_chans).")
+            if values is not None and not all(abs(value) < float("inf") for value in values):
+                raise ValueError(f"{name}={values}: expected finite values, of pixels in [0, 1].")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std={self.std}: expected positive values.")
         if self.validation_batch_size < 1 or self.workers < 0:
@@ -86,6 +88,8 @@ class Data:
             values = getattr(self, name)
             if len(values) != 2 or not 0 < values[0] <= values[1]:
                 raise ValueError(f"{name}={values}: expected two positive numbers, the smaller one first.")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale={self.scale}: expected shares of the image's area, 1 at most.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct={self.crop_pct}: expected 0 < crop_pct <= 1, or none for the model's.")
         for name in ("reprob", "mixup_prob", "mixup_switch_prob"):

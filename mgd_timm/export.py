@@ -44,8 +44,19 @@ def describe(
     class_names: tuple[str, ...],
     license: str,
     tag: str,
+    shown: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true here."""
+    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true here.
+
+    Args:
+        model: Described in place.
+        input_size: Channels, height, width.
+        mean, std: Per channel, of pixels in [0, 1].
+        class_names: In the order of the classifier.
+        license: Of the weights.
+        tag: timm's word for the weights.
+        shown: crop_pct, crop_mode and interpolation of an evaluation, as far as they are not the architecture's.
+    """
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     for key in (
         "url",
@@ -71,7 +82,7 @@ def describe(
     ):
         config.pop(key, None)
     config |= {"tag": tag, "license": license, "input_size": input_size, "mean": mean, "std": std}
-    config |= {"num_classes": len(class_names), "label_names": list(class_names)}
+    config |= {"num_classes": len(class_names), "label_names": list(class_names), **(shown or {})}
     model.pretrained_cfg = config  # type: ignore[assignment]
     model.default_cfg = config  # type: ignore[assignment]
 

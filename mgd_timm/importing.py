@@ -3,6 +3,7 @@
 Nothing in the file is executed: torch's restricted unpickler builds tensors and plain containers and refuses the rest.
 """
 
+import argparse
 import os
 import re
 import warnings
@@ -66,7 +67,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
+        # timm's train.py writes its options beside the weights: a plain container of values, which are checked as all else is.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of what is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises a dozen kinds
@@ -162,9 +164,9 @@ def import_checkpoint(
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(count))
     if len(names) != count:
         raise ValueError(f"{len(names)} class names were given, the classifier in {path} has {count} outputs.")
-    values = {"mean": _per_channel("mean", mean, config, channels), "std": _per_channel("std", std, config, channels)}
+    mean, std = _per_channel("mean", mean, config, channels), _per_channel("std", std, config, channels)
     size = (channels, *(config.get("input_size") or (3, 224, 224))[1:])
-    describe(model, input_size=size, **values, class_names=names, license=license, tag="imported")
+    describe(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
     origin = {"imported": {"file": path.name, "sha256": sha256(path)}, "architecture": architecture}
     return export_model(model, Path(folder), provenance=origin, overwrite=overwrite)
 

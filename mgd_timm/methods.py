@@ -123,7 +123,13 @@ def connect(
     Raises:
         ValueError: Unknown names, a number out of range, or trained networks of other classes.
     """
-    for name, value, least in (("img_size", img_size, 1), ("num_classes", num_classes, 2), ("num_samples", num_samples, 1)):
+    least_of = {
+        "img_size": (img_size, 1),
+        "in_chans": (in_chans, 1),
+        "num_classes": (num_classes, 2),
+        "num_samples": (num_samples, 1),
+    }
+    for name, (value, least) in least_of.items():
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: expected {least} or more.")
 

@@ -15,6 +15,8 @@ from mgd_timm.build import (
     build_student,
     build_tap,
     build_teacher,
+    check_channels,
+    check_no_checkpoint,
     check_student,
     class_conflict,
     identity,
@@ -23,7 +25,7 @@ from mgd_timm.build import (
     teacher_view,
 )
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
-from mgd_timm.data import Images
+from mgd_timm.data import Images, StoreSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.export import describe
 from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
@@ -66,6 +68,9 @@ def load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.
     """The recipe's teachers with their weights; a module that is given stands for its name."""
     names = recipe.teacher or ()
     modules = list(given) or [None] * len(names)
+    for name, module in zip(names, modules, strict=True):
+        if module is not None:
+            check_no_checkpoint(recipe, name)
     # What is given is the caller's, and the run may give its teachers other classes, other weights or another size.
     return [
         copy.deepcopy(module) if module is not None else build_teacher(recipe, name)
@@ -200,9 +205,7 @@ def _connect_teacher(
     recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> tuple[Teacher, nn.Module | None]:
     """A frozen teacher as yet without heads, and the classifier of its network; one that is silent shows no logits."""
-    channels = get_model_input_config(model)["input_size"][0]
-    if channels != images.input_size[0]:
-        raise ValueError(f"the teacher takes {channels} channels, the images have {images.input_size[0]}: --in-chans {channels}.")
+    check_channels(model, "teacher", images)
     logits = _shows_logits(recipe, model, images, silent)
     view = teacher_view(model, images, recipe.teacher_img_size)
     size = view.size or (images.input_size[1], images.input_size[2])
@@ -284,6 +287,10 @@ def _name_of(term: Criterion) -> str:
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
+    """Let timm show images to the exported model as they were shown here: small ones whole, others by their centre."""
+    data = recipe.data
+    small = isinstance(images.train, StoreSource)
+    shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
     describe(
         model,
         input_size=images.input_size,
@@ -292,6 +299,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
         class_names=images.class_names,
         license=recipe.license,
         tag=weights_tag(recipe),
+        shown={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
     )
 
 

@@ -119,11 +119,14 @@ class Parser(ArgumentParser):
         """As jsonargparse's, of a --config's content."""
         try:
             values = get_loader("yaml")(content)
-        except yaml.YAMLError:
-            values = None  # jsonargparse will say it
-        if isinstance(values, dict):
-            listed = {name: self._listed(name, value) for name, value in values.items()}
-            content = content if listed == values else json.dumps(listed)
+        except yaml.YAMLError as error:
+            self.error(f"--config: no YAML: {' '.join(str(error).split())}; --print_config writes a file of flags.")
+        if not isinstance(values, dict):
+            self.error(
+                f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes such a file."
+            )
+        listed = {name: self._listed(name, value) for name, value in values.items()}
+        content = content if listed == values else json.dumps(listed)
         return super().parse_string(content, *more, **options)
 
     def _listed(self, name: str, value: Any) -> Any:

@@ -6,7 +6,9 @@ Nothing is decoded or copied into memory before it is asked for.
 import hashlib
 import json
 import os
+import shlex
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,6 +180,7 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
     folder = Path(place)
     local = local or folder.exists()
     if local:
+        check_links(folder)
         arrays = _open_arrays(folder)
         if arrays:
             return dict(arrays)
@@ -190,7 +193,7 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fsspec and of the hub's client; errors are what matters here
-            return dict(datasets.load_dataset(place, config))
+            found = dict(datasets.load_dataset(place, config))
     except Exception as error:  # `datasets` raises a dozen kinds, of several libraries
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             error = error.__cause__  # it says only that there was one
@@ -198,6 +201,48 @@ def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any
         if local or place in _HUB:
             raise DataError(f"{place}: cannot be read: {reason}") from error
         raise DataError(f"{unknown('data set', place, _HUB)} Reading it from the hub failed with {reason}") from error
+    if local:
+        _check_depths(found)
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """`datasets` does not follow a link to a folder: a class that is one would silently not exist.
+
+    Raises:
+        DataError: A link to a folder that holds images or tables.
+    """
+    for found, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))  # `datasets` skips these too
+        for link in (Path(found, name) for name in names if Path(found, name).is_symlink()):
+            if _holds_files(link):
+                raise DataError(
+                    f"{link}: a link to a folder, which is not followed, so that its images would be left out. Put a real folder "
+                    f"in its place, with links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...), or the images."
+                )
+
+
+def _check_depths(splits: dict[str, Any]) -> None:
+    """`datasets` sees no class in any folder where one image lies deeper than another.
+
+    Raises:
+        DataError: Images of a folder at different depths, without any label.
+    """
+    import datasets
+
+    tables = [table for table in splits.values() if list(table.features) == ["image"]]
+    if len(tables) < len(splits):
+        return
+    cells = [table.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"] for table in tables]
+    paths = [Path(cell["path"]) for column in cells for cell in column.to_pylist() if cell["path"]]
+    depths = Counter(len(path.parts) for path in paths)
+    if len(depths) > 1:
+        usual = depths.most_common(1)[0][0]
+        odd, even = (next(path for path in paths if (len(path.parts) == usual) is same) for same in (False, True))
+        raise DataError(
+            f"{odd}: not as deep in folders as {even}, so that no folder is taken for a class; expected all images at one depth, "
+            "in class folders (train/cat/1.png). Move or remove it and its like."
+        )
 
 
 def _holds_files(folder: Path) -> bool:

@@ -58,13 +58,17 @@ class Optim:
             raise ValueError(f"global_batch_size={self.global_batch_size}: expected 2 or more, and 2 or more for each process.")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr={self.lr}: expected a positive number.")
-        if self.clip_grad is not None and self.clip_grad <= 0:
+        if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad}: expected a positive norm, or none.")
         for name in ("momentum", "model_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 <= {name} < 1.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: expected 0 or more.")
+        for name in ("weight_decay", "min_lr", "warmup_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        for name in ("decay_epochs", "decay_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs}, a part of the epochs.")
 
@@ -239,6 +243,8 @@ class Recipe:
             raise ValueError(f"maps={self.maps!r}: expected {', '.join(MAPS)} or a number of maps, 1 or more.")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: expected 0 <= drop_path < 1.")
         if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
             raise ValueError(
                 f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a positive number or "

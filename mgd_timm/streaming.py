@@ -25,7 +25,7 @@ from mgd_timm.decoding import DataError, decode
 from mgd_timm.features import Batch
 from mgd_timm.headway import Steps
 from mgd_timm.options import unknown
-from mgd_timm.reading import check_split, image_column, label_column
+from mgd_timm.reading import check_links, check_split, image_column, label_column
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix, seeded
 from mgd_timm.sources import picture, read_ahead
@@ -88,6 +88,7 @@ def open_streams(place: str, config: str | None) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     Steps.patience = 0.0 if Path(place).exists() else _TRIES
+    check_links(Path(place))  # of a hub id there is no such folder
     try:
         return dict(datasets.load_dataset(place, config, streaming=True))
     except Exception as error:  # `datasets` raises a dozen kinds, of several libraries

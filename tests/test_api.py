@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from datasets import load_dataset
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
 
 import mgd_timm
 from mgd_timm.api import evaluate_named
 from mgd_timm.build import defaults_of, load_model
+from mgd_timm.data import Defaults, load_images
 from mgd_timm.recipe import Data, Recipe
 from mgd_timm.run_folder import read_recipe
 
@@ -114,6 +118,52 @@ for call in (lambda: mgd_timm.evaluate(3), lambda: mgd_timm.distill([3]), lambda
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     expected = "=3: expected a timm name, a folder or a module that timm built."
     assert done.stdout.splitlines() == [f"{what}{expected}" for what in ("model", "teacher", "student")]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m, data: mgd_timm.evaluate(nn.Linear(2, 2), data),
+            "model: a Linear, which has no num_classes: expected a model that timm",
+        ),
+        (
+            lambda m, data: mgd_timm.distill(m.half(), data=data, output="run"),
+            r"teacher: its .* is torch\.float16, expected torch\.float32: give model\.float\(\)",
+        ),
+        (
+            lambda m, data: mgd_timm.train(m.requires_grad_(False), data, output="run"),
+            "the student's weights are frozen: call student.req",
+        ),
+        (
+            lambda m, data: mgd_timm.train(m, data, in_chans=1, output="run"),
+            "the student takes 3 channels, the images have 1: --in-chans 3",
+        ),
+        (lambda m, data: mgd_timm.evaluate(m, data, in_chans=1), "the model takes 3 channels, the images have 1: --in-chans 3"),
+        (
+            lambda m, data: mgd_timm.distill(timm.create_model("test_resnet", in_chans=4), data=data, output="run"),
+            r"4 channels.* colour \(3\) or gr",
+        ),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused_before_a_folder_is_made(call, said, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        call(timm.create_model("cifar_resnet8", num_classes=10), str(small_data))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": 112, "crop_pct": 0.8, "interpolation": "bicubic", "workers": 0}])
+def test_timm_shows_images_to_an_exported_student_as_they_were_evaluated(options, small_data, tmp_path):
+    """Small images whole, and large ones as the options say: neither is the architecture's own share of 0.95, bilinear."""
+    mgd_timm.train("test_resnet", str(small_data), epochs=1, output=tmp_path / "run", **options)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    transform = create_transform(**resolve_data_config({}, model=model))
+    known, data = model.pretrained_cfg, read_recipe(tmp_path / "run").data
+    images = load_images(data, 0, Defaults(mean=tuple(known["mean"]), std=tuple(known["std"])))
+    shown = next(images.test.batches([images.test.ids[:8]], 0, torch.device("cpu"))).images
+    raw = load_dataset(str(small_data), split="test[:8]")["image"]
+    assert torch.allclose(torch.stack([transform(image.convert("RGB")) for image in raw]), shown, atol=1e-5)
 
 
 def test_options_replace_what_a_data_says(small_data, tmp_path):

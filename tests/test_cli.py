@@ -10,7 +10,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small import FAST, call
 
+import mgd_timm
 from mgd_timm import cli
+from mgd_timm.build import load_model
 from mgd_timm.cli import main
 from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.recipe import Data, Heads, Optim, Recipe
@@ -125,6 +127,9 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
             "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
         ),
         ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ("mean: [0.5", '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find'),
+        ("", "--config: '': expected flags with values, as in epochs: 20; --print_config writes such a file."),
+        ("- 1", "--config: '- 1': expected flags with values"),
     ],
 )
 def test_a_config_with_a_value_of_another_kind_is_refused(mgd, tmp_path, line, expected):
@@ -259,6 +264,14 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
 def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expected):
     refuse(mgd, expected, *words)
     assert not (tmp_path / "runs").exists()  # nothing half-started is left
+
+
+def test_a_file_of_weights_beside_a_teacher_that_has_its_own_is_refused_not_left_aside(mgd, tmp_path):
+    expected = "teacher_checkpoint='other.safetensors': the teacher 'embedded' has weights of its own. Leave one out"
+    refuse(mgd, [expected], "distill", "--teacher-checkpoint", "other.safetensors", "--output", tmp_path / "run")
+    with pytest.raises(ValueError, match="has weights of its own"):
+        mgd_timm.distill(load_model("embedded"), teacher_checkpoint="other.safetensors", output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):

@@ -643,6 +643,18 @@ def test_named_classes_without_images_or_with_other_names(tmp_path: Path) -> Non
         read(tmp_path / "hidden")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("link", ["train/dog", "train"])
+def test_a_linked_folder_is_not_left_out_silently(link: str, streaming: bool, tmp_path: Path) -> None:
+    """`datasets` follows links to images, and none to folders: two classes of three would be trained on."""
+    made = folder(tmp_path / "made", {f"train/{name}": [noise(0), noise(1)] for name in ("cat", "dog", "emu")})
+    (tmp_path / "away").mkdir()
+    (made / link).rename(tmp_path / "away" / "the images")
+    (made / link).symlink_to(tmp_path / "away" / "the images")
+    with pytest.raises(DataError, match=rf"made/{link}: a link to a folder, .* \(cp -rs '.*away/the images' \.\.\.\)"):
+        read(made, streaming=streaming)
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "nothing" / ".git").mkdir(parents=True)
     with pytest.raises(
@@ -664,6 +676,12 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         DataError, match=r"no label column among image: .* put images into one folder per class, of two classes or more"
     ):
         read(folder(tmp_path / "one", {"train/cat": [noise(0), noise(1)]}))
+    (gap / "test" / "cat" / "more").mkdir(parents=True)
+    (gap / "test" / "cat" / "more" / "9.png").write_bytes((gap / "train" / "cat" / "0.png").read_bytes())
+    with pytest.raises(
+        DataError, match=r"gap/test/cat/more/9\.png: not as deep in folders as .*gap/train/(cat|emu)/.*\.png, so that"
+    ):
+        read(gap)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "train.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="damaged: cannot be read: ArrowInvalid: Parquet file size is 7 bytes"):

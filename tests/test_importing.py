@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections import OrderedDict
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from small import call
+from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
 from mgd_timm.build import load_model
@@ -109,10 +111,21 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped, place):
     assert marker.is_dir()
 
 
-def test_options_of_a_script_are_refused(tmp_path):
-    torch.save({"model": network().state_dict(), "opt": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth")
-    with pytest.raises(ValueError, match=r"holds more than tensors: argparse\.Namespace.*write its weights alone"):
-        read_public(tmp_path / "last.pth")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_not_run(tmp_path, zipped):
+    model = network()
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), 0.1), args=argparse.Namespace(model=NAME, lr=0.1), checkpoint_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    read = read_public(tmp_path / "model_best.pth.tar")
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+    for options in (argparse.Namespace(evil=Command(tmp_path / "ran")), Fraction(1, 2)):
+        content = {"state_dict": model.state_dict(), "args": options}
+        torch.save(content, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=r"last\.pth holds more than tensors: .*write its weights alone"):
+            read_public(tmp_path / "last.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
