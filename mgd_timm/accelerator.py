@@ -27,8 +27,8 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
             make its global batch now.
 
     Raises:
-        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, a teacher to be cut up on
-            one process, or what `with_global_batch` refuses.
+        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, fp16 on a CPU, a teacher to
+            be cut up on one process, or what `with_global_batch` refuses.
     """
     for name in recipe.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -45,6 +45,8 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
         kwargs_handlers=[PATIENCE],
     )
     check_sharding(accelerator)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 on a CPU, where losses are not scaled and small gradients vanish: bfloat16 runs anywhere.")
     if recipe.optim.find_batch_size and (sharded() or recipe.shard_teacher):
         where = "under FSDP" if sharded() else "beside shard_teacher"
         raise ValueError(f"find_batch_size {where}: a trial step of one process alone is none. Give a batch size that fits.")

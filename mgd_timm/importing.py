@@ -21,8 +21,8 @@ from mgd_timm.build import channel_values, check_model_name, load_state
 from mgd_timm.checkpoint import sha256
 from mgd_timm.export import describe, export_model
 
-# Where weights stand in a training script's checkpoint, in this order.
-_PLACES = ("model", "state_dict", "net")
+# Where weights stand in a training script's checkpoint, in this order: averaged ones first, as timm's own loader takes them.
+_PLACES = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
 # Beginnings of names in public files (RepDistiller's, mdistiller's), and ours where they differ.
 _RENAMES = {
     "cifar_mobilenetv2": {"classifier.0.": "classifier."},
@@ -35,8 +35,9 @@ _RENAMES = {
 def read_public(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU: of a safetensors file, or of one that torch.save wrote.
 
-    The latter holds a dict of tensors, or one under the key `model`, `state_dict` or `net`. A prefix `module.` that all names have
-    (DataParallel's) is dropped.
+    The latter holds a dict of tensors, or one under the key `model`, `state_dict` or `net`; a moving average beside it, under
+    `state_dict_ema` or `model_ema`, is taken in its place, as timm does. A prefix `module.` that all names have (DataParallel's) is
+    dropped.
 
     Raises:
         FileNotFoundError: No such file.

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from small import call
-from timm.utils import CheckpointSaver
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 from mgd_timm.build import load_model
@@ -120,6 +120,12 @@ def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_n
     saver.save_checkpoint(0, metric=1.0)
     read = read_public(tmp_path / "model_best.pth.tar")
     assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+    averaged = network()
+    with torch.no_grad():
+        averaged.fc.bias += 1
+    saver.model_ema = ModelEmaV3(averaged)
+    saver.save_checkpoint(1, metric=2.0)
+    assert torch.equal(read_public(tmp_path / "model_best.pth.tar")["fc.bias"], averaged.fc.bias)  # as timm's own loader reads it
     for options in (argparse.Namespace(evil=Command(tmp_path / "ran")), Fraction(1, 2)):
         content = {"state_dict": model.state_dict(), "args": options}
         torch.save(content, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)

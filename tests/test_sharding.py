@@ -127,6 +127,12 @@ def test_what_is_not_done_is_refused(monkeypatch, variable, value, named):
         build_accelerator(make_recipe())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match=r"fp16 on a CPU, where losses are not scaled .*: bfloat16 runs anywhere"):
+        build_accelerator(make_recipe(amp=True, amp_dtype="float16"))
+
+
 def test_a_teacher_that_cannot_be_cut_up_is_refused():
     with pytest.raises(ValueError, match="there is nobody to share the teacher with"):
         build_accelerator(make_recipe(shard_teacher=True))
