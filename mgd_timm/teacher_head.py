@@ -159,7 +159,7 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
             teacher.eval()
 
     losses, found = found_or_fitted(name, model, made_of, accelerator, fit_fresh)
-    said = "from the cache" if found else f"{recipe.fitting_epochs} epochs"
+    said = "from the cache" if found else f"{recipe.fitting_epochs} epoch{'s' if recipe.fitting_epochs > 1 else ''}"
     accelerator.print(
         f"teacher {teacher.tap.name}: {recipe.fit_teacher_head}, {said}; last loss of the labels {losses['task']:.4g}"
     )

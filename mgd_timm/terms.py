@@ -84,8 +84,9 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
         if not terms["task" if name == "ce" else name].weight:
             raise ValueError(f"criterion options of {name}, whose weight is 0: give it one, or leave them out.")
     kinds = [CRITERIA[term.criterion] for term in terms.values() if term.weight]
-    if all(kind.fits == "student" for kind in kinds) and recipe.method == "none":
-        raise ValueError(f"every weight is 0: {', '.join(terms)}. Give task_weight or a criterion one.")
+    if all(kind.fits == "student" for kind in kinds):
+        codes = "" if recipe.method == "none" else ", and the codes teach the classifier nothing"
+        raise ValueError(f"every weight is 0: {', '.join(terms)}{codes}. Give task_weight or a criterion one.")
     if recipe.standardise_logits and not any("logits" in kind.needs for kind in kinds):
         raise ValueError(
             f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight (kd_weight=1)."

@@ -187,7 +187,7 @@ def test_what_one_process_has_fitted_several_take_with_its_losses(small_data, tm
         ranks = Ranks(words, tmp_path / f"log{number}", processes=number, environment={"MGD_TIMM_CACHE": str(tmp_path / "cache")})
         assert ranks.wait(120) == [0] * number, "".join(ranks.said(rank) for rank in range(number))
         said.append(re.search(r"probe, (.*); last loss of the labels (.*)", ranks.said()).groups())
-    assert [how for how, _ in said] == ["1 epochs", "from the cache"]
+    assert [how for how, _ in said] == ["1 epoch", "from the cache"]
     assert said[0][1] == said[1][1]
 
 

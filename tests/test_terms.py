@@ -173,6 +173,7 @@ def test_every_criterion_is_built_by_its_word():
         ({"criterion": ("at",), "method": "none", "kd_temperature": 2.0}, "kd_temperature=2.0 does nothing: kd has weight 0"),
         ({"criterion": ("at",), "task_weight": 0.0, "smoothing": 0.1}, "smoothing=0.1 does nothing: ce has weight 0"),
         ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "every weight is 0"),
+        ({"kd_weight": 0.0, "task_weight": 0.0, "method": "mag"}, "0: task, kd, and the codes teach the classifier nothing"),
     ],
 )
 def test_what_would_do_nothing_is_refused(options, message):
