@@ -48,7 +48,7 @@ def real(case: Case) -> Step:
 
 def allocated(run: Callable[[], Any]) -> tuple[int, int]:
     """Bytes that a call leaves allocated, and the most above its start, as torch's CPU allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:  # or 2.10 warns
         kept = run()  # until the end of the profile
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -57,7 +57,6 @@ def executable_batch_size(
             return True
         return False
 
-    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
     def search(batch_size: int) -> int:
         accelerator.gradient_accumulation_steps = num_slots(batch_size, processes, whole) // processes
         short = runs_short(batch_size)
@@ -69,4 +68,4 @@ def executable_batch_size(
             raise torch.OutOfMemoryError("a process is out of memory.")
         return batch_size
 
-    return int(search())
+    return int(find_executable_batch_size(search, size, halve)())  # as a decorator with options accelerate 1.10 loses one

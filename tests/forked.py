@@ -94,5 +94,6 @@ class Ranks:
         return codes
 
     def said(self, rank: int = 0) -> str:
-        """What a process printed."""
-        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
+        """What a process printed, but for gloo's greeting (torch 2.10)."""
+        lines = self.logs[rank].read_text().splitlines(keepends=True) if self.logs[rank].exists() else []
+        return "".join(line for line in lines if not line.startswith("[Gloo] Rank"))
