@@ -18,9 +18,8 @@ from mgd_timm.data_options import OF_TRAINING
 from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.options import as_dict, unknown
-from mgd_timm.parsing import DISTILL_ONLY
 from mgd_timm.processes import local_main_first
-from mgd_timm.recipe import Data, Heads, Recipe, flatten, make_recipe
+from mgd_timm.recipe import OF_DISTILLING, Data, Recipe, flatten, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
@@ -69,7 +68,7 @@ def train(
     """Train a model on its own (a teacher, or a student alone) and return it; arguments and errors as of `distill`."""
     model = _model(model, "model")
     for name in options:
-        if name in DISTILL_ONLY or name in {f.name for f in fields(Heads)}:
+        if name in OF_DISTILLING:
             raise ValueError(f"option {name!r} is not of mgd_timm.train: mgd_timm.distill takes it.")
     recipe = make_recipe(teacher=None, student=_name_of(model), output=output, **_over(data, options))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student

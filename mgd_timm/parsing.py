@@ -18,34 +18,7 @@ from mgd_timm.options import fits
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-DISTILL_ONLY = {
-    "teacher",
-    "teacher_checkpoint",
-    "teacher_classes",
-    "teacher_weights",
-    "teachers_as",
-    "fit_teacher_head",
-    "teacher_img_size",
-    "teacher_resize",
-    "teacher_store",
-    "teacher_views",
-    "teacher_view_seed",
-    "teacher_top_k",
-    "method",
-    "criterion",
-    "task_weight",
-    "kd_weight",
-    "kd_temperature",
-    "maps",
-    "peer",
-    "criterion_options",
-    "standardise_logits",
-    "fitting_epochs",
-    "fitting_lr",
-    "shard_teacher",
-    "fold_teacher",
-}
-TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
+_TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 
 BY_PEER = ("teacher", "criterion", "method")
 """What these are by default depends on whether there is a peer: make_recipe says it."""
@@ -201,18 +174,18 @@ def run_parser(prog: str, *, distill: bool, without: Mapping[str, str] | None = 
         distill: Which of both.
         without: Options that a script does not take, and the words for who gives one.
     """
-    from mgd_timm.recipe import Data, Heads, Optim, Recipe
+    from mgd_timm.recipe import OF_DISTILLING, Data, Heads, Optim, Recipe
 
     about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
     if distill:
-        elsewhere = dict.fromkeys(TRAIN_ONLY, "mgd-timm train takes it")
+        elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
         elsewhere |= {theirs: f"here it is --{ours.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
     else:
-        elsewhere = dict.fromkeys(DISTILL_ONLY | {f.name for f in dataclasses.fields(Heads)}, "mgd-timm distill takes it")
+        elsewhere = dict.fromkeys(OF_DISTILLING, "mgd-timm distill takes it")
         elsewhere |= {ours: f"here it is --{theirs.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
     parser = Parser(prog=prog, description=about, elsewhere={**elsewhere, **(without or {})})
     parser.add_argument("--config", action="config", help="YAML file of flags")
-    leave = (TRAIN_ONLY if distill else DISTILL_ONLY) | set(without or {})
+    leave = (_TRAIN_ONLY if distill else OF_DISTILLING) | set(without or {})
     add_fields(parser, Recipe, "run", leave, {} if distill else TRAIN_NAMES)
     add_fields(parser, Data, "images", set(), {})
     add_fields(parser, Optim, "optimisation", set(), {})

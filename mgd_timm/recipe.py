@@ -14,7 +14,7 @@ from mgd_timm.granularity import Granularity
 from mgd_timm.maps import WORDS as MAPS
 from mgd_timm.options import check_choices, option, typed, unknown
 
-__all__ = ["PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
+__all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
 
 
 @dataclass(frozen=True)
@@ -335,6 +335,36 @@ def _list(names: Iterable[str]) -> str:
 
 
 PARTS: dict[str, type] = {"data": Data, "optim": Optim, "heads": Heads}
+
+
+OF_DISTILLING = {f.name for f in dataclasses.fields(Heads)} | {
+    "teacher",
+    "teacher_checkpoint",
+    "teacher_classes",
+    "teacher_weights",
+    "teachers_as",
+    "fit_teacher_head",
+    "teacher_img_size",
+    "teacher_resize",
+    "teacher_store",
+    "teacher_views",
+    "teacher_view_seed",
+    "teacher_top_k",
+    "method",
+    "criterion",
+    "task_weight",
+    "kd_weight",
+    "kd_temperature",
+    "maps",
+    "peer",
+    "criterion_options",
+    "standardise_logits",
+    "fitting_epochs",
+    "fitting_lr",
+    "shard_teacher",
+    "fold_teacher",
+}
+"""Options that mgd_timm.train and `mgd-timm train` do not take."""
 
 
 def make_recipe(**options: Any) -> Recipe:
