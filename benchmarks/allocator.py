@@ -24,7 +24,8 @@ TEACHER, STUDENT, SIDE, BATCH = "tf_efficientnet_lite2", "mobilenetv4_conv_small
 
 
 def measure(keep: bool, steps: int) -> dict[str, float]:
-    """Processor seconds of a step, its user's and the system's part, and the process's peak in MiB; after two steps of warm-up."""
+    """Processor seconds of a step, its user's and the system's part, and the process's peak in MiB; after two steps of
+    warm-up."""
     import timm
     import torch
 
@@ -63,7 +64,8 @@ def main() -> None:
             words = [sys.executable, __file__, "--measure", name, "--steps", str(args.steps)]
             found.append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
     body: dict[str, Any] = {
-        name: {key: round(statistics.median(row[key] for row in found), 3) for key in found[0]} for name, found in rows.items()
+        name: {key: round(statistics.median(row[key] for row in found), 3) for key in found[0]}
+        for name, found in rows.items()
     }
     for key in ("seconds", "peak_mib"):
         pairs = zip(rows["kept"], rows["given back"], strict=True)

@@ -1,14 +1,15 @@
-"""Does every architecture of the installed timm teach, and learn? All of them by shapes, one of each family by a real step.
+"""Does every architecture of the installed timm teach, and learn? All of them by shapes, one of each family by a real
+step.
 
     python benchmarks/any_timm.py                                 all; --resume goes on with a sweep that was stopped
     python benchmarks/any_timm.py --filter 'vit_*' 'swin*' --output /tmp/some.json
 
-By shapes: built for 10 classes at its nominal image size on meta (no values, no memory), tapped as in a run, and joined with
-resnet18 by MAS + KD + AT. As teacher: the losses of resnet18. As student: the losses from resnet18 and their gradients, one for
-every parameter. Without classifier: its classifier taken off, what it shows then. timm's encoders (*_enc) never have one: they
-teach by MAG + AT. Both see "stages", the default: as many maps of each, the deepest, where one has fewer.
-A real step: forward, backward and SGD of a small pair on the CPU, random weights and images; losses finite, a finite gradient for
-every parameter that trains. Writes benchmarks/results/any_timm.json and docs/any_timm.md.
+By shapes: built for 10 classes at its nominal image size on meta (no values, no memory), tapped as in a run, and joined
+with resnet18 by MAS + KD + AT. As teacher: the losses of resnet18. As student: the losses from resnet18 and their
+gradients, one for every parameter. Without classifier: its classifier taken off, what it shows then. timm's encoders
+(*_enc) never have one: they teach by MAG + AT. Both see "stages", the default: as many maps of each, the deepest, where
+one has fewer. A real step: forward, backward and SGD of a small pair on the CPU, random weights and images; losses
+finite, a finite gradient for every parameter that trains. Writes benchmarks/results/any_timm.json and docs/any_timm.md.
 """
 
 import argparse
@@ -134,7 +135,9 @@ def teaches(shapes: Shapes, count: int) -> None:
     student = shown(other)
     terms = objective_of(other, shapes)(student, analysed(shown(shapes)), pictures((3, 8, 8)))
     summed(terms, shapes).backward()
-    check_gradients([("logits", student.logits), ("embedding", student.embedding), *(("a map", m) for m in student.maps)])
+    check_gradients(
+        [("logits", student.logits), ("embedding", student.embedding), *(("a map", m) for m in student.maps)]
+    )
 
 
 def learns(tap: FeatureTap, shapes: Shapes, count: int, size: tuple[int, int, int]) -> None:
@@ -208,7 +211,8 @@ def distil_once(student: FeatureTap, teacher: FeatureTap, size: tuple[int, int, 
 
 
 def by_steps(name: str, side: int, options: dict[str, Any]) -> Row:
-    """One architecture as teacher and as student of test_resnet, with values, at a side where its last map has two positions."""
+    """One architecture as teacher and as student of test_resnet, with values, at a side where its last map has two
+    positions."""
     row: Row = {"model": name, "family": family(name), "options": options, "teacher": "", "student": ""}
     for role in ROLES[:2]:
 
@@ -272,7 +276,9 @@ def body_of(rows: dict[str, dict[str, Row]], what: str) -> dict[str, Any]:
 def write(path: Path, body: dict[str, Any]) -> None:
     """JSON with a line per row."""
     head = {key: value for key, value in body.items() if key not in ("architectures", "steps")}
-    lists = [f' "{kind}": [\n' + ",\n".join(map(json.dumps, body[kind])) + "\n ]" for kind in ("architectures", "steps")]
+    lists = [
+        f' "{kind}": [\n' + ",\n".join(map(json.dumps, body[kind])) + "\n ]" for kind in ("architectures", "steps")
+    ]
     path.write_text(",\n".join([json.dumps(head, indent=1)[:-2], *lists]) + "\n}\n")
 
 
@@ -300,7 +306,12 @@ def summary(body: dict[str, Any]) -> str:
     }
     rows = [[words[role], f"{counts[role]} of {counts['architectures']}"] for role in ROLES]
     for role, other in (("teacher", "teaches"), ("student", "learns from")):
-        rows.append([f"{other} test_resnet in a real step (each family's smallest, encoders)", f"{real[role]} of {real['models']}"])
+        rows.append(
+            [
+                f"{other} test_resnet in a real step (each family's smallest, encoders)",
+                f"{real[role]} of {real['models']}",
+            ]
+        )
     return markdown([f"architecture of timm {body['versions']['timm']}", "holds for"], rows)
 
 
@@ -336,7 +347,10 @@ def families(body: dict[str, Any]) -> str:
 def about(body: dict[str, Any]) -> str:
     where, of = body["machine"], body["versions"]
     commits = ", ".join(sorted({row["commit"] for row in (*body["architectures"], *body["steps"])}))
-    return f"{where['cores']} cores of {where['cpu']}; torch {of['torch']}, timm {of['timm']}; commit {commits}; {body['date']}"
+    return (
+        f"{where['cores']} cores of {where['cpu']}; torch {of['torch']}, timm {of['timm']}; "
+        f"commit {commits}; {body['date']}"
+    )
 
 
 def document(body: dict[str, Any]) -> str:
@@ -384,7 +398,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "python benchmarks/any_timm.py" + ("" if args.real else " --no-real")
     # Spawned anew now and then: what timm and torch cache does not pile up.
     with get_context("spawn").Pool(args.processes, quietly, maxtasksperchild=300) as pool:
-        for number, (kind, row) in enumerate(tqdm(pool.imap_unordered(job, todo), total=len(todo), unit="model", desc="sweep"), 1):
+        for number, (kind, row) in enumerate(
+            tqdm(pool.imap_unordered(job, todo), total=len(todo), unit="model", desc="sweep"), 1
+        ):
             rows[kind][row["model"]] = row
             if number % 50 == 0:
                 write(args.output, body_of(rows, what))

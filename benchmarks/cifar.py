@@ -1,13 +1,15 @@
 """The paper's grid on CIFAR: what KD, MAG and MAS each add to a host method, the effects kept apart.
 
     python benchmarks/cifar.py --data-dir cifar100 --pair resnet32x4-resnet8x4 --seeds 0 1 2      full length: for a GPU
-    python benchmarks/cifar.py --data-dir cifar100 --pair resnet56-resnet20 --student cifar_resnet8 --epochs 8 --teacher-epochs 15
-    python benchmarks/cifar.py --quick                                                      embedded data, minutes on two cores
+    python benchmarks/cifar.py --data-dir cifar100 --pair resnet56-resnet20 --student cifar_resnet8 --epochs 8
+    --teacher-epochs 15 python benchmarks/cifar.py --quick                                                      embedded
+    data, minutes on two cores
 
-For every host X the arms are X, X+KD, MAG+X and MAS+X, of which the last two hold KD as well (as in the authors' scripts); for
-X = KD they are KD, MAG+KD and MAS+KD. All students of a seed start from the same weights, see the same batches and learn from one
-pass of the teacher; each ends with the weights that `mgd-timm distill` gives it alone. Every finished cell is one line of the
-results; what is there is not done again, and an interrupted pass goes on from its last epoch.
+For every host X the arms are X, X+KD, MAG+X and MAS+X, of which the last two hold KD as well (as in the authors'
+scripts); for X = KD they are KD, MAG+KD and MAS+KD. All students of a seed start from the same weights, see the same
+batches and learn from one pass of the teacher; each ends with the weights that `mgd-timm distill` gives it alone. Every
+finished cell is one line of the results; what is there is not done again, and an interrupted pass goes on from its last
+epoch.
 """
 
 import argparse
@@ -44,7 +46,16 @@ from mgd_timm.upkeep import Upkeep
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
 # Hosts without a fitting stage, class activation maps or a peer, which a pass does not know.
-TITLES = {"kd": "KD", "fitnet": "FitNet", "at": "AT", "sp": "SP", "vid": "VID", "rkd": "RKD", "crd": "CRD", "afd": "AFD"}
+TITLES = {
+    "kd": "KD",
+    "fitnet": "FitNet",
+    "at": "AT",
+    "sp": "SP",
+    "vid": "VID",
+    "rkd": "RKD",
+    "crd": "CRD",
+    "afd": "AFD",
+}
 DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
 """What tells one cell from another."""
 ALIKE = ("pair", "teacher", "teacher_sha256", "student", "data_sha256", "epochs", "precision")
@@ -65,7 +76,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads-protocol", choices=["live", "stored"], default="live")
     parser.add_argument("--data-dir", help="folder of CIFAR-100 or CIFAR-10")
     parser.add_argument("--dataset", default="uoft-cs/cifar100", help="hub id, where there is no --data-dir")
-    parser.add_argument("--students-per-pass", type=int, default=100, help="how many learn from one pass of the teacher")
+    parser.add_argument(
+        "--students-per-pass", type=int, default=100, help="how many learn from one pass of the teacher"
+    )
     parser.add_argument(
         "--noise", nargs="*", type=float, default=[0.02, 0.05, 0.1], help="standard deviations, see mgd-timm evaluate"
     )
@@ -73,11 +86,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-amp", action="store_true", help="float32 instead of bfloat16")
     parser.add_argument("--quick", action="store_true", help="embedded data and teacher, two short seeds")
     parser.add_argument("--output", type=Path, default=Path("runs/cifar"), help="teachers and passes under way")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/cifar.jsonl; with --quick: in the output folder")
+    parser.add_argument(
+        "--results", type=Path, help="default: benchmarks/results/cifar.jsonl; with --quick: in the output folder"
+    )
     args = parser.parse_args(arguments)
     if args.quick:
         args.pair, args.teacher, args.student = ["embedded"], "embedded", args.student or "cifar_resnet8x05"
-        args.seeds, args.epochs, args.heads_epochs, args.heads_protocol = args.seeds[:2], min(args.epochs, 2), 8, "stored"
+        args.seeds, args.epochs, args.heads_epochs, args.heads_protocol = (
+            args.seeds[:2],
+            min(args.epochs, 2),
+            8,
+            "stored",
+        )
     else:
         for name in args.pair:
             cifar.pair(name)
@@ -101,7 +121,8 @@ def arms(hosts: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 class Cohort(nn.Module):
-    """Several distillers that learn from one pass of the teacher: the sum of their losses has each one's own gradients."""
+    """Several distillers that learn from one pass of the teacher: the sum of their losses has each one's own
+    gradients."""
 
     def __init__(self, distillers: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -121,8 +142,16 @@ def recipe_of(args: argparse.Namespace, student: str, options: dict[str, Any], s
         shown = {"epochs": args.epochs, "lr": 0.1, "batch_size": 64, "pad": 2}
         heads = {"heads_epochs": args.heads_epochs}
     else:
-        shown = cifar.training_options(student, args.epochs, classes=classes) | cifar.distillation_options() | data_options(args)
-        heads = cifar.heads_options(args.heads_epochs) if args.heads_protocol == "live" else {"heads_epochs": args.heads_epochs}
+        shown = (
+            cifar.training_options(student, args.epochs, classes=classes)
+            | cifar.distillation_options()
+            | data_options(args)
+        )
+        heads = (
+            cifar.heads_options(args.heads_epochs)
+            if args.heads_protocol == "live"
+            else {"heads_epochs": args.heads_epochs}
+        )
     return make_recipe(student=student, seed=seed, amp=not args.no_amp, channels_last=True, **shown, **heads, **options)
 
 
@@ -139,7 +168,9 @@ def teacher_of(args: argparse.Namespace, network: str, classes: int) -> str:
     return str(cifar.teacher_stage(args.output, network, options))
 
 
-def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> list[dict[str, Any]]:
+def run_pass(
+    args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int
+) -> list[dict[str, Any]]:
     """Train the students of one seed's cells side by side; gives a result for each."""
     running = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
@@ -152,12 +183,16 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     for arm, recipe in cells.items():
         networks = build_networks(recipe, images, accelerator, [network], None)
         taps[arm], distillers[arm] = networks.student, networks.trainee()
-        if frozen is None or needs(recipe, "maps"):  # all arms read the maps of one teacher, whichever of them read maps
+        if frozen is None or needs(
+            recipe, "maps"
+        ):  # all arms read the maps of one teacher, whichever of them read maps
             (frozen,) = networks.teachers
     assert frozen is not None
     weights = frozen.digest
     made_of = {arm: as_dict(r, digest_only=True) for arm, r in cells.items()}
-    group = digest(made_of | {"teacher": weights, "images": [images.train.digest, images.watched and images.watched.digest]})[:12]
+    group = digest(
+        made_of | {"teacher": weights, "images": [images.train.digest, images.watched and images.watched.digest]}
+    )[:12]
     folder = args.output / f"pass-{name}-{seed}-{group}"
     folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
@@ -209,7 +244,12 @@ def run_pass(args: argparse.Namespace, name: str, teacher: str, cells: dict[str,
     rows = []
     for arm, recipe in cells.items():
         curve = [round(metrics[arm], 2) for metrics in curves]
-        scores = {"last": curve[-1], "best": max(curve), "best_epoch": 1 + curve.index(max(curve)), "epochs": len(curve)}
+        scores = {
+            "last": curve[-1],
+            "best": max(curve),
+            "best_epoch": 1 + curve.index(max(curve)),
+            "epochs": len(curve),
+        }
         key = key_of(name, frozen.tap.name, weights, images.train.digest, recipe, arm)
         rows.append({**key, **scores, "noise": noisy[arm], "curve": curve, **common})
     return rows
@@ -223,7 +263,8 @@ def under_noise(
     sigmas: Sequence[float],
     seeds: int,
 ) -> dict[str, dict[str, float]]:
-    """Top-1 of every student by standard deviation of the noise, mean over noise seeds; all see the same noisy images."""
+    """Top-1 of every student by standard deviation of the noise, mean over noise seeds; all see the same noisy
+    images."""
     if not sigmas:
         return {arm: {} for arm in taps}
     scale = 1 / torch.tensor(std, device=accelerator.device)[:, None, None]
@@ -242,7 +283,10 @@ def under_noise(
 
     found = evaluate(predict, tuple(cells.values()), source, accelerator, 256)
     return {
-        arm: {f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2) for s in sigmas}
+        arm: {
+            f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2)
+            for s in sigmas
+        }
         for arm in taps
     }
 
@@ -319,7 +363,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append([arm, spread(last), spread(best), *gains, str(len(last)), *figures])
         tops = sorted({r["teacher_top1"] for r in chosen})
         title = f"{teacher} ({', '.join(f'{t:.2f}' for t in tops)} %) -> {student}, {epochs} epochs"
-        header = ["arm", "last top-1 %", "best top-1 %", "over alone", "over its control", "seeds", "paper", "RepDistiller"]
+        header = [
+            "arm",
+            "last top-1 %",
+            "best top-1 %",
+            "over alone",
+            "over its control",
+            "seeds",
+            "paper",
+            "RepDistiller",
+        ]
         out.append(f"{title}\n\n{markdown(header, cells)}")
     return "\n\n".join(out)
 
@@ -344,7 +397,8 @@ def noise_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Every student a dot and every arm's mean a line, as a PNG: how large the effects are beside the spread of seeds."""
+    """Every student a dot and every arm's mean a line, as a PNG: how large the effects are beside the spread of
+    seeds."""
     from matplotlib.figure import Figure
 
     known = list(arms(TITLES))
@@ -362,7 +416,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         first = chosen[0]
-        axis.set_title(f"{first['teacher']} ({first['teacher_top1']:.1f} %) teaches {first['student']}, {first['epochs']} epochs")
+        axis.set_title(
+            f"{first['teacher']} ({first['teacher_top1']:.1f} %) teaches {first['student']}, {first['epochs']} epochs"
+        )
         axis.set_xlabel("top-1 (%) on test images after the last epoch; a dot is a seed, a line the mean")
         axis.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -409,7 +465,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             images = cifar.images_of(next(iter(recipes.values()))).train.digest
             done = [{k: row[k] for k in DISTINCT} for row in known_rows(args.results)]
-            open_cells = {arm: r for arm, r in recipes.items() if key_of(name, architecture, weights, images, r, arm) not in done}
+            open_cells = {
+                arm: r for arm, r in recipes.items() if key_of(name, architecture, weights, images, r, arm) not in done
+            }
             names = list(open_cells)
             for start in range(0, len(names), args.students_per_pass):
                 chosen = {arm: open_cells[arm] for arm in names[start : start + args.students_per_pass]}

@@ -3,13 +3,13 @@
     python benchmarks/criteria.py                                 both pairs, every criterion
     python benchmarks/criteria.py --pairs cnn --criteria crd nst  some of them
 
-A step: the frozen teacher's forward, the student's forward and backward with cross-entropy and the one criterion, SGD with
-momentum, on float batches that lie ready; maps are tapped only where the criterion reads them. Each criterion takes its turns with
-KD in the same process, and a ratio is that of two neighbouring turns. AB and FSP: a step of the stage that fits the student, but
-with cross-entropy. DML: from a frozen teacher, so that its second student is not in the time. CRD: banks of 50,000 samples, 16,384
-negatives. Peak memory is that of a process of its own for each: resident on a CPU, allocated on a GPU. Pairs: cnn is
-cifar_resnet32x4 -> cifar_resnet8x4 at 32 px, vit is vit_tiny_patch16_224 -> resnet18 at 96 px; 100 classes, batches of 64. Writes
-benchmarks/results/criteria.json and criteria.png.
+A step: the frozen teacher's forward, the student's forward and backward with cross-entropy and the one criterion, SGD
+with momentum, on float batches that lie ready; maps are tapped only where the criterion reads them. Each criterion
+takes its turns with KD in the same process, and a ratio is that of two neighbouring turns. AB and FSP: a step of the
+stage that fits the student, but with cross-entropy. DML: from a frozen teacher, so that its second student is not in
+the time. CRD: banks of 50,000 samples, 16,384 negatives. Peak memory is that of a process of its own for each: resident
+on a CPU, allocated on a GPU. Pairs: cnn is cifar_resnet32x4 -> cifar_resnet8x4 at 32 px, vit is vit_tiny_patch16_224 ->
+resnet18 at 96 px; 100 classes, batches of 64. Writes benchmarks/results/criteria.json and criteria.png.
 """
 
 import argparse
@@ -47,13 +47,17 @@ Step = Callable[[], None]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
-    parser.add_argument("--criteria", nargs="+", choices=tuple(CRITERIA), default=[name for name in CRITERIA if name != "ce"])
+    parser.add_argument(
+        "--criteria", nargs="+", choices=tuple(CRITERIA), default=[name for name in CRITERIA if name != "ce"]
+    )
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each, 2 or more")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=tuple(CRITERIA), help=argparse.SUPPRESS)  # a process that measures its own memory
+    parser.add_argument(
+        "--only", choices=tuple(CRITERIA), help=argparse.SUPPRESS
+    )  # a process that measures its own memory
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: expected 2 or more, for quartiles")
@@ -76,7 +80,8 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     maps = "stages" if len(set(counts)) == 1 else str(min(counts))
     both = [maps if "maps" in read else None for read in (kind.needs, kind.needs | kind.student_needs)]
     taps = [
-        build_tap(model, size, word, preact=kind.preact, cam="cams" in kind.needs) for model, word in zip(models, both, strict=True)
+        build_tap(model, size, word, preact=kind.preact, cam="cams" in kind.needs)
+        for model, word in zip(models, both, strict=True)
     ]
     seen, tap = (network.to(device) for network in taps)
     shapes = Pair(tap.shapes(side), seen.shapes(side), SAMPLES, torch.arange(SAMPLES) % CLASSES, seen.classifier)
@@ -86,7 +91,9 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     if device.type == "cuda" or student_name.startswith("cifar_"):
         trainee.to(memory_format=torch.channels_last)
         frozen.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([p for p in trainee.parameters() if p.requires_grad], lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        [p for p in trainee.parameters() if p.requires_grad], lr=1e-3, momentum=0.9, weight_decay=5e-4
+    )
     ids = torch.arange(args.batch_size, device=device)
     batch = Batch(torch.randn(args.batch_size, *size, device=device), ids % CLASSES, ids)
 
@@ -106,7 +113,11 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
 def peak_bytes(pair: str, name: str, args: argparse.Namespace) -> int:
     """Peak memory of a process of its own that takes a few steps."""
     options = ["--pairs", pair, "--only", name, "--batch-size", str(args.batch_size), *(["--amp"] if args.amp else [])]
-    return int(subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(
+        subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True).stdout.split()[
+            -1
+        ]
+    )
 
 
 def measure_memory(args: argparse.Namespace) -> None:
@@ -195,7 +206,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 ratio, (low, high) = found[name]["ratio"]["median"], found[name]["ratio"]["quartiles"]
                 missed = name not in FREE and ratio > AIMS[name]
                 axis.barh(
-                    place, ratio, color="#c44e52" if missed else "#4c72b0", xerr=[[ratio - low], [high - ratio]], ecolor="0.3"
+                    place,
+                    ratio,
+                    color="#c44e52" if missed else "#4c72b0",
+                    xerr=[[ratio - low], [high - ratio]],
+                    ecolor="0.3",
                 )
             else:
                 axis.text(0.02, place, "refused", va="center", fontsize=8, color="0.4")
@@ -233,7 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     step = maker(pair, name, args)
                 except ValueError as reason:
                     row = {"pair": pair, "criterion": name, "precision": "bfloat16" if args.amp else "float32"}
-                    row |= {"batch_size": args.batch_size, "machine": machine(), "versions": versions(), "refused": str(reason)}
+                    row |= {
+                        "batch_size": args.batch_size,
+                        "machine": machine(),
+                        "versions": versions(),
+                        "refused": str(reason),
+                    }
                 else:
                     row = measure(pair, name, base, step, base_peak, args)
                 rows = [old for old in known_rows(path) if key(old) != key(row)]

@@ -1,10 +1,11 @@
-"""The main job on the embedded data: one small student trained four ways at the same budget, compared, exported and loaded back.
+"""The main job on the embedded data: one small student trained four ways at the same budget, compared, exported and
+loaded back.
 
     make demo                              one seed, two and a half minutes on 2 cores
     python benchmarks/demo.py --seeds 5    mean and spread, written to benchmarks/results/demo.json
 
-The teacher (ResNet-20) saw all 60,000 images of Fashion-MNIST's training set; the students see 10,000 of them, so the teacher knows
-something that the labels do not say.
+The teacher (ResNet-20) saw all 60,000 images of Fashion-MNIST's training set; the students see 10,000 of them, so the
+teacher knows something that the labels do not say.
 """
 
 import argparse
@@ -22,7 +23,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "MAG+KD": {"method": "mag"},
     "MAS+KD": {"method": "mas"},
 }
-BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 8, "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}
+BUDGET: dict[str, Any] = {
+    "student": "cifar_resnet8x05",
+    "epochs": 8,
+    "lr": 0.1,
+    "batch_size": 64,
+    "pad": 2,
+    "channels_last": True,
+}
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
@@ -55,7 +63,9 @@ def main() -> None:
     teacher = found["KD"][0].summary["teacher_top1"]
     print("\n" + table(found, teacher))
     picture = args.output / "curves.png"
-    draw_curves(folders, picture, title="cifar_resnet8x05 on 10,000 images of Fashion-MNIST", level=("teacher", teacher))
+    draw_curves(
+        folders, picture, title="cifar_resnet8x05 on 10,000 images of Fashion-MNIST", level=("teacher", teacher)
+    )
     print(f"\ncurves: {picture}")
     load_back(found, folders, args.output)
     if args.seeds > 1:
@@ -100,7 +110,10 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
     model = timm.create_model(f"local-dir:{place}", pretrained=True)
     after = evaluate(model)["top1"]
     print(f"best student ({name}): {place}")
-    print(f"timm.create_model('local-dir:{place}', pretrained=True): top-1 {after:.2f} %, trained as {before:.2f} %", end="")
+    print(
+        f"timm.create_model('local-dir:{place}', pretrained=True): top-1 {after:.2f} %, trained as {before:.2f} %",
+        end="",
+    )
     print(": the same" if after == before else ": NOT the same")
     if after != before:
         raise SystemExit(1)

@@ -112,7 +112,8 @@ SLIM: dict[str, dict[str, float]] = {
     "vision_transformer_sam": {"depth": 2},
 }
 
-# timm's encoders without a classifier: a side, and what makes those slim that pool their features themselves when told to.
+# timm's encoders without a classifier: a side, and what makes those slim that pool their features themselves when told
+# to.
 ENCODERS: dict[str, tuple[int, dict[str, float]]] = {
     "deepseek_vit_412m_enc": (84, {"depth": 2}),
     "gemma4_vit_167m_enc": (96, {"depth": 2}),

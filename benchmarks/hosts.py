@@ -3,10 +3,10 @@
     python benchmarks/hosts.py                             all of them; continues where it was stopped
     python benchmarks/hosts.py --hosts crd at --seeds 0    some of them
 
-Each student learns from the task and the one criterion with its usual weight (X), from these and KD of weight 1 (X+KD), and from
-the same under MAS. AB, FSP and FT have a fitting stage of 2 epochs first. DML: a second student of the same architecture, none and
-MAG. The runs are short, and the data are easy: this shows that each method trains at its usual weight, and does not rank them.
-Writes benchmarks/results/hosts.jsonl.
+Each student learns from the task and the one criterion with its usual weight (X), from these and KD of weight 1 (X+KD),
+and from the same under MAS. AB, FSP and FT have a fitting stage of 2 epochs first. DML: a second student of the same
+architecture, none and MAG. The runs are short, and the data are easy: this shows that each method trains at its usual
+weight, and does not rank them. Writes benchmarks/results/hosts.jsonl.
 """
 
 import argparse
@@ -83,7 +83,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         top = next((found[host, name] for name in ("MAS+X", "MAS+KD", "MAG+X") if (host, name) in found), {})
         gains = [top[seed] - base[seed] for seed in sorted(set(base) & set(top))]
         cells.append(
-            [host, cell(host, "alone", "X"), cell(host, "X+KD", "KD"), cell(host, "MAS+X", "MAS+KD", "MAG+X"), spread(gains, "+")]
+            [
+                host,
+                cell(host, "alone", "X"),
+                cell(host, "X+KD", "KD"),
+                cell(host, "MAS+X", "MAS+KD", "MAG+X"),
+                spread(gains, "+"),
+            ]
         )
     return markdown(["host", "X top-1 %", "X+KD", "MAS+X (dml: MAG+X)", "MAS adds to X+KD (dml: MAG to X)"], cells)
 

@@ -3,9 +3,9 @@
     python benchmarks/imagenette.py --data-dir DIR --teacher local-dir:tf_efficientnet_lite2
     python benchmarks/imagenette.py --data-dir DIR --teacher NAME --seeds 0 1 2 --epochs 16
 
-A small student from scratch, alone, with logit KD and with MAS over it. The teacher's rows are found by the class folders' names
-(--teacher-classes auto); what it shows of every view is stored once and read by all students. A row per run goes to
-benchmarks/results/imagenette.jsonl; what is there already is not run again.
+A small student from scratch, alone, with logit KD and with MAS over it. The teacher's rows are found by the class
+folders' names (--teacher-classes auto); what it shows of every view is stored once and read by all students. A row per
+run goes to benchmarks/results/imagenette.jsonl; what is there already is not run again.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-dir", type=Path, required=True, help="folder with train/ and val/, a folder per class (synset) in each"
     )
-    parser.add_argument("--teacher", required=True, help="as of mgd-timm distill: an ImageNet-1k model with its weights")
+    parser.add_argument(
+        "--teacher", required=True, help="as of mgd-timm distill: an ImageNet-1k model with its weights"
+    )
     parser.add_argument("--student", default="mobilenetv4_conv_small_050")
     parser.add_argument("--img-size", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=8)
@@ -57,8 +59,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def command(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> list[str]:
     """A run of the recipe, as a user starts it."""
-    words = [sys.executable, str(ROOT / "recipes" / "imagenet.py"), "--data-dir", str(args.data_dir), "--eval-split", "validation"]
-    words += ["--teacher", args.teacher, "--teacher-classes", "auto", "--student", args.student, "--img-size", str(args.img_size)]
+    words = [
+        sys.executable,
+        str(ROOT / "recipes" / "imagenet.py"),
+        "--data-dir",
+        str(args.data_dir),
+        "--eval-split",
+        "validation",
+    ]
+    words += [
+        "--teacher",
+        args.teacher,
+        "--teacher-classes",
+        "auto",
+        "--student",
+        args.student,
+        "--img-size",
+        str(args.img_size),
+    ]
     words += [
         "--teacher-store",
         str(args.output / "store"),

@@ -2,8 +2,8 @@
 
     python benchmarks/public.py FOLDER --data-dir cifar10
 
-FOLDER holds resnet20_cifar10.pt and resnet56_cifar10.pt: ResNets with 1x1-convolution shortcuts, whose files are not ours to ship.
-Writes benchmarks/results/public.json.
+FOLDER holds resnet20_cifar10.pt and resnet56_cifar10.pt: ResNets with 1x1-convolution shortcuts, whose files are not
+ours to ship. Writes benchmarks/results/public.json.
 """
 
 import argparse
@@ -39,9 +39,16 @@ def main() -> None:
             folder = f"{place}/{architecture}"
             call("import", str(args.folder / name), folder, "--model", architecture, *STATISTICS)
             found = json.loads(call("evaluate", folder, "--data-dir", args.data_dir))
-            row = {"model": architecture, "file_sha256": sha256(args.folder / name), "data": "CIFAR-10", "published": published}
+            row = {
+                "model": architecture,
+                "file_sha256": sha256(args.folder / name),
+                "data": "CIFAR-10",
+                "published": published,
+            }
             row |= {"top1": found["top1"], "n": found["n"], "precision": "float32"}
-            rows.append(row | {"machine": machine(), "versions": versions(), "date": datetime.now(UTC).date().isoformat()})
+            rows.append(
+                row | {"machine": machine(), "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
+            )
             print(f"{architecture}: top-1 {found['top1']:.2f} %, published {published:.2f} %")
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"wrote {RESULTS}")

@@ -33,8 +33,10 @@ def demo() -> str:
     seeds = len(row["seeds"])
     return (
         f"{row['table']}\n\n"
-        f"Fashion-MNIST, {row['n_test']:,} test images, accuracy after the last of {row['budget']['epochs']} epochs; mean ± "
-        f"standard deviation over {seeds} seeds, gains are of means. The teacher saw 60,000 images, the students 10,000. "
+        f"Fashion-MNIST, {row['n_test']:,} test images, accuracy after the last of {row['budget']['epochs']} epochs; "
+        f"mean ± "
+        f"standard deviation over {seeds} seeds, gains are of means. The teacher saw 60,000 images, the students "
+        f"10,000. "
         f"Heads, mean top-1: abstract {means['abstract']:.2f}, detailed {means['detailed']:.2f}, "
         f"stable logits {means['top1']:.2f} %. `{row['what']} --seeds {seeds}`; {about(row)}."
     )
@@ -58,7 +60,16 @@ def step() -> str:
                 " / ".join(f"{row['peak_bytes'][name] / 2**20:.0f}" for name in ("ours", "other")),
             ]
         )
-    header = ["pair", "against", "ours", "its ms", "our ms", "ours / it (quartiles)", "it / ours", "peak MiB, ours / it"]
+    header = [
+        "pair",
+        "against",
+        "ours",
+        "its ms",
+        "our ms",
+        "ours / it (quartiles)",
+        "it / ours",
+        "peak MiB, ours / it",
+    ]
     where = sorted({about(row) for row in rows})
     rounds = sorted({row["ratio"]["n"] for row in rows})
     return (
@@ -82,15 +93,19 @@ def cifar() -> str:
     seconds = [seconds for *_, seconds in {(row["pair"], row["seed"], row["pass_seconds"]) for row in rows}]
     return (
         f"{grid.table(rows)}\n\n{grid.noise_table(rows)}\n\n"
-        f"CIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are differences of the same "
-        f"seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in {sum(seconds) / 3600:.1f} hours "
+        f"CIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are differences of "
+        f"the same "
+        f"seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in "
+        f"{sum(seconds) / 3600:.1f} hours "
         f"of passes, {first['threads']} thread each, {first['precision']}; {about(first)}."
     )
 
 
 def public() -> str:
     rows = json.loads((HERE / "results" / "public.json").read_text())
-    cells = [[row["model"], row["data"], f"{row['published']:.2f}", f"{row['top1']:.2f}", row["precision"]] for row in rows]
+    cells = [
+        [row["model"], row["data"], f"{row['published']:.2f}", f"{row['top1']:.2f}", row["precision"]] for row in rows
+    ]
     return (
         f"{markdown(['public checkpoint', 'test images of', 'published top-1 %', 'here', 'precision'], cells)}\n\n"
         f"`benchmarks/public.py`; {about(rows[0])}."
@@ -101,12 +116,15 @@ def criteria() -> str:
     rows = json.loads((HERE / "results" / "criteria.json").read_text())
     measured = [row for row in rows if "refused" not in row]
     refused = "".join(
-        f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})." for row in rows if "refused" in row
+        f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})."
+        for row in rows
+        if "refused" in row
     )
     sizes = sorted({(row["ratio"]["n"], row["ratio"]["steps"]) for row in measured})
     turns = " or ".join(f"{n} turns of {steps} steps" for n, steps in sizes)
     return (
-        f"{methods.table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
+        f"{methods.table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task "
+        f"with KD "
         f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
         f"`benchmarks/criteria.py`; {'; '.join(sorted({about(row) for row in measured}))}."
     )
@@ -116,7 +134,8 @@ def hosts() -> str:
     rows = each.known_rows(HERE / "results" / "hosts.jsonl")
     seeds, epochs = sorted({row["seed"] for row in rows}), sorted({row["epochs"] for row in rows})
     return (
-        f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {epochs[0]} epochs "
+        f"{each.table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after "
+        f"{epochs[0]} epochs "
         f"from the embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds, without those that diverged. "
         f"`benchmarks/hosts.py`; {'; '.join(sorted({about(row) for row in rows}))}."
     )
@@ -126,7 +145,8 @@ def allocator() -> str:
     row = json.loads((HERE / "results" / "allocator.json").read_text())
     given, kept = row["given back"], row["kept"]
     return (
-        f"On a CPU with glibc a run keeps the memory that its tensors free. A step of {row['what']}, takes {kept['seconds']:.2f} s "
+        f"On a CPU with glibc a run keeps the memory that its tensors free. A step of {row['what']}, takes "
+        f"{kept['seconds']:.2f} s "
         f"of processor time for {given['seconds']:.2f} s, of which {given['system']:.2f} s were the system's "
         f"({row['ratio_seconds']:.2f}), and {kept['peak_mib']:,.0f} MiB at the peak for {given['peak_mib']:,.0f} "
         f"({row['ratio_peak_mib']:.2f}); medians of "
@@ -138,10 +158,14 @@ def imagenette() -> str:
     rows = each.known_rows(HERE / "results" / "imagenette.jsonl")
     first = rows[0]
     return (
-        f"{nette.table(rows)}\n\nTop-1 after the last of {first['epochs']} epochs on {int(first['n_test']):,} images of "
-        f"{first['img_size']} px; mean ± standard deviation over the seeds, gains seed by seed. Student {first['student']}, "
-        f"{first['parameters']:,} parameters; teacher {first['teacher']}, {first['teacher_top1']:.2f} % among the ten classes; the "
-        f"schedule was not tuned and is short. `benchmarks/imagenette.py`; {'; '.join(sorted({about(row) for row in rows}))}."
+        f"{nette.table(rows)}\n\nTop-1 after the last of {first['epochs']} epochs on {int(first['n_test']):,} images "
+        f"of "
+        f"{first['img_size']} px; mean ± standard deviation over the seeds, gains seed by seed. Student "
+        f"{first['student']}, "
+        f"{first['parameters']:,} parameters; teacher {first['teacher']}, {first['teacher_top1']:.2f} % among the ten "
+        f"classes; the "
+        f"schedule was not tuned and is short. `benchmarks/imagenette.py`; "
+        f"{'; '.join(sorted({about(row) for row in rows}))}."
     )
 
 
@@ -169,7 +193,10 @@ def filled(text: str) -> str:
         if not any((HERE / "results" / f"{name}{ending}").is_file() for ending in (".json", ".jsonl")):
             continue  # not measured yet
         text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, make=make: f"{m[1]}{make()}\n{m[2]}",
+            text,
+            flags=re.S,
         )
     return text
 

@@ -1,19 +1,20 @@
 """Step time, memory, loader and store of a distillation, predicted for a pair, batch, precision and number of GPUs.
 
     python benchmarks/scale.py --teacher resnet34 --student resnet18 --img-size 224 --batch-size 256 --amp --gpus 8
-    python benchmarks/scale.py --teacher vit_large_patch16_224 --student vit_small_patch16_224 --img-size 224 --batch-size 64 \
+    python benchmarks/scale.py --teacher vit_large_patch16_224 --student vit_small_patch16_224 --img-size 224
+    --batch-size 64 \
         --amp --gpus 64 --classes 21841 --images 14197122 --opt adamw --teacher-store --top-k 64
     python benchmarks/scale.py --device 9e14+3e12 ...     another device: half-precision FLOP/s + bytes/s
     python benchmarks/scale.py --device cpu ...           one thread of the machine that --check ran on
     python benchmarks/scale.py --check                    predicts what this machine can measure, and measures it
-    python benchmarks/scale.py --check memory several     memory alone: other programs do not disturb it, as they do times
-    python benchmarks/scale.py --markdown                 the tables of docs/scaling.md, predicted anew
+    python benchmarks/scale.py --check memory several     memory alone: other programs do not disturb it, as they do
+    times python benchmarks/scale.py --markdown                 the tables of docs/scaling.md, predicted anew
 
-The step is counted operation by operation on tensors without numbers (benchmarks/scale_counts.py). On a GPU an operation takes the
-longer of its FLOPs at a share of the peak rate and its bytes at a share of the bandwidth, and the step the longer of all operations
-and all kernel launches. On a CPU the rates are measured ones (benchmarks/scale_check.py), and the bytes
-are held against what torch's allocator hands out (benchmarks/scale_memory.py). No GPU has confirmed any of this yet.
-Writes benchmarks/results/scale.json.
+The step is counted operation by operation on tensors without numbers (benchmarks/scale_counts.py). On a GPU an
+operation takes the longer of its FLOPs at a share of the peak rate and its bytes at a share of the bandwidth, and the
+step the longer of all operations and all kernel launches. On a CPU the rates are measured ones
+(benchmarks/scale_check.py), and the bytes are held against what torch's allocator hands out
+(benchmarks/scale_memory.py). No GPU has confirmed any of this yet. Writes benchmarks/results/scale.json.
 """
 
 import argparse
@@ -47,7 +48,8 @@ LINK = {"node": 200e9, "network": 40e9}
 """Assumed bytes/s per GPU of an all-reduce: over NVLink, and over one 400 Gbit/s adapter per GPU."""
 NODE = 8
 RESERVE = (1e9, 1.1)
-"""Assumed memory beside tensors: the context and libraries' workspaces in bytes, and the allocator's fragments as a factor."""
+"""Assumed memory beside tensors: the context and libraries' workspaces in bytes, and the allocator's fragments as a
+factor."""
 BUCKET = 25 * 2**20
 """DDP's bucket: the last one is sent after the backward."""
 
@@ -85,7 +87,9 @@ def device_of(word: str) -> Device:
     number = r"(\d+\.?\d*(?:e\+?\d+)?)"
     rates = re.fullmatch(rf"{number}\+{number}", word)
     if rates is None or min(map(float, rates.groups())) <= 0:
-        raise ValueError(f"--device {word!r}: expected {', '.join(DEVICES)}, cpu, or FLOP/s+bytes/s such as 9.9e14+4.8e12.")
+        raise ValueError(
+            f"--device {word!r}: expected {', '.join(DEVICES)}, cpu, or FLOP/s+bytes/s such as 9.9e14+4.8e12."
+        )
     half, bandwidth = map(float, rates.groups())
     return Device(word, half, half / 16, bandwidth, float("inf"))
 
@@ -130,7 +134,8 @@ def busy(ops: Sequence[Op], device: Device, utilisation: float) -> float:
 
 
 def communication(counts: Counts, plan: Plan) -> float:
-    """Seconds of a step's exchange between GPUs: gradients all-reduced (DDP), or weights gathered twice and gradients scattered."""
+    """Seconds of a step's exchange between GPUs: gradients all-reduced (DDP), or weights gathered twice and gradients
+    scattered."""
     if plan.gpus == 1:
         return 0.0
     link = LINK["node" if plan.gpus <= NODE else "network"]
@@ -138,7 +143,8 @@ def communication(counts: Counts, plan: Plan) -> float:
 
 
 def step_seconds(counts: Counts, device: Device, plan: Plan, utilisation: float) -> dict[str, float]:
-    """Seconds of a step and of its parts; each phase takes the longer of the GPU's work and the launching of its kernels."""
+    """Seconds of a step and of its parts; each phase takes the longer of the GPU's work and the launching of its
+    kernels."""
     parts = {}
     for phase in PHASES:
         ops = [op for op in counts.ops if op.phase == phase]
@@ -153,8 +159,9 @@ def step_seconds(counts: Counts, device: Device, plan: Plan, utilisation: float)
 def memory(counts: Counts, plan: Plan) -> dict[str, float]:
     """Bytes per GPU, by part and in all.
 
-    DDP copies the gradients into buckets. FSDP keeps a share of weights and optimizer state; what it gathers is, in the backward,
-    all that is needed for the whole step, the part in use, and the next one twice: as it arrives and as it is laid out.
+    DDP copies the gradients into buckets. FSDP keeps a share of weights and optimizer state; what it gathers is, in the
+    backward, all that is needed for the whole step, the part in use, and the next one twice: as it arrives and as it is
+    laid out.
     """
     share = 1 / plan.gpus if plan.fsdp else 1.0
     sharded = counts.trained + counts.optimizer
@@ -190,7 +197,9 @@ def predict(plan: Plan, counts: Counts, device: Device, loader: float | None) ->
     return {
         "case": as_values(case),
         "device": device.name,
-        "plan": {name: getattr(plan, name) for name in ("gpus", "images", "epochs", "views", "top_k", "cores", "ema", "fsdp")},
+        "plan": {
+            name: getattr(plan, name) for name in ("gpus", "images", "epochs", "views", "top_k", "cores", "ema", "fsdp")
+        },
         "macs": {phase: counts.macs(phase) / case.batch_size for phase in PHASES[:-1]},
         "parameters": {name: getattr(counts, name) for name in ("teacher", "student", "beside")},
         "bytes": {name: getattr(counts, name) for name in ("saved", "trained", "optimizer", "student_state", "peak")},
@@ -206,7 +215,10 @@ def predict(plan: Plan, counts: Counts, device: Device, loader: float | None) ->
         "looking_hours": looking,
         "heads": {
             "hours": heads.heads_views * looking,
-            "process_bytes": 4 * heads.heads_views * plan.images * (counts.embed_dim + case.classes),  # float32, see stored.py
+            "process_bytes": 4
+            * heads.heads_views
+            * plan.images
+            * (counts.embed_dim + case.classes),  # float32, see stored.py
         },
         "checkpoint_bytes": counts.trained + counts.optimizer + (counts.student_state if plan.ema else 0),
     }
@@ -227,7 +239,8 @@ def said(found: dict[str, Any]) -> str:
     (low, expected, high), loaded = found["hours"], found["loader_cores"] is not None
     parts = ", ".join(f"{name} {1000 * seconds[name]:.1f}" for name in (*PHASES, "exchange"))
     cores = (
-        f"{found['loader_cores']:.0f} cores for each; with {plan['cores']} the images alone take {found['loader_hours']:.1f} h"
+        f"{found['loader_cores']:.0f} cores for each; with {plan['cores']} the images alone take "
+        f"{found['loader_hours']:.1f} h"
         if loaded
         else "cores not measured (--check)"
     )
@@ -236,24 +249,31 @@ def said(found: dict[str, Any]) -> str:
     precision = "bf16" if case["amp"] else "fp32"
     share = "read from a store" if case["stored"] else f"{found['teacher_share']:.0%} of the step, which a store saves"
     lines = [
-        f"{case['teacher']} -> {case['student']} at {case['img_size']} px, {case['classes']:,} classes, {case['batch_size']} "
+        f"{case['teacher']} -> {case['student']} at {case['img_size']} px, {case['classes']:,} classes, "
+        f"{case['batch_size']} "
         f"images on each of {plan['gpus']} {found['device']}, {precision}, {mode}. PREDICTED, not measured on a GPU.",
-        f"MACs per image: teacher {macs['teacher'] / 1e9:.2f} G, its heads {macs['heads'] / 1e9:.3f} G, student's forward "
+        f"MACs per image: teacher {macs['teacher'] / 1e9:.2f} G, its heads {macs['heads'] / 1e9:.3f} G, student's "
+        f"forward "
         f"{macs['forward'] / 1e9:.2f} G, backward {macs['backward'] / 1e9:.2f} G",
-        f"parameters: teacher with heads {parameters['teacher'] / 1e6:.1f} M, student {parameters['student'] / 1e6:.1f} M, its "
+        f"parameters: teacher with heads {parameters['teacher'] / 1e6:.1f} M, student "
+        f"{parameters['student'] / 1e6:.1f} M, its "
         f"encoders and adapters {parameters['beside'] / 1e6:.2f} M",
-        f"step: {1000 * seconds['step']:.1f} ms ({parts}); launching kernels takes {1000 * seconds['launching']:.1f} ms of Python",
+        f"step: {1000 * seconds['step']:.1f} ms ({parts}); launching kernels takes {1000 * seconds['launching']:.1f} "
+        f"ms of Python",
         f"memory per GPU: {amount(held['total'])}, of which tensors {amount(held['tensors'])} (kept for the backward "
-        f"{amount(bytes_['saved'])}, optimizer {amount(bytes_['optimizer'])}), buckets {amount(held['buckets'])}, average "
+        f"{amount(bytes_['saved'])}, optimizer {amount(bytes_['optimizer'])}), buckets {amount(held['buckets'])}, "
+        f"average "
         f"{amount(held['average'])}",
-        f"time: {low:.1f} to {high:.1f} h for {plan['epochs']} epochs of {plan['images']:,} images ({UTILISATION[2]:.0%} to "
+        f"time: {low:.1f} to {high:.1f} h for {plan['epochs']} epochs of {plan['images']:,} images "
+        f"({UTILISATION[2]:.0%} to "
         f"{UTILISATION[0]:.0%} of peak; expected {expected:.1f} h, {expected / plan['epochs'] * 60:.1f} min an epoch)",
         f"loader: {found['images_per_second']:,.0f} images/s per GPU, {cores}",
         f"teacher: {share}",
         f"store: {plan['views']} views x {plan['images']:,} images, {kept} of {case['classes']:,} logits = "
         f"{amount(found['store_bytes'])}, written in {60 * plan['views'] * found['looking_hours']:.1f} min",
         f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_views} views, "
-        f"{amount(found['heads']['process_bytes'])} of memory in each process; with --heads-protocol live none of it, and a look "
+        f"{amount(found['heads']['process_bytes'])} of memory in each process; with --heads-protocol live none of it, "
+        f"and a look "
         "at every image in each of --heads-epochs",
         f"checkpoint: {amount(found['checkpoint_bytes'])}",
     ]
@@ -275,14 +295,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--criterion", nargs="+", default=["kd"])
     parser.add_argument("--images", type=int, default=1_281_167, help="training images; default: ImageNet-1k's")
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--teacher-store", action="store_true", help="the step reads the teacher's outputs from a store")
+    parser.add_argument(
+        "--teacher-store", action="store_true", help="the step reads the teacher's outputs from a store"
+    )
     parser.add_argument("--views", type=int, default=10, help="views in the store")
     parser.add_argument("--top-k", type=int, default=0, help="logits kept in the store; 0: all")
     parser.add_argument("--cores", type=int, default=16, help="CPU cores for each GPU that load images")
     parser.add_argument("--model-ema", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="the student sharded over all GPUs")
     parser.add_argument("--json", action="store_true", help="the prediction as JSON")
-    parser.add_argument("--check", nargs="*", choices=CHECKS, help="measure on this machine what is predicted for it; default: all")
+    parser.add_argument(
+        "--check", nargs="*", choices=CHECKS, help="measure on this machine what is predicted for it; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each measured step")
     parser.add_argument("--markdown", action="store_true", help="write the tables of docs/scaling.md")
     return parser.parse_args(arguments)
@@ -348,10 +372,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = count(case)
         seconds = scale_check.predicted_seconds(counts.ops, case.amp, rates)
         held = known().get("memory")
-        beyond = f"; a process took {scale_memory.errors(held['rows'], 'process')['median']:.0%} more in the median" if held else ""
-        print(f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself takes{beyond}")
+        beyond = (
+            f"; a process took {scale_memory.errors(held['rows'], 'process')['median']:.0%} more in the median"
+            if held
+            else ""
+        )
+        print(
+            f"step: {seconds:.2f} s of one thread; tensors: {amount(counts.peak)}, beside what torch itself "
+            f"takes{beyond}"
+        )
         return
-    plan = Plan(case, args.gpus, args.images, args.epochs, args.views, args.top_k, args.cores, args.model_ema, args.fsdp)
+    plan = Plan(
+        case, args.gpus, args.images, args.epochs, args.views, args.top_k, args.cores, args.model_ema, args.fsdp
+    )
     found = predict(plan, count(case, gpu=True), device_of(args.device), loader_rate())
     print(json.dumps(found, indent=1) if args.json else said(found))
 

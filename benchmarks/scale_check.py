@@ -1,9 +1,11 @@
-"""What benchmarks/scale.py predicts, beside what real steps take on this machine: processor time. Memory is in scale_memory.py.
+"""What benchmarks/scale.py predicts, beside what real steps take on this machine: processor time. Memory is in
+scale_memory.py.
 
-The rates come from four pairs, a cycle of four networks of which each is once a teacher and once a student: every operation of
-their real steps is timed, and per kind of operation a per-FLOP, a per-byte and a per-call time are fitted. Other pairs are then
-predicted. One thread, and its processor time, as other programs may use the machine; each predicted step takes its turns with a
-step of the cycle, and the prediction is scaled by how much slower or faster that one is now than when the rates were taken.
+The rates come from four pairs, a cycle of four networks of which each is once a teacher and once a student: every
+operation of their real steps is timed, and per kind of operation a per-FLOP, a per-byte and a per-call time are fitted.
+Other pairs are then predicted. One thread, and its processor time, as other programs may use the machine; each
+predicted step takes its turns with a step of the cycle, and the prediction is scaled by how much slower or faster that
+one is now than when the rates were taken.
 """
 
 import io
@@ -131,9 +133,12 @@ def turns(step: Step, reference: Step, rounds: int) -> tuple[list[float], list[f
 
 
 def loader_rate(seconds: float = 4.0) -> dict[str, Any]:
-    """Images per second that one core decodes and augments: a JPEG of 500 x 375 px to 224 px with timm's training transform."""
+    """Images per second that one core decodes and augments: a JPEG of 500 x 375 px to 224 px with timm's training
+    transform."""
     generator = np.random.default_rng(0)
-    coarse = Image.fromarray(generator.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(generator.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
     grain = generator.normal(0, 10, (375, 500, 3))
     picture = Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
     kept = io.BytesIO()
@@ -153,7 +158,9 @@ def measure_row(case: Case, counts: Counts, rates: Rates, reference: Step, usual
     """A prediction beside what was measured."""
     own, other, wall = turns(real(case), reference, rounds)
     pace = [now / usual for now in other]
-    ratios = [predicted_seconds(counts.ops, case.amp, rates) * speed / taken for speed, taken in zip(pace, own, strict=True)]
+    ratios = [
+        predicted_seconds(counts.ops, case.amp, rates) * speed / taken for speed, taken in zip(pace, own, strict=True)
+    ]
     return {
         **case.words,
         "seconds": {
@@ -187,7 +194,13 @@ def check(rounds: int, checked: Sequence[tuple[str, str, int, int]] = CHECKED) -
                 rows.append(measure_row(case, count(case), rates, reference, usual, rounds))
                 bar.update()
     torch.set_num_threads(threads)
-    return {"rows": rows, "rates": rates, "loader": loader_rate(), "rounds": rounds, "cycle": [case.words for case in cycle(False)]}
+    return {
+        "rows": rows,
+        "rates": rates,
+        "loader": loader_rate(),
+        "rounds": rounds,
+        "cycle": [case.words for case in cycle(False)],
+    }
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -207,4 +220,7 @@ def summary(found: dict[str, Any]) -> str:
         )
     header = ["pair", "size, batch", "predicted s", "measured s", "ratio (quartiles)"]
     off = errors(found["rows"], "seconds")
-    return f"{markdown(header, cells)}\n\nTime is off by {off['median']:.0%} in the median and {off['worst']:.0%} at worst."
+    return (
+        f"{markdown(header, cells)}\n\nTime is off by {off['median']:.0%} in the median and "
+        f"{off['worst']:.0%} at worst."
+    )

@@ -1,8 +1,10 @@
-"""What a training step of a pair costs, counted without computing it: the step itself runs on tensors that hold no numbers.
+"""What a training step of a pair costs, counted without computing it: the step itself runs on tensors that hold no
+numbers.
 
-Networks are built on the meta device, then shown to torch as fake CPU tensors, so that autocast and attention choose kernels as in
-a run, and neither weights nor memory are needed. Of every operation it is recorded how many floating-point operations it takes (by
-torch's own formulas) and how many bytes it reads and writes; and of every moment, how much is allocated.
+Networks are built on the meta device, then shown to torch as fake CPU tensors, so that autocast and attention choose
+kernels as in a run, and neither weights nor memory are needed. Of every operation it is recorded how many
+floating-point operations it takes (by torch's own formulas) and how many bytes it reads and writes; and of every
+moment, how much is allocated.
 """
 
 import contextlib
@@ -73,9 +75,11 @@ class Case:
     def words(self) -> dict[str, Any]:
         """Pair, size, batch and precision, for a table."""
         precision = "bf16" if self.amp else "fp32"
-        return {"pair": f"{self.teacher} -> {self.student}", "img_size": self.img_size, "batch_size": self.batch_size} | {
-            "precision": precision
-        }
+        return {
+            "pair": f"{self.teacher} -> {self.student}",
+            "img_size": self.img_size,
+            "batch_size": self.batch_size,
+        } | {"precision": precision}
 
 
 class Step:
@@ -92,7 +96,8 @@ class Step:
         words = (recipe.maps if needs(recipe, "maps", student=student) else None for student in (True, False))
         sides = ((case.student, size), (case.teacher, seen_size))
         tap, seen = (
-            build_tap(build_named(name, side, case.classes), side, word) for (name, side), word in zip(sides, words, strict=True)
+            build_tap(build_named(name, side, case.classes), side, word)
+            for (name, side), word in zip(sides, words, strict=True)
         )
         labels = torch.arange(case.batch_size, device="cpu") % case.classes
         pair = Pair(tap.shapes(case.img_size), seen.shapes(seen_size[1]), case.batch_size, labels, seen.classifier)
@@ -133,7 +138,9 @@ class Step:
             codes = teacher.heads.encode(features.embedding)
             return features._replace(codes=codes, views=teacher.heads.decode(codes))
 
-    def run(self, enter: Callable[[str], None] = lambda _: None, keep: Callable[[Tensor], Tensor] | None = None) -> None:
+    def run(
+        self, enter: Callable[[str], None] = lambda _: None, keep: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """One update; `enter` is told which of PHASES begins, `keep` is shown what is kept for the backward."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.case.amp):
             shown = self.shown(enter)
@@ -164,9 +171,22 @@ def _seen_by(teacher: str, size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 WIDENED = frozenset(
-    ("layer_norm", "group_norm", "rms_norm", "normalize", "interpolate", "softplus", "exp", "log", "square", "pow", "__pow__")
+    (
+        "layer_norm",
+        "group_norm",
+        "rms_norm",
+        "normalize",
+        "interpolate",
+        "softplus",
+        "exp",
+        "log",
+        "square",
+        "pow",
+        "__pow__",
+    )
 )
-"""Functions of networks that CUDA's autocast computes in float32 from float32 copies of its arguments, and the CPU's does not."""
+"""Functions of networks that CUDA's autocast computes in float32 from float32 copies of its arguments, and the CPU's
+does not."""
 TYPED = frozenset(["softmax", "log_softmax", "sum", "cumsum", "norm"])
 """Those of which it asks for a result in float32."""
 
@@ -202,7 +222,8 @@ class Op(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations in `ops`, the bytes that are allocated in `now` and `peak`, those kept for the backward in `saved`."""
+    """Records operations in `ops`, the bytes that are allocated in `now` and `peak`, those kept for the backward in
+    `saved`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +292,8 @@ _FREE = {aten.empty, aten.empty_strided, aten.empty_like, aten.detach, aten.lift
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet is aten.convolution_backward:
-        # Each gradient that is wanted takes what the forward takes; torch's formula counts that of a grouped weight as if dense.
+        # Each gradient that is wanted takes what the forward takes; torch's formula counts that of a grouped weight as
+        # if dense.
         gradient, weight, mask, transposed = args[0], args[2], args[10], args[7]
         positions = (args[1] if transposed else gradient).numel() // weight.shape[0]
         return 2 * positions * weight.numel() * sum(mask[:2])
@@ -291,16 +313,19 @@ def _kind(packet: Any, args: Any, flops: int) -> str:
 
 @dataclass(frozen=True)
 class Counts:
-    """A step of a case, counted. Bytes are of one process; of the peak, they are what tensors hold, without a library's workspace.
+    """A step of a case, counted. Bytes are of one process; of the peak, they are what tensors hold, without a library's
+    workspace.
 
     Args:
         ops: Every operation of an update.
         teacher, student, beside: Parameters of the teacher with its heads, the student, and its encoders and adapters.
         state: Bytes of all that is there before a step: both modules, the optimizer's state and the batch.
-        trained, optimizer: Bytes of the trained parameters, which is that of their gradients too, and of the optimizer's state.
+        trained, optimizer: Bytes of the trained parameters, which is that of their gradients too, and of the
+            optimizer's state.
         saved: Bytes kept by the student's forward for its backward.
         peak: The most that is allocated at once.
-        unit, rest: Bytes of the largest part that FSDP gathers by itself, and of all that it gathers once for the whole step.
+        unit, rest: Bytes of the largest part that FSDP gathers by itself, and of all that it gathers once for the whole
+            step.
         student_state: Bytes of the student's parameters and buffers, which an average of its weights takes too.
         embed_dim: Width of the teacher's embedding.
     """

@@ -1,4 +1,5 @@
-"""The tables of docs/scaling.md from benchmarks/results/scale.json; `benchmarks/scale.py --markdown` predicts and writes them."""
+"""The tables of docs/scaling.md from benchmarks/results/scale.json; `benchmarks/scale.py --markdown` predicts and
+writes them."""
 
 import re
 import statistics
@@ -27,11 +28,17 @@ PLANS = (
     scale.Plan(Case("resnet50", "mobilenetv1_100", 224, 256, True), 8, SMALL, 100),
     scale.Plan(Case("regnety_160", "deit_tiny_patch16_224", 224, 128, True, opt="adamw"), 8, SMALL, 300),
     scale.Plan(
-        Case("vit_large_patch16_224", "vit_small_patch16_224", 224, 64, True, CLASSES, "adamw"), 64, LARGE, 90, top_k=32, ema=True
+        Case("vit_large_patch16_224", "vit_small_patch16_224", 224, 64, True, CLASSES, "adamw"),
+        64,
+        LARGE,
+        90,
+        top_k=32,
+        ema=True,
     ),
 )
 PUBLISHED = (Case("resnet50", "resnet50", 224, 256, True, method="none", stored=True), "a100", 2470.0)
-"""ResNet-50 alone on one A100: images/s that NVIDIA publishes (DeepLearningExamples, resnet50v1.5, mixed precision, 21.03)."""
+"""ResNet-50 alone on one A100: images/s that NVIDIA publishes (DeepLearningExamples, resnet50v1.5, mixed precision,
+21.03)."""
 
 
 def predicted() -> dict[str, Any]:
@@ -43,7 +50,9 @@ def predicted() -> dict[str, Any]:
             counts = scale.count(plan.case, gpu=True)
             rows += [scale.predict(plan, counts, device, scale.loader_rate()) for device in scale.DEVICES.values()]
             bar.update()
-        seconds = scale.step_seconds(scale.count(case, gpu=True), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1])
+        seconds = scale.step_seconds(
+            scale.count(case, gpu=True), scale.DEVICES[name], scale.Plan(case), scale.UTILISATION[1]
+        )
         bar.update()
     ours = case.batch_size / seconds["step"]
     return {"rows": rows, "published": {"images_per_second": rate, "predicted": ours}, **scale.provenance()}
@@ -98,7 +107,13 @@ def sizes(found: dict[str, Any]) -> str:
                 scale.amount(heads["process_bytes"]),
             ]
         )
-    header = ["pair", "MACs per image: teacher / student, both ways", "parameters", "memory per GPU", "of it kept for the backward"]
+    header = [
+        "pair",
+        "MACs per image: teacher / student, both ways",
+        "parameters",
+        "memory per GPU",
+        "of it kept for the backward",
+    ]
     header += ["checkpoint", "teacher's share of a step", "heads: looking at 4 views", "heads: memory of each process"]
     return markdown(header, cells)
 
@@ -106,7 +121,11 @@ def sizes(found: dict[str, Any]) -> str:
 def stores(_: dict[str, Any]) -> str:
     """Sizes by the store's own arithmetic."""
     cells = []
-    kinds = (("1k, resnet34", SMALL, 1000, 512), ("1k, regnety_160", SMALL, 1000, 3024), ("21k, vit_large", LARGE, CLASSES, 1024))
+    kinds = (
+        ("1k, resnet34", SMALL, 1000, 512),
+        ("1k, regnety_160", SMALL, 1000, 3024),
+        ("21k, vit_large", LARGE, CLASSES, 1024),
+    )
     for words, images, classes, width in kinds:
         for top_k in (0, 64, 32, 16):
             layout = Layout(width, classes, top_k)
@@ -124,10 +143,13 @@ def assumptions(_: dict[str, Any]) -> str:
     node, network = (speed / 1e9 for speed in scale.LINK.values())
     table = markdown(["data sheet", "bf16 TFLOP/s, dense", "fp32 TFLOP/s", "TB/s", "GB"], cells)
     return (
-        f"{table}\n\nAssumed, not measured: products and convolutions reach {expected:.0%} of the peak ({low:.0%} to {high:.0%} "
+        f"{table}\n\nAssumed, not measured: products and convolutions reach {expected:.0%} of the peak ({low:.0%} to "
+        f"{high:.0%} "
         f"in the ranges), the rest {scale.STREAMING:.0%} of the bandwidth; {scale.LAUNCH * 1e6:.0f} µs of Python per "
-        f"operation, beside the GPU's work; an all-reduce moves {node:.0f} GB/s per GPU inside a machine of {scale.NODE} and "
-        f"{network:.0f} GB/s between machines, beside the backward but for the last 25 MiB; {scale.RESERVE[0] / 1e9:.0f} GB of "
+        f"operation, beside the GPU's work; an all-reduce moves {node:.0f} GB/s per GPU inside a machine of "
+        f"{scale.NODE} and "
+        f"{network:.0f} GB/s between machines, beside the backward but for the last 25 MiB; "
+        f"{scale.RESERVE[0] / 1e9:.0f} GB of "
         f"context and {scale.RESERVE[1] - 1:.0%} of fragments beside the tensors."
     )
 
@@ -144,14 +166,18 @@ def published(found: dict[str, Any]) -> str:
 def checked(_: dict[str, Any]) -> str:
     found = scale.known().get("check")
     if found is None:
-        return "Not measured yet: `benchmarks/scale.py --check time` does, and `benchmarks/scale.py --markdown` writes it here."
+        return (
+            "Not measured yet: `benchmarks/scale.py --check time` does, and `benchmarks/scale.py "
+            "--markdown` writes it here."
+        )
     loader = found["loader"]
     size = found["cycle"][0]["img_size"]
     return (
         f"{scale_check.summary(found)}\n\n"
         "Ratios are predicted / measured. Processor seconds of one thread, as other programs used the machine: "
         f"n={found['rounds']} turns with a step of known time, the ratio corrected for its pace; noisy. Rates from "
-        f"{', '.join(row['pair'] for row in found['cycle'])} at {size} px. The loader, one core: {loader['plain']:.0f} images/s "
+        f"{', '.join(row['pair'] for row in found['cycle'])} at {size} px. The loader, one core: {loader['plain']:.0f} "
+        f"images/s "
         f"with crop and flip, {loader['randaugment']:.0f} with RandAugment, JPEGs of 500 x 375 px and "
         f"{loader['jpeg_bytes'] / 1000:.0f} kB. `benchmarks/scale.py --check time`; {about(found)}."
     )
@@ -160,13 +186,17 @@ def checked(_: dict[str, Any]) -> str:
 def remembered(_: dict[str, Any]) -> str:
     found = scale.known().get("memory")
     if found is None:
-        return "Not measured yet: `benchmarks/scale.py --check memory` does, and `benchmarks/scale.py --markdown` writes it here."
+        return (
+            "Not measured yet: `benchmarks/scale.py --check memory` does, and `benchmarks/scale.py "
+            "--markdown` writes it here."
+        )
     base = statistics.median(row["process"]["base"] for row in found["rows"]) / 2**20
     return (
         f"{scale_memory.summary(found)}\n\n"
         "Ratios are predicted / measured, in bytes that torch's allocator has handed out, weights and all; the rest "
         "is workspace that convolutions and products ask for while they run. A process is counted beyond the "
-        f"{base:.0f} MiB of torch and the package, with freed memory kept as a run keeps it. Libraries: code, compiled kernels and "
+        f"{base:.0f} MiB of torch and the package, with freed memory kept as a run keeps it. Libraries: code, compiled "
+        f"kernels and "
         "objects, with every block given back when it is freed; holes: what keeping them adds. "
         f"`benchmarks/scale.py --check memory`; {about(found)}."
     )
@@ -175,9 +205,13 @@ def remembered(_: dict[str, Any]) -> str:
 def several(_: dict[str, Any]) -> str:
     found = scale.known().get("several")
     if found is None:
-        return "Not measured yet: `benchmarks/scale.py --check several` does, and `benchmarks/scale.py --markdown` writes it here."
+        return (
+            "Not measured yet: `benchmarks/scale.py --check several` does, and "
+            "`benchmarks/scale.py --markdown` writes it here."
+        )
     return (
-        f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of torch's "
+        f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of "
+        f"torch's "
         f"allocator; the least of {scale_several.STEPS} steps. FSDP2's differs between runs by a few gathered parts. "
         f"`benchmarks/scale.py --check several`; {about(found)}."
     )
@@ -200,7 +234,10 @@ def filled(text: str) -> str:
     found = scale.known()["plans"]
     for name, make in TABLES.items():
         text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, make=make: f"{m[1]}{make(found)}\n{m[2]}", text, flags=re.S
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, make=make: f"{m[1]}{make(found)}\n{m[2]}",
+            text,
+            flags=re.S,
         )
     return text
 

@@ -1,10 +1,11 @@
 """The memory that benchmarks/scale.py predicts for a step, beside what real steps take on this machine.
 
-Two questions, answered apart. What tensors take at the peak is the prediction's own claim, and holds on any device: torch's
-allocator reports every block that it hands out and takes back, also those that a kernel asks for and returns. What a CPU process
-takes beyond them belongs to the C library and to oneDNN: the resident memory of a process of its own, once as a run sets its
-allocator, once with every block given back to the system when it is freed. The second leaves no holes. So the difference of the two
-is holes, and the rest is what libraries hold: code, kernels compiled for a shape, objects that are no tensors.
+Two questions, answered apart. What tensors take at the peak is the prediction's own claim, and holds on any device:
+torch's allocator reports every block that it hands out and takes back, also those that a kernel asks for and returns.
+What a CPU process takes beyond them belongs to the C library and to oneDNN: the resident memory of a process of its
+own, once as a run sets its allocator, once with every block given back to the system when it is freed. The second
+leaves no holes. So the difference of the two is holes, and the rest is what libraries hold: code, kernels compiled for
+a shape, objects that are no tensors.
 """
 
 import ctypes
@@ -75,7 +76,8 @@ def live_bytes(case: Case) -> tuple[int, int]:
 
 
 def process_bytes(case: Case, mapped: bool) -> tuple[int, int]:
-    """Resident memory of a process of its own: after steps too small to count, and by how much three steps' peak is above that.
+    """Resident memory of a process of its own: after steps too small to count, and by how much three steps' peak is
+    above that.
 
     Args:
         case: The steps.
@@ -104,7 +106,9 @@ def _own(case: Case, mapped: bool) -> tuple[int, int]:
     base = _status("VmRSS")
     step = real(case)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building holds the teacher twice while it is folded
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak starts anew: building holds the teacher twice while it is folded
     for _ in range(3):
         step.run()
     return base, _status("VmHWM") - base
@@ -149,11 +153,21 @@ def summary(found: dict[str, Any]) -> str:
         holes = f"{(process['kept'] - process['mapped']) / 2**20:.0f}"
         setting = f"{row['img_size']} px, {row['batch_size']}, {row['precision']}"
         cells.append([row["pair"], setting, predicted, measured, f"{peak['ratio']:.3f}", kept, libraries, holes])
-    header = ["pair", "size, batch", "predicted MiB", "measured MiB", "ratio", "process MiB", "of it libraries", "of it holes"]
+    header = [
+        "pair",
+        "size, batch",
+        "predicted MiB",
+        "measured MiB",
+        "ratio",
+        "process MiB",
+        "of it libraries",
+        "of it holes",
+    ]
     off, beyond = errors(rows, "peak"), errors(rows, "process")
     exact = sum(row["state"]["predicted"] == row["state"]["measured"] for row in rows)
     return (
-        f"{markdown(header, cells)}\n\nTensors at the peak are off by {off['median']:.1%} in the median and {off['worst']:.1%} at "
+        f"{markdown(header, cells)}\n\nTensors at the peak are off by {off['median']:.1%} in the median and "
+        f"{off['worst']:.1%} at "
         f"worst; weights, optimizer and batch are exact to the byte in {exact} of {len(rows)}. A CPU process takes "
         f"{beyond['median']:.0%} more than the prediction in the median and {beyond['worst']:.0%} at worst."
     )

@@ -1,4 +1,5 @@
-"""The memory that benchmarks/scale.py predicts of DDP, FSDP2 and an average of the weights, beside two real processes' (gloo)."""
+"""The memory that benchmarks/scale.py predicts of DDP, FSDP2 and an average of the weights, beside two real processes'
+(gloo)."""
 
 import gc
 import os
@@ -46,7 +47,9 @@ def peak_of(case: Case, fsdp: bool, ema: bool) -> int:
 def _rank(rank: int, case: Case, fsdp: bool, ema: bool, folder: str) -> None:
     """A process: it builds, takes two steps, and looks at the next ones."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), ACCELERATE_USE_CPU="true")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # accelerate asks for them; the processes meet in a file
+    os.environ.update(
+        MASTER_ADDR="localhost", MASTER_PORT="0"
+    )  # accelerate asks for them; the processes meet in a file
     os.environ.update(ACCELERATE_USE_FSDP=str(fsdp).lower(), FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
@@ -85,7 +88,12 @@ def check(predicted: Callable[[Case, bool, bool], float]) -> dict[str, Any]:
         case = Case(*names)
         foreseen, peak = predicted(case, fsdp, ema), peak_of(case, fsdp, ema)
         rows.append(
-            {**case.words, "fsdp": fsdp, "ema": ema, "peak": {"predicted": foreseen, "measured": peak, "ratio": foreseen / peak}}
+            {
+                **case.words,
+                "fsdp": fsdp,
+                "ema": ema,
+                "peak": {"predicted": foreseen, "measured": peak, "ratio": foreseen / peak},
+            }
         )
     return {"rows": rows}
 

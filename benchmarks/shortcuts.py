@@ -1,4 +1,5 @@
-"""What the fast step costs in accuracy: the same seeds trained plainly (float32, NCHW, eager) and with every shortcut at once.
+"""What the fast step costs in accuracy: the same seeds trained plainly (float32, NCHW, eager) and with every shortcut
+at once.
 
     python benchmarks/shortcuts.py              three seeds of MAS+KD on the embedded data, about six minutes on 2 cores
 
@@ -44,11 +45,18 @@ def main() -> None:
                 top1[name].append(found["top1"])
     differences = [b - a for a, b in zip(top1["plain"], top1["fast"], strict=True)]
     rows = [
-        [name, f"{statistics.fmean(top1[name]):.2f} ± {statistics.stdev(top1[name]):.2f}", " ".join(f"{v:.2f}" for v in top1[name])]
+        [
+            name,
+            f"{statistics.fmean(top1[name]):.2f} ± {statistics.stdev(top1[name]):.2f}",
+            " ".join(f"{v:.2f}" for v in top1[name]),
+        ]
         for name in ARMS
     ]
     table = markdown(["MAS+KD", "top-1 %", "by seed"], rows)
-    print(f"\n{table}\nfast - plain, same seed: {statistics.fmean(differences):+.2f} ± {statistics.stdev(differences):.2f}")
+    print(
+        f"\n{table}\nfast - plain, same seed: {statistics.fmean(differences):+.2f} ± "
+        f"{statistics.stdev(differences):.2f}"
+    )
     body = {
         "what": f"python benchmarks/shortcuts.py --seeds {args.seeds}",
         "budget": {**BUDGET, "epochs": args.epochs},

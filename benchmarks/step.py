@@ -6,11 +6,12 @@
     python benchmarks/step.py --against alone --amp --stored     against training the student without a teacher
     python benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10
 
-bare: frozen teacher's forward, student's forward and backward with cross-entropy and KD, SGD with momentum, on float batches that
-lie ready. plain: MAS+KD as one writes it first: float32, NCHW, everything eager, losses and accuracies fetched every step; its
-float batches lie ready as well, which spares it its loader. alone: `fit` on labels only. Ours is `fit` itself, from uint8 images in
-the store to the new weights: order, augmentation, heads, both code losses, stable excitation, schedule, checks and logging are all
-in its time. Peak memory is that of a process of its own for each loop. Writes benchmarks/results/step.json.
+bare: frozen teacher's forward, student's forward and backward with cross-entropy and KD, SGD with momentum, on float
+batches that lie ready. plain: MAS+KD as one writes it first: float32, NCHW, everything eager, losses and accuracies
+fetched every step; its float batches lie ready as well, which spares it its loader. alone: `fit` on labels only. Ours
+is `fit` itself, from uint8 images in the store to the new weights: order, augmentation, heads, both code losses, stable
+excitation, schedule, checks and logging are all in its time. Peak memory is that of a process of its own for each loop.
+Writes benchmarks/results/step.json.
 """
 
 import argparse
@@ -63,14 +64,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40, help="steps in a timed run; starting and ending a run count in")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps in a timed run; starting and ending a run count in"
+    )
     parser.add_argument("--rounds", type=int, default=6, help="timed runs of each")
     parser.add_argument("--no-channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in ours and in the bare loop")
     parser.add_argument("--compile", action="store_true", help="ours compiled")
     parser.add_argument("--no-fold", action="store_true", help="ours with the teacher's BatchNorm as it is")
     parser.add_argument("--stored", action="store_true", help="ours with the teacher's outputs read from a store")
-    parser.add_argument("--only", choices=("ours", *AGAINST), help=argparse.SUPPRESS)  # a process that measures its own memory
+    parser.add_argument(
+        "--only", choices=("ours", *AGAINST), help=argparse.SUPPRESS
+    )  # a process that measures its own memory
     return parser.parse_args()
 
 
@@ -84,7 +89,9 @@ def networks(args: argparse.Namespace, channels_last: bool) -> tuple[nn.Module, 
     return teacher, student
 
 
-def ready_batches(args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device, form: torch.memory_format) -> Any:
+def ready_batches(
+    args: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device, form: torch.memory_format
+) -> Any:
     def ready(x: Tensor) -> Tensor:
         return x.float().div(255).sub(0.5).div(0.25).to(device, memory_format=form)
 
@@ -125,7 +132,8 @@ def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: 
 
 
 def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
-    """MAS+KD in eager float32, NCHW, with its losses and accuracies fetched every step for meters and a printed line."""
+    """MAS+KD in eager float32, NCHW, with its losses and accuracies fetched every step for meters and a printed
+    line."""
     device = accelerator.device
     teacher, student = (network.to(device) for network in networks(args, False))
     size = (3, args.size, args.size)
@@ -152,7 +160,13 @@ def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator:
             for (name, encoder), temperature in zip(own.encoders.items(), (2, 8), strict=True):
                 loss = loss + soft(encoder(mine.embedding), codes[name], temperature)
             hits = mine.logits.topk(5).indices == y[:, None]
-            now = {"loss": loss, "task": task, "kd": kd, "top1": hits[:, 0].float().mean(), "top5": hits.float().sum(1).mean()}
+            now = {
+                "loss": loss,
+                "task": task,
+                "kd": kd,
+                "top1": hits[:, 0].float().mean(),
+                "top5": hits.float().sum(1).mean(),
+            }
             for name, value in now.items():
                 sums[name] += value.item() * len(y)
             optimizer.zero_grad()
@@ -162,7 +176,9 @@ def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator:
     return loop
 
 
-def ours(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator, *, taught: bool = True) -> Loop:
+def ours(
+    args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator, *, taught: bool = True
+) -> Loop:
     teacher, student = networks(args, not args.no_channels_last)
     device, size = accelerator.device, (3, args.size, args.size)
     teacher_tap, tap = (FeatureTap(network.to(device), input_size=size) for network in (teacher, student))
@@ -225,7 +241,8 @@ def random_data(args: argparse.Namespace, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def peak_memory(name: str) -> int:
-    """Peak memory in bytes of a process that runs one loop for a few steps: on a GPU what is allocated there, else resident."""
+    """Peak memory in bytes of a process that runs one loop for a few steps: on a GPU what is allocated there, else
+    resident."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -288,7 +305,9 @@ def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     key = ("against", "pair", "batch", "precision", "channels_last", *switches)
     known = [old for old in known if "against" in old]  # rows of before hold less
-    known = [old for old in known if any(old.get(k) != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]]
+    known = [
+        old for old in known if any(old.get(k) != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]
+    ]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps([*known, row], indent=2) + "\n")
     median = statistics.median(ratios)
@@ -316,7 +335,10 @@ def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> None:
         "ours MiB",
     ]
     print(markdown(header, cells))
-    print(f"quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, n={args.rounds} runs of {args.steps} steps; wrote {RESULTS}")
+    print(
+        f"quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, n={args.rounds} runs of {args.steps} steps; wrote "
+        f"{RESULTS}"
+    )
 
 
 if __name__ == "__main__":

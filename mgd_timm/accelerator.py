@@ -19,16 +19,17 @@ from mgd_timm.sharding import check_sharding, sharded
 
 
 def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[Recipe, Accelerator]:
-    """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override ours.
+    """The accelerator, and the recipe with its global batch: of the steps in force, as `accelerate launch` may override
+    ours.
 
     Args:
         recipe: Of the run.
-        start_steps: Per update, of the start of a run that is continued, where its recipe leaves them open: it is said if others
-            make its global batch now.
+        start_steps: Per update, of the start of a run that is continued, where its recipe leaves them open: it is said
+            if others make its global batch now.
 
     Raises:
-        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, fp16 on a CPU, a teacher to
-            be cut up on one process, or what `with_global_batch` refuses.
+        ValueError: A tracker that does not exist or is not installed, an engine that is not supported, fp16 on a CPU, a
+            teacher to be cut up on one process, or what `with_global_batch` refuses.
     """
     for name in recipe.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -46,12 +47,18 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
     )
     check_sharding(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("fp16 on a CPU, where losses are not scaled and small gradients vanish: bfloat16 runs anywhere.")
+        raise ValueError(
+            "fp16 on a CPU, where losses are not scaled and small gradients vanish: bfloat16 runs anywhere."
+        )
     if recipe.optim.find_batch_size and (sharded() or recipe.shard_teacher):
         where = "under FSDP" if sharded() else "beside shard_teacher"
-        raise ValueError(f"find_batch_size {where}: a trial step of one process alone is none. Give a batch size that fits.")
+        raise ValueError(
+            f"find_batch_size {where}: a trial step of one process alone is none. Give a batch size that fits."
+        )
     if recipe.shard_teacher and accelerator.num_processes == 1:
-        raise ValueError("shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out.")
+        raise ValueError(
+            "shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out."
+        )
     watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -59,14 +66,17 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
     recipe = _with_batch(recipe, accelerator)
     if start_steps not in (None, accelerator.gradient_accumulation_steps):
         accelerator.print(
-            f"grad_accum_steps={start_steps} is of the run's start: its {recipe.optim.global_batch_size} images per update stay, "
+            f"grad_accum_steps={start_steps} is of the run's start: its {recipe.optim.global_batch_size} images per "
+            f"update stay, "
             f"in {accelerator.gradient_accumulation_steps} steps now."
         )
     asked = _asked_processes()
     if asked is not None and asked != accelerator.num_processes:
         accelerator.print(
-            f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate launch needs "
-            f"mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with ACCELERATE_USE_CPU=1 does not."
+            f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate launch "
+            f"needs "
+            f"mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with "
+            f"ACCELERATE_USE_CPU=1 does not."
         )
     return recipe, accelerator
 
@@ -88,7 +98,9 @@ def _with_batch(recipe: Recipe, accelerator: Accelerator) -> Recipe:
         f"step{'s' if steps > 1 else ''}"
     )
     if overridden and fixed and given != steps:
-        accelerator.print(f"accelerate's {given} steps per update are left aside: the global batch is given, and makes {steps}.")
+        accelerator.print(
+            f"accelerate's {given} steps per update are left aside: the global batch is given, and makes {steps}."
+        )
     return recipe
 
 

@@ -10,9 +10,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> bool:
     """Let freed tensors' memory be used again instead of being given back to the system; True where that was possible.
 
-    By default glibc maps every block above 32 MB anew and unmaps it when it is freed. A step's activations are such blocks, so that
-    each step has the system clear and map gigabytes. The process keeps what it has used once, so its peak is somewhat higher.
-    `benchmarks/allocator.py` measures both. Other C libraries are left alone.
+    By default glibc maps every block above 32 MB anew and unmaps it when it is freed. A step's activations are such
+    blocks, so that each step has the system clear and map gigabytes. The process keeps what it has used once, so its
+    peak is somewhat higher. `benchmarks/allocator.py` measures both. Other C libraries are left alone.
     """
     if not sys.platform.startswith("linux"):
         return False

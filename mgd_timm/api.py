@@ -38,13 +38,15 @@ def distill(
     """Distil a teacher into a student and return the student, on the CPU and in eval mode.
 
     Args:
-        teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder, or a module.
-            A list of these: several teachers. None with a peer: two students then teach each other, and the first is returned.
+        teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
+            or a module. A list of these: several teachers. None with a peer: two students then teach each other, and
+            the first is returned.
         student: A timm name, or a module that timm built.
-        data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data, whose values `options`
-            replace.
+        data: 'embedded', a hub id, a folder of parquet files or of images in class folders; or a Data, whose values
+            `options` replace.
         output: Folder of the run; must not exist.
-        **options: As the command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05, ...
+        **options: As the command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05,
+            ...
 
     Raises:
         ValueError: An unknown option, model, criterion or data set, or networks and data that do not fit.
@@ -63,7 +65,11 @@ def distill(
 
 
 def train(
-    model: Model, data: str | PathLike[str] | Data = "embedded", *, output: str | PathLike[str] = "runs/train", **options: Any
+    model: Model,
+    data: str | PathLike[str] | Data = "embedded",
+    *,
+    output: str | PathLike[str] = "runs/train",
+    **options: Any,
 ) -> nn.Module:
     """Train a model on its own (a teacher, or a student alone) and return it; arguments and errors as of `distill`."""
     model = _model(model, "model")
@@ -94,7 +100,8 @@ def _over(data: str | PathLike[str] | Data, options: dict[str, Any]) -> dict[str
 def _name_of(model: str | nn.Module) -> str:
     if isinstance(model, str):
         return model
-    return f"module:{getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)}:{module_digest(model)[:16]}"
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    return f"module:{architecture}:{module_digest(model)[:16]}"
 
 
 def evaluate(
@@ -105,19 +112,22 @@ def evaluate(
     noise_seeds: int = 5,
     **options: Any,
 ) -> dict[str, Any]:
-    """Top-1, top-5 (in %) and cross-entropy of a model on a data set's evaluation split, and under noise where it is asked for.
+    """Top-1, top-5 (in %) and cross-entropy of a model on a data set's evaluation split, and under noise where it is
+    asked for.
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
         data: As of `distill`; by default the data of the run, with its validation cut, else the embedded data.
-        noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are normalised, and
-            not clipped. It depends on noise seed, image and pixel alone, so that models see the same.
+        noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are
+            normalised, and not clipped. It depends on noise seed, image and pixel alone, so that models see the same.
         noise_seeds: Noise seeds that these metrics are averaged over.
-        **options: Options of Data, such as img_size, which replace the run's, but for those of training; `seed` and `amp`.
+        **options: Options of Data, such as img_size, which replace the run's, but for those of training; `seed` and
+            `amp`.
 
     Returns:
-        "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a string:
-        "top1", "top5" and "loss" averaged over the noise seeds, "top1_std" between them, and "seeds", their number.
+        "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a
+        string: "top1", "top5" and "loss" averaged over the noise seeds, "top1_std" between them, and "seeds", their
+            number.
 
     Raises:
         ValueError: No such model, data or option, classes that differ, noise that is not from 0 to 1, or no noise seed.
@@ -156,21 +166,28 @@ def evaluate_named(
     if recipe.data.img_size is None and inputs["fixed_input_size"] and height == width:
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
     shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
-    images = load_images(recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator))
+    images = load_images(
+        recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator)
+    )
     check_channels(network, "model", images)
     if network.num_classes != images.num_classes:
         raise ValueError(
-            f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The accuracy of "
+            f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The "
+            f"accuracy of "
             "a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
         )
     check_class_names(network, "model", images)
     source = images.test if images.test is not None else images.val
     if source is None:
-        raise ValueError("the data has no split to evaluate on: name one with --eval-split, or cut one with --val-split 0.1.")
+        raise ValueError(
+            "the data has no split to evaluate on: name one with --eval-split, or cut one with --val-split 0.1."
+        )
     size, place = recipe.data.validation_batch_size, recipe.data.data_dir or recipe.data.dataset
     if not sigmas:
         return dict(evaluate_model(network, source, accelerator, size, bar=True)), place
-    clean, noisy = evaluate_noise(network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True)
+    clean, noisy = evaluate_noise(
+        network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True
+    )
     return {**clean, "noise": noisy}, place
 
 

@@ -1,6 +1,7 @@
 """What timm does to batches: random erasing, mixup and cutmix; once, so that teacher and student see the same picture.
 
-Erasing is a function of (seed, epoch, sample), mixing of (seed, epoch, the samples of the batch): a batch is mixed within itself.
+Erasing is a function of (seed, epoch, sample), mixing of (seed, epoch, the samples of the batch): a batch is mixed
+within itself.
 """
 
 import math
@@ -27,10 +28,11 @@ def erase(
     mode: str,
     count: int,
 ) -> Float[Tensor, "b c h w"]:
-    """Normalised images with boxes erased, by (seed, epoch, key) alone: timm's RandomErasing as one operation on a batch.
+    """Normalised images with boxes erased, by (seed, epoch, key) alone: timm's RandomErasing as one operation on a
+    batch.
 
-    A box has 2 % to a third of the image's area, over the number of boxes, and a ratio of height to width from 0.3 to 1 / 0.3,
-    uniform in its logarithm.
+    A box has 2 % to a third of the image's area, over the number of boxes, and a ratio of height to width from 0.3 to 1
+    / 0.3, uniform in its logarithm.
 
     Reference: Zhong et al., "Random Erasing Data Augmentation" (arXiv 1708.04896).
 
@@ -81,15 +83,17 @@ def erase(
 def mixed(
     images: Float[Tensor, "b c h w"], labels: Float[Tensor, "b k"], key: int, data: Data
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-    """A batch mixed with itself in reverse order, by mixup or cutmix with one coefficient, and the labels' distributions alike.
+    """A batch mixed with itself in reverse order, by mixup or cutmix with one coefficient, and the labels'
+    distributions alike.
 
-    mixup: lam x_i + (1 - lam) x_j with lam of Beta(alpha, alpha); cutmix: x_i with a box of x_j, lam the share that is left.
+    mixup: lam x_i + (1 - lam) x_j with lam of Beta(alpha, alpha); cutmix: x_i with a box of x_j, lam the share that is
+    left.
 
     Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (arXiv 1710.09412); Yun et al., "CutMix" (arXiv
     1905.04899); timm's Mixup of mode "batch", whose order of draws this is.
 
-    Differs: a batch of odd size is taken too (its middle image stays). Labels are not smoothed here: the cross-entropy's own
-    smoothing does it, and as both are affine, timm's order of the two gives the same loss.
+    Differs: a batch of odd size is taken too (its middle image stays). Labels are not smoothed here: the
+    cross-entropy's own smoothing does it, and as both are affine, timm's order of the two gives the same loss.
 
     Args:
         images, labels: Of the batch.

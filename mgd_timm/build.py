@@ -29,7 +29,8 @@ def check_model_name(name: str) -> None:
         place = name.removeprefix("local-dir:").removeprefix("hf-hub:")
         if name == "embedded" or place != name or Path(place).exists():
             raise ValueError(
-                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student starts from "
+                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student starts "
+                f"from "
                 "weights of its own by --student-checkpoint FILE.safetensors."
             )
         if "/" in name:
@@ -39,7 +40,9 @@ def check_model_name(name: str) -> None:
         known = [found for found in timm.list_pretrained(f"{architecture}*") if found.split(".")[0] == architecture]
         if known:
             raise unknown("pretrained weights", name, known)
-        raise ValueError(f"unknown pretrained weights {name!r}: none are published; the architecture alone is {architecture!r}.")
+        raise ValueError(
+            f"unknown pretrained weights {name!r}: none are published; the architecture alone is {architecture!r}."
+        )
 
 
 def load_weights(model: nn.Module, name: str, path: str) -> None:
@@ -56,14 +59,17 @@ def load_weights(model: nn.Module, name: str, path: str) -> None:
 
 
 def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str, Tensor]) -> None:
-    """Load weights strictly; only BatchNorm's counters of batches may be missing, which old files lack and nothing here reads.
+    """Load weights strictly; only BatchNorm's counters of batches may be missing, which old files lack and nothing here
+    reads.
 
     Raises:
         ValueError: Other names, shapes or kinds of numbers than the model's; the first ones are given.
     """
     expected = model.state_dict()
     state = {**{key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}, **state}
-    lacking, foreign = ([key for key in one if key not in other] for one, other in ((expected, state), (state, expected)))
+    lacking, foreign = (
+        [key for key in one if key not in other] for one, other in ((expected, state), (state, expected))
+    )
     both = [key for key in expected if key in state]
     unlike = [key for key in both if expected[key].shape != state[key].shape]
     kinds = [key for key in both if expected[key].is_floating_point() != state[key].is_floating_point()]
@@ -73,7 +79,8 @@ def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str,
         parts = {"missing": lacking[:3], "foreign": foreign[:3], "of another shape": shapes, "of another type": types}
         said = ", ".join(f"{word} {values}" for word, values in parts.items() if values)
         raise ValueError(
-            f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the architecture "
+            f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the "
+            f"architecture "
             "that the file was written from."
         )
     model.load_state_dict(state)
@@ -101,7 +108,8 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     if recipe.teacher_checkpoint is None:
         if not timm.is_model_pretrained(spec):
             raise ValueError(
-                f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, local-dir:PATH or a run "
+                f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
+                f"local-dir:PATH or a run "
                 "folder; mgd-timm train makes one."
             )
         return _create_pretrained(spec)
@@ -118,8 +126,10 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
         return model
     if weight is None:
         raise ValueError(
-            f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches noise. "
-            "Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have one, or let it teach "
+            f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
+            f"noise. "
+            "Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have one, or let "
+            "it teach "
             "without logits (--teacher-classes none)."
         )
     model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
@@ -131,7 +141,8 @@ def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
     """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
     if recipe.teacher_checkpoint is not None:
         raise ValueError(
-            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or "
+            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one "
+            f"out, or "
             "name its architecture beside the file."
         )
 
@@ -155,7 +166,8 @@ def _load_folder(folder: Path) -> nn.Module:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(
-            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another file."
+            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another "
+            f"file."
         )
     _check_config(folder / "config.json")
     try:
@@ -167,29 +179,44 @@ def _load_folder(folder: Path) -> nn.Module:
 
 
 # Arguments of timm's factory, not of an architecture: they name files, or wrap the model.
-_FACTORY = {"features_only", "feature_cfg", "checkpoint_path", "cache_dir", "kwargs_filter", "scriptable", "exportable", "no_jit"}
+_FACTORY = {
+    "features_only",
+    "feature_cfg",
+    "checkpoint_path",
+    "cache_dir",
+    "kwargs_filter",
+    "scriptable",
+    "exportable",
+    "no_jit",
+}
 
 
 def _check_config(path: Path) -> None:
-    """Refuse a config.json that is not one, or whose model_args reach past the architecture: it may come from anywhere."""
+    """Refuse a config.json that is not one, or whose model_args reach past the architecture: it may come from
+    anywhere."""
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}): write it anew with mgd-timm export.") from error
     kinds = {"architecture": str, "pretrained_cfg": dict, "model_args": dict}
     if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(f"{path}: expected an object with the name of an 'architecture': write it anew with mgd-timm export.")
+        raise ValueError(
+            f"{path}: expected an object with the name of an 'architecture': write it anew with mgd-timm export."
+        )
     for key, kind in kinds.items():
         if key in config and not isinstance(config[key], kind):
             expected = "a name" if kind is str else "an object"
-            raise ValueError(f"{path}: {key!r} is {config[key]!r}, expected {expected}: write it anew with mgd-timm export.")
+            raise ValueError(
+                f"{path}: {key!r} is {config[key]!r}, expected {expected}: write it anew with mgd-timm export."
+            )
     for key in config.get("model_args", {}):
         if key in _FACTORY or key.startswith("pretrained"):
             raise ValueError(f"{path}: model_args has {key!r}, which is no argument of an architecture: remove it.")
 
 
 def load_model(spec: str) -> nn.Module:
-    """A model with weights: a run folder, an exported folder, 'embedded', hf-hub:ID or a timm name with published weights.
+    """A model with weights: a run folder, an exported folder, 'embedded', hf-hub:ID or a timm name with published
+    weights.
 
     Raises:
         ValueError: No such model, or no weights.
@@ -202,12 +229,14 @@ def _create_pretrained(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises a dozen kinds
         raise ValueError(
-            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH or a file."
+            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH or "
+            f"a file."
         ) from error
 
 
 def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
-    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal size."""
+    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal
+    size."""
     config: Mapping[str, Any] = {}
     if student is not None:
         config = getattr(student, "pretrained_cfg", {})
@@ -252,15 +281,17 @@ def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, *
         return timm.create_model(**resolve_model_input_args(name, inputs, num_classes=num_classes, **options))
     except Exception as error:
         weights = " from its pretrained weights" if options.get("pretrained") else ""
-        raise ValueError(f"{name!r} cannot be built for {input_size} images and {num_classes} classes{weights}: {error}") from error
+        raise ValueError(
+            f"{name!r} cannot be built for {input_size} images and {num_classes} classes{weights}: {error}"
+        ) from error
 
 
 def build_student(recipe: Recipe, images: Images) -> nn.Module:
     """The student for the data's classes and image size, from the seed or from given weights.
 
     Raises:
-        ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that does not
-            fit.
+        ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that
+            does not fit.
     """
     options: dict[str, Any] = {"pretrained": recipe.student_pretrained}
     if recipe.drop:
@@ -279,7 +310,8 @@ def check_classifier(student: nn.Module) -> None:
     if not getattr(student, "num_classes", 0):
         name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
         raise ValueError(
-            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; timm's "
+            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
+            f"timm's "
             "encoders (*_enc) take none: choose an architecture that does."
         )
 
@@ -288,11 +320,14 @@ def check_module(module: nn.Module, role: str) -> None:
     """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
     if not hasattr(module, "num_classes"):
         raise ValueError(
-            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model built."
+            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
+            f"built."
         )
     for name, weight in module.named_parameters():
         if weight.dtype != torch.float32:
-            raise ValueError(f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True.")
+            raise ValueError(
+                f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True."
+            )
 
 
 def check_channels(model: nn.Module, role: str, images: Images) -> None:
@@ -304,7 +339,8 @@ def check_channels(model: nn.Module, role: str, images: Images) -> None:
 
 
 def check_student(student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be trained."""
+    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be
+    trained."""
     check_classifier(student)
     check_channels(student, "student", images)
     count = getattr(student, "num_classes", 0)
@@ -315,17 +351,20 @@ def check_student(student: nn.Module, images: Images) -> None:
 
 
 def check_class_names(model: nn.Module, role: str, images: Images) -> None:
-    """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same order."""
+    """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same
+    order."""
     conflict = class_conflict(model, role, images)
     if conflict is not None:
         raise ValueError(
-            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that it was "
+            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
+            f"it was "
             "trained on; a teacher's are put in the data's order by --teacher-classes auto."
         )
 
 
 def class_conflict(model: nn.Module, role: str, images: Images) -> str | None:
-    """In which class the names of the weights and of the data differ; None where they do not, or one of both has no names."""
+    """In which class the names of the weights and of the data differ; None where they do not, or one of both has no
+    names."""
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
     numbers = [str(i) for i in range(images.num_classes)]
     if not isinstance(names, list | tuple) or numbers in (list(names), list(images.class_names)):
@@ -339,7 +378,8 @@ def class_conflict(model: nn.Module, role: str, images: Images) -> str | None:
 
 
 def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) -> TeacherView:
-    """The student's images in the teacher's normalisation, resized to `side` pixels or to what the teacher is fixed to."""
+    """The student's images in the teacher's normalisation, resized to `side` pixels or to what the teacher is fixed
+    to."""
     config = getattr(teacher, "pretrained_cfg", {}) or {}
     mean, std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
     if len(mean) != len(images.mean) or len(std) != len(images.std):
@@ -347,7 +387,9 @@ def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) ->
     inputs = get_model_input_config(teacher)
     fixed = tuple(inputs["input_size"][1:]) if inputs["fixed_input_size"] else None
     size = fixed or ((side, side) if side is not None else images.input_size[1:])
-    return TeacherView(images.mean, images.std, mean, std, (size[0], size[1]) if size != images.input_size[1:] else None)
+    return TeacherView(
+        images.mean, images.std, mean, std, (size[0], size[1]) if size != images.input_size[1:] else None
+    )
 
 
 def build_tap(
@@ -364,7 +406,8 @@ def build_tap(
 def lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
     """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
 
-    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process (BasicBlock).
+    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process
+    (BasicBlock).
     """
     safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
     if recipe.channels_last if recipe.channels_last is not None else safe:
@@ -386,7 +429,8 @@ def identity(
     teachers: Sequence[nn.Module],
     peer: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and precision.
+    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and
+    precision.
 
     Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them.
     """

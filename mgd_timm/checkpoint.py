@@ -1,8 +1,8 @@
 """A run's state as safetensors and JSON with a digest manifest: committed whole, or not at all.
 
-A checkpoint is a folder `00000123/` (the number of updates done). It is written aside, every file and the folder are flushed to
-disk, then it is renamed. The manifest holds every file's sha256; the newest checkpoint that matches its manifest is resumed.
-No pickle is written or read.
+A checkpoint is a folder `00000123/` (the number of updates done). It is written aside, every file and the folder are
+flushed to disk, then it is renamed. The manifest holds every file's sha256; the newest checkpoint that matches its
+manifest is resumed. No pickle is written or read.
 """
 
 import errno
@@ -63,7 +63,8 @@ def flush(path: Path) -> None:
 
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make a file or folder appear whole: `fill` writes it under a temporary name beside it, then it is flushed and renamed.
+    """Make a file or folder appear whole: `fill` writes it under a temporary name beside it, then it is flushed and
+    renamed.
 
     Args:
         target: Where it appears. A file is replaced; a folder must not exist.
@@ -91,7 +92,8 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
         if full:
             raise OSError(
                 errno.ENOSPC,
-                f"no room to write {target}: nothing was changed there. Free some space and start again; --resume continues a run",
+                f"no room to write {target}: nothing was changed there. Free some space and start again; --resume "
+                f"continues a run",
             ) from error
         raise
     finally:
@@ -144,7 +146,10 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
     def fill(draft: Path) -> None:
         draft.mkdir()
         for group, tensors in state.tensors.items():
-            plain = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
+            plain = {
+                name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for name, t in tensors.items()
+            }
             save_file(plain, draft / f"{group}.safetensors")
         (draft / "state.json").write_text(json.dumps(state.values))
         sums = {path.name: sha256(path) for path in sorted(draft.iterdir())}
@@ -152,7 +157,9 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
 
     try:
         write_whole(target, fill)
-    except FileExistsError:  # another run that shares this folder (a cache) was faster: the same number means the same state
+    except (
+        FileExistsError
+    ):  # another run that shares this folder (a cache) was faster: the same number means the same state
         pass
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
@@ -197,8 +204,10 @@ def load(checkpoint: Path) -> State:
         CheckpointError: A file is missing, foreign, truncated or changed.
     """
     verify(checkpoint)
-    tensors = {  # copied: a mapped file keeps its room on the disk when it is deleted, and cannot be deleted at all on NFS
-        path.stem: {name: t.clone() for name, t in load_file(path).items()} for path in sorted(checkpoint.glob("*.safetensors"))
+    # copied: a mapped file keeps its room on the disk when it is deleted, and cannot be deleted at all on NFS
+    tensors = {
+        path.stem: {name: t.clone() for name, t in load_file(path).items()}
+        for path in sorted(checkpoint.glob("*.safetensors"))
     }
     return State(tensors, json.loads((checkpoint / "state.json").read_text()))
 

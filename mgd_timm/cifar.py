@@ -1,7 +1,7 @@
 """The paper's CIFAR protocol: its pairs, schedules and weights as recipes, and stages that are found by what made them.
 
-Reference: Shao, Chen, arXiv 2108.06681, and the authors' scripts, which follow RepDistiller's (Tian et al., arXiv 1910.10699): SGD
-with momentum, lr 0.05, batch 64, 240 epochs, decayed at 150, 180 and 210.
+Reference: Shao, Chen, arXiv 2108.06681, and the authors' scripts, which follow RepDistiller's (Tian et al., arXiv
+1910.10699): SGD with momentum, lr 0.05, batch 64, 240 epochs, decayed at 150, 180 and 210.
 """
 
 from dataclasses import replace
@@ -67,7 +67,8 @@ def shrunk(milestones: tuple[int, ...], epochs: int, whole: int) -> tuple[int, .
 def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) -> dict[str, Any]:
     """Options of `make_recipe` to train a network, alone or from a teacher, for a number of epochs.
 
-    Differs: the authors decay their teachers at 60, 120 and 180; RepDistiller's, whose accuracies the paper reports, decay as here.
+    Differs: the authors decay their teachers at 60, 120 and 180; RepDistiller's, whose accuracies the paper reports,
+    decay as here.
     """
     slow = network.removeprefix("cifar_").startswith(("mobilenet", "shuffle"))
     return {
@@ -87,12 +88,14 @@ def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) 
 
 
 def distillation_options() -> dict[str, Any]:
-    """Options of `make_recipe` for a student beside those of its training: maps as RepDistiller pairs them, without the stem's."""
+    """Options of `make_recipe` for a student beside those of its training: maps as RepDistiller pairs them, without the
+    stem's."""
     return {"maps": "mid"}
 
 
 def heads_options(epochs: int = HEADS_EPOCHS) -> dict[str, Any]:
-    """Options of `make_recipe` to fit the granularity heads as the authors do: on live images, batch 64, lr 0.01, decayed twice."""
+    """Options of `make_recipe` to fit the granularity heads as the authors do: on live images, batch 64, lr 0.01,
+    decayed twice."""
     return {
         "heads_protocol": "live",
         "heads_epochs": epochs,
@@ -110,20 +113,28 @@ def images_of(recipe: Recipe) -> Images:
         DataError: No such data.
     """
     accelerator = join()
-    return load_images(recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), say=accelerator.print)
+    return load_images(
+        recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), say=accelerator.print
+    )
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
-    """What decides a student's weights beside its recipe: those of its teachers, and which rows of their classifiers are read."""
+    """What decides a student's weights beside its recipe: those of its teachers, and which rows of their classifiers
+    are read."""
     digests = [module_digest(build_teacher(recipe, name)) for name in recipe.teacher or ()]
     found: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests}
     if recipe.teacher_classes is not None:
-        found["classes"] = [checkpoint.sha256(path) if (path := Path(word)).is_file() else word for word in recipe.teacher_classes]
+        found["classes"] = [
+            checkpoint.sha256(path) if (path := Path(word)).is_file() else word for word in recipe.teacher_classes
+        ]
     return found
 
 
-def stage(root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | None = None, *, quiet: bool = False) -> Path:
-    """The folder of a finished run of this recipe under `root`: found by its digest, continued where it was stopped, else run.
+def stage(
+    root: Path, name: str, recipe: Recipe, made_from: dict[str, Any] | None = None, *, quiet: bool = False
+) -> Path:
+    """The folder of a finished run of this recipe under `root`: found by its digest, continued where it was stopped,
+    else run.
 
     Args:
         root: Folder of all stages; all processes must see the same one.

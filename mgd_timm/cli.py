@@ -42,22 +42,30 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from mgd_timm.recipe import Data
 
     about = "Top-1, top-5 and loss of a model, as JSON."
-    elsewhere = dict.fromkeys(OF_TRAINING, "it is of training alone") | {"batch_size": "here it is --validation-batch-size"}
+    elsewhere = dict.fromkeys(OF_TRAINING, "it is of training alone") | {
+        "batch_size": "here it is --validation-batch-size"
+    }
     parser = Parser(prog="mgd-timm evaluate", description=about, elsewhere=elsewhere)
-    parser.add_argument("model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'")
+    parser.add_argument(
+        "model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'"
+    )
     said = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation: such as 0.05 0.1 0.2"
     parser.add_argument("--noise", type=float, nargs="+", default=None, help=said)
     parser.add_argument("--noise-seeds", type=int, default=5, help="noise seeds to average over")
     add_fields(parser, Data, "images (default: those of the run)", set(OF_TRAINING), {})
     # A flag that is not given leaves the run's own value alone.
     parser.set_defaults({f.name: None for f in dataclasses.fields(Data) if f.name not in OF_TRAINING})
-    values = {name: value for name, value in options_of(parser.parse_args(list(arguments))).items() if value is not None}
+    values = {
+        name: value for name, value in options_of(parser.parse_args(list(arguments))).items() if value is not None
+    }
     model = values.pop("model")
     from mgd_timm.api import evaluate_named
 
     found, place = evaluate_named(model, **values)
     if int(os.environ.get("RANK", "0")) == 0:
-        noise = {"noise": {sigma: _rounded(row) for sigma, row in found.pop("noise").items()}} if "noise" in found else {}
+        noise = (
+            {"noise": {sigma: _rounded(row) for sigma, row in found.pop("noise").items()}} if "noise" in found else {}
+        )
         print(json.dumps({**_rounded(found), "data": place, **noise}))
 
 
@@ -66,7 +74,9 @@ def _rounded(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="mgd-timm export", description="Copy a run's student as timm loads it, under another name or licence.")
+    parser = Parser(
+        prog="mgd-timm export", description="Copy a run's student as timm loads it, under another name or licence."
+    )
     parser.add_argument("run", type=str, help="run folder, exported folder, or 'embedded'")
     parser.add_argument("folder", type=str, help="where to; must not exist")
     parser.add_argument("--license", type=str | None, default=None, help="licence of the weights; default: the run's")
@@ -85,16 +95,31 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _import(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="mgd-timm import", description="Write a public checkpoint as a folder that teaches and is evaluated.")
-    parser.add_argument("file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run")
+    parser = Parser(
+        prog="mgd-timm import", description="Write a public checkpoint as a folder that teaches and is evaluated."
+    )
+    parser.add_argument(
+        "file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run"
+    )
     parser.add_argument("folder", type=str, help="where to; must not exist")
-    parser.add_argument("--model", type=str, required=True, help="timm's name of its architecture, such as cifar_resnet20")
-    parser.add_argument("--num-classes", type=int | None, default=None, help="to check; default: the classifier's in the file")
-    parser.add_argument("--in-chans", type=int | None, default=None, help="channels of the image; default: the weights'")
+    parser.add_argument(
+        "--model", type=str, required=True, help="timm's name of its architecture, such as cifar_resnet20"
+    )
+    parser.add_argument(
+        "--num-classes", type=int | None, default=None, help="to check; default: the classifier's in the file"
+    )
+    parser.add_argument(
+        "--in-chans", type=int | None, default=None, help="channels of the image; default: the weights'"
+    )
     for name in ("mean", "std"):
-        about = f"{name} of the images that it was trained on, per channel; default: the architecture's (CIFAR-100's for cifar_*)"
+        about = (
+            f"{name} of the images that it was trained on, per channel; default: the architecture's "
+            f"(CIFAR-100's for cifar_*)"
+        )
         parser.add_argument(f"--{name}", type=float, nargs="+", default=None, help=about)
-    parser.add_argument("--class-names", type=str, nargs="+", default=None, help="in the classifier's order; default: numbers")
+    parser.add_argument(
+        "--class-names", type=str, nargs="+", default=None, help="in the classifier's order; default: numbers"
+    )
     parser.add_argument("--license", type=str, default="other", help="licence of the weights")
     parser.add_argument("--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="replace the folder")
     values = options_of(parser.parse_args(list(arguments)))
@@ -106,7 +131,8 @@ def _import(arguments: Sequence[str]) -> None:
     if values["mean"] is None or values["std"] is None:
         config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
         print(
-            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: name those of the "
+            f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: name "
+            f"those of the "
             "images that it was trained on (--mean, --std), or lose accuracy."
         )
 
@@ -119,13 +145,22 @@ def _list(arguments: Sequence[str]) -> None:
         "--teacher", type=str, default="cifar_resnet32x4", help="criteria: for which pair; its weights do not matter"
     )
     parser.add_argument("--student", type=str, default="cifar_resnet8x4", help="criteria: for which pair")
-    parser.add_argument("--img-size", type=int | None, default=None, help="criteria: side in pixels; default: the student's")
+    parser.add_argument(
+        "--img-size", type=int | None, default=None, help="criteria: side in pixels; default: the student's"
+    )
     parser.add_argument("--in-chans", type=int | None, default=None, help="criteria: channels; default: the networks'")
     parser.add_argument(
-        "--num-classes", type=int | None, default=None, help="criteria: of the data; default: a trained teacher's, or 100"
+        "--num-classes",
+        type=int | None,
+        default=None,
+        help="criteria: of the data; default: a trained teacher's, or 100",
     )
-    parser.add_argument("--num-samples", type=int, default=50_000, help="criteria: training images, which size CRD's memory banks")
-    parser.add_argument("--maps", type=str, default="stages", help="criteria: stages, last, mid, all, or a number of maps")
+    parser.add_argument(
+        "--num-samples", type=int, default=50_000, help="criteria: training images, which size CRD's memory banks"
+    )
+    parser.add_argument(
+        "--maps", type=str, default="stages", help="criteria: stages, last, mid, all, or a number of maps"
+    )
     parser.add_argument(
         "--markdown", action=ActionYesNo(no_prefix="no-"), default=False, help="criteria: all that is known of them"
     )
@@ -133,7 +168,10 @@ def _list(arguments: Sequence[str]) -> None:
     for action in parser._actions:  # whose help begins with what they are for
         of = action.help.partition(":")[0] if action.help else ""
         if of in ("criteria", "models") and of != values.what and getattr(values, action.dest) != action.default:
-            parser.error(f"{action.option_strings[0]} is of mgd-timm list {of}, not of mgd-timm list {values.what}: leave it out.")
+            parser.error(
+                f"{action.option_strings[0]} is of mgd-timm list {of}, not of mgd-timm list {values.what}: leave it "
+                f"out."
+            )
     if values.what == "criteria":
         _list_criteria(values)
     elif values.what == "models":
@@ -143,13 +181,19 @@ def _list(arguments: Sequence[str]) -> None:
 
         found = timm.list_models(values.filter)
         if not found:
-            raise ValueError(f"--filter {values.filter!r}: no model of this name; * stands for any characters, as in 'resnet*'.")
+            raise ValueError(
+                f"--filter {values.filter!r}: no model of this name; * stands for any characters, as in 'resnet*'."
+            )
         print("\n".join(found))
     else:
-        print("embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package")
+        print(
+            "embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the "
+            "package"
+        )
         print("HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100")
         print(
-            "FOLDER       parquet or arrow files, train/CLASS/*.png and test/CLASS/*.png, or tar files of these or of a webdataset"
+            "FOLDER       parquet or arrow files, train/CLASS/*.png and test/CLASS/*.png, or tar files of these or of "
+            "a webdataset"
         )
 
 
@@ -202,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, action: Callable[[], None]) -> int:
-    """Carry a command out; gives the exit code, and says what failed or stopped it without a traceback, but for faults of ours."""
+    """Carry a command out; gives the exit code, and says what failed or stopped it without a traceback, but for faults
+    of ours."""
     try:
         action()
         if "accelerate" in sys.modules:
@@ -222,7 +267,8 @@ def guarded(name: str, action: Callable[[], None]) -> int:
             rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
             which = str(error).splitlines()[0].strip()
             print(
-                f"{name}: error: {rank}a reader of images was ended from outside, as a machine does that is short of memory "
+                f"{name}: error: {rank}a reader of images was ended from outside, as a machine does that is short of "
+                f"memory "
                 f"({which}). Give fewer --workers or more memory; --resume continues from the newest checkpoint.",
                 file=sys.stderr,
             )

@@ -29,8 +29,8 @@ class _Check:
 def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callable[[str], None]) -> dict[int, str]:
     """The rows that cannot be decoded, and why.
 
-    Every image is decoded once, which takes about as long as an epoch of evaluation does to read; the answer is kept in the cache
-    by the data's digest.
+    Every image is decoded once, which takes about as long as an epoch of evaluation does to read; the answer is kept in
+    the cache by the data's digest.
 
     Args:
         rows: A split.
@@ -77,7 +77,9 @@ def _reason(rows: AnyRows, row: int, in_chans: int) -> str | None:
     return None
 
 
-def check_number(splits: Sequence[tuple[AnyRows, dict[int, str]]], most: int, say: Callable[[str], None]) -> tuple[str, ...]:
+def check_number(
+    splits: Sequence[tuple[AnyRows, dict[int, str]]], most: int, say: Callable[[str], None]
+) -> tuple[str, ...]:
     """What is said of all damaged images, after a line for the user.
 
     Raises:

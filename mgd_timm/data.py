@@ -1,7 +1,7 @@
 """Images in: the embedded default, hub ids, parquet or arrow files, image folders; always yields Batch.
 
-Small images of one size are decoded once into a memory-mapped uint8 store and augmented as a batch on the device; others go through
-timm's transforms in worker processes.
+Small images of one size are decoded once into a memory-mapped uint8 store and augmented as a batch on the device;
+others go through timm's transforms in worker processes.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ class Images:
     test: Source | None
     num_samples: int
     labels: Tensor | None
-    """Labels of all `num_samples` rows of the training split, a validation cut among them, by sample id. Of a stream None."""
+    """Labels of all `num_samples` rows of the training split, a validation cut among them, by sample id. Of a stream
+    None."""
     class_names: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -77,7 +78,8 @@ class Images:
         return len(self.class_names)
 
     def trained_labels(self) -> Tensor | None:
-        """Class ids by sample id, the likeliest of a distribution; -1 for those held out of training. Of a stream None."""
+        """Class ids by sample id, the likeliest of a distribution; -1 for those held out of training. Of a stream
+        None."""
         if self.labels is None:
             return None
         known = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
@@ -116,14 +118,18 @@ def load_images(
     with main_first():
         splits = open_splits(place, data.dataset_config, local=data.data_dir is not None)
         train = read_split(data, splits, data.train_split, say)
-        test_name = data.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != data.train_split), None)
+        test_name = data.eval_split or next(
+            (name for name in EVAL_SPLITS if name in splits and name != data.train_split), None
+        )
         test = read_split(data, splits, test_name, lambda _: None, train.class_names) if test_name else None
     check_classes(train, test)
     kept, held = _cut_validation(train, data.val_split, seed)
     with main_first():
         parts = {rows.split: _examine(rows, data, say) for rows in (train, test) if rows is not None}
         bad = check_number([(part.rows, part.bad) for part in parts.values()], data.max_bad, say)
-        found = _build(data, seed, defaults, parts[train.split], parts[test.split] if test is not None else None, (kept, held), say)
+        found = _build(
+            data, seed, defaults, parts[train.split], parts[test.split] if test is not None else None, (kept, held), say
+        )
     return replace(found, bad=bad)
 
 
@@ -210,7 +216,9 @@ def _stream(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], s
     side = data.img_size or defaults.img_size
     mean, std = weights_statistics(data, defaults)
     data = replace(data, interpolation=data.interpolation or defaults.interpolation)
-    transforms = [timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training) for training in (True, False)]
+    transforms = [
+        timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training) for training in (True, False)
+    ]
     return Images(
         train=StreamSource(train, data, transforms[0], seed),
         val=None,
@@ -230,7 +238,8 @@ def _check_left(train: _Part, kept: Tensor) -> None:
         counts = torch.bincount(train.labels[kept], minlength=len(train.rows.class_names))
         for label in (counts == 0).nonzero().flatten().tolist():
             raise DataError(
-                f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: replace some."
+                f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
+                f"replace some."
             )
 
 
@@ -239,7 +248,8 @@ def _check_small(data: Data) -> None:
     for name in ("aa", "color_jitter", "train_interpolation"):
         if getattr(data, name):
             raise DataError(
-                f"{name}={getattr(data, name)}: images of {SMALL} pixels or less are augmented as a batch, by pad, hflip, reprob, "
+                f"{name}={getattr(data, name)}: images of {SMALL} pixels or less are augmented as a batch, by pad, "
+                f"hflip, reprob, "
                 f"mixup and cutmix alone. Leave {name} out, or give --img-size {SMALL + 1} or more."
             )
 
@@ -278,7 +288,8 @@ def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], 
             if image.shape[:2] != size:
                 if data.img_size is None:
                     raise DataError(
-                        f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image {size[0]}x{size[1]}: "
+                        f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
+                        f"{size[0]}x{size[1]}: "
                         "give --img-size to resize all to one size."
                     )
                 resized = picture(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
@@ -289,15 +300,20 @@ def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], 
     return stored_images(cache_folder() / "images" / key, (len(rows), in_chans, *size), decode_all, rows.split, say)
 
 
-def _statistics(data: Data, defaults: Defaults, stored: ImageStore, ids: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: the recipe's, else the weights', else measured on the images of `ids`."""
+def _statistics(
+    data: Data, defaults: Defaults, stored: ImageStore, ids: Tensor
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: the recipe's, else the weights', else measured on the images of
+    `ids`."""
     mean, std = data.mean or defaults.mean, data.std or defaults.std
     if mean is None or std is None:
         levels = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.zeros(stored.images.shape[1], 256, dtype=torch.float64)
         for part in ids.split(8192):
             stored.check(part)
-            counts += torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in stored.images[part].unbind(1)])
+            counts += torch.stack(
+                [torch.bincount(plane.flatten(), minlength=256) for plane in stored.images[part].unbind(1)]
+            )
         counts /= counts.sum(1, keepdim=True)
         average = counts @ levels
         spread = (counts @ levels.square() - average.square()).clamp_min(1e-8).sqrt()

@@ -18,15 +18,25 @@ class Data:
     input_key: str | None = option(None, "image column; found by its type by default")
     target_key: str | None = option(None, "label column; found by its type by default")
     train_split: str = option("train", "split to train on")
-    eval_split: str | None = option(None, "split to evaluate on; default: test, validation, valid or val, whichever exists")
-    val_split: float = option(0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch")
+    eval_split: str | None = option(
+        None, "split to evaluate on; default: test, validation, valid or val, whichever exists"
+    )
+    val_split: float = option(
+        0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch"
+    )
     streaming: bool = option(False, "read images one after the other, from the hub or files, and keep none on disk")
-    shuffle_buffer: int = option(4096, "streaming: encoded images in memory that the next one is drawn from, in each process")
-    num_samples: int | None = option(None, "streaming: training images of an epoch; default: what the data set says of itself")
+    shuffle_buffer: int = option(
+        4096, "streaming: encoded images in memory that the next one is drawn from, in each process"
+    )
+    num_samples: int | None = option(
+        None, "streaming: training images of an epoch; default: what the data set says of itself"
+    )
     num_classes: int | None = option(None, "streaming: classes, where labels are numbers without names")
     img_size: int | None = option(None, "side in pixels; default: the images' own where small, else the model's")
     in_chans: int = option(3, "3 for colour, 1 for grey")
-    mean: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own")
+    mean: tuple[float, ...] | None = option(
+        None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own"
+    )
     std: tuple[float, ...] | None = option(None, "as --mean")
     batch_size: int = option(64, "images per process and step, at most", digest=False)
     validation_batch_size: int = option(256, "images per process and evaluation step", digest=False)
@@ -51,9 +61,13 @@ class Data:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where there are both")
     mixup_off_epoch: int = option(0, "epoch from which on nothing is mixed; 0: never")
     aug_repeats: int = option(
-        0, "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the images"
+        0,
+        "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the "
+        "images",
     )
-    crop_pct: float | None = option(None, "large images: share of the resized side that evaluation crops; default: the model's")
+    crop_pct: float | None = option(
+        None, "large images: share of the resized side that evaluation crops; default: the model's"
+    )
     interpolation: str | None = option(None, "large images: bilinear or bicubic; default: the model's")
     train_interpolation: str | None = option(
         None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
@@ -64,14 +78,20 @@ class Data:
         if self.in_chans not in (1, 3):
             raise ValueError(f"in_chans={self.in_chans}: expected 3 (colour) or 1 (grey).")
         if not 0 <= self.val_split <= 0.5:
-            raise ValueError(f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split).")
+            raise ValueError(
+                f"val_split={self.val_split}: expected a share from 0 to 0.5 (a split's name goes to eval_split)."
+            )
         if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image.")
+            raise ValueError(
+                f"batch_size={self.batch_size}: expected 2 or more; BatchNorm has no statistics of one image."
+            )
         self._check_streaming()
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip={self.hflip}: expected a probability from 0 to 1.")
         if self.pad < 0 or (self.img_size is not None and self.img_size < 1):
-            raise ValueError(f"pad={self.pad}, img_size={self.img_size}: expected pixels, pad 0 or more and img_size 1 or more.")
+            raise ValueError(
+                f"pad={self.pad}, img_size={self.img_size}: expected pixels, pad 0 or more and img_size 1 or more."
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
@@ -82,7 +102,8 @@ class Data:
             raise ValueError(f"std={self.std}: expected positive values.")
         if self.validation_batch_size < 1 or self.workers < 0:
             raise ValueError(
-                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and 0 or more."
+                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and 0 "
+                f"or more."
             )
         for name in ("scale", "ratio"):
             values = getattr(self, name)
@@ -116,7 +137,8 @@ class Data:
         for name in ("val_split", "max_bad", "aug_repeats"):
             if self.streaming and getattr(self, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the other: leave "
+                    f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the "
+                    f"other: leave "
                     "it out, or --streaming."
                 )
 

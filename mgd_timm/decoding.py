@@ -29,17 +29,19 @@ class DataError(ValueError):
 def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
     """Pixels of an encoded image or an image file, uint8 [height, width, channels].
 
-    Grey, palette, CMYK and transparent images are converted to what `in_chans` asks for. Transparency is dropped and EXIF rotation
-    is not applied, as in timm and torchvision.
+    Grey, palette, CMYK and transparent images are converted to what `in_chans` asks for. Transparency is dropped and
+    EXIF rotation is not applied, as in timm and torchvision.
 
     Raises:
-        DataError: Truncated, not an image, too large to be one, or of more than 8 bits a channel (which would be clipped).
+        DataError: Truncated, not an image, too large to be one, or of more than 8 bits a channel (which would be
+            clipped).
     """
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(
-                    f"{name}: mode {image.mode!r} has more than 8 bits a channel and no known range: convert it to 8 bits first."
+                    f"{name}: mode {image.mode!r} has more than 8 bits a channel and no known range: convert it to 8 "
+                    f"bits first."
                 )
             image.load()
             known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
@@ -49,7 +51,9 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file: put it back or remove its row.") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image of a known format ({', '.join(_FORMATS)}): remove or replace it.") from error
+        raise DataError(
+            f"{name}: not an image of a known format ({', '.join(_FORMATS)}): remove or replace it."
+        ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: {error}: remove or shrink it.") from error
     except (OSError, SyntaxError, ValueError) as error:

@@ -26,8 +26,10 @@ class Teacher(nn.Module):
     Args:
         tap: The teacher's features.
         heads: Fitted heads with decoders; None shows no codes and no views.
-        view: What to do with the student's normalised images first (another mean, std or size); see teacher_view.TeacherView.
-        digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default computed.
+        view: What to do with the student's normalised images first (another mean, std or size); see
+            teacher_view.TeacherView.
+        digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default
+            computed.
         logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
 
     Raises:
@@ -47,7 +49,9 @@ class Teacher(nn.Module):
         if heads is not None:
             width = next(heads.encoders.parameters()).shape[1]
             if width != tap.embed_dim:
-                raise ValueError(f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it.")
+                raise ValueError(
+                    f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it."
+                )
         self.tap, self.heads = tap, heads
         self.view = view if view is not None else nn.Identity()
         self.shows_logits = logits and tap.num_classes > 0
@@ -91,7 +95,8 @@ def is_whole(batch: Batch, slot_size: int) -> bool:
 
 
 def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
-    """A copy of a frozen teacher, cut up between all processes, which have to ask it the same number of times from now on.
+    """A copy of a frozen teacher, cut up between all processes, which have to ask it the same number of times from now
+    on.
 
     Args:
         teacher: It is moved to the CPU.
@@ -151,7 +156,9 @@ class Distiller(nn.Module):
         student: Features = self.student(batch.images)
         if teacher is None:
             if self.objective.needs:
-                raise ValueError(f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: give its features.")
+                raise ValueError(
+                    f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: give its features."
+                )
             teacher = student  # no term looks at it
         return self.objective(student, teacher, batch), student.logits
 
@@ -161,12 +168,14 @@ class MutualLearning(nn.Module):
 
     Under MAG each learns the other's codes as well, which the encoders of both give (MGD-DML).
 
-    Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors' code.
+    Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors'
+    code.
 
-    Differs: both are updated at once from one forward pass of each (the paper: one after the other, each time after new forward
-    passes; the MGD authors: one after the other from one pass, which with one rule for both is the same). Divergences of codes are
-    means over the batch, as in MAG; the MGD authors' also divide by the codes' width. Constant codes of both encoders minimise
-    their divergence, as nothing else holds them: the gain of the codes is to be watched, not assumed.
+    Differs: both are updated at once from one forward pass of each (the paper: one after the other, each time after new
+    forward passes; the MGD authors: one after the other from one pass, which with one rule for both is the same).
+    Divergences of codes are means over the batch, as in MAG; the MGD authors' also divide by the codes' width. Constant
+    codes of both encoders minimise their divergence, as nothing else holds them: the gain of the codes is to be
+    watched, not assumed.
 
     Args:
         student, peer: Features of both.
@@ -174,7 +183,9 @@ class MutualLearning(nn.Module):
         peer_objective: The peer's, of its own parameters.
     """
 
-    def __init__(self, student: FeatureTap, peer: FeatureTap, objective: Objective | MAG, peer_objective: Objective | MAG) -> None:
+    def __init__(
+        self, student: FeatureTap, peer: FeatureTap, objective: Objective | MAG, peer_objective: Objective | MAG
+    ) -> None:
         super().__init__()
         self.student, self.peer = student, peer
         self.objective, self.peer_objective = objective, peer_objective
@@ -193,7 +204,9 @@ class MutualLearning(nn.Module):
 
 
 def _with_codes(shown: Features, objective: Objective | MAG) -> Features:
-    return shown._replace(codes=objective.student_heads.encode(shown.embedding)) if isinstance(objective, MAG) else shown
+    return (
+        shown._replace(codes=objective.student_heads.encode(shown.embedding)) if isinstance(objective, MAG) else shown
+    )
 
 
 def _detached(shown: Features) -> Features:

@@ -74,7 +74,9 @@ def evaluate(
     }
 
 
-def evaluate_taps(taps: dict[str, nn.Module], source: Source, accelerator: Accelerator, batch_size: int) -> dict[str, Metrics]:
+def evaluate_taps(
+    taps: dict[str, nn.Module], source: Source, accelerator: Accelerator, batch_size: int
+) -> dict[str, Metrics]:
     """Metrics of the logits of taps or teachers, in eval mode; their modes are as before afterwards."""
     modes = {name: tap.training for name, tap in taps.items()}
     for tap in taps.values():
@@ -91,7 +93,9 @@ def evaluate_taps(taps: dict[str, nn.Module], source: Source, accelerator: Accel
     return found
 
 
-def evaluate_model(model: nn.Module, source: Source, accelerator: Accelerator, batch_size: int, *, bar: bool = False) -> Metrics:
+def evaluate_model(
+    model: nn.Module, source: Source, accelerator: Accelerator, batch_size: int, *, bar: bool = False
+) -> Metrics:
     """Metrics of a plain model, which is left in eval mode on the accelerator's device."""
     model.to(accelerator.device).eval()
 
@@ -111,7 +115,8 @@ def check_noise(noise: float | Sequence[float], seeds: int) -> tuple[float, ...]
     for sigma in sigmas:
         if not isinstance(sigma, int | float) or not 0 <= sigma <= 1:
             raise ValueError(
-                f"noise={sigma!r}: expected standard deviations from 0 to 1, of pixels in [0, 1] (of 0 to 255: divide by 255)."
+                f"noise={sigma!r}: expected standard deviations from 0 to 1, of pixels in [0, 1] (of 0 to 255: divide "
+                f"by 255)."
             )
     if not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"noise_seeds={seeds!r}: expected a whole number, 1 or more.")
@@ -142,11 +147,13 @@ def evaluate_noise(
 ) -> tuple[Metrics, dict[str, Metrics]]:
     """Metrics of a plain model on images as they are, and with additive Gaussian noise; the model is left in eval mode.
 
-    x' = x + sigma * n / std, with n standard normal: noise of standard deviation sigma on pixels in [0, 1], added before they are
-    normalised. Pixels are not clipped to [0, 1] afterwards, so the noise is Gaussian in dark and bright places too.
+    x' = x + sigma * n / std, with n standard normal: noise of standard deviation sigma on pixels in [0, 1], added
+    before they are normalised. Pixels are not clipped to [0, 1] afterwards, so the noise is Gaussian in dark and bright
+    places too.
 
-    n is a function of (noise seed, sample id, place in the image as the model sees it) alone: the same for every sigma and every
-    model, in any batch, on any number of processes and on any device. All is found in one pass over the images.
+    n is a function of (noise seed, sample id, place in the image as the model sees it) alone: the same for every sigma
+    and every model, in any batch, on any number of processes and on any device. All is found in one pass over the
+    images.
 
     Args:
         model: Takes normalised images, gives logits.
@@ -159,8 +166,8 @@ def evaluate_noise(
         bar: Show a progress bar, on the main process and a terminal.
 
     Returns:
-        Metrics without noise; and by sigma the means over the noise seeds, with "top1_std", the sample standard deviation of top-1
-        between them (0 of a single seed), and "seeds".
+        Metrics without noise; and by sigma the means over the noise seeds, with "top1_std", the sample standard
+        deviation of top-1 between them (0 of a single seed), and "seeds".
 
     Raises:
         ValueError: No images, no seed, or a sigma that is not from 0 to 1.

@@ -30,7 +30,9 @@ def versions() -> dict[str, str | None]:
     here = Path(__file__).parent
     if (here.parent / ".git").exists():
         git = shutil.which("git")
-        head = subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None  # noqa: S603
+        head = (
+            subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None  # noqa: S603
+        )
         found["commit"] = head.stdout.strip() or None if head else None
     return found
 
@@ -46,7 +48,8 @@ def describe(
     tag: str,
     shown: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true here.
+    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true
+    here.
 
     Args:
         model: Described in place.
@@ -90,13 +93,14 @@ def describe(
 def export_model(
     model: nn.Module, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for bit.
+    """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for
+    bit.
 
     The folder appears whole or not at all. `cifar_*` networks load after `import mgd_timm.models`.
 
     Args:
-        model: A timm model, alone: no heads, encoders or adapters. What `mgd_timm.distill` returns knows its mean, std, labels,
-            licence and tag.
+        model: A timm model, alone: no heads, encoders or adapters. What `mgd_timm.distill` returns knows its mean, std,
+            labels, licence and tag.
         folder: Where; must not exist unless `overwrite`.
         provenance: What to put into recipe.json beside versions and the digest of the weights.
         overwrite: Replace an earlier export.
@@ -121,17 +125,23 @@ def export_model(
         draft.mkdir()
         # Contiguous: safetensors refuses channels-last weights.
         plain = {
-            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in model.state_dict().items()
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, t in model.state_dict().items()
         }
         save_file(plain, draft / "model.safetensors", metadata={"format": "pt"})
         names = config.get("label_names")
-        inputs = get_model_input_config(model)  # what the module was built for; pretrained_cfg may say what its weights were
+        inputs = get_model_input_config(
+            model
+        )  # what the module was built for; pretrained_cfg may say what its weights were
         size = inputs["input_size"]
         if config.get("input_size") and not inputs["fixed_input_size"]:
             size = (size[0], *config["input_size"][1:])
         data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
         save_config_for_hf(
-            model, str(draft / "config.json"), model_config={"label_names": names}, data_config={**data, "input_size": size}
+            model,
+            str(draft / "config.json"),
+            model_config={"label_names": names},
+            data_config={**data, "input_size": size},
         )
         origin = {"versions": versions(), "model_sha256": sha256(draft / "model.safetensors"), **(provenance or {})}
         (draft / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """One view of any timm model: logits, embedding and chosen maps from a single forward pass.
 
-The feature contract is timm's own (`forward_features`, `forward_intermediates`, `forward_head`), so no layer is named, no hook
-is set and there is no per-architecture table. How a model turns its embedding into logits is found by a probe at construction.
+The feature contract is timm's own (`forward_features`, `forward_intermediates`, `forward_head`), so no layer is named,
+no hook is set and there is no per-architecture table. How a model turns its embedding into logits is found by a probe
+at construction.
 """
 
 import inspect
@@ -28,8 +29,8 @@ class Batch(NamedTuple):
 class Features(NamedTuple):
     """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them.
 
-    `logits` of a network without a classifier have no columns. `cam`: class activation maps, the classifier at every position of
-    the last map; their mean is the logits. None unless tapped.
+    `logits` of a network without a classifier have no columns. `cam`: class activation maps, the classifier at every
+    position of the last map; their mean is the logits. None unless tapped.
     """
 
     logits: Float[Tensor, "b k"]
@@ -41,7 +42,8 @@ class Features(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation maps.
+    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation
+    maps.
 
     `num_classes` is 0 without a classifier.
     """
@@ -53,7 +55,8 @@ class Shapes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """All that a criterion may know when it is built; `labels` are class ids by sample id, -1 for samples held out of training."""
+    """All that a criterion may know when it is built; `labels` are class ids by sample id, -1 for samples held out of
+    training."""
 
     student: Shapes
     teacher: Shapes
@@ -87,28 +90,30 @@ def _by_no_classifier(_model: nn.Module, _final: Any, embedding: Tensor) -> Tens
     return embedding.new_empty(embedding.shape[0], 0)
 
 
-# In this order: a classifier that is put on the embedding sees the same dropout mask and updates BatchNorm statistics once.
+# In this order: a classifier that is put on the embedding sees the same dropout mask and updates BatchNorm statistics
+# once.
 _WAYS: tuple[Classify, ...] = (_by_classifier, _by_conv_classifier, _by_mean_of_classifiers, _by_second_head_call)
 
 
 class FeatureTap(nn.Module):
     """Logits, embedding (timm: pre-logits) and maps of a timm model, in one forward pass.
 
-    Without a classifier (num_classes=0) there are logits of no columns. timm's encoders (*_enc), which have no head at all, show as
-    embedding the mean over positions of what forward_features gives: what timm itself pools them to with global_pool="avg".
+    Without a classifier (num_classes=0) there are logits of no columns. timm's encoders (*_enc), which have no head at
+    all, show as embedding the mean over positions of what forward_features gives: what timm itself pools them to with
+    global_pool="avg".
 
     Args:
         model: Any timm model; in the tap it keeps its own `state_dict` under `model.`.
-        indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts from the end.
-            Or a word for them (`maps.choose_maps`), at `input_size`.
+        indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative counts
+            from the end. Or a word for them (`maps.choose_maps`), at `input_size`.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
         preact: Show the maps as they were before their last activation; cifar_* networks do.
         cam: Show class activation maps too.
 
     Raises:
-        ValueError: The model lacks timm's feature contract, gives an embedding that is not a vector per image, computes logits in
-            a way that the probe cannot reproduce, has no map of that index, no maps before an activation, or no class activation
-            maps.
+        ValueError: The model lacks timm's feature contract, gives an embedding that is not a vector per image, computes
+            logits in a way that the probe cannot reproduce, has no map of that index, no maps before an activation, or
+            no class activation maps.
     """
 
     def __init__(
@@ -130,7 +135,8 @@ class FeatureTap(nn.Module):
         lacking = [name for name in contract if not hasattr(model, name)]
         if lacking:
             raise ValueError(
-                f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model, not another module."
+                f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model, not "
+                f"another module."
             )
         self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         self.frozen = self.adapts_batchnorm = False
@@ -140,7 +146,8 @@ class FeatureTap(nn.Module):
         if preact:
             if "preact" not in inspect.signature(cast(Any, model).forward_intermediates).parameters:
                 raise ValueError(
-                    f"{self.name} does not show its maps before their activation, which AB compares: cifar_* networks do "
+                    f"{self.name} does not show its maps before their activation, which AB compares: cifar_* networks "
+                    f"do "
                     "(mgd-timm list models --filter 'cifar_*')."
                 )
             self.map_options["preact"] = True
@@ -188,7 +195,8 @@ class FeatureTap(nn.Module):
                 ) from error
             if expected is not None and (not isinstance(expected, Tensor) or expected.ndim != 2):
                 raise ValueError(
-                    f"{self.name} returns {_describe(expected)}, not logits [batch, classes]: set global_pool to one that pools."
+                    f"{self.name} returns {_describe(expected)}, not logits [batch, classes]: set global_pool to one "
+                    f"that pools."
                 )
             if not isinstance(embedding, Tensor) or embedding.ndim != 2:
                 raise ValueError(
@@ -204,7 +212,8 @@ class FeatureTap(nn.Module):
         return maps
 
     def _embed(self, final: Any) -> Tensor:
-        """The embedding from what forward_features gives: [b, n, c], [b, h, w, c] or [b, c, h, w] of an encoder without a head."""
+        """The embedding from what forward_features gives: [b, n, c], [b, h, w, c] or [b, c, h, w] of an encoder without
+        a head."""
         model = cast(Any, self.model)
         if self.has_head:
             return cast(Tensor, model.forward_head(final, pre_logits=True))
@@ -212,8 +221,13 @@ class FeatureTap(nn.Module):
         return cast(Tensor, final.flatten(1, -2).mean(1) if last else final.flatten(2).mean(2))
 
     def _class_activation(self, final: Any) -> Tensor | None:
-        """The classifier at every position of what forward_features gives; None where that is no map of the embedding's width."""
-        if not isinstance(final, Tensor) or final.ndim != 4 or self._classify not in (_by_classifier, _by_conv_classifier):
+        """The classifier at every position of what forward_features gives; None where that is no map of the embedding's
+        width."""
+        if (
+            not isinstance(final, Tensor)
+            or final.ndim != 4
+            or self._classify not in (_by_classifier, _by_conv_classifier)
+        ):
             return None
         classifier = cast(Any, self.model).get_classifier()
         if final.shape[1] == self.embed_dim:
@@ -228,20 +242,26 @@ class FeatureTap(nn.Module):
     def _check_cam(self, expected: Tensor | None, final: Any) -> None:
         if expected is None:
             raise ValueError(
-                f"{self.name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network, or criterion."
+                f"{self.name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network, "
+                f"or criterion."
             )
         found = self._class_activation(final)
-        same = found is not None and (found.is_meta or torch.allclose(found.mean((2, 3)), expected, rtol=1e-3, atol=1e-4))
+        same = found is not None and (
+            found.is_meta or torch.allclose(found.mean((2, 3)), expected, rtol=1e-3, atol=1e-4)
+        )
         if not same:
             raise ValueError(
-                f"{self.name}'s logits are not the mean over positions of its classifier on the last map: it has no class "
-                "activation maps (CAT-KD). Choose a network that pools and then classifies, such as a resnet, or another criterion."
+                f"{self.name}'s logits are not the mean over positions of its classifier on the last map: it has no "
+                f"class "
+                "activation maps (CAT-KD). Choose a network that pools and then classifies, such as a resnet, or "
+                "another criterion."
             )
 
     def _find_way(self, expected: Tensor, final: Any) -> Classify:
         """The first way that gives the same logits from the same parameters.
 
-        Equal values are not enough: a new BatchNorm is the identity in eval mode, so a classifier that skips it would pass.
+        Equal values are not enough: a new BatchNorm is the identity in eval mode, so a classifier that skips it would
+            pass.
         """
         _, read = self._traced(_by_second_head_call, final)
         for way in _WAYS:
@@ -252,9 +272,13 @@ class FeatureTap(nn.Module):
             if logits.shape != expected.shape or also_read != read:
                 continue
             # Without values (a model on meta) shapes and parameters decide.
-            if expected.is_meta or torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True):
+            if expected.is_meta or torch.allclose(
+                logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True
+            ):
                 return way
-        raise ValueError(f"{self.name}'s logits do not follow from forward_head: its model(x) does something else as well.")
+        raise ValueError(
+            f"{self.name}'s logits do not follow from forward_head: its model(x) does something else as well."
+        )
 
     def _traced(self, way: Classify, final: Any) -> tuple[Tensor, list[bool]]:
         """Logits by one way, and for every parameter of the model whether they depend on it."""
@@ -322,7 +346,8 @@ class FeatureTap(nn.Module):
         """Leave the classifier alone to be trained, and everything else in eval mode without gradients.
 
         Args:
-            adapt_batchnorm: Let the running statistics of the backbone's BatchNorm go on to follow the images; its weights stay.
+            adapt_batchnorm: Let the running statistics of the backbone's BatchNorm go on to follow the images; its
+                weights stay.
 
         Raises:
             ValueError: The classifier is no module with weights of its own, or there is no BatchNorm to adapt.
@@ -331,7 +356,9 @@ class FeatureTap(nn.Module):
         if not trained:
             raise ValueError(f"{self.name} has no classifier with weights of its own: it cannot be trained alone.")
         if adapt_batchnorm and not any(_is_batchnorm(module) for module in self.model.modules()):
-            raise ValueError(f"{self.name} has no BatchNorm whose statistics could follow the images: leave adapt_batchnorm out.")
+            raise ValueError(
+                f"{self.name} has no BatchNorm whose statistics could follow the images: leave adapt_batchnorm out."
+            )
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.frozen, self.adapts_batchnorm = True, adapt_batchnorm
@@ -344,15 +371,19 @@ class FeatureTap(nn.Module):
             self.model.requires_grad_(True)
 
     def _classifiers(self) -> list[nn.Module]:
-        """The modules that give logits: one, or several that a model averages (deit's distilled ones, crossvit, efficientvim)."""
+        """The modules that give logits: one, or several that a model averages (deit's distilled ones, crossvit,
+        efficientvim)."""
         if not self.num_classes:
             return []
         found = cast(Any, self.model).get_classifier()
-        return [part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)]
+        return [
+            part for part in (found if isinstance(found, tuple | list) else (found,)) if isinstance(part, nn.Module)
+        ]
 
     # "FeatureTap", not Self, which beartype refuses in a class that it does not decorate as a whole.
     def train(self, mode: bool = True) -> "FeatureTap":
-        """As ever, but that a frozen backbone stays in eval mode: its statistics and dropout are those of the trained network."""
+        """As ever, but that a frozen backbone stays in eval mode: its statistics and dropout are those of the trained
+        network."""
         super().train(mode)
         if self.frozen and mode:
             self.model.eval()
@@ -374,9 +405,11 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 def show_as_many(maps: str | None, *taps: FeatureTap) -> None:
-    """Under "stages" networks of different depths show as many maps: the deepest of those that have more. Other words are kept to.
+    """Under "stages" networks of different depths show as many maps: the deepest of those that have more. Other words
+    are kept to.
 
-    So any two architectures are paired without a word on their layers: most of timm's have four stages, some two or three.
+    So any two architectures are paired without a word on their layers: most of timm's have four stages, some two or
+    three.
     """
     count = min(len(tap.indices) for tap in taps)
     if maps == "stages" and count:

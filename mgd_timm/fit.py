@@ -1,8 +1,8 @@
 """The only training loop.
 
-Teacher training, head fitting and distillation are `fit` with another trainee. Accelerate computes (processes, precision, averaging
-of gradients); order, randomness and the learning rate are functions of the recipe and the number of updates done, so a run that was
-killed goes on to the very same weights.
+Teacher training, head fitting and distillation are `fit` with another trainee. Accelerate computes (processes,
+precision, averaging of gradients); order, randomness and the learning rate are functions of the recipe and the number
+of updates done, so a run that was killed goes on to the very same weights.
 """
 
 import contextlib
@@ -42,7 +42,8 @@ Watch = Callable[[nn.Module | None], Metrics]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` leaves: metrics and losses of the last epoch, the best `top1` and its epoch (from 1), and the averaged module."""
+    """What `fit` leaves: metrics and losses of the last epoch, the best `top1` and its epoch (from 1), and the averaged
+    module."""
 
     last: Metrics
     losses: Metrics
@@ -75,8 +76,8 @@ def fit(
         optim: Epochs, optimizer, schedule, clipping, global batch, averaging.
         accelerator: Device, processes and precision.
         seed: Of order and dropout.
-        batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global batch. With
-            `optim.find_batch_size` where the search for what memory admits starts.
+        batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global
+            batch. With `optim.find_batch_size` where the search for what memory admits starts.
         teach: Gives the teacher's features of a batch, as `distiller.Live` does; None passes no teacher.
         watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
@@ -87,7 +88,8 @@ def fit(
         NonFiniteError: A loss that is not finite.
         Stopped: SIGINT or SIGTERM; the state was saved first, where there is a folder.
         checkpoint.CheckpointError: The newest checkpoint is of another recipe.
-        ValueError: A global batch of fewer than 2 samples for each process, an unknown optimizer or scheduler, or no memory for 2.
+        ValueError: A global batch of fewer than 2 samples for each process, an unknown optimizer or scheduler, or no
+            memory for 2.
         OSError: A checkpoint could not be written; older ones are whole.
     """
     kept = upkeep if upkeep is not None else Upkeep()
@@ -96,8 +98,12 @@ def fit(
         return _Loop(trainee, source, optim, accelerator, seed, size, teach, watch, averaged, compile, kept)
 
     if optim.find_batch_size:
-        optim = replace(optim, global_batch_size=_global_batch(batch_size, optim, accelerator))  # it stays as it is at the start
-        batch_size = executable_batch_size(lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size)
+        optim = replace(
+            optim, global_batch_size=_global_batch(batch_size, optim, accelerator)
+        )  # it stays as it is at the start
+        batch_size = executable_batch_size(
+            lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size
+        )
     training = loop(batch_size)
     with noted_signals() as caught:
         try:
@@ -145,8 +151,8 @@ class _Loop:
             options = {"decay": optim.model_ema_decay, "use_warmup": optim.model_ema_warmup}
             self.ema, self.averaged, self.average = self.placement.average(averaged, **options)
         self.bare_optimizer = optimizer
-        # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for every fit. The
-        # schedule is not prepared: accelerate would step it once per process, and not save it.
+        # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for
+        # every fit. The schedule is not prepared: accelerate would step it once per process, and not save it.
         self.statistics = RunningStatistics(trainee) if processes > 1 else None
         kept = self.statistics.names() if self.statistics is not None else []
         mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
@@ -171,7 +177,8 @@ class _Loop:
         if scaler is not None and fresh:
             scaler.load_state_dict(fresh)
 
-    # -- the loop -------------------------------------------------------------------------------------------------------------
+    # -- the loop
+    # -------------------------------------------------------------------------------------------------------------
 
     def run(self, caught: list[int]) -> Fitted:
         self._check_average()
@@ -183,7 +190,9 @@ class _Loop:
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
         start = self.progress.epoch * len(self.source.ids) + int(self.progress.sums.get("n", 0))
-        with tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar:
+        with tqdm(
+            total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0
+        ) as bar:
             while self.progress.epoch < self.optim.epochs:
                 self._run_epoch(bar, caught)
         self.accelerator.free_memory()
@@ -192,10 +201,11 @@ class _Loop:
         return Fitted(now.last, now.losses, now.best, now.best_epoch, now.done, now.seconds, self.average)
 
     def _settle_sums(self) -> None:
-        """Have one backward pass whose gradients are dropped, before a state is loaded, so that a resumed run keeps its last bits.
+        """Have one backward pass whose gradients are dropped, before a state is loaded, so that a resumed run keeps its
+        last bits.
 
-        DDP sums gradients in other groups after its first pass, and of three or more processes the groups decide in which order a
-        number is summed.
+        DDP sums gradients in other groups after its first pass, and of three or more processes the groups decide in
+        which order a number is summed.
         """
         if isinstance(self.model, nn.parallel.DistributedDataParallel) and self.accelerator.num_processes > 2:
             self.trainee.train()
@@ -209,17 +219,20 @@ class _Loop:
         initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
         if self.ema is not None and initial > 0.01 and not optim.model_ema_warmup:
             self.accelerator.print(
-                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: lower "
+                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: "
+                f"lower "
                 "--model-ema-decay, or give --model-ema-warmup."
             )
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
         order = epoch_ids(self.source, self.seed, epoch)
-        # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward` undoes.
+        # Not accelerator.gradient_accumulation_steps here: an environment variable may override ours, which `backward`
+        # undoes.
         return cut_updates(order, self.batch_size, self.accelerator.num_processes, self.global_batch)
 
     def _mine(self, slots: list[Tensor]) -> list[Tensor]:
-        """This process's slots of an update; for an empty one the step's first, as all take part in every step, if for nothing."""
+        """This process's slots of an update; for an empty one the step's first, as all take part in every step, if for
+        nothing."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = zip(slots[::processes], slots[rank::processes], strict=True)
         return [own if len(own) else first for first, own in steps]
@@ -237,7 +250,11 @@ class _Loop:
             self.progress.update += 1
             self.progress.done += 1
             last = self.progress.update == len(updates)
-            save = self.upkeep.checkpoint_interval and self.progress.done % self.upkeep.checkpoint_interval == 0 and not last
+            save = (
+                self.upkeep.checkpoint_interval
+                and self.progress.done % self.upkeep.checkpoint_interval == 0
+                and not last
+            )
             alone = bool(caught) and processes == 1
             if last or save or alone or len(self.pending) >= self.log_interval:
                 stop = self._report(bar, caught)
@@ -298,11 +315,14 @@ class _Loop:
         return terms, logits, torch.stack([at_least_float32(term) for term in terms.values()]).sum()
 
     def try_update(self) -> None:
-        """Two steps of the largest slot, the optimizer's first update between them, without a word to other processes."""
+        """Two steps of the largest slot, the optimizer's first update between them, without a word to other
+        processes."""
         slots = self._updates(0)[0]
         slot = max(self._mine(slots), key=len)
         batch = next(iter(self.source.batches([slot], 0, self.accelerator.device)))
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)  # DDP would send buffers and wait for gradients
+        model = self.accelerator.unwrap_model(
+            self.model, keep_fp32_wrapper=True
+        )  # DDP would send buffers and wait for gradients
         criteria = [module for module in self.trainee.modules() if isinstance(module, Criterion)]
         self.trainee.train()
         try:
@@ -324,10 +344,12 @@ class _Loop:
         with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast
             return self.teach(batch)
 
-    # -- what is watched ------------------------------------------------------------------------------------------------------
+    # -- what is watched
+    # ------------------------------------------------------------------------------------------------------
 
     def _report(self, bar: tqdm, caught: list[int]) -> bool:
-        """Bring the pending updates' losses to the host: add them up, check and show them. True if any process is to stop."""
+        """Bring the pending updates' losses to the host: add them up, check and show them. True if any process is to
+        stop."""
         flag = torch.full_like(self.pending[0][:1], float(bool(caught)))
         flat = self.accelerator.reduce(torch.cat([flag, *self.pending]), "sum").cpu().double()
         first = self.progress.done - len(self.pending) + 1
@@ -338,7 +360,8 @@ class _Loop:
             for name, value in zip(self.names, values, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteError(
-                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch {self.progress.epoch + 1}, "
+                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch "
+                        f"{self.progress.epoch + 1}, "
                         f"lr {self._lr():.3g}). {self.upkeep.advice}"
                     )
                 self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
@@ -346,14 +369,18 @@ class _Loop:
             self.progress.sums["hits"] = self.progress.sums.get("hits", 0.0) + hits
             self.progress.sums["n"] = self.progress.sums.get("n", 0.0) + count
         told = shown if len(shown) <= 6 else {"loss": sum(shown.values())}
-        bar.set_postfix({"epoch": self.progress.epoch + 1, **{name: f"{value:.3f}" for name, value in told.items()}}, refresh=False)
+        bar.set_postfix(
+            {"epoch": self.progress.epoch + 1, **{name: f"{value:.3f}" for name, value in told.items()}}, refresh=False
+        )
         bar.update(int(sum(row[-1] for row in rows)))
         self._track({**shown, "lr": self._lr()})
         return bool(flat[0] > 0)
 
     def _track(self, values: Metrics) -> None:
         if self.upkeep.track:
-            self.accelerator.log({f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.progress.done)
+            self.accelerator.log(
+                {f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.progress.done
+            )
 
     def _lr(self) -> float:
         return float(self.bare_optimizer.param_groups[0]["lr"])
@@ -379,7 +406,10 @@ class _Loop:
             now.best, now.best_epoch = top1, now.epoch
         row = {"stage": self.upkeep.stage, "epoch": now.epoch, "updates": now.done, "lr": self._lr(), "train": train}
         row |= {"eval": metrics, "best_top1": now.best if now.best_epoch else None}
-        row |= {"seconds": round(now.seconds, 3), "images_per_second": round(now.epoch * count / max(now.seconds, 1e-9), 1)}
+        row |= {
+            "seconds": round(now.seconds, 3),
+            "images_per_second": round(now.epoch * count / max(now.seconds, 1e-9), 1),
+        }
         self.keeper.note(row)
         self._track({f"eval/{name}": value for name, value in metrics.items()})
         self.keeper.save(now)
@@ -387,7 +417,9 @@ class _Loop:
     def _stop(self, caught: list[int]) -> None:
         number = caught[0] if caught else signal.SIGTERM
         kept = (
-            "its state is saved, --resume continues it" if self.upkeep.folder is not None else "without a folder nothing was saved"
+            "its state is saved, --resume continues it"
+            if self.upkeep.folder is not None
+            else "without a folder nothing was saved"
         )
         raise Stopped(number, f"stopped by {signal.Signals(number).name} after update {self.progress.done}: {kept}")
 
@@ -398,4 +430,6 @@ def _numbers(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> Tensor:
         count = len(batch.labels)
         target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
         hits = (logits.argmax(1) == target).sum().float()
-        return torch.stack([*(term.detach().float() * count for term in terms.values()), hits, torch.full_like(hits, count)])
+        return torch.stack(
+            [*(term.detach().float() * count for term in terms.values()), hits, torch.full_like(hits, count)]
+        )

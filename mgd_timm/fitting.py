@@ -1,7 +1,7 @@
 """What is fitted before a run: kept by a digest of all that made it, and found again by it.
 
-Granularity heads (head_fitting), modules of a criterion on the frozen teacher (FT's paraphraser), and the student's backbone by a
-criterion alone (AB, FSP): each is `fit` with another trainee.
+Granularity heads (head_fitting), modules of a criterion on the frozen teacher (FT's paraphraser), and the student's
+backbone by a criterion alone (AB, FSP): each is `fit` with another trainee.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,8 @@ from mgd_timm.upkeep import Upkeep
 def found_or_fitted(
     kind: str, kept: nn.Module, made_of: dict[str, Any], accelerator: Accelerator, fit_fresh: Callable[[], Metrics]
 ) -> tuple[Metrics, bool]:
-    """Give a module its fitted weights: from the cache where a digest of all that makes them matches, else fitted and kept there.
+    """Give a module its fitted weights: from the cache where a digest of all that makes them matches, else fitted and
+    kept there.
 
     One run at a time fits them: others that need the same wait, and take them.
 
@@ -68,7 +69,9 @@ def found_or_fitted(
     return metrics, False
 
 
-def _found(place: Path, kind: str, kept: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Metrics | None:
+def _found(
+    place: Path, kind: str, kept: nn.Module, accelerator: Accelerator, say: Callable[[str], None]
+) -> Metrics | None:
     """The metrics of what the cache keeps, whose weights are given to `kept`; None where it keeps none."""
     # One process looks and decides: others may have a disk of their own.
     seen: list[checkpoint.State | None] = [None]
@@ -145,7 +148,8 @@ def student_stages(
         recipe: Of the run.
         student: Of the run; its model is fitted in place.
         teacher: Of the run.
-        model: The teacher's own network, before its BatchNorm was folded away, which is sure only for the maps that were looked at.
+        model: The teacher's own network, before its BatchNorm was folded away, which is sure only for the maps that
+            were looked at.
         images: Of the run.
         pair: Of the run.
 
@@ -192,14 +196,27 @@ def fit_stages(
 
 
 def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool) -> Metrics:
-    optim = replace(recipe.optim, epochs=recipe.fitting_epochs, lr=stage.lr, sched="constant", warmup_epochs=0, model_ema=False)
+    optim = replace(
+        recipe.optim, epochs=recipe.fitting_epochs, lr=stage.lr, sched="constant", warmup_epochs=0, model_ema=False
+    )
     kind = CRITERIA[stage.term.criterion]
     made_of = {
         **shown_by_teacher(stage.teacher, images, recipe, accelerator),
-        "criterion": [stage.term.criterion, {n: p.default for n, p in hyper_parameters(kind).items()} | dict(stage.term.options)],
-        "trainee": [module_digest(stage.trainee), [list(p.shape) for p in stage.trainee.parameters() if p.requires_grad]],
-        "student": [stage.trainee.student.name, recipe.drop, recipe.drop_path] if isinstance(stage.trainee, Distiller) else None,
-        "maps": [list(stage.teacher.tap.indices), list(getattr(getattr(stage.trainee, "student", None), "indices", ()))],
+        "criterion": [
+            stage.term.criterion,
+            {n: p.default for n, p in hyper_parameters(kind).items()} | dict(stage.term.options),
+        ],
+        "trainee": [
+            module_digest(stage.trainee),
+            [list(p.shape) for p in stage.trainee.parameters() if p.requires_grad],
+        ],
+        "student": [stage.trainee.student.name, recipe.drop, recipe.drop_path]
+        if isinstance(stage.trainee, Distiller)
+        else None,
+        "maps": [
+            list(stage.teacher.tap.indices),
+            list(getattr(getattr(stage.trainee, "student", None), "indices", ())),
+        ],
         "optim": as_dict(optim, digest_only=True),
     }
     folder = Path(recipe.output) / "fitting" / stage.name
@@ -236,7 +253,8 @@ def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accele
 
 
 def _freeze_unreached(stage: Stage, images: Images, accelerator: Accelerator) -> None:
-    """Freeze what the stage's loss gives no gradient, such as the classifier, which must neither decay nor be waited for."""
+    """Freeze what the stage's loss gives no gradient, such as the classifier, which must neither decay nor be waited
+    for."""
     batch = next(images.train.batches([images.train.ids[:2]], 0, accelerator.device))
     parameters = list(stage.trainee.parameters())
     stage.trainee.eval()  # BatchNorm's statistics stay as they are

@@ -16,9 +16,9 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 def folded(tap: FeatureTap) -> FeatureTap | None:
     """A copy of a tap whose BatchNorms stand in the weights of the convolutions before them, for inference.
 
-    Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named. What is folded is checked: the copy's
-    features of the same image are compared with the tap's, and a fold that changes them by more than float32 rounding (of a
-    convolution whose output is read elsewhere too) is left out. The tap itself is left alone.
+    Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named. What is folded is checked:
+    the copy's features of the same image are compared with the tap's, and a fold that changes them by more than float32
+    rounding (of a convolution whose output is read elsewhere too) is left out. The tap itself is left alone.
 
     Returns:
         The copy in eval mode; None where nothing can be folded.
@@ -72,7 +72,11 @@ def _follows(tap: FeatureTap) -> list[tuple[Any, Any]]:
         calls[id(module)] = calls.get(id(module), 0) + 1
         if type(module) in _CONVOLUTIONS:
             made[id(output)] = (module, output)
-        elif id(inputs[0]) in made and getattr(module, "running_mean", None) is not None and getattr(module, "affine", False):
+        elif (
+            id(inputs[0]) in made
+            and getattr(module, "running_mean", None) is not None
+            and getattr(module, "affine", False)
+        ):
             found.append((made[id(inputs[0])][0], module))
 
     handles = [m.register_forward_hook(note) for m in tap.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]

@@ -1,8 +1,8 @@
 """Reader processes that are forked while another thread is at rest.
 
-Python before 3.13 copies its list of threads' lock into a forked process as it is. A thread that holds it at that moment (as one of
-gloo's may, that gives back the last reference to a tensor just after a collective) is not in the new process, which then waits for
-ever. From 3.13 on Python takes the lock itself before it forks.
+Python before 3.13 copies its list of threads' lock into a forked process as it is. A thread that holds it at that
+moment (as one of gloo's may, that gives back the last reference to a tensor just after a collective) is not in the new
+process, which then waits for ever. From 3.13 on Python takes the lock itself before it forks.
 """
 
 import os

@@ -1,8 +1,9 @@
 """Multi-Granularity Distillation: the paper's heads and its two objectives, whole.
 
-Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads analyse the
-frozen teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the student learns the codes.
-MAS: it learns as well from the mean of the teacher's logits and the heads' views, the stable excitation.
+Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads
+analyse the frozen teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the
+student learns the codes. MAS: it learns as well from the mean of the teacher's logits and the heads' views, the stable
+excitation.
 """
 
 import contextlib
@@ -62,8 +63,8 @@ def _outside_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 class GranularityHeads(nn.Module):
     """An encoder (embedding to code) and a decoder (code to class logits) per granularity, in at least float32.
 
-    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed outside autocast,
-    as T^2 magnifies bfloat16 rounding of the codes.
+    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed
+    outside autocast, as T^2 magnifies bfloat16 rounding of the codes.
 
     Args:
         embed_dim: Width of the network's embedding.
@@ -98,7 +99,8 @@ class GranularityHeads(nn.Module):
 
 
 def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
-    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax. Without logits: of the views alone."""
+    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax. Without logits: of the views
+    alone."""
     shown = [logits] if logits.shape[1] else []
     return torch.stack([at_least_float32(scores) for scores in (*shown, *views.values())]).mean(0)
 
@@ -106,10 +108,11 @@ def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tenso
 class HeadFitting(nn.Module):
     """Fits all heads in one run on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
 
-    A teacher that shows no logits (a self-supervised one, or one of other classes) gives views of the labels alone: CE(view, y).
+    A teacher that shows no logits (a self-supervised one, or one of other classes) gives views of the labels alone:
+    CE(view, y).
 
-    Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no parameter, so with
-    one learning rate the gradients are the same.
+    Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no
+    parameter, so with one learning rate the gradients are the same.
 
     Args:
         heads: Heads with decoders.
@@ -139,8 +142,8 @@ class HeadFitting(nn.Module):
 class MAG(nn.Module):
     """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).
 
-    Shaped like an Objective, so it wraps any of them. The student gets encoders only, of its own width: a decoder would never see a
-    gradient. They are dropped when the student is exported.
+    Shaped like an Objective, so it wraps any of them. The student gets encoders only, of its own width: a decoder would
+    never see a gradient. They are dropped when the student is exported.
 
     Args:
         pair: Shapes of both networks; any two embedding widths.
@@ -166,7 +169,8 @@ class MAG(nn.Module):
         return (self.objective.needs if self.objective is not None else frozenset()) | {"embedding"}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        """The objective's weighted terms, and one per granularity; the student's codes are computed where it shows none.
+        """The objective's weighted terms, and one per granularity; the student's codes are computed where it shows
+        none.
 
         Raises:
             ValueError: The teacher shows no codes of a granularity, or codes of another width.
@@ -197,7 +201,8 @@ class MAS(MAG):
     """Stable excitation distillation: MAG after teacher.logits := mean of the teacher's logits and the heads' views.
 
     Args:
-        pair, objective, granularities: As for MAG; the objective needs a term with a weight that reads the teacher's logits.
+        pair, objective, granularities: As for MAG; the objective needs a term with a weight that reads the teacher's
+            logits.
 
     Raises:
         ValueError: No term of the objective reads the teacher's logits, so that MAS would be MAG.
@@ -208,7 +213,8 @@ class MAS(MAG):
         if "logits" not in objective.needs:
             raise ValueError(
                 "MAS changes the target of logit distillation, and no term with a weight reads the teacher's logits "
-                f"(weights: {objective.weights}): without one MAS is MAG. Give kd a weight (kd_weight=1) or choose method='mag'."
+                f"(weights: {objective.weights}): without one MAS is MAG. Give kd a weight (kd_weight=1) or choose "
+                f"method='mag'."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:

@@ -36,12 +36,14 @@ def fit_heads(
     name: str = "heads",
     quiet: bool = False,
 ) -> GranularityHeads:
-    """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept there.
+    """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept
+    there.
 
     `name` is what a second teacher's are called in the run folder and in `summary`.
 
-    Their accuracy is said and put into `summary`; a head far below the teacher is warned of. A filled store of the teacher's
-    outputs is read instead of showing it images again, where the protocol is "stored" and it holds enough views and all logits.
+    Their accuracy is said and put into `summary`; a head far below the teacher is warned of. A filled store of the
+    teacher's outputs is read instead of showing it images again, where the protocol is "stored" and it holds enough
+    views and all logits.
     """
     if stored is not None and not (
         recipe.heads.heads_protocol == "stored"
@@ -49,14 +51,20 @@ def fit_heads(
         and not stored.store.layout.top_k  # the heads' targets at T=8 are what the other logits say
     ):
         stored = None
-    heads_recipe = replace(recipe.heads, abstract_weight=1.0, detailed_weight=1.0)  # weights belong to the student's objective
+    heads_recipe = replace(
+        recipe.heads, abstract_weight=1.0, detailed_weight=1.0
+    )  # weights belong to the student's objective
     made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
     made_of["logits"] = teacher.shows_logits
-    made_of["watched"] = images.watched.digest if images.watched is not None else None  # as their accuracy is kept with them
+    made_of["watched"] = (
+        images.watched.digest if images.watched is not None else None
+    )  # as their accuracy is kept with them
     if stored is not None:
         made_of["store"] = stored.store.digest
     set_seed(recipe.seed, 5)
-    heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(accelerator.device)
+    heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(
+        accelerator.device
+    )
     metrics, found = found_or_fitted(
         "heads",
         heads,
@@ -67,7 +75,11 @@ def fit_heads(
     if found:
         accelerator.print("granularity heads: fitted before, from the cache")
     summary[name] = metrics
-    shown = {name: value for name, value in metrics.items() if name in ("teacher", "top1", *(g.name for g in heads.granularities))}
+    shown = {
+        name: value
+        for name, value in metrics.items()
+        if name in ("teacher", "top1", *(g.name for g in heads.granularities))
+    }
     if shown:
         said = ", ".join(f"{'stable' if name == 'top1' else name} {value:.2f} %" for name, value in shown.items())
         accelerator.print(f"granularity heads, top-1: {said}")
@@ -75,7 +87,8 @@ def fit_heads(
         if value < shown.get("teacher", value) - FAR_BELOW:
             accelerator.print(
                 f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
-                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its dim."
+                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its "
+                f"dim."
             )
     return heads
 
@@ -100,7 +113,9 @@ def _fit_fresh_heads(
     if views is not None:
         stored = read_outputs(views.store, images.train, options.heads_views, accelerator)
     elif options.heads_protocol == "stored":
-        stored = store_outputs(look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet)
+        stored = store_outputs(
+            look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet
+        )
     held = None
     if images.watched is not None:
         held = store_outputs(look, images.watched, 1, accelerator, recipe.data.validation_batch_size, quiet)

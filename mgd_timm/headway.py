@@ -1,9 +1,9 @@
 """How far a process is in a loop, and whether it does anything there: what its watchdog tells the first process.
 
-A process that others wait for has begun fewer collectives than they have; torch counts them, so that nothing is counted on the way
-but steps. Whether it hangs is a guess, and one that must not be wrong: it is made in loops alone, whose first steps (compilation,
-cold disks) are left out, and only of a process that has not moved, computed or read for longer than ten of the steps before, nor
-wanted to: its readers may get next to nothing of a busy processor.
+A process that others wait for has begun fewer collectives than they have; torch counts them, so that nothing is counted
+on the way but steps. Whether it hangs is a guess, and one that must not be wrong: it is made in loops alone, whose
+first steps (compilation, cold disks) are left out, and only of a process that has not moved, computed or read for
+longer than ten of the steps before, nor wanted to: its readers may get next to nothing of a busy processor.
 """
 
 import contextlib
@@ -27,13 +27,16 @@ FIRST = 3
 SLACK = 10
 """A step may take so many times as long as the longest one before it, whatever the limit is."""
 SHARE = 0.01
-"""Of a processor: who uses less does not compute. Threads of libraries use a thousandth; who lacks processors waits for one."""
+"""Of a processor: who uses less does not compute. Threads of libraries use a thousandth; who lacks processors waits for
+one."""
 WAKES = 150
-"""Of a process in a second: who is woken so often receives something, be it from a slow network. A polling lock wakes 100 times."""
+"""Of a process in a second: who is woken so often receives something, be it from a slow network. A polling lock wakes
+100 times."""
 
 
 class Steps:
-    """The steps of a stage, each of which `with` surrounds; made by all processes together, before a first collective of them.
+    """The steps of a stage, each of which `with` surrounds; made by all processes together, before a first collective
+    of them.
 
     Outside of steps (checkpoints, what one process writes or shows while the others wait) nothing is watched.
 
@@ -170,4 +173,8 @@ def _line(frame: FrameType | None) -> str:
             break
         frame = frame.f_back
     frame = frame or inner
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})" if frame is not None else "an unknown line"
+    return (
+        f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+        if frame is not None
+        else "an unknown line"
+    )

@@ -1,8 +1,8 @@
 """Decoded small images, kept in a file of the cache that is written once, mapped, and checked.
 
-Each image has a checksum (xxh3, 64 bits) beside it. Up to `WHOLE` bytes all are checked when the file is opened, which takes less
-time than the digest of the encoded images does. Of a larger one each image is checked when it is first read: training reads them in
-random order, so that to check them by blocks would read the whole file within a few steps.
+Each image has a checksum (xxh3, 64 bits) beside it. Up to `WHOLE` bytes all are checked when the file is opened, which
+takes less time than the digest of the encoded images does. Of a larger one each image is checked when it is first read:
+training reads them in random order, so that to check them by blocks would read the whole file within a few steps.
 """
 
 import contextlib
@@ -79,7 +79,8 @@ class ImageStore:
                 self.path.unlink()
             gone = "delete it and" if self.path.exists() else "it is removed:"
             raise DamagedStoreError(
-                f"{error}: {gone} start again, a run that had begun with --resume; then it is written anew from the source."
+                f"{error}: {gone} start again, a run that had begun with --resume; then it is written anew from the "
+                f"source."
             ) from error
         self._unchecked[new] = False
 
@@ -119,10 +120,14 @@ def stored_images(
             return ImageStore(path, shape)  # another run's, meanwhile
         images = decode_all()
         rows = images.numpy()
-        sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)
+        sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(
+            np.int64
+        )
         write_whole(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
         say(f"stored {len(images)} images of {split!r}, {images.numel() / 1e6:.0f} MB")
         try:
             return ImageStore(path, shape)
         except DamagedStoreError as error:
-            raise DamagedStoreError(f"{error}, just written: choose a sound disk by the environment's MGD_TIMM_CACHE.") from error
+            raise DamagedStoreError(
+                f"{error}, just written: choose a sound disk by the environment's MGD_TIMM_CACHE."
+            ) from error

@@ -1,4 +1,5 @@
-"""Public checkpoints as exported folders: an explicit step, and the only place where a file that torch.save wrote is read.
+"""Public checkpoints as exported folders: an explicit step, and the only place where a file that torch.save wrote is
+read.
 
 Nothing in the file is executed: torch's restricted unpickler builds tensors and plain containers and refuses the rest.
 """
@@ -21,7 +22,8 @@ from mgd_timm.build import channel_values, check_model_name, load_state
 from mgd_timm.checkpoint import sha256
 from mgd_timm.export import describe, export_model
 
-# Where weights stand in a training script's checkpoint, in this order: averaged ones first, as timm's own loader takes them.
+# Where weights stand in a training script's checkpoint, in this order: averaged ones first, as timm's own loader takes
+# them.
 _PLACES = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
 # Beginnings of names in public files (RepDistiller's, mdistiller's), and ours where they differ.
 _RENAMES = {
@@ -35,14 +37,14 @@ _RENAMES = {
 def read_public(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU: of a safetensors file, or of one that torch.save wrote.
 
-    The latter holds a dict of tensors, or one under the key `model`, `state_dict` or `net`; a moving average beside it, under
-    `state_dict_ema` or `model_ema`, is taken in its place, as timm does. A prefix `module.` that all names have (DataParallel's) is
-    dropped.
+    The latter holds a dict of tensors, or one under the key `model`, `state_dict` or `net`; a moving average beside it,
+    under `state_dict_ema` or `model_ema`, is taken in its place, as timm does. A prefix `module.` that all names have
+    (DataParallel's) is dropped.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: An empty or damaged file, one that holds more than tensors and plain containers (which is not executed), or one
-            without such a dict.
+        ValueError: An empty or damaged file, one that holds more than tensors and plain containers (which is not
+            executed), or one without such a dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,7 +70,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # timm's train.py writes its options beside the weights: a plain container of values, which are checked as all else is.
+        # timm's train.py writes its options beside the weights: a plain container of values, which are checked as all
+        # else is.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of what is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -77,14 +80,17 @@ def _read_torch(path: Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", said)
         if type(error).__name__ == "UnpicklingError" and found:
             raise ValueError(
-                f"{path} holds more than tensors: {found[1]}, and loading that may run code. It is refused, and nothing of it was "
-                "run. Where you trust the file, write its weights alone: torch.save(model.state_dict(), FILE), or as safetensors."
+                f"{path} holds more than tensors: {found[1]}, and loading that may run code. It is refused, and "
+                f"nothing of it was "
+                "run. Where you trust the file, write its weights alone: torch.save(model.state_dict(), FILE), or as "
+                "safetensors."
             ) from error
         if "TorchScript" in said:
             raise ValueError(f"{path} is a TorchScript program, not weights: torch.save its state_dict().") from error
         first = said.splitlines()[0] if said else ""
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {first[:200]}). It is cut off, damaged, or was not "
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {first[:200]}). It is cut off, damaged, "
+            f"or was not "
             "written by torch.save: fetch it again."
         ) from error
 
@@ -100,11 +106,21 @@ def _weights(path: Path, content: Any) -> dict[str, Tensor]:
     if not content:
         raise ValueError(f"{path} holds no tensors.")
     for name, value in content.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+        plain = (
+            isinstance(value, Tensor)
+            and value.layout == torch.strided
+            and not value.is_quantized
+            and not value.is_complex()
+        )
         if not isinstance(name, str) or not plain:
-            what = f"a {value.layout} {value.dtype} tensor" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+            what = (
+                f"a {value.layout} {value.dtype} tensor"
+                if isinstance(value, Tensor)
+                else f"of type {type(value).__name__}"
+            )
             raise ValueError(
-                f"{path}: {name!r} is {what}, expected dense real tensors by name, in the file itself or under one of {_PLACES}."
+                f"{path}: {name!r} is {what}, expected dense real tensors by name, in the file itself or under one of "
+                f"{_PLACES}."
             )
     return {name: value.detach() for name, value in content.items()}
 
@@ -124,8 +140,8 @@ def import_checkpoint(
 ) -> Path:
     """Write a public checkpoint as a folder that teaches, is evaluated and loads in timm as an exported student does.
 
-    Every weight must be there and fit. Only BatchNorm's counters of batches may be missing: old files have none, and nothing that
-    is computed here depends on them.
+    Every weight must be there and fit. Only BatchNorm's counters of batches may be missing: old files have none, and
+    nothing that is computed here depends on them.
 
     Args:
         path: The file, as `read_public` takes it.
@@ -133,15 +149,15 @@ def import_checkpoint(
         folder: Where; must not exist unless `overwrite`.
         num_classes: What the classifier must have; by default what it has.
         in_chans: Channels of the image; by default those of the first convolution's weights.
-        mean, std: Of the images that the weights were trained on, one value per channel of pixels in [0, 1]. By default the
-            architecture's: of CIFAR-100 for cifar_*.
+        mean, std: Of the images that the weights were trained on, one value per channel of pixels in [0, 1]. By default
+            the architecture's: of CIFAR-100 for cifar_*.
         license: Of the weights.
         class_names: In the order of the classifier; by default numbers, which fit any data of as many classes.
         overwrite: Replace the folder.
 
     Raises:
-        ValueError: What `read_public` refuses, an unknown architecture, weights of another one (the first names and shapes that
-            differ are given), or values that do not fit the weights.
+        ValueError: What `read_public` refuses, an unknown architecture, weights of another one (the first names and
+            shapes that differ are given), or values that do not fit the weights.
         FileExistsError: The folder exists.
     """
     path = Path(path)
@@ -150,7 +166,9 @@ def import_checkpoint(
     renames = _RENAMES.get(architecture.partition(".")[0], {})
     state = {_renamed(name, renames): tensor for name, tensor in public.items()}
     if len(state) != len(public):
-        raise ValueError(f"{path} holds a parameter under its public name and under ours as well, of {sorted(renames.items())}.")
+        raise ValueError(
+            f"{path} holds a parameter under its public name and under ours as well, of {sorted(renames.items())}."
+        )
     found = get_pretrained_cfg(architecture)
     config: Mapping[str, Any] = found.to_dict() if found is not None else {}
     classes = _classes(path, state, config, num_classes)
@@ -199,11 +217,17 @@ def _channels(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     return weight.shape[1] if weight is not None and weight.ndim == 4 else 3
 
 
-def _per_channel(name: str, given: Sequence[float] | None, config: Mapping[str, Any], channels: int) -> tuple[float, ...]:
+def _per_channel(
+    name: str, given: Sequence[float] | None, config: Mapping[str, Any], channels: int
+) -> tuple[float, ...]:
     values = tuple(float(value) for value in given) if given is not None else channel_values(config, name)
     if values is None or len(values) != channels:
         have = f"{name}={values}" + ("" if given is not None else ", the architecture's own")
-        raise ValueError(f"{have}: expected one value for each of the {channels} channels that the weights take; give --{name}.")
+        raise ValueError(
+            f"{have}: expected one value for each of the {channels} channels that the weights take; give --{name}."
+        )
     if not all(abs(value) < float("inf") and (value > 0 or name == "mean") for value in values):
-        raise ValueError(f"{name}={values}: expected finite values{'' if name == 'mean' else ' above 0'}, of pixels in [0, 1].")
+        raise ValueError(
+            f"{name}={values}: expected finite values{'' if name == 'mean' else ' above 0'}, of pixels in [0, 1]."
+        )
     return values

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mgd_timm.reading import few
 
 FORMS = (
-    "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or index of it "
+    "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or "
+    "index of it "
     "(a line that begins with # is a remark); "
     "or a .yaml or .json file, a list in the data's order or a mapping from the data's names"
 )
@@ -23,8 +24,8 @@ FORMS = (
 def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
     """Give a teacher the data's classes in the data's order, in place; one that has them already is left alone.
 
-    Under "auto" so is one of as many classes where nothing says what they are called: numbers for names, or no names, unless their
-    number is ImageNet's and the data's names are among ImageNet's.
+    Under "auto" so is one of as many classes where nothing says what they are called: numbers for names, or no names,
+    unless their number is ImageNet's and the data's names are among ImageNet's.
 
     Raises:
         ValueError: As of `teacher_rows` and `keep_rows`.
@@ -44,7 +45,8 @@ def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None
 def class_names_of(model: nn.Module) -> list[tuple[str, ...]] | None:
     """What each class of a model is called, every name of it; None where nothing says so.
 
-    The weights' own label names, else those of the ImageNet that has this number of classes: synsets (n01440764) and their lemmas.
+    The weights' own label names, else those of the ImageNet that has this number of classes: synsets (n01440764) and
+    their lemmas.
     """
     config = getattr(model, "pretrained_cfg", {}) or {}
     names, count = config.get("label_names"), getattr(model, "num_classes", 0)
@@ -73,8 +75,9 @@ class _Names:
     """Which classes a word may stand for, of those whose names are given."""
 
     def __init__(self, names: Sequence[tuple[str, ...]]) -> None:
-        # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's lemma. So
-        # do all its lemmas together, as the hub's data sets name ImageNet's: 'maillot' is one, 'maillot, tank suit' another.
+        # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's
+        # lemma. So do all its lemmas together, as the hub's data sets name ImageNet's: 'maillot' is one, 'maillot, tank
+        # suit' another.
         self.exact = {known[0]: {index} for index, known in enumerate(names)}
         self.whole: dict[str, set[int]] = {}
         self.single: dict[str, set[int]] = {}
@@ -99,14 +102,17 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         class_names: Of the data, in its order.
 
     Raises:
-        ValueError: No such file or another form; a class that the teacher does not know, or knows twice; two classes of one row.
+        ValueError: No such file or another form; a class that the teacher does not know, or knows twice; two classes of
+            one row.
     """
     names = class_names_of(model)
     if spec == "auto":
         if names is None:
             raise ValueError(
-                f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes are called: "
-                f"give a file instead; {FORMS}. Or fit it a classifier of the data's classes (--fit-teacher-head probe), or let it "
+                f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes "
+                f"are called: "
+                f"give a file instead; {FORMS}. Or fit it a classifier of the data's classes (--fit-teacher-head "
+                f"probe), or let it "
                 "teach without its logits (--teacher-classes none)."
             )
         wanted: list[str | int] = list(class_names)
@@ -127,14 +133,16 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         said += [f"it knows several classes as {few(several)}"] if several else []
         such = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
-            f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or fit it a "
+            f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or "
+            f"fit it a "
             "classifier of the data's classes with --fit-teacher-head probe."
         )
     for place, name in enumerate(class_names):
         if rows[place] in rows[:place]:
             other = class_names[rows.index(rows[place])]
             raise ValueError(
-                f"teacher_classes={spec!r}: {name!r} is to the teacher the class that {other!r} is: a row stands for one class."
+                f"teacher_classes={spec!r}: {name!r} is to the teacher the class that {other!r} is: a row stands for "
+                f"one class."
             )
     return rows
 
@@ -186,7 +194,8 @@ def keep_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str])
         layers += linear[-1:]
         if not linear:
             raise ValueError(
-                f"{name} has no linear layer whose {count} rows are its classes: they cannot be chosen. Fit it a classifier of the "
+                f"{name} has no linear layer whose {count} rows are its classes: they cannot be chosen. Fit it a "
+                f"classifier of the "
                 "data's classes (--fit-teacher-head finetune)."
             )
     before = _logits(model)[:, list(rows)]

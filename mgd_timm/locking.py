@@ -1,7 +1,7 @@
 """One run at a time fills a folder that runs share; the others wait for it, and say for whom.
 
-The lock is the operating system's, on a file in the folder: it is free once its holder has ended, however that ended. To read takes
-no lock, as files appear whole or not at all.
+The lock is the operating system's, on a file in the folder: it is free once its holder has ended, however that ended.
+To read takes no lock, as files appear whole or not at all.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from mgd_timm.processes import of_main
 
 LOCK, HOLDER = ".lock", ".holder.json"
 SLICE = 30.0
-"""Seconds for which the main process waits before it tells the others, so that none waits in a collective until that times out."""
+"""Seconds for which the main process waits before it tells the others, so that none waits in a collective until that
+times out."""
 _POLL = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FOR_ALL = 0o666
@@ -53,7 +54,8 @@ class Lock:
         quiet: bool = False,
     ) -> None:
         self.folder, self.what, self.say, self.progress, self.quiet = folder, what, say, progress, quiet
-        # The other kind of lock, a file that is there or not, would outlive a holder that was killed on another machine.
+        # The other kind of lock, a file that is there or not, would outlive a holder that was killed on another
+        # machine.
         self._lock = FileLock(folder / LOCK, mode=_FOR_ALL, fallback_to_soft=False)
         self._since: float | None = None
         self._bar: tqdm | None = None
@@ -67,7 +69,9 @@ class Lock:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def attempt(self, seconds: float) -> bool:
@@ -83,7 +87,9 @@ class Lock:
                 self.say(f"{self.what}: {self._holder()} writes it; waiting for it to end")
             if self._bar is None:
                 name = f"waiting for {self._holder()}"
-                self._bar = tqdm(desc=name, bar_format="{desc}: {elapsed}{postfix}", mininterval=1.0, disable=self.quiet)
+                self._bar = tqdm(
+                    desc=name, bar_format="{desc}: {elapsed}{postfix}", mininterval=1.0, disable=self.quiet
+                )
             self._bar.set_postfix_str(self.progress(), refresh=False)
             self._bar.update(0)
             if time.monotonic() - began >= seconds:
@@ -111,7 +117,9 @@ class Lock:
     def _take(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):  # the lock of a folder may be had where nothing can be written
+            with tempfile.TemporaryFile(
+                dir=self.folder
+            ):  # the lock of a folder may be had where nothing can be written
                 pass
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -121,7 +129,8 @@ class Lock:
                 why = f"{self.what} cannot be written ({error}): free its folder for writing, or choose another one"
                 raise OSError(error.errno, why) from error
             self.say(
-                f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile does the "
+                f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile "
+                f"does the "
                 "same work once more; whole files are whole all the same."
             )
             return True
@@ -138,14 +147,17 @@ class Lock:
             host, pid = str(found["host"]), int(found["pid"])
         except (OSError, ValueError, LookupError, TypeError):
             return "another run"
-        if host == socket.gethostname() and not psutil.pid_exists(pid):  # one that was killed: its follower has not said so yet
+        if host == socket.gethostname() and not psutil.pid_exists(
+            pid
+        ):  # one that was killed: its follower has not said so yet
             return "another run"
         return f"another run ({host}, pid {pid})"
 
 
 @contextlib.contextmanager
 def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
-    """The main process holds the lock while all go through the body, whose last step has to be one of all of them together."""
+    """The main process holds the lock while all go through the body, whose last step has to be one of all of them
+    together."""
     try:
         while not of_main(accelerator, lambda: lock.attempt(SLICE)):
             pass

@@ -10,9 +10,10 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
 
     Args:
         sizes: (channels, height, width) of every map of the model, shallow to deep.
-        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs them;
-            "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps where the resolution
-            never changes (ViT, mixers); or a number N of evenly spaced maps, the last one included.
+        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs
+            them; "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps
+            where the resolution never changes (ViT, mixers); or a number N of evenly spaced maps, the last one
+            included.
 
     Raises:
         ValueError: Another word, or more maps than the model has.
@@ -29,7 +30,8 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
         maps = str(min(4, count))
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
         raise ValueError(
-            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the model has."
+            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the "
+            f"model has."
         )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
@@ -43,6 +45,7 @@ def resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int,
     resolved = tuple(i + count if i < 0 else i for i in indices)
     if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):
         raise ValueError(
-            f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in ascending order."
+            f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in "
+            f"ascending order."
         )
     return resolved

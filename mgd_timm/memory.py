@@ -15,7 +15,8 @@ from mgd_timm.sampling import num_slots
 def executable_batch_size(
     attempt: Callable[[int], None], trainee: nn.Module, optim: Optim, accelerator: Accelerator, batch_size: int
 ) -> int:
-    """The largest of `batch_size`, a half, a quarter, ... of which every process has memory for an update; what is found is said.
+    """The largest of `batch_size`, a half, a quarter, ... of which every process has memory for an update; what is
+    found is said.
 
     The trainee is afterwards as it was before, so that `fit` with what is found is a run that was started with it.
     Evaluation, which has a batch size of its own, is not tried.
@@ -39,12 +40,14 @@ def executable_batch_size(
         nonlocal size
         if size < 4:
             raise ValueError(
-                f"out of memory with {size} images in a step of a process: choose a smaller student, images (--img-size) or --amp."
+                f"out of memory with {size} images in a step of a process: choose a smaller student, images "
+                f"(--img-size) or --amp."
             )
         size //= 2
         steps = num_slots(size, processes, whole) // processes
         accelerator.print(
-            f"out of memory with {2 * size} images in a step of a process: {size}, in {steps} steps per update of {whole} as before"
+            f"out of memory with {2 * size} images in a step of a process: {size}, in {steps} steps per update of "
+            f"{whole} as before"
         )
         return size
 
@@ -68,4 +71,6 @@ def executable_batch_size(
             raise torch.OutOfMemoryError("a process is out of memory.")
         return batch_size
 
-    return int(find_executable_batch_size(search, size, halve)())  # as a decorator with options accelerate 1.10 loses one
+    return int(
+        find_executable_batch_size(search, size, halve)()
+    )  # as a decorator with options accelerate 1.10 loses one

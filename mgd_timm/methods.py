@@ -55,8 +55,8 @@ class Connection:
     """Shapes of a teacher and a student as each criterion would see them.
 
     Args:
-        teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size sees images in
-            that size, as in a run.
+        teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size
+            sees images in that size, as in a run.
         input_size: (channels, height, width) of the images.
         maps: Word for the maps (maps.choose_maps).
         num_samples: Training images, which size CRD's memory banks.
@@ -147,20 +147,27 @@ def connect(
     ends = {name: trained(name) for name in (teacher, student)}
     counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None} - {0}
     if len(counts | ({num_classes} - {None})) > 1:
-        raise ValueError(f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree.")
+        raise ValueError(
+            f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree."
+        )
     classes = num_classes or next(iter(counts), 100)
     (own, _), (theirs, fixed) = nominal(student, ends[student]), nominal(teacher, ends[teacher])
-    channels = in_chans or next((nominal(name, model)[0][0] for name, model in ends.items() if model is not None), own[0])
+    channels = in_chans or next(
+        (nominal(name, model)[0][0] for name, model in ends.items() if model is not None), own[0]
+    )
     size = (channels, img_size or own[1], img_size or own[2])
     built = [
-        model if model is not None else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
+        model
+        if model is not None
+        else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
         for name, model in ends.items()
     ]
     return Connection(built[0], built[-1], size, maps, num_samples)
 
 
 def table(connection: Connection) -> Iterator[str]:
-    """Lines of `mgd-timm list criteria`: one per criterion, its remark beneath it; then the reasons for what is refused."""
+    """Lines of `mgd-timm list criteria`: one per criterion, its remark beneath it; then the reasons for what is
+    refused."""
     width = max(map(len, CRITERIA))
     needed = max(len(", ".join(traits(kind))) for kind in CRITERIA.values())
     yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
@@ -174,7 +181,8 @@ def table(connection: Connection) -> Iterator[str]:
             first, _, rest = str(error).partition(" ")
             same = "".join(filter(str.isalnum, first)).lower() == name.replace("_", "")
             count = f"refused [{reasons.setdefault(rest if same else str(error), len(reasons) + 1)}]"
-        yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {', '.join(traits(kind)):{needed}}  {paper(kind)}".rstrip()
+        needs = ", ".join(traits(kind))
+        yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {needs:{needed}}  {paper(kind)}".rstrip()
         if remark is not None:
             yield f"{'':{width}} {remark}"
     for reason, number in reasons.items():
@@ -186,21 +194,24 @@ _HEAD = """# Methods
 Generated from the docstrings by `mgd-timm list criteria --markdown > docs/methods.md`; a test keeps it current.
 What each one needs for a pair of yours, and why one is refused: `mgd-timm list criteria --teacher NAME --student NAME`.
 
-Several at once, each with its weight, and a warm-up over which the weight rises from 0 (here 20 epochs); options by name:
+Several at once, each with its weight, and a warm-up over which the weight rises from 0 (here 20 epochs); options by
+name:
 
 ```
-mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 --criterion-options crd.queue=65536 dkd.beta=2
+mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 \\
+    --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
-Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer NAME`),
-with `none` and `mag`. The task's loss is always there (`--task-weight`); `mag` and `mas` add logit KD of weight 1 beside
-another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Another weight that is not given is
-the one below. Only what is asked for warms up.
+Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer
+NAME`), with `none` and `mag`. The task's loss is always there (`--task-weight`); `mag` and `mas` add logit KD of
+weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Another
+weight that is not given is the one below. Only what is asked for warms up.
 
-"Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only. "Fitting
-stage": `--fitting-epochs` before the run, kept by a digest; of `ab` and `fsp`, which fit the student's backbone, nothing else
-is left in the run. Maps: `--maps stages | last | mid | all | N`; RepDistiller's pairing on `cifar_*` networks is `mid`, which
-`recipes/cifar.py` uses, while `stages` shows the stem's map too where it has a resolution of its own.
+"Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only.
+"Fitting stage": `--fitting-epochs` before the run, kept by a digest; of `ab` and `fsp`, which fit the student's
+backbone, nothing else is left in the run. Maps: `--maps stages | last | mid | all | N`; RepDistiller's pairing on
+`cifar_*` networks is `mid`, which `recipes/cifar.py` uses, while `stages` shows the stem's map too where it has a
+resolution of its own.
 
 | name | method | paper | weight | needs |
 |---|---|---|---|---|

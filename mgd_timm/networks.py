@@ -1,4 +1,5 @@
-"""The networks of a run, connected: what fits together is found here, and what does not is refused before anything is trained."""
+"""The networks of a run, connected: what fits together is found here, and what does not is refused before anything is
+trained."""
 
 import copy
 import re
@@ -107,7 +108,8 @@ def _check_size(models: Sequence[nn.Module], recipe: Recipe) -> None:
     sizes = [config["input_size"][-1] for config in inputs if config["fixed_input_size"]]
     if side is not None and len(sizes) == len(models) and side not in sizes:
         raise ValueError(
-            f"teacher_img_size={side}: the teacher is fixed to {sizes[0]} pixels, at which it sees the images. Leave it out, or "
+            f"teacher_img_size={side}: the teacher is fixed to {sizes[0]} pixels, at which it sees the images. Leave "
+            f"it out, or "
             "let its position embeddings be resized (--teacher-resize positions)."
         )
 
@@ -123,7 +125,9 @@ def _resize_positions(model: nn.Module, side: int) -> None:
     try:
         cast(Any, model).set_input_size(img_size=(side, side))
     except Exception as error:  # an architecture may refuse in any way
-        raise ValueError(f"teacher_resize='positions': {name} cannot be set to {side} pixels ({error}): {way_out}") from error
+        raise ValueError(
+            f"teacher_resize='positions': {name} cannot be set to {side} pixels ({error}): {way_out}"
+        ) from error
 
 
 def build_networks(
@@ -143,8 +147,8 @@ def build_networks(
         accelerator: Device, processes, precision.
         teachers: With their weights, suited to the data (`suit_teachers`).
         student: Instead of the recipe's.
-        fitted: The teachers are as they will teach; without it no store is looked at, which would be of other weights, and nothing
-            is said, as all is connected once more.
+        fitted: The teachers are as they will teach; without it no store is looked at, which would be of other weights,
+            and nothing is said, as all is connected once more.
 
     Raises:
         ValueError: Networks, criteria and data that do not go together.
@@ -162,10 +166,13 @@ def build_networks(
     seen = other.shapes(images.input_size[1:]) if other is not None else shapes
     alone = Pair(shapes, seen, images.num_samples, images.trained_labels())
     pairs = [
-        alone._replace(teacher=_shapes_of(teacher, images), teacher_classifier=classifier) for teacher, classifier in whole
+        alone._replace(teacher=_shapes_of(teacher, images), teacher_classifier=classifier)
+        for teacher, classifier in whole
     ] or [alone]
     own = identity(recipe, images, accelerator, tap.model, teachers, other.model if other is not None else None)
-    own["teacher_logits"] = [teacher.shows_logits for teacher, _ in whole]  # the recipe's word is a file's name, or "none"
+    own["teacher_logits"] = [
+        teacher.shows_logits for teacher, _ in whole
+    ]  # the recipe's word is a file's name, or "none"
     set_seed(recipe.seed, 4)
     objective = build_several(recipe, pairs) if len(pairs) > 1 else build_objective(recipe, pairs[0])
     peers = build_objective(recipe, pairs[0]._replace(student=seen, teacher=shapes)) if other is not None else None
@@ -197,7 +204,9 @@ def _connect_student(recipe: Recipe, images: Images, accelerator: Accelerator, s
     if recipe.train_only == "classifier":
         tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
         if drawn:
-            accelerator.print("warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE.")
+            accelerator.print(
+                "warning: the frozen backbone has random weights: give --pretrained or --initial-checkpoint FILE."
+            )
     return tap
 
 
@@ -238,21 +247,26 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images, left_out: bo
         has = f"{count} classes, the data {images.num_classes}" if count else "no classifier"
         has = f"other classes ({conflict})" if conflict is not None else has
         raise ValueError(
-            f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows for the data's "
-            "classes (--teacher-classes auto or FILE); a classifier fitted to it first (--fit-teacher-head probe or finetune); "
-            "views of it that are fitted on the labels in place of its logits (--method mas --teacher-classes none); or criteria "
+            f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows for "
+            f"the data's "
+            "classes (--teacher-classes auto or FILE); a classifier fitted to it first (--fit-teacher-head probe or "
+            "finetune); "
+            "views of it that are fitted on the labels in place of its logits (--method mas --teacher-classes none); "
+            "or criteria "
             "that read none (--criterion at --kd-weight 0 --method none or mag)."
         )
     if recipe.teacher_store is not None:
         raise ValueError(
-            f"teacher_store={recipe.teacher_store!r}: the teacher {name} shows no logits of the data's classes, and a store holds "
+            f"teacher_store={recipe.teacher_store!r}: the teacher {name} shows no logits of the data's classes, and a "
+            f"store holds "
             "them: leave --teacher-store out."
         )
     return False
 
 
 def _shapes_of(teacher: Teacher, images: Images) -> Shapes:
-    """What a criterion sees of a teacher; the views that stand for logits it does not show are of the data's classes."""
+    """What a criterion sees of a teacher; the views that stand for logits it does not show are of the data's
+    classes."""
     shapes = teacher.tap.shapes(teacher.size(images.input_size[1:]))
     return shapes if teacher.shows_logits else shapes._replace(num_classes=images.num_classes)
 
@@ -279,7 +293,9 @@ def _check_several(recipe: Recipe) -> None:
             raise ValueError(f"{name} is fitted on one teacher before the run, and there are {count}: leave it out.")
         beyond = ", ".join(sorted(kind.needs - {"logits"}))
         if beyond and recipe.teachers_as == "mean":
-            raise ValueError(f"{name} reads a teacher's {beyond}, of which several have no mean: give --teachers-as sum.")
+            raise ValueError(
+                f"{name} reads a teacher's {beyond}, of which several have no mean: give --teachers-as sum."
+            )
 
 
 def _name_of(term: Criterion) -> str:

@@ -1,4 +1,5 @@
-"""An optimizer with its schedule from a recipe, and its state by parameter name: tensors for safetensors, the rest for JSON."""
+"""An optimizer with its schedule from a recipe, and its state by parameter name: tensors for safetensors, the rest for
+JSON."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +34,8 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     Args:
         module: Whose parameters.
         optim: Name and numbers.
-        scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's fused SGD
-            takes memory that nothing was written to as its momentum.
+        scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's
+            fused SGD takes memory that nothing was written to as its momentum.
 
     Raises:
         ValueError: No optimizer of that name.
@@ -101,12 +102,15 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, 
         values = {"state": _pack(by_name, "", tensors), "groups": _pack(groups, "group", tensors), "names": names}
     except TypeError as error:
         raise ValueError(
-            f"optimizer {type(optimizer).__name__} keeps {error}, which a checkpoint cannot hold: choose another optimizer."
+            f"optimizer {type(optimizer).__name__} keeps {error}, which a checkpoint cannot hold: choose another "
+            f"optimizer."
         ) from None
     return tensors, values
 
 
-def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+def load_optimizer_state(
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]
+) -> None:
     """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
     names = _names(optimizer, module)
     assert names == values["names"], "an optimizer of another module"
@@ -117,12 +121,14 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mappi
     }
     groups = _unpack(values["groups"], tensors)
     for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
-        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under FSDP.
+        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under
+        # FSDP.
         group |= {key: now[key] for key in ("params", "fused", "foreach") if key in now}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            # A fused optimizer goes through memory, not through indices: channels-last weights need channels-last momentum.
+            # A fused optimizer goes through memory, not through indices: channels-last weights need channels-last
+            # momentum.
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 

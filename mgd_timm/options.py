@@ -22,7 +22,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest ones that do."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}."
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}."
+    )
     return ValueError(f"unknown {kind} {name!r}: {hint}")
 
 
@@ -40,7 +44,8 @@ def _chosen(name: str, value: Any, choices: Any) -> Any:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option as its field's annotation has it: lists and single values as tuples, whole numbers as floats."""
+    """The value of an option as its field's annotation has it: lists and single values as tuples, whole numbers as
+    floats."""
     for one in get_args(kind) if isinstance(kind, UnionType) else (kind,):
         if get_origin(one) is tuple:
             inner = get_args(one)[0]

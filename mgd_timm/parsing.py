@@ -54,7 +54,8 @@ _WRONG_VALUE = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?:\s(.*)(?:Got|
 
 
 def _in_words(message: str, actions: Sequence[Action]) -> str:
-    """An error of jsonargparse about a value in one line: the flag, its value and what was expected; any other one as it is."""
+    """An error of jsonargparse about a value in one line: the flag, its value and what was expected; any other one as
+    it is."""
     found = _WRONG_VALUE.search(message)
     if found is None:
         return message
@@ -70,7 +71,8 @@ def _in_words(message: str, actions: Sequence[Action]) -> str:
 
 
 class Parser(ArgumentParser):
-    """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that does not exist
+    """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that
+    does not exist
     says where it belongs, or names the nearest.
 
     Args:
@@ -96,7 +98,8 @@ class Parser(ArgumentParser):
             self.error(f"--config: no YAML: {' '.join(str(error).split())}; --print_config writes a file of flags.")
         if not isinstance(values, dict):
             self.error(
-                f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes such a file."
+                f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes such "
+                f"a file."
             )
         listed = {name: self._listed(name, value) for name, value in values.items()}
         content = content if listed == values else json.dumps(listed)
@@ -112,7 +115,8 @@ class Parser(ArgumentParser):
             word, example = ("word", "[a, b]") if kind is str else ("number", "[1, 2]" if kind is int else "[0.5, 0.5]")
             whole = "whole " if kind is int else ""
             self.error(
-                f"{name}: {value!r} in --config: expected a {whole}{word} or a list of {whole}{word}s, as in {name}: {example}."
+                f"{name}: {value!r} in --config: expected a {whole}{word} or a list of {whole}{word}s, as in {name}: "
+                f"{example}."
             )
         return values
 
@@ -176,7 +180,9 @@ def run_parser(prog: str, *, distill: bool, without: Mapping[str, str] | None = 
     """
     from mgd_timm.recipe import OF_DISTILLING, Data, Heads, Optim, Recipe
 
-    about = "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
+    about = (
+        "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
+    )
     if distill:
         elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
         elsewhere |= {theirs: f"here it is --{ours.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}

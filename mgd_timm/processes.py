@@ -29,7 +29,8 @@ def join() -> Accelerator:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of a command; left to the exit of Python, a process may end in an abort (gloo)."""
+    """Part from the other processes, at the end of a command; left to the exit of Python, a process may end in an abort
+    (gloo)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     watchdog.stop()
@@ -48,7 +49,8 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def local_main_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter together.
+    """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter
+    together.
 
     Accelerate's own lets the others wait in a collective, for as long as that may take.
 
@@ -63,7 +65,9 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
     deadline = time.monotonic() + _FIRST
     while not accelerator.is_local_main_process and store.add(key, 0) < machines:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the first process of a machine has read images for {_FIRST / 3600:g} hours: does it hang?")
+            raise TimeoutError(
+                f"the first process of a machine has read images for {_FIRST / 3600:g} hours: does it hang?"
+            )
         time.sleep(_POLL)
     yield
     if accelerator.is_local_main_process:
@@ -71,7 +75,8 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that is gone."""
+    """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that
+    is gone."""
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

@@ -1,4 +1,5 @@
-"""What `datasets` reads (hub ids, parquet or arrow files, image folders), and npy files, as rows of images and checked labels.
+"""What `datasets` reads (hub ids, parquet or arrow files, image folders), and npy files, as rows of images and checked
+labels.
 
 Nothing is decoded or copied into memory before it is asked for.
 """
@@ -70,7 +71,9 @@ class Rows:
         sizes = np.array(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
         total = hashlib.sha256(json.dumps([self.split, self.class_names]).encode())
         total.update(self.labels.tobytes())
-        paths = pc.struct_field(column, "path") if pa.types.is_struct(column.type) else None  # at once: a row alone takes 15 us
+        paths = (
+            pc.struct_field(column, "path") if pa.types.is_struct(column.type) else None
+        )  # at once: a row alone takes 15 us
         for row in np.flatnonzero(sizes == 0).tolist():
             path = Path(str(self.content(row) if paths is None else paths[row].as_py() or self.content(row)))
             try:
@@ -84,7 +87,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """A split of a pair of npy files: images uint8 [n, height, width] or [n, height, width, channels], mapped, and their labels."""
+    """A split of a pair of npy files: images uint8 [n, height, width] or [n, height, width, channels], mapped, and
+    their labels."""
 
     images: np.ndarray
     split: str
@@ -124,25 +128,36 @@ def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
     """
     found: dict[str, ArrayRows] = {}
     for path in sorted(folder.glob("*_[xy].npy")):
-        split, partner = path.stem[:-2], path.with_name(path.stem[:-1] + ("y" if path.stem.endswith("x") else "x") + ".npy")
+        split, partner = (
+            path.stem[:-2],
+            path.with_name(path.stem[:-1] + ("y" if path.stem.endswith("x") else "x") + ".npy"),
+        )
         if not partner.is_file():
             raise DataError(
-                f"{path}: expected {partner.name} beside it, the images in SPLIT_x.npy and their class ids in SPLIT_y.npy."
+                f"{path}: expected {partner.name} beside it, the images in SPLIT_x.npy and their class ids in "
+                f"SPLIT_y.npy."
             )
         images, labels = (_array(folder / f"{split}_{kind}.npy") for kind in "xy")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        if (
+            images.dtype != np.uint8
+            or images.ndim not in (3, 4)
+            or (images.ndim == 4 and images.shape[3] not in (1, 3))
+        ):
             raise DataError(
-                f"{folder / f'{split}_x.npy'}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] or "
+                f"{folder / f'{split}_x.npy'}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] "
+                f"or "
                 "[n, height, width, channels] with 1 or 3 channels: convert it."
             )
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
             raise DataError(
-                f"{folder / f'{split}_y.npy'}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids from 0, one "
+                f"{folder / f'{split}_y.npy'}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids "
+                f"from 0, one "
                 "for each image."
             )
         if int(labels.max()) >= len(labels):
             raise DataError(
-                f"{folder / f'{split}_y.npy'}: the label {labels.max()} among {len(labels)} images: expected class ids from 0."
+                f"{folder / f'{split}_y.npy'}: the label {labels.max()} among {len(labels)} images: expected class ids "
+                f"from 0."
             )
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
         found[split] = ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
@@ -156,20 +171,24 @@ def _array(path: Path) -> np.ndarray:
             raise ValueError("an archive of several arrays")
         return found
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as an npy file of numbers ({error}): write it anew with numpy.save.") from error
+        raise DataError(
+            f"{path}: cannot be read as an npy file of numbers ({error}): write it anew with numpy.save."
+        ) from error
 
 
 def check_split(split: str, splits: Iterable[str]) -> None:
     """Raise DataError unless a split is there, with the others and the flags that name one."""
     if split not in splits:
         raise DataError(
-            f"{unknown('split', split, splits)} --train-split and --eval-split name others; those of a folder are folders in "
+            f"{unknown('split', split, splits)} --train-split and --eval-split name others; those of a folder are "
+            f"folders in "
             "it (train/CLASS/1.png, test/CLASS/2.png)."
         )
 
 
 def open_splits(place: str, config: str | None, *, local: bool) -> dict[str, Any]:
-    """The splits of a folder, or of a hub id where `local` is false and no such folder exists; npy files come before others.
+    """The splits of a folder, or of a hub id where `local` is false and no such folder exists; npy files come before
+    others.
 
     Raises:
         DataError: No such folder or data set, a class folder without images, or files that cannot be read.
@@ -217,8 +236,10 @@ def check_links(folder: Path) -> None:
         for link in (Path(found, name) for name in names if Path(found, name).is_symlink()):
             if _holds_files(link):
                 raise DataError(
-                    f"{link}: a link to a folder, which is not followed, so that its images would be left out. Put a real folder "
-                    f"in its place, with links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...), or the images."
+                    f"{link}: a link to a folder, which is not followed, so that its images would be left out. Put a "
+                    f"real folder "
+                    f"in its place, with links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...), or the "
+                    f"images."
                 )
 
 
@@ -233,14 +254,17 @@ def _check_depths(splits: dict[str, Any]) -> None:
     tables = [table for table in splits.values() if list(table.features) == ["image"]]
     if len(tables) < len(splits):
         return
-    cells = [table.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"] for table in tables]
+    cells = [
+        table.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"] for table in tables
+    ]
     paths = [Path(cell["path"]) for column in cells for cell in column.to_pylist() if cell["path"]]
     depths = Counter(len(path.parts) for path in paths)
     if len(depths) > 1:
         usual = depths.most_common(1)[0][0]
         odd, even = (next(path for path in paths if (len(path.parts) == usual) is same) for same in (False, True))
         raise DataError(
-            f"{odd}: not as deep in folders as {even}, so that no folder is taken for a class; expected all images at one depth, "
+            f"{odd}: not as deep in folders as {even}, so that no folder is taken for a class; expected all images at "
+            f"one depth, "
             "in class folders (train/cat/1.png). Move or remove it and its like."
         )
 
@@ -254,14 +278,17 @@ def _holds_files(folder: Path) -> bool:
 def _check_folder(place: Path) -> None:
     """`datasets` does not see a class folder without an image: the class would silently not exist."""
     expected = (
-        "expected a folder of parquet, arrow or npy files, or of images in class folders (train/cat/1.png), tar files of these too."
+        "expected a folder of parquet, arrow or npy files, or of images in class folders "
+        "(train/cat/1.png), tar files of these too."
     )
     if not place.is_dir():
         raise DataError(f"{place}: {'a file' if place.exists() else 'no such folder'}; {expected}")
     folders: list[Path] = []
     full: set[Path] = set()
     for found, folder_names, files in os.walk(place):
-        folder_names[:] = sorted(name for name in folder_names if not name.startswith((".", "__")))  # `datasets` skips these too
+        folder_names[:] = sorted(
+            name for name in folder_names if not name.startswith((".", "__"))
+        )  # `datasets` skips these too
         endings = {Path(name).suffix.lower() for name in files}
         if endings & {".parquet", ".arrow"}:
             return
@@ -309,7 +336,9 @@ def read_split(
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
     key = data.input_key or image_column(table)
     if not _holds_images(table.features[key]):
-        raise DataError(f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key.")
+        raise DataError(
+            f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key."
+        )
     target = data.target_key or label_column(table, key, say)
     if isinstance(table.features[key], datasets.Image):
         table = table.cast_column(key, datasets.Image(decode=False))
@@ -321,7 +350,9 @@ def _holds_images(feature: Any) -> bool:
     import datasets
 
     encoded = isinstance(feature, dict) and set(feature) >= {"bytes", "path"}
-    return encoded or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return (
+        encoded or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+    )
 
 
 def image_column(table: Any) -> str:
@@ -341,18 +372,25 @@ def label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
     if classes:
         finest = max(classes, key=lambda name: classes[name])
         if len(classes) > 1:
-            say(f"label column: {finest} of {', '.join(f'{n} ({c} classes)' for n, c in classes.items())}; --target-key to change")
+            say(
+                f"label column: {finest} of {', '.join(f'{n} ({c} classes)' for n, c in classes.items())}; "
+                f"--target-key to change"
+            )
         return finest
     found = [
         name
         for name, f in table.features.items()
         if name != image
-        and (isinstance(f, datasets.List | datasets.LargeList) or str(getattr(f, "dtype", "")).startswith(("int", "uint")))
+        and (
+            isinstance(f, datasets.List | datasets.LargeList)
+            or str(getattr(f, "dtype", "")).startswith(("int", "uint"))
+        )
     ]
     if len(found) != 1:
         several = f"{len(found)} label columns, {', '.join(found)}," if found else "no label column"
         raise DataError(
-            f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it with "
+            f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it "
+            f"with "
             "--target-key, or put images into one folder per class, of two classes or more."
         )
     return found[0]
@@ -372,12 +410,14 @@ def _labels(table: Any, target: str, split: str, classes: tuple[str, ...] | None
         return labels, classes if classes and len(classes) == count else tuple(str(i) for i in range(count))
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{where} holds {feature} (read as {labels.dtype}): expected class ids from 0, none missing, or distributions of equal "
+            f"{where} holds {feature} (read as {labels.dtype}): expected class ids from 0, none missing, or "
+            f"distributions of equal "
             "length; choose another with --target-key."
         )
     if labels.min() < 0:
         raise DataError(
-            f"{where}: row {int(labels.argmin())} has the label {labels.min()}, expected class ids from 0. A split with hidden "
+            f"{where}: row {int(labels.argmin())} has the label {labels.min()}, expected class ids from 0. A split "
+            f"with hidden "
             "labels cannot be used: choose another with --train-split or --eval-split."
         )
     labels = labels.astype(np.int64)
@@ -387,7 +427,8 @@ def _labels(table: Any, target: str, split: str, classes: tuple[str, ...] | None
 
 
 def check_classes(train: AnyRows, test: AnyRows | None) -> None:
-    """Refuse labels outside the named classes, a class without a training image, a single class, and other classes to test on.
+    """Refuse labels outside the named classes, a class without a training image, a single class, and other classes to
+    test on.
 
     Raises:
         DataError: Any of these.
@@ -402,7 +443,8 @@ def check_classes(train: AnyRows, test: AnyRows | None) -> None:
         top = int(rows.labels.max()) if rows is not None and rows.labels.ndim == 1 else 0
         if rows is not None and top >= len(names):
             raise DataError(
-                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: expected 0 to "
+                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: expected "
+                f"0 to "
                 f"{len(names) - 1}. Correct the labels or the class names."
             )
     if len(names) < 2:
@@ -412,7 +454,8 @@ def check_classes(train: AnyRows, test: AnyRows | None) -> None:
         empty = [f"{names[i]!r} ({i})" for i in np.flatnonzero(counts == 0)]
         if empty:
             raise DataError(
-                f"split {train.split!r} has no image of class {few(empty)}: add some, or remove the class from the label names."
+                f"split {train.split!r} has no image of class {few(empty)}: add some, or remove the class from the "
+                f"label names."
             )
 
 

@@ -25,7 +25,8 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, padded so that it reads well as plain text too; the first column is left-aligned, the others right-aligned."""
+    """A table, padded so that it reads well as plain text too; the first column is left-aligned, the others
+    right-aligned."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -41,7 +42,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, *, title: str, level: tuple[str, float] | None = None) -> None:
+def draw_curves(
+    runs: Mapping[str, Sequence[Path]], path: Path, *, title: str, level: tuple[str, float] | None = None
+) -> None:
     """Accuracy on held-out images and on training images by epoch, as a PNG.
 
     Args:
@@ -62,7 +65,9 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, *, title: str, l
     figure.suptitle(title)
     for axis, part, name in zip(axes, ("eval", "train"), ("held-out images", "training images"), strict=True):
         for colour, (label, folders) in zip(_COLOURS, runs.items(), strict=False):
-            curves = torch.tensor([[row[part]["top1"] for row in read_metrics(folder)] for folder in folders], dtype=torch.float64)
+            curves = torch.tensor(
+                [[row[part]["top1"] for row in read_metrics(folder)] for folder in folders], dtype=torch.float64
+            )
             epochs = list(range(1, curves.shape[1] + 1))
             final = f"  {curves[:, -1].mean():.2f} %" if part == "eval" else ""
             axis.plot(epochs, curves.mean(0).tolist(), color=colour, marker="o", markersize=3, label=label + final)
@@ -83,8 +88,16 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = lines[0] if lines else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": gpu, "system": platform.platform()}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "gpu": gpu,
+        "system": platform.platform(),
+    }

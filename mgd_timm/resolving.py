@@ -34,7 +34,8 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
     whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
     if whole < 2 * processes:
         raise ValueError(
-            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, {2 * processes}. Start "
+            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, "
+            f"{2 * processes}. Start "
             "fewer processes, or choose a larger one."
         )
     needed = -(-whole // (size * processes))

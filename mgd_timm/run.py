@@ -75,7 +75,8 @@ def run(
     summary: dict[str, Any] = {}
     if teachers and recipe.fit_teacher_head != "none":
         summary["teacher_head"] = fit_teacher_heads(teachers, images, recipe, accelerator, quiet=quiet)
-        # Connected anew, as BatchNorm was folded and classifiers copied before. What the run is known by stays: how they were made.
+        # Connected anew, as BatchNorm was folded and classifiers copied before. What the run is known by stays: how
+        # they were made.
         networks = replace(build_networks(recipe, images, accelerator, teachers, student), identity=networks.identity)
     _report_teachers(networks.teachers, images, accelerator, recipe, summary)
     fitted, trained = _train_student(recipe, images, networks, accelerator, summary, quiet)
@@ -116,17 +117,27 @@ def run(
 def _say_headline(summary: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
     top1 = summary["top1"]
     if top1 is not None:
-        best = f"; best {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}" if summary["best_top1"] is not None else ""
+        best = (
+            f"; best {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}"
+            if summary["best_top1"] is not None
+            else ""
+        )
         say(f"top-1 {top1:.2f} % after the last epoch{best}")
     if summary.get("peer", {}).get("top1") is not None:
         say(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
     say(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
 
 
-def _peer_summary(model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+def _peer_summary(
+    model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator
+) -> dict[str, Any]:
     """The peer's numbers, named as the student's in the summary."""
     last = {name.removeprefix("peer_"): value for name, value in fitted.last.items() if name.startswith("peer_")}
-    found: dict[str, Any] = {"top1": last.get("top1"), "last": last, "parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, Any] = {
+        "top1": last.get("top1"),
+        "last": last,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if images.val is not None and images.test is not None:
         found["test"] = evaluate_model(model, images.test, accelerator, recipe.data.validation_batch_size)
         found["val_top1"], found["top1"] = found["top1"], found["test"]["top1"]
@@ -148,7 +159,8 @@ def _load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn
 def _train_student(
     recipe: Recipe, images: Images, networks: Networks, accelerator: Accelerator, summary: dict[str, Any], quiet: bool
 ) -> tuple[Fitted, nn.Module]:
-    """Fit heads where the method needs them, then the student; gives the trained model, its moving average where there is one."""
+    """Fit heads where the method needs them, then the student; gives the trained model, its moving average where there
+    is one."""
     tap, teachers, stored = networks.student, list(networks.teachers), networks.stored
     if stored is not None:
         stored.fill(teachers[0], accelerator, recipe.data.validation_batch_size, quiet=quiet)
@@ -171,7 +183,9 @@ def _train_student(
         if shown is not None:
             lay_out(shown, shown, recipe, accelerator)
             count = sum(p.numel() for p in shown.parameters())
-            accelerator.print(f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images")
+            accelerator.print(
+                f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images"
+            )
     watched = images.watched
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
@@ -211,7 +225,8 @@ def _train_student(
 
 
 def _watcher(networks: Networks, watched: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
-    """Evaluates the student after an epoch (the averaged one where there is one) and what stands beside it, under its role."""
+    """Evaluates the student after an epoch (the averaged one where there is one) and what stands beside it, under its
+    role."""
 
     def watch(averaged: nn.Module | None) -> Metrics:
         taps: dict[str, nn.Module] = {"student": networks.student}
@@ -221,7 +236,10 @@ def _watcher(networks: Networks, watched: Source, recipe: Recipe, accelerator: A
             taps["peer"] = networks.peer
         found = evaluate_taps(taps, watched, accelerator, recipe.data.validation_batch_size)
         student = found.pop("student")
-        return {**student, **{f"{role}_{name}": row[name] for role, row in found.items() for name in row if name != "n"}}
+        return {
+            **student,
+            **{f"{role}_{name}": row[name] for role, row in found.items() for name in row if name != "n"},
+        }
 
     return watch
 
@@ -234,15 +252,20 @@ def _report_teachers(
     for teacher in teachers if images.watched is not None else ():
         assert images.watched is not None
         if not teacher.shows_logits:
-            accelerator.print(f"teacher {teacher.tap.name}: shows no logits of these classes, so that it has no accuracy")
+            accelerator.print(
+                f"teacher {teacher.tap.name}: shows no logits of these classes, so that it has no accuracy"
+            )
             found.append(None)
             continue
-        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)["teacher"]
+        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)[
+            "teacher"
+        ]
         found.append(row["top1"])
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
             accelerator.print(
-                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of these classes, "
+                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of "
+                f"these classes, "
                 "in this order?"
             )
     if any(top1 is not None for top1 in found):
@@ -250,6 +273,7 @@ def _report_teachers(
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to 100."""
+    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to
+    100."""
     chance = 100 / num_classes
     return top1 < chance + min(chance, (100 - chance) / 4)

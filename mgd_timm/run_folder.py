@@ -29,17 +29,21 @@ def fresh(folder: Path, recipe: Recipe) -> Recipe:
 def continued(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe with the global batch of the run that it continues; as it is where nothing has begun yet.
 
-    Steps per update that are those of the run's start are left open: on another number of processes others make its global batch.
+    Steps per update that are those of the run's start are left open: on another number of processes others make its
+    global batch.
 
     Raises:
         ValueError: A run of other values, or a folder of something else.
     """
     if not (folder / "recipe.yaml").is_file():
-        # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at once.
+        # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at
+        # once.
         if folder.exists() and (
             not folder.is_dir() or any(not path.name.startswith(checkpoint.ASIDE) for path in folder.iterdir())
         ):
-            raise ValueError(f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output.")
+            raise ValueError(
+                f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output."
+            )
         return recipe
     values = _read_yaml(folder / "recipe.yaml")
     before, optim = _digested(values), recipe.optim
@@ -51,7 +55,8 @@ def continued(folder: Path, recipe: Recipe) -> Recipe:
     changed = differences(before, as_dict(recipe, digest_only=True))
     if changed:
         raise ValueError(
-            f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or choose "
+            f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or "
+            f"choose "
             "another --output."
         )
     return recipe
@@ -68,7 +73,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict) or not all(isinstance(values.get(part, {}), dict) for part in PARTS):
             raise ValueError("not a recipe")
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): put it back, or start a new run with another --output.") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): put it back, or start a new run with another --output."
+        ) from error
     return values
 
 
@@ -76,7 +83,9 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a written recipe that decides the weights."""
     return {
         f.name: {
-            g.name: values.get(f.name, {}).get(g.name) for g in fields(type(getattr(Recipe(), f.name))) if g.metadata["digest"]
+            g.name: values.get(f.name, {}).get(g.name)
+            for g in fields(type(getattr(Recipe(), f.name)))
+            if g.metadata["digest"]
         }
         if f.name in PARTS
         else values.get(f.name)
@@ -86,7 +95,8 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[str], None], steps: int | None) -> None:
-    """Write what a run starts with, the steps per update as its command named them; what is there of an earlier start stays."""
+    """Write what a run starts with, the steps per update as its command named them; what is there of an earlier start
+    stays."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(folder)
     if recipe.resume and not (folder / "recipe.yaml").exists():

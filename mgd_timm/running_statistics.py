@@ -1,7 +1,7 @@
 """BatchNorm's running statistics on several processes: those of one process that sees their slots one after another.
 
-DDP by itself keeps the main process's, which saw its own slots only, so that a model would be evaluated and exported with other
-statistics on every number of processes.
+DDP by itself keeps the main process's, which saw its own slots only, so that a model would be evaluated and exported
+with other statistics on every number of processes.
 """
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 class RunningStatistics:
     """The running statistics of a module's BatchNorm layers, kept equal on all processes.
 
-    A slot's forward makes r of r0: r = a r0 + b, with a = (1 - momentum)^calls. Slots k = 0 .. n - 1 one after another make
-    a^n r0 + sum_k a^(n - 1 - k) b_k, and each process knows its own b_k = r_k - a r0: one sum over processes, of two numbers per
-    channel, where DDP would send as many from the main process.
+    A slot's forward makes r of r0: r = a r0 + b, with a = (1 - momentum)^calls. Slots k = 0 .. n - 1 one after another
+    make a^n r0 + sum_k a^(n - 1 - k) b_k, and each process knows its own b_k = r_k - a r0: one sum over processes, of
+    two numbers per channel, where DDP would send as many from the main process.
 
     Args:
-        module: What is trained. Layers without running statistics, or with cumulative ones (momentum None), are left alone.
+        module: What is trained. Layers without running statistics, or with cumulative ones (momentum None), are left
+            alone.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,7 +33,9 @@ class RunningStatistics:
 
     def names(self) -> list[str]:
         """Names of the buffers in the module, which nothing else need send."""
-        return [f"{name}.{kind}" for name in self.layers for kind in ("running_mean", "running_var", "num_batches_tracked")]
+        return [
+            f"{name}.{kind}" for name in self.layers for kind in ("running_mean", "running_var", "num_batches_tracked")
+        ]
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the statistics of layers in train mode: before a step, for `merge`."""
@@ -53,7 +56,9 @@ class RunningStatistics:
         floats = 2 * len(after) // 3  # means and variances; then numbers of batches
         sizes = [buffer.numel() for buffer in after[:floats]]
         calls = torch.stack(after[floats:]) - torch.stack(before[floats:])
-        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], dtype=torch.float64).to(calls.device)
+        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], dtype=torch.float64).to(
+            calls.device
+        )
         lengths = torch.tensor(sizes, device=calls.device)
         a = (kept**calls).repeat(2).repeat_interleave(lengths, output_size=sum(sizes))
         first, last = (torch.cat(buffers[:floats]).double() for buffers in (before, after))
@@ -71,4 +76,6 @@ class RunningStatistics:
     def _buffers(self) -> list[Tensor]:
         """Means, then variances, then numbers of batches."""
         layers = self._training()
-        return [getattr(layer, kind) for kind in ("running_mean", "running_var", "num_batches_tracked") for layer in layers]
+        return [
+            getattr(layer, kind) for kind in ("running_mean", "running_var", "num_batches_tracked") for layer in layers
+        ]

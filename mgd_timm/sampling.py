@@ -1,7 +1,7 @@
 """All randomness of a run as a function of (seed, epoch, sample or position): nothing to save, nothing to restore.
 
-Order and crops are the same on any number of processes and workers, and after any resume; so is dropout where an update has
-the same slots (cut_updates).
+Order and crops are the same on any number of processes and workers, and after any resume; so is dropout where an update
+has the same slots (cut_updates).
 """
 
 import contextlib
@@ -40,7 +40,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) -> Float[Tensor, "b draws"]:
-    """Numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in any batch."""
+    """Numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in any
+    batch."""
     offsets = torch.arange(draws, device=sample_ids.device, dtype=torch.int64) * _signed(_GOLDEN)
     x = (sample_ids.to(torch.int64) * _signed(0xD1342543DE82EF95))[:, None] + offsets + _signed(mix(seed, epoch) << 1)
     for _ in range(2):  # a second round costs next to nothing
@@ -52,9 +53,11 @@ def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) ->
 
 
 def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor, "b draws"]:
-    """Standard normal numbers, float64, each a function of (seed, sample id, draw): of two uniform ones, by Box and Muller.
+    """Standard normal numbers, float64, each a function of (seed, sample id, draw): of two uniform ones, by Box and
+    Muller.
 
-    Reference: Box, Muller, "A Note on the Generation of Random Normal Deviates" (Annals of Mathematical Statistics 29, 1958).
+    Reference: Box, Muller, "A Note on the Generation of Random Normal Deviates" (Annals of Mathematical Statistics 29,
+    1958).
 
     Args:
         sample_ids: One row of numbers for each.
@@ -78,13 +81,14 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
 def repeated_order(count: int, repeats: int, seed: int, epoch: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Positions of an epoch with repeated augmentation, and which augmentation of its image each one is.
 
-    The epoch's permutation with each image `repeats` times in a row, cut off at an epoch's usual length, rounded down to a multiple
-    of 256 (fewer than 256: not rounded). So an epoch shows a share 1 / repeats of the images.
+    The epoch's permutation with each image `repeats` times in a row, cut off at an epoch's usual length, rounded down
+    to a multiple of 256 (fewer than 256: not rounded). So an epoch shows a share 1 / repeats of the images.
 
-    Reference: Hoffer et al., "Augment Your Batch" (CVPR 2020); Touvron et al., "Training data-efficient image transformers"
-    (arXiv 2012.12877), whose sampler timm has as RepeatAugSampler.
+    Reference: Hoffer et al., "Augment Your Batch" (CVPR 2020); Touvron et al., "Training data-efficient image
+    transformers" (arXiv 2012.12877), whose sampler timm has as RepeatAugSampler.
 
-    Differs: they deal an image's augmentations to different processes; here they lie in one update, in neighbouring places.
+    Differs: they deal an image's augmentations to different processes; here they lie in one update, in neighbouring
+    places.
     """
     places = torch.arange(count // 256 * 256 if count >= 256 else count)
     return epoch_order(count, seed, epoch)[places // repeats], places % repeats
@@ -109,11 +113,13 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, global_batch: int) -> list[list[Tensor]]:
-    """An epoch's order cut into updates, each a list of `processes * steps` slots; process r's step j takes slot j * processes + r.
+    """An epoch's order cut into updates, each a list of `processes * steps` slots; process r's step j takes slot j *
+    processes + r.
 
-    Which samples an update has depends on the global batch alone: the tail is an update as well, unless it is one sample, which is
-    left out of this epoch. An update is dealt evenly over `num_slots` slots, or over as many as leave two samples or more in each,
-    as BatchNorm has no statistics of one. What then lacks to a whole step are empty slots, at its end.
+    Which samples an update has depends on the global batch alone: the tail is an update as well, unless it is one
+    sample, which is left out of this epoch. An update is dealt evenly over `num_slots` slots, or over as many as leave
+    two samples or more in each, as BatchNorm has no statistics of one. What then lacks to a whole step are empty slots,
+    at its end.
 
     Args:
         order: Sample ids.
@@ -126,7 +132,8 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
     """
     if global_batch < 2 * processes:
         raise ValueError(
-            f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, {2 * processes}. "
+            f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, "
+            f"{2 * processes}. "
             "Start fewer processes, or choose a larger --global-batch-size."
         )
     slots = num_slots(batch_size, processes, global_batch)
@@ -160,7 +167,8 @@ def augment(
     pad: int,
     hflip: float,
 ) -> UInt8[Tensor, "b c h w"]:
-    """Zero-pad by `pad` pixels, crop at random to the former size, flip left-right with probability `hflip`: as one gather."""
+    """Zero-pad by `pad` pixels, crop at random to the former size, flip left-right with probability `hflip`: as one
+    gather."""
     draws = uniform(sample_ids, seed, epoch, 3)
     _, channels, height, width = images.shape
     top = (draws[:, 0] * (2 * pad + 1)).long()

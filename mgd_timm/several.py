@@ -1,7 +1,8 @@
 """Several teachers of one student: one target, the mean of their probabilities, or the sum of the losses of each.
 
 References: You, Xu, Xu, Tao, "Learning from Multiple Teacher Networks" (KDD 2017): the mean of softened probabilities.
-Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (Interspeech 2017): losses of each, weighted.
+Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (Interspeech 2017): losses of each,
+weighted.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from mgd_timm.terms import build_objective, parse_terms
 
 
 def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Sequence[float]) -> Float[Tensor, "b k"]:
-    """Logits whose softmax is the weighted mean of each one's softmax: log sum_i w_i softmax(z_i), with weights that add up to 1.
+    """Logits whose softmax is the weighted mean of each one's softmax: log sum_i w_i softmax(z_i), with weights that
+    add up to 1.
 
     At a temperature T the target is softmax(these / T): the mean is of probabilities at T = 1.
     """
@@ -30,28 +32,35 @@ def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Seque
 class SeveralTeachers(nn.Module):
     """Shaped like an Objective, but that it reads a tuple of teachers' features.
 
-    "sum": each teacher has an objective of its own, with its own adapters and encoders; the terms of teacher i are named NAME_i
-    (from 1) and multiplied by its weight. "mean": the first objective reads logits alone, and is given those of the mean of
-    probabilities (under MAS: of each teacher's stable excitation); the codes are each teacher's own all the same.
+    "sum": each teacher has an objective of its own, with its own adapters and encoders; the terms of teacher i are
+    named NAME_i (from 1) and multiplied by its weight. "mean": the first objective reads logits alone, and is given
+    those of the mean of probabilities (under MAS: of each teacher's stable excitation); the codes are each teacher's
+    own all the same.
 
     Args:
-        parts: The first whole; of the others, for "sum" without the task, for "mean" without an objective: codes alone. None of
-            what reads nothing of its teacher.
+        parts: The first whole; of the others, for "sum" without the task, for "mean" without an objective: codes alone.
+            None of what reads nothing of its teacher.
         weights: Of each teacher.
         mean: Take the mean of probabilities.
     """
 
     def __init__(self, parts: Sequence[Objective | MAG | None], weights: Sequence[float], *, mean: bool) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({str(number): part for number, part in enumerate(parts, start=1) if part is not None})
+        self.parts = nn.ModuleDict(
+            {str(number): part for number, part in enumerate(parts, start=1) if part is not None}
+        )
         self.shares, self.mean = tuple(weights), mean
 
     @property
     def needs(self) -> frozenset[Need]:
         """The parts of the teachers' features that are read."""
-        return frozenset[Need]().union(*(part.needs for part in self.parts.values() if isinstance(part, Objective | MAG)))
+        return frozenset[Need]().union(
+            *(part.needs for part in self.parts.values() if isinstance(part, Objective | MAG))
+        )
 
-    def forward(self, student: Features, teacher: Features | tuple[Features, ...], batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def forward(
+        self, student: Features, teacher: Features | tuple[Features, ...], batch: Batch
+    ) -> dict[str, Float[Tensor, ""]]:
         """Weighted scalars by name."""
         shown = (teacher,) * len(self.shares) if isinstance(teacher, Features) else teacher
         return self._mean(student, shown, batch) if self.mean else self._sum(student, shown, batch)
@@ -92,6 +101,8 @@ def build_several(recipe: Recipe, pairs: Sequence[Pair]) -> SeveralTeachers:
     first = build_objective(recipe, pairs[0])
     reads = any(term.weight for name, term in parse_terms(recipe).items() if name != "task")
     if recipe.teachers_as == "sum" and reads:
-        return SeveralTeachers([first, *(build_objective(recipe, pair, task=False) for pair in pairs[1:])], weights, mean=False)
+        return SeveralTeachers(
+            [first, *(build_objective(recipe, pair, task=False) for pair in pairs[1:])], weights, mean=False
+        )
     codes = [MAG(pair, None, recipe.heads.granularities) if recipe.method != "none" else None for pair in pairs[1:]]
     return SeveralTeachers([first, *codes], weights, mean=recipe.teachers_as == "mean")

@@ -1,9 +1,10 @@
 """FSDP2: what trains is cut up between the processes, and is whole again where it is evaluated, saved and exported.
 
-`torch.distributed.fsdp.fully_shard` changes a module for good (its class, its hooks). So a copy of it is cut up, and the module
-itself, which the caller holds, is without memory while the copy trains: `Sharded.whole` gives it the current values for a while.
-Accelerate's own FSDP2 path is for GPUs alone, casts all that enters the module to bfloat16 (the teacher's logits, the losses) and
-would put BatchNorm's weights in it; so accelerate decides and computes here as under DDP, and CPU and GPU run the same lines.
+`torch.distributed.fsdp.fully_shard` changes a module for good (its class, its hooks). So a copy of it is cut up, and
+the module itself, which the caller holds, is without memory while the copy trains: `Sharded.whole` gives it the current
+values for a while. Accelerate's own FSDP2 path is for GPUs alone, casts all that enters the module to bfloat16 (the
+teacher's logits, the losses) and would put BatchNorm's weights in it; so accelerate decides and computes here as under
+DDP, and CPU and GPU run the same lines.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from torch.optim import Optimizer
 from mgd_timm.features import FeatureTap
 from mgd_timm.processes import share
 
-# Parts gathered one at a time: as large as that a few of them are little of the network, and worth a message between processes.
+# Parts gathered one at a time: as large as that a few of them are little of the network, and worth a message between
+# processes.
 LARGEST, SMALLEST = 1 / 8, 1 / 200
 
 
@@ -40,8 +42,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     """Refuse what an accelerate configuration asks for and `Sharded` does not do.
 
     Raises:
-        ValueError: DeepSpeed and other engines, FSDP version 1, fp16, weights that wait on the CPU, recomputed activations, or a
-            mesh of several dimensions.
+        ValueError: DeepSpeed and other engines, FSDP version 1, fp16, weights that wait on the CPU, recomputed
+            activations, or a mesh of several dimensions.
     """
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
@@ -49,7 +51,8 @@ def check_sharding(accelerator: Accelerator) -> None:
         raise ValueError(
             f"accelerate was configured for {kind.value}"
             + (f": {reason}" if kind == DistributedType.DEEPSPEED else "")
-            + ". Supported are one process, several on CPUs or GPUs (DDP), and FSDP2 (recipes/fsdp.yaml): configure one of these."
+            + ". Supported are one process, several on CPUs or GPUs (DDP), and FSDP2 "
+            "(recipes/fsdp.yaml): configure one of these."
         )
     if not asked():
         return
@@ -66,7 +69,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     for name, given in refused.items():
         if given:
             raise ValueError(
-                f"accelerate was configured for FSDP with {name}, which is not supported: expected fsdp_version 2, float32 or "
+                f"accelerate was configured for FSDP with {name}, which is not supported: expected fsdp_version 2, "
+                f"float32 or "
                 "bf16, and all of it on the devices. Start from recipes/fsdp.yaml."
             )
 
@@ -104,7 +108,8 @@ class Replicated:
         """The caller's module has the current values from now on."""
 
     def average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
-        """A moving average of a part of the trainee, what it is to follow, and the module that has its values in `whole`."""
+        """A moving average of a part of the trainee, what it is to follow, and the module that has its values in
+        `whole`."""
         ema = ModelEmaV3(part, **options)
         return ema, part, ema.module
 
@@ -116,8 +121,8 @@ class Replicated:
 class Sharded(Replicated):
     """Parameters, gradients and optimizer state of what trains are cut up between the processes (FSDP2).
 
-    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved, as
-    under DDP.
+    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved,
+    as under DDP.
 
     Args:
         trainee: The module to train: it is without memory but in `whole`, and after `restore`.
@@ -179,7 +184,9 @@ class Sharded(Replicated):
         ema.module = copy.deepcopy(whole)
         for (name, _), live in zip(list(ema.module.named_parameters()), followed.parameters(), strict=True):
             owner, _, own = name.rpartition(".")
-            ema.module.get_submodule(owner).register_parameter(own, nn.Parameter(live.detach().clone(), requires_grad=False))
+            ema.module.get_submodule(owner).register_parameter(
+                own, nn.Parameter(live.detach().clone(), requires_grad=False)
+            )
         self._mirrors.append(_Mirror(whole, ema.module))
         return ema, followed, whole
 
@@ -187,14 +194,17 @@ class Sharded(Replicated):
         """Whole tensors on the main process's CPU; nothing on the others."""
         found = {}
         for name, tensor in tensors.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # one after the other: all take part
+            whole = (
+                tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            )  # one after the other: all take part
             if self.accelerator.is_main_process:
                 found[name] = whole.detach().cpu()
         return found
 
 
 class _Mirror:
-    """A whole module and its cut-up counterpart: the whole one gets memory and the other's values, or gives its memory back."""
+    """A whole module and its cut-up counterpart: the whole one gets memory and the other's values, or gives its memory
+    back."""
 
     def __init__(self, whole: nn.Module, live: nn.Module) -> None:
         self.live = live
@@ -231,11 +241,14 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 def load_parts(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load whole tensors into a module that may be cut up."""
     own = module.state_dict()
-    module.load_state_dict({name: part_of(value, own[name]) if name in own else value for name, value in tensors.items()})
+    module.load_state_dict(
+        {name: part_of(value, own[name]) if name in own else value for name, value in tensors.items()}
+    )
 
 
 def cut(module: nn.Module, names: Sequence[str], accelerator: Accelerator) -> None:
-    """Cut a module's parameters up between all processes, in place and for good: its parts of these names, then what remains.
+    """Cut a module's parameters up between all processes, in place and for good: its parts of these names, then what
+    remains.
 
     Raises:
         ValueError: A parameter without dimensions that is to be trained (timm: dm_nfnet_*); a frozen one stays whole.
@@ -268,8 +281,9 @@ def _taps(module: nn.Module) -> list[tuple[str, FeatureTap]]:
 def units(tap: FeatureTap) -> list[str]:
     """Names of the parts of a network that are gathered one at a time: all else is gathered once, for the whole step.
 
-    A part's parameters are there while it is called, and only then. So they are found by one forward pass: the largest modules of
-    at most `LARGEST` of all parameters that are called once, share no parameter and of which nothing is called from outside.
+    A part's parameters are there while it is called, and only then. So they are found by one forward pass: the largest
+    modules of at most `LARGEST` of all parameters that are called once, share no parameter and of which nothing is
+    called from outside.
     """
     calls, entered = _calls(tap)
     uses = Counter(id(parameter) for _, parameter in tap.named_parameters(remove_duplicate=False))
@@ -294,7 +308,8 @@ def units(tap: FeatureTap) -> list[str]:
 
 
 def _calls(tap: FeatureTap) -> tuple[Counter[nn.Module], set[nn.Module]]:
-    """How often a forward pass calls each module, and the modules of which it calls a part while they are not called themselves."""
+    """How often a forward pass calls each module, and the modules of which it calls a part while they are not called
+    themselves."""
     calls: Counter[nn.Module] = Counter()
     entered: set[nn.Module] = set()
     running: list[nn.Module] = []

@@ -63,7 +63,8 @@ class Defaults:
 
 
 def per_channel(defaults: Defaults, in_chans: int) -> Defaults:
-    """Mean and std of colour weights for grey images, or the other way round: their average, as timm sums the weights."""
+    """Mean and std of colour weights for grey images, or the other way round: their average, as timm sums the
+    weights."""
 
     def fit(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
         return values if values is None or len(values) == in_chans else (sum(values) / len(values),) * in_chans
@@ -82,7 +83,8 @@ def weights_statistics(data: Data, defaults: Defaults) -> tuple[tuple[float, ...
 
 
 class StoreSource:
-    """Small images in a uint8 tensor [n, c, h, w], augmented as a batch on the device; `check` sees rows before they are read."""
+    """Small images in a uint8 tensor [n, c, h, w], augmented as a batch on the device; `check` sees rows before they
+    are read."""
 
     def __init__(
         self,
@@ -102,7 +104,8 @@ class StoreSource:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
+        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON
+        values."""
         return {"pad": self.data.pad, "hflip": self.data.hflip, **_erasing(self.data)}
 
     def seeded(self, seed: int) -> "StoreSource":
@@ -124,7 +127,9 @@ class StoreSource:
             if images.device == there.device:
                 shown = images[there]
             else:
-                held = images[ids % len(images)]  # too many for the GPU: pinned, so that no step waits for them all the same
+                held = images[
+                    ids % len(images)
+                ]  # too many for the GPU: pinned, so that no step waits for them all the same
                 shown = (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)
             if self.seed is None:
                 yield Batch(normalise(shown, mean, std), labels[there], there)
@@ -132,11 +137,14 @@ class StoreSource:
             shown = augment(shown, keys, self.seed, epoch, pad=self.data.pad, hflip=self.data.hflip)
             pictures = normalise(shown, mean, std)
             if self.data.reprob:
-                pictures = erase(pictures, keys, self.seed, epoch, self.data.reprob, self.data.remode, self.data.recount)
+                pictures = erase(
+                    pictures, keys, self.seed, epoch, self.data.reprob, self.data.remode, self.data.recount
+                )
             yield Batch(pictures, labels[there], there)
 
     def _resident(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images and labels on the device, so that no step waits for a transfer; images that would fill a GPU stay on the host."""
+        """Images and labels on the device, so that no step waits for a transfer; images that would fill a GPU stay on
+        the host."""
         if device.type != "cuda":
             return self.images, self.all_labels.to(device)
         if device not in self._moved:
@@ -148,9 +156,11 @@ class StoreSource:
 
 
 class FileSource:
-    """Large images, decoded and transformed in reader processes; each image's randomness is seeded by (seed, epoch, sample).
+    """Large images, decoded and transformed in reader processes; each image's randomness is seeded by (seed, epoch,
+    sample).
 
-    Rows of `bad` cannot be decoded and are not among the ids; where all rows are asked for, a black image stands for each.
+    Rows of `bad` cannot be decoded and are not among the ids; where all rows are asked for, a black image stands for
+    each.
     """
 
     def __init__(
@@ -170,7 +180,8 @@ class FileSource:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON values."""
+        """What decides, beside images, mean, std and size, how (seed, epoch, sample id) shows an image; as JSON
+        values."""
         names = ("scale", "ratio", "hflip", "aa", "color_jitter", "interpolation")
         values = {name: getattr(self.data, name) for name in names} | _erasing(self.data)
         if self.data.train_interpolation is not None:
@@ -209,7 +220,12 @@ def picture(pixels: np.ndarray) -> Image.Image:
 
 
 def timm_transform(
-    data: Data, defaults: Defaults, size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], training: bool
+    data: Data,
+    defaults: Defaults,
+    size: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    training: bool,
 ) -> Callable[[Any], Tensor]:
     """timm's transform of a picture into a normalised tensor of the given size.
 
@@ -244,13 +260,15 @@ def timm_transform(
         return create_transform(**common, is_training=True, hflip=data.hflip, auto_augment=data.aa)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise DataError(
-            f"aa={data.aa!r}, color_jitter={data.color_jitter}: timm cannot make a transform of them ({error}): expected a policy "
+            f"aa={data.aa!r}, color_jitter={data.color_jitter}: timm cannot make a transform of them ({error}): "
+            f"expected a policy "
             "such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
         ) from error
 
 
 class _Reading:
-    """What a reader process holds: `source[key]`, or the error that it raised, which would else come with a traceback."""
+    """What a reader process holds: `source[key]`, or the error that it raised, which would else come with a
+    traceback."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -267,7 +285,9 @@ def _collated(items: list[Any]) -> Any:
     return failed if failed is not None else torch.utils.data.default_collate(items)
 
 
-def read_ahead(source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, way_out: str = "") -> Iterator[Any]:
+def read_ahead(
+    source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, way_out: str = ""
+) -> Iterator[Any]:
     """`source[key]` of each key, collated list by list in their order, by reader processes ahead of their use.
 
     Args:
@@ -304,7 +324,8 @@ _OUTLIVED = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") el
 
 @contextlib.contextmanager
 def _held_signals() -> Iterator[None]:
-    """A reader that starts here is not ended by a signal to the whole process group: the run saves its state, then ends it itself.
+    """A reader that starts here is not ended by a signal to the whole process group: the run saves its state, then ends
+    it itself.
 
     Held from before the start, as libraries start threads of their own in a forked process.
     """

@@ -1,4 +1,5 @@
-"""What a store of teacher outputs looks like on the disk: its rows, its shards and its index, and how damage is found."""
+"""What a store of teacher outputs looks like on the disk: its rows, its shards and its index, and how damage is
+found."""
 
 import hashlib
 import json
@@ -28,9 +29,9 @@ class StoreError(ValueError):
 class Layout:
     """What a row holds: the embedding in float16, and all logits in float16 or the `top_k` largest with their classes.
 
-    With `top_k`, the other classes share one logit, rest = log(sum of their exp(logit) / their number), in float32: at T=1 each
-    kept class and the sum of the others have the probabilities that they had, but for rounding. At T > 1 the sum of the others is
-    larger than it was (equal logits are spread least), the more the fewer are kept.
+    With `top_k`, the other classes share one logit, rest = log(sum of their exp(logit) / their number), in float32: at
+    T=1 each kept class and the sum of the others have the probabilities that they had, but for rounding. At T > 1 the
+    sum of the others is larger than it was (equal logits are spread least), the more the fewer are kept.
 
     Args:
         embed_dim: Width of the embedding.
@@ -48,7 +49,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not 0 <= self.top_k < self.num_classes:
             raise ValueError(
-                f"teacher_top_k={self.top_k}: expected 1 to {self.num_classes - 1}, fewer than the {self.num_classes} classes, "
+                f"teacher_top_k={self.top_k}: expected 1 to {self.num_classes - 1}, fewer than the {self.num_classes} "
+                f"classes, "
                 "or 0 for all logits."
             )
 
@@ -77,7 +79,11 @@ class Layout:
             return parts | {"logits": _half("logits", logits)}
         values, classes = logits.topk(self.top_k)
         rest = logits.scatter(1, classes, -torch.inf).logsumexp(1) - math.log(self.num_classes - self.top_k)
-        return parts | {"values": _half("logits", values), "classes": classes.to(self.parts(0)["classes"][0]), "rest": rest}
+        return parts | {
+            "values": _half("logits", values),
+            "classes": classes.to(self.parts(0)["classes"][0]),
+            "rest": rest,
+        }
 
     def unpack(self, parts: dict[str, Tensor]) -> Features:
         """Features in float32 from rows, on their device."""
@@ -97,7 +103,8 @@ def _half(name: str, values: Tensor) -> Tensor:
     half = values.half()
     if not half.isfinite().all():
         raise StoreError(
-            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, up to 65,504: leave --teacher-store out "
+            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, up to 65,504: leave "
+            f"--teacher-store out "
             "for this teacher."
         )
     return half
@@ -118,7 +125,10 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         values = json.loads(text)
-        identity, same = dict(values["identity"]), text == listed({name: values[name] for name in values if name != "sha256"})
+        identity, same = (
+            dict(values["identity"]),
+            text == listed({name: values[name] for name in values if name != "sha256"}),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error}): {way_out}.") from error
     if not same:
@@ -129,7 +139,8 @@ def read_index(path: Path) -> dict[str, Any]:
 def damaged_shard(path: Path, why: str) -> StoreError:
     """What is said of a damaged shard."""
     return StoreError(
-        f"{path} is damaged ({why}): delete this file and start again, a run that had begun with --resume; then it is written anew."
+        f"{path} is damaged ({why}): delete this file and start again, a run that had begun with --resume; then it is "
+        f"written anew."
     )
 
 
@@ -143,4 +154,10 @@ def payload(tensors: dict[str, Tensor]) -> str:
 
 def in_bytes(count: int) -> str:
     """A size, for the user."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.0f} MB"
+        if count >= 1e7
+        else f"{count / 1e6:.2f} MB"
+    )

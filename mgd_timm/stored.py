@@ -19,7 +19,8 @@ from mgd_timm.teacher_store import TeacherStore
 
 
 class StoredOutputs:
-    """A Source of rows: row `view * n + i` is what the teacher showed of image i in that view. Its batches hold no images.
+    """A Source of rows: row `view * n + i` is what the teacher showed of image i in that view. Its batches hold no
+    images.
 
     Args:
         embedding: [views * n, dim].
@@ -46,7 +47,9 @@ class StoredOutputs:
         """Onto a GPU that has room, so that no step of the heads' fitting waits for a transfer."""
         need = 4 * (self.embedding.numel() + self.logits.numel())
         if device.type == "cuda" and not self.logits.is_cuda and need < torch.cuda.mem_get_info(device)[0] // 4:
-            self.embedding, self.logits, self.labels = (t.to(device) for t in (self.embedding, self.logits, self.labels))
+            self.embedding, self.logits, self.labels = (
+                t.to(device) for t in (self.embedding, self.logits, self.labels)
+            )
 
     def features(self, batch: Batch) -> Features:
         """The teacher's features of a batch of rows, on the batch's device."""
@@ -56,7 +59,12 @@ class StoredOutputs:
 
 @torch.no_grad()
 def store_outputs(
-    teach: Callable[[Batch], Features], source: Source, views: int, accelerator: Accelerator, batch_size: int, quiet: bool = False
+    teach: Callable[[Batch], Features],
+    source: Source,
+    views: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    quiet: bool = False,
 ) -> StoredOutputs:
     """Show the teacher `views` views of every image, each process its share, and keep embeddings and logits in float32.
 
@@ -85,7 +93,9 @@ def store_outputs(
                     with accelerator.autocast():
                         shown = teach(batch)
                     if whole is None:
-                        whole = _room(views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator)
+                        whole = _room(
+                            views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator
+                        )
                     for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
                         rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
@@ -123,8 +133,10 @@ def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tupl
     need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
     if need > free // 2:
         raise ValueError(
-            f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB in each "
-            f"process, more than half of the {free / 1e9:.1f} GB that are free: choose --heads-views 1, or --heads-protocol live."
+            f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB "
+            f"in each "
+            f"process, more than half of the {free / 1e9:.1f} GB that are free: choose --heads-views 1, or "
+            f"--heads-protocol live."
         )
     return torch.zeros(count, widths[0]), torch.zeros(count, widths[1])
 

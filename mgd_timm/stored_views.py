@@ -1,4 +1,5 @@
-"""A filled store of teacher outputs in place of the teacher: its views as a Source, and what answers for the teacher on them."""
+"""A filled store of teacher outputs in place of the teacher: its views as a Source, and what answers for the teacher on
+them."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,8 @@ def check_storable(recipe: Recipe) -> None:
         lacking = sorted(CRITERIA[term.criterion].needs - {"logits", "embedding"}) if term.weight else []
         if lacking:
             raise ValueError(
-                f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits and embedding "
+                f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits "
+                f"and embedding "
                 "only: leave --teacher-store out."
             )
 
@@ -60,7 +62,8 @@ class StoredViews:
 
         @torch.no_grad()
         def teach(batch: Batch) -> Features:
-            # The ids that were asked for lie on the CPU: to fetch the batch's from the device would wait for all that it has to do.
+            # The ids that were asked for lie on the CPU: to fetch the batch's from the device would wait for all that
+            # it has to do.
             assert self._last is not None, "no batch was read"
             there, ids, view = self._last
             assert batch.sample_ids is there, "another batch than the one that was read last"

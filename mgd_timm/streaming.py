@@ -1,11 +1,12 @@
 """Streams of `datasets`: images that come one after the other, from the hub or from files, and are not kept.
 
-An epoch's order is a function of (seed, epoch): the shards in a random order, and the next image drawn at random from a buffer of
-those that were read last. An image is known by its place in this order, and augmented by (seed, epoch, place).
+An epoch's order is a function of (seed, epoch): the shards in a random order, and the next image drawn at random from a
+buffer of those that were read last. An image is known by its place in this order, and augmented by (seed, epoch,
+place).
 
-What it costs: every process reads the whole stream, and decodes its own images alone; a resumed epoch reads what it has done once
-more, without decoding it; a split to evaluate on is read once at the start, for its labels; the buffer is held in memory, once a
-process. Data on a disk are better read without a stream.
+What it costs: every process reads the whole stream, and decodes its own images alone; a resumed epoch reads what it has
+done once more, without decoding it; a split to evaluate on is read once at the start, for its labels; the buffer is
+held in memory, once a process. Data on a disk are better read without a stream.
 """
 
 import hashlib
@@ -61,7 +62,9 @@ class Stream:
         if isinstance(value, int | np.integer):
             if 0 <= value < classes:
                 return int(value)
-            raise DataError(f"{self.split} image {place} of the stream has the label {value}: expected 0 to {classes - 1}.")
+            raise DataError(
+                f"{self.split} image {place} of the stream has the label {value}: expected 0 to {classes - 1}."
+            )
         found = torch.as_tensor(value, dtype=torch.float32) if isinstance(value, list | np.ndarray) else torch.empty(0)
         if found.shape != (classes,) or not bool((found >= 0).all()) or abs(float(found.sum()) - 1) > 1e-3:
             raise DataError(
@@ -74,7 +77,9 @@ class Stream:
         """sha256 of name, number, classes and the first images: what comes later in a stream is not looked at."""
         total = hashlib.sha256(json.dumps([self.split, self.class_names, self.count, self.rows.num_shards]).encode())
         for row in islice(self.rows, _HEAD):
-            total.update(hashlib.sha256(_content(row[self.key], self.split)).digest() + json.dumps(row[self.target]).encode())
+            total.update(
+                hashlib.sha256(_content(row[self.key], self.split)).digest() + json.dumps(row[self.target]).encode()
+            )
         return total.hexdigest()
 
 
@@ -115,14 +120,17 @@ def read_stream(
     check_split(split, splits)
     rows = splits[split]
     if rows.features is None:
-        raise DataError(f"split {split!r}: the types of its columns are not known before it is read: it cannot be streamed.")
+        raise DataError(
+            f"split {split!r}: the types of its columns are not known before it is read: it cannot be streamed."
+        )
     for name in (data.input_key, data.target_key):
         if name is not None and name not in rows.features:
             raise DataError(str(unknown("column", name, rows.features)))
     key = data.input_key or image_column(rows)
     if data.target_key is None and set(rows.features) == {key, "__key__", "__url__"}:
         raise DataError(
-            f"the tars of the stream {split!r} have no label beside each image, and their folders are not seen in a stream: leave "
+            f"the tars of the stream {split!r} have no label beside each image, and their folders are not seen in a "
+            f"stream: leave "
             "--streaming out, as tars are read where they lie, or give webdataset shards (1.jpg with 1.cls)."
         )
     target = data.target_key or label_column(rows, key, say)
@@ -135,7 +143,9 @@ def read_stream(
     else:
         names = classes or tuple(str(i) for i in range(data.num_classes or 0))
     if not names:
-        raise DataError(f"column {target!r} of the stream {split!r} does not say how many classes there are: give --num-classes.")
+        raise DataError(
+            f"column {target!r} of the stream {split!r} does not say how many classes there are: give --num-classes."
+        )
     if classes is not None and names != classes:
         raise DataError(f"split {split!r} has other classes than the training split: both need the same ones.")
     if classes is not None:
@@ -162,15 +172,17 @@ def _content(cell: Any, name: str) -> bytes:
     if isinstance(found, str) and Path(found).is_file():
         return Path(found).read_bytes()
     if not isinstance(found, bytes):
-        raise DataError(f"{name}: the stream gives no image but its address ({found}): choose a data set of parquet or tar files.")
+        raise DataError(
+            f"{name}: the stream gives no image but its address ({found}): choose a data set of parquet or tar files."
+        )
     return found
 
 
 def shuffled(rows: Any, seed: int, epoch: int, buffer: int) -> Iterator[Any]:
     """The rows of an IterableDataset in the order of an epoch.
 
-    Python's generator draws it, whose numbers are the same in every version; as the number of shards decides it too, files that are
-    cut in another way are another stream.
+    Python's generator draws it, whose numbers are the same in every version; as the number of shards decides it too,
+    files that are cut in another way are another stream.
     """
     draw = random.Random(mix(seed, epoch, 10))
     shards = list(range(rows.num_shards))
@@ -228,7 +240,8 @@ class StreamSource:
 
 
 class _Keys:
-    """What the readers are given: of every slot its places, encoded images and labels, drawn from the stream in this process."""
+    """What the readers are given: of every slot its places, encoded images and labels, drawn from the stream in this
+    process."""
 
     def __init__(self, source: StreamSource, slots: Sequence[Tensor], epoch: int) -> None:
         self.source, self.slots, self.epoch, self.read = source, slots, epoch, 0
@@ -247,7 +260,9 @@ class _Keys:
             for wanted in slot.tolist():
                 place, row = self._next(numbered, wanted)
                 name = f"{stream.split} image {place} of the stream"
-                found.append((self.epoch, place, _content(row[stream.key], name), stream.label(row[stream.target], place)))
+                found.append(
+                    (self.epoch, place, _content(row[stream.key], name), stream.label(row[stream.target], place))
+                )
             yield found
 
     def _next(self, numbered: Iterator[tuple[int, Any]], wanted: int) -> tuple[int, Any]:
@@ -265,6 +280,7 @@ class _Keys:
                 f"({type(error).__name__}: {error}): --resume continues from the newest checkpoint."
             ) from error
         raise DataError(
-            f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({self.read} were read): give its true "
+            f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({self.read} were read): give "
+            f"its true "
             "number with --num-samples."
         )

@@ -1,7 +1,8 @@
 """Tar files as splits, read where they lie: an index of where each image starts, and no unpacking.
 
-Three layouts: class folders in a tar (train.tar, val.tar), a tar for each class (train/n01440764.tar, or all of them in one tar, as
-ImageNet is published), and webdataset shards, whose images have a label beside them (1.jpg with 1.cls, 1.json or 1.txt).
+Three layouts: class folders in a tar (train.tar, val.tar), a tar for each class (train/n01440764.tar, or all of them in
+one tar, as ImageNet is published), and webdataset shards, whose images have a label beside them (1.jpg with 1.cls,
+1.json or 1.txt).
 """
 
 import hashlib
@@ -89,7 +90,8 @@ class TarRows:
 
 
 def find_tars(folder: Path) -> dict[str, Tars]:
-    """The splits of a folder of tars: by the folder that they lie in (train/), or a word of their names (imagenet-train-0001.tar).
+    """The splits of a folder of tars: by the folder that they lie in (train/), or a word of their names
+    (imagenet-train-0001.tar).
 
     Without such a word a tar belongs to the training split.
     """
@@ -158,7 +160,8 @@ def _folder(path: Path, name: str) -> str:
         return folder
     if _split_of(path.stem) is not None:
         raise DataError(
-            f"{path}: {name} lies in no class folder and has no label (.cls, .json or .txt) beside it: expected CLASS/{name}, or a "
+            f"{path}: {name} lies in no class folder and has no label (.cls, .json or .txt) beside it: expected "
+            f"CLASS/{name}, or a "
             "tar for each class."
         )
     return path.stem
@@ -168,17 +171,22 @@ def _label(text: str, name: str, path: Path, key: str | None) -> str:
     """A label beside an image, in words."""
     kind, _, value = text.partition(" ")
     if not kind:
-        raise DataError(f"{path}: {name} has no label beside it, as others have: expected a .cls, .json or .txt of the same name.")
+        raise DataError(
+            f"{path}: {name} has no label beside it, as others have: expected a .cls, .json or .txt of the same name."
+        )
     if kind != ".json":
         return value
     found = json.loads(value)
     found = found.get(key or "label") if isinstance(found, dict) else found
     if not isinstance(found, int | str):
-        raise DataError(f"{path}: the json beside {name} has no label under {key or 'label'!r}: name it with --target-key.")
+        raise DataError(
+            f"{path}: the json beside {name} has no label under {key or 'label'!r}: name it with --target-key."
+        )
     return str(found)
 
 
-# -- the index --------------------------------------------------------------------------------------------------------------------
+# -- the index
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _part(path: Path, offset: int, size: int) -> bytes:
@@ -188,7 +196,8 @@ def _part(path: Path, offset: int, size: int) -> bytes:
 
 
 def _indexed(path: Path) -> _Index:
-    """The index of a tar: from the cache by the tar's place, size and time, else made, which reads a header for every member."""
+    """The index of a tar: from the cache by the tar's place, size and time, else made, which reads a header for every
+    member."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
     place = cache_folder() / "tars" / key
@@ -268,9 +277,14 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 with tarfile.open(fileobj=content, mode="r:") as inner:
                     for one in inner:
                         if one.isreg():
-                            yield f"{PurePosixPath(member.name).stem}/{one.name}", member.offset_data + one.offset_data, one.size
+                            yield (
+                                f"{PurePosixPath(member.name).stem}/{one.name}",
+                                member.offset_data + one.offset_data,
+                                one.size,
+                            )
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path}: cannot be read as a tar ({error}): expected a whole one that is not compressed, as a compressed one cannot "
+            f"{path}: cannot be read as a tar ({error}): expected a whole one that is not compressed, as a compressed "
+            f"one cannot "
             "be read from the middle."
         ) from error

@@ -1,7 +1,7 @@
 """What a student is taught on: the training images in repeated augmentation and mixed, where a recipe asks for it.
 
-Heads, and what else is fitted before the run, see the images as they are: what a teacher shows of a mixed batch has no image of its
-own to be kept under.
+Heads, and what else is fitted before the run, see the images as they are: what a teacher shows of a mixed batch has no
+image of its own to be kept under.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,16 @@ def check_taught(recipe: Recipe) -> None:
     data = recipe.data
     if data.streaming:
         _check_streamed(recipe)
-    names = [name for name in ("mixup", "cutmix") if getattr(data, name)] + (["aug_repeats"] if data.aug_repeats > 1 else [])
+    names = [name for name in ("mixup", "cutmix") if getattr(data, name)] + (
+        ["aug_repeats"] if data.aug_repeats > 1 else []
+    )
     if not names:
         return
     said = ", ".join(f"{name}={getattr(data, name)}" for name in names)
     if recipe.teacher_store is not None:
         raise ValueError(
-            f"{said} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs image by image, once a "
+            f"{said} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs image by "
+            f"image, once a "
             "view. Leave one of both out."
         )
     if recipe.teacher is None and recipe.peer is None:
@@ -39,7 +42,8 @@ def check_taught(recipe: Recipe) -> None:
     term = parse_terms(recipe).get("crd")
     if term is not None and term.weight:
         raise ValueError(
-            f"{said} beside criterion 'crd', which keeps one embedding of each image, as of its class: leave one of both out."
+            f"{said} beside criterion 'crd', which keeps one embedding of each image, as of its class: leave one of "
+            f"both out."
         )
 
 
@@ -47,19 +51,28 @@ def _check_streamed(recipe: Recipe) -> None:
     """A stream's images have no number by which they are known again in the next epoch."""
     if recipe.fit_teacher_head == "probe":
         raise ValueError(
-            "streaming beside fit_teacher_head='probe', which keeps the teacher's embedding of every image: choose 'finetune'."
+            "streaming beside fit_teacher_head='probe', which keeps the teacher's embedding of every image: choose "
+            "'finetune'."
         )
     if recipe.teacher_store is not None:
         raise ValueError(
-            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of both out."
+            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of both "
+            f"out."
         )
     if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
         raise ValueError(
-            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give --heads-protocol "
+            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give "
+            "--heads-protocol "
             "live and a few --heads-epochs, each a pass over the stream."
         )
-    if (recipe.teacher is not None or recipe.peer is not None) and "crd" in (terms := parse_terms(recipe)) and terms["crd"].weight:
-        raise ValueError("streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion.")
+    if (
+        (recipe.teacher is not None or recipe.peer is not None)
+        and "crd" in (terms := parse_terms(recipe))
+        and terms["crd"].weight
+    ):
+        raise ValueError(
+            "streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion."
+        )
 
 
 class Taught:
@@ -86,7 +99,8 @@ class Taught:
         return self.ids[positions] + self.num_samples * repeats
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """The source's batches; with mixing, labels are distributions, also where chance or the recipe spares a batch."""
+        """The source's batches; with mixing, labels are distributions, also where chance or the recipe spares a
+        batch."""
         mixing = bool(self.data.mixup or self.data.cutmix)
         off = self.data.mixup_off_epoch
         for slot, batch in zip(slots, self.source.batches(slots, epoch, device), strict=True):

@@ -1,4 +1,5 @@
-"""A teacher of other classes, fitted to the data's labels before it teaches: a linear probe on its embedding, or fine-tuning."""
+"""A teacher of other classes, fitted to the data's labels before it teaches: a linear probe on its embedding, or
+fine-tuning."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,9 @@ PROBE_LR = 1e-3
 
 def needs_new_head(model: nn.Module, images: Images) -> bool:
     """Whether a model's classifier is not of the data's classes, by their number or by their names."""
-    return getattr(model, "num_classes", 0) != images.num_classes or class_conflict(model, "teacher", images) is not None
+    return (
+        getattr(model, "num_classes", 0) != images.num_classes or class_conflict(model, "teacher", images) is not None
+    )
 
 
 def new_head(model: nn.Module, images: Images) -> None:
@@ -39,7 +42,8 @@ def new_head(model: nn.Module, images: Images) -> None:
     """
     if not hasattr(model, "reset_classifier"):
         raise ValueError(
-            f"fit_teacher_head: {type(model).__name__} is an encoder that timm gives no classifier: use views of it in place of "
+            f"fit_teacher_head: {type(model).__name__} is an encoder that timm gives no classifier: use views of it in "
+            f"place of "
             "logits (--method mas --teacher-classes none), or criteria that read none."
         )
     cast(Any, model).reset_classifier(images.num_classes)
@@ -80,10 +84,12 @@ class _FineTuning(nn.Module):
 def fit_teacher_heads(
     models: Sequence[nn.Module], images: Images, recipe: Recipe, accelerator: Accelerator, *, quiet: bool = False
 ) -> list[Metrics]:
-    """Fit teachers to the labels, in place: found again by a digest of all that makes them, as everything that is fitted first.
+    """Fit teachers to the labels, in place: found again by a digest of all that makes them, as everything that is
+    fitted first.
 
-    "probe" trains the classifier on the embeddings of `heads_views` stored views of each image, with AdamW; "finetune" trains the
-    whole network on the images by the run's rule. Both for `fitting_epochs` passes over the images, at `fitting_lr`.
+    "probe" trains the classifier on the embeddings of `heads_views` stored views of each image, with AdamW; "finetune"
+    trains the whole network on the images by the run's rule. Both for `fitting_epochs` passes over the images, at
+    `fitting_lr`.
 
     Returns:
         The training loss of each.
@@ -110,7 +116,9 @@ def check_probe(tap: FeatureTap, recipe: Recipe) -> None:
         )
 
 
-def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool) -> Metrics:
+def _fit_one(
+    name: str, teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool
+) -> Metrics:
     probe, model = recipe.fit_teacher_head == "probe", teacher.tap.model
     check_probe(teacher.tap, recipe)
     if probe:
@@ -119,7 +127,9 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
         optim = replace(optim, global_batch_size=recipe.heads.heads_batch_size)
     else:
         epochs = recipe.fitting_epochs
-        optim = replace(recipe.optim, epochs=epochs, model_ema=False, warmup_epochs=min(recipe.optim.warmup_epochs, epochs))
+        optim = replace(
+            recipe.optim, epochs=epochs, model_ema=False, warmup_epochs=min(recipe.optim.warmup_epochs, epochs)
+        )
         optim = replace(optim, lr=recipe.fitting_lr or recipe.optim.lr / 10)
     made_of = {
         **shown_by_teacher(teacher, images, recipe, accelerator),
@@ -143,15 +153,23 @@ def _fit_one(name: str, teacher: Teacher, images: Images, recipe: Recipe, accele
         )
         if probe:
             upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
-        trainee: nn.Module = _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
+        trainee: nn.Module = (
+            _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
+        )
         trainee.requires_grad_(True)
         try:
             options: dict[str, Any] = {"seed": recipe.seed, "upkeep": upkeep}
             if probe:
                 views, size = recipe.heads.heads_views, recipe.data.validation_batch_size
-                stored = store_outputs(lambda batch: teacher(batch.images), images.train, views, accelerator, size, quiet)
-                batch_size = max(2, -(-recipe.heads.heads_batch_size // accelerator.num_processes))  # one step of all processes
-                return fit(trainee, stored, optim, accelerator, batch_size=batch_size, teach=stored.features, **options).losses
+                stored = store_outputs(
+                    lambda batch: teacher(batch.images), images.train, views, accelerator, size, quiet
+                )
+                batch_size = max(
+                    2, -(-recipe.heads.heads_batch_size // accelerator.num_processes)
+                )  # one step of all processes
+                return fit(
+                    trainee, stored, optim, accelerator, batch_size=batch_size, teach=stored.features, **options
+                ).losses
             size = recipe.data.batch_size
             return fit(trainee, images.train, optim, accelerator, batch_size=size, **options).losses
         finally:

@@ -1,11 +1,13 @@
-"""The teacher's outputs of a whole run, written once: every later student, host method and seed reads them from mapped files.
+"""The teacher's outputs of a whole run, written once: every later student, host method and seed reads them from mapped
+files.
 
-A store is a folder: `store.json` says whose outputs of which images it holds, and `view-00003-rows-000000000.safetensors` holds
-those of view 3 from sample id 0 on. A view is a function of (view seed, view number, sample id), so a store grows by views and what
-is there stays. Its rows are all images of the training split, a validation cut's among them: another seed cuts off others.
+A store is a folder: `store.json` says whose outputs of which images it holds, and
+`view-00003-rows-000000000.safetensors` holds those of view 3 from sample id 0 on. A view is a function of (view seed,
+view number, sample id), so a store grows by views and what is there stays. Its rows are all images of the training
+split, a validation cut's among them: another seed cuts off others.
 
-A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the digest of
-the identity in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
+A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the
+digest of the identity in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
 """
 
 import errno
@@ -50,7 +52,8 @@ from mgd_timm.tensor_file import checked_header
 
 
 class TeacherStore:
-    """The outputs of one teacher on the views of one data set, in a folder. Making one reads what is there and writes nothing.
+    """The outputs of one teacher on the views of one data set, in a folder. Making one reads what is there and writes
+    nothing.
 
     Args:
         folder: Where it lies; all processes must see the same one. It need not exist.
@@ -89,7 +92,8 @@ class TeacherStore:
         self._open: dict[tuple[int, int], dict[str, Tensor]] = {}
         self._survey(accelerator)
 
-    # -- what is there ----------------------------------------------------------------------------------------------------------
+    # -- what is there
+    # ----------------------------------------------------------------------------------------------------------
 
     def _survey(self, accelerator: Accelerator) -> None:
         """Let the main process look at what is there, for all of them."""
@@ -107,8 +111,10 @@ class TeacherStore:
             changed = differences(found, {**self.identity, "rows_per_shard": found.get("rows_per_shard")})
             if changed:
                 raise StoreError(
-                    f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another --teacher-store "
-                    "for these, or the teacher, the images and their transform, and the precision that it was written with."
+                    f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
+                    f"--teacher-store "
+                    "for these, or the teacher, the images and their transform, and the precision that it was written "
+                    "with."
                 )
             self.identity = found
         self.rows, self.digest = self.identity["rows_per_shard"], digest(self.identity)
@@ -125,7 +131,8 @@ class TeacherStore:
         if lacking > free:
             raise OSError(
                 errno.ENOSPC,
-                f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: choose fewer "
+                f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: "
+                f"choose fewer "
                 "--teacher-views, a --teacher-top-k, or a larger disk",
             )
         return self.rows, self.missing
@@ -154,14 +161,17 @@ class TeacherStore:
         except ValueError as error:
             raise damaged_shard(path, str(error)) from error
         parts = self.layout.parts(self._count(shard))
-        if found != {name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()}:
+        if found != {
+            name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()
+        }:
             raise damaged_shard(path, "its header is not that of such a shard")
         owner, _, recorded = metadata.get(KEY, "").partition(" ")
         if owner != f"{self.digest}:{view}:{shard}":
             raise damaged_shard(path, "its header names another store or another place in it")
         return recorded
 
-    # -- writing ----------------------------------------------------------------------------------------------------------------
+    # -- writing
+    # ----------------------------------------------------------------------------------------------------------------
 
     def fill(
         self,
@@ -171,7 +181,8 @@ class TeacherStore:
         batch_size: int,
         quiet: bool = False,
     ) -> None:
-        """Write the shards that lack, each process its share; says the size first. Where nothing lacks, nothing is written.
+        """Write the shards that lack, each process its share; says the size first. Where nothing lacks, nothing is
+        written.
 
         One run writes at a time: another waits for it, and goes on with what then lacks.
 
@@ -183,7 +194,8 @@ class TeacherStore:
             quiet: No progress bar.
 
         Raises:
-            StoreError: Outputs beyond fp16; a folder that not all processes see; what another run has written is of other outputs.
+            StoreError: Outputs beyond fp16; a folder that not all processes see; what another run has written is of
+                other outputs.
             OSError: The disk is full, or another fault while writing. What is there is whole, and a later call goes on.
         """
         rows = f"{self.views} view{'s' if self.views > 1 else ''} x {self.num_samples:,} images x {self.layout.words()}"
@@ -191,7 +203,9 @@ class TeacherStore:
         accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
         if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
             return
-        lock = Lock(self.folder, f"teacher store {self.folder}", accelerator.print, progress=self._progress, quiet=quiet)
+        lock = Lock(
+            self.folder, f"teacher store {self.folder}", accelerator.print, progress=self._progress, quiet=quiet
+        )
         with held_by_main(lock, accelerator):
             before = len(self.missing)
             self._survey(accelerator)
@@ -202,7 +216,9 @@ class TeacherStore:
         self.missing = []
 
     def _left(self) -> str:
-        return f"{len(self.missing)} of {self.views * self.shards} shards to write" if self.missing else "nothing to write"
+        return (
+            f"{len(self.missing)} of {self.views * self.shards} shards to write" if self.missing else "nothing to write"
+        )
 
     def _progress(self) -> str:
         """How far another run is."""
@@ -223,7 +239,9 @@ class TeacherStore:
         steps = Steps("teacher store")
 
         def write() -> None:
-            with tqdm(total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden) as bar:
+            with tqdm(
+                total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden
+            ) as bar:
                 for view, shard in mine:
                     self._write(view, shard, teach, source, accelerator, batch_size, bar, steps)
 
@@ -266,7 +284,8 @@ class TeacherStore:
         mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}
         checkpoint.write_whole(self.path(view, shard), lambda draft: save_file(room, draft, metadata=mark))
 
-    # -- reading ----------------------------------------------------------------------------------------------------------------
+    # -- reading
+    # ----------------------------------------------------------------------------------------------------------------
 
     def features(self, ids: Int[Tensor, " b"], view: int, device: torch.device) -> Features:
         """What the teacher showed of images in a view: logits and embedding in float32, on the device.
@@ -284,7 +303,8 @@ class TeacherStore:
 
     def _gather(self, ids: Tensor, view: int, pinned: bool) -> dict[str, Tensor]:
         room = {
-            name: torch.empty(shape, dtype=dtype, pin_memory=pinned) for name, (dtype, shape) in self.layout.parts(len(ids)).items()
+            name: torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            for name, (dtype, shape) in self.layout.parts(len(ids)).items()
         }
         shards = ids // self.rows
         touched = shards.unique().tolist() if self.shards > 1 else [0]

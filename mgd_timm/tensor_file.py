@@ -1,4 +1,5 @@
-"""Headers of safetensors files, checked byte for byte: for files that are mapped and whose numbers have digests of their own."""
+"""Headers of safetensors files, checked byte for byte: for files that are mapped and whose numbers have digests of
+their own."""
 
 import json
 from pathlib import Path
@@ -8,7 +9,8 @@ _LONGEST = 2**16  # bytes of a header; a flipped bit in its length may ask for 2
 
 
 def checked_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int]], dict[str, str]]:
-    """Type, shape and bytes of each tensor, and the metadata, of a file as safetensors wrote it and of the length that it names.
+    """Type, shape and bytes of each tensor, and the metadata, of a file as safetensors wrote it and of the length that
+    it names.
 
     Raises:
         PermissionError: This user may not read it.
@@ -23,7 +25,8 @@ def checked_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int]], d
         same = text.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
         metadata = header.pop("__metadata__", {})
         parts = {
-            name: (part["dtype"], part["shape"], part["data_offsets"][1] - part["data_offsets"][0]) for name, part in header.items()
+            name: (part["dtype"], part["shape"], part["data_offsets"][1] - part["data_offsets"][0])
+            for name, part in header.items()
         }
         whole = 8 + length + sum(span for *_, span in parts.values())
         size = path.stat().st_size

@@ -34,10 +34,11 @@ class Term:
 
 
 def parse_terms(recipe: Recipe) -> dict[str, Term]:
-    """Terms by name (task, kd, and the host methods), from the recipe's words and the presets of the MGD authors' scripts.
+    """Terms by name (task, kd, and the host methods), from the recipe's words and the presets of the MGD authors'
+    scripts.
 
-    The only host KD: 0.2 task, 0.8 kd. Another host X: 1 task, X's weight, and kd 1 under mag and mas, none else. Two students that
-    teach each other (peer): no kd that is not asked for.
+    The only host KD: 0.2 task, 0.8 kd. Another host X: 1 task, X's weight, and kd 1 under mag and mas, none else. Two
+    students that teach each other (peer): no kd that is not asked for.
 
     Raises:
         ValueError: An unknown criterion or option, a weight that is no number, or two different weights of one term.
@@ -77,10 +78,14 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
         ("smoothing", recipe.smoothing, 0.0, terms["task"]),
     ):
         if value != default and not term.weight:
-            raise ValueError(f"{flag}={value} does nothing: {term.criterion} has weight 0. Give it one, or leave {flag} out.")
+            raise ValueError(
+                f"{flag}={value} does nothing: {term.criterion} has weight 0. Give it one, or leave {flag} out."
+            )
     for name in options:
         if name not in given and name not in ("ce", "kd"):
-            raise ValueError(f"criterion options of {name}, which the criterion {list(recipe.criterion)} does not name.")
+            raise ValueError(
+                f"criterion options of {name}, which the criterion {list(recipe.criterion)} does not name."
+            )
         if not terms["task" if name == "ce" else name].weight:
             raise ValueError(f"criterion options of {name}, whose weight is 0: give it one, or leave them out.")
     kinds = [CRITERIA[term.criterion] for term in terms.values() if term.weight]
@@ -89,7 +94,8 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
         raise ValueError(f"every weight is 0: {', '.join(terms)}{codes}. Give task_weight or a criterion one.")
     if recipe.standardise_logits and not any("logits" in kind.needs for kind in kinds):
         raise ValueError(
-            f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight (kd_weight=1)."
+            f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight "
+            f"(kd_weight=1)."
         )
     return terms
 
@@ -102,20 +108,25 @@ def criterion_names(recipe: Recipe) -> list[str]:
 
 
 def _check_term(term: Term, recipe: Recipe, *, plain: bool) -> None:
-    """Raise ValueError for a criterion that goes with a peer alone or with a teacher alone, or whose weight would do nothing."""
+    """Raise ValueError for a criterion that goes with a peer alone or with a teacher alone, or whose weight would do
+    nothing."""
     kind, name = CRITERIA[term.criterion], term.criterion
     if not term.weight:
         return
     if kind.peers and recipe.peer is None:
         raise ValueError(
-            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen teacher its "
+            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen "
+            f"teacher its "
             "divergence is --criterion kd --kd-temperature 1."
         )
     if kind.fits is not None and recipe.peer is not None:
-        raise ValueError(f"{name} is fitted on a trained teacher before the run, and a peer is not trained yet: leave {name} out.")
+        raise ValueError(
+            f"{name} is fitted on a trained teacher before the run, and a peer is not trained yet: leave {name} out."
+        )
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
-            f"{name} fits the student before the run, by its loss alone: a weight or warm-up would change nothing. Give {name} "
+            f"{name} fits the student before the run, by its loss alone: a weight or warm-up would change nothing. "
+            f"Give {name} "
             "plain (its rate: --fitting-lr), or leave it out."
         )
 
@@ -155,7 +166,11 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
             raise unknown("criterion", name, CRITERIA)
         known = hyper_parameters(CRITERIA[name])
         if option not in known:
-            raise unknown(f"option of {name}", option, known) if known else ValueError(f"criterion {name!r} has no options.")
+            raise (
+                unknown(f"option of {name}", option, known)
+                if known
+                else ValueError(f"criterion {name!r} has no options.")
+            )
         if option in found.setdefault(name, {}):
             raise ValueError(f"two values of {place}: give one.")
         found[name][option] = typed(place, _value(text, known[option].annotation), known[option].annotation)
@@ -166,7 +181,8 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         kept = found.setdefault(name, {}) if value != default else {}
         if value != default and kept.setdefault(option, value) != value:
             raise ValueError(
-                f"two values of {name}.{option}: {kept[option]} in criterion_options and {value} as an option of its own."
+                f"two values of {name}.{option}: {kept[option]} in criterion_options and {value} as an option of its "
+                f"own."
             )
     return found
 
@@ -194,19 +210,26 @@ def hyper_parameters(kind: type[Criterion]) -> dict[str, inspect.Parameter]:
 
 
 def needs(recipe: Recipe, part: Need, *, student: bool = False) -> bool:
-    """Whether a term with a weight reads that part of the teacher's features, or of the student's; none does in training alone."""
+    """Whether a term with a weight reads that part of the teacher's features, or of the student's; none does in
+    training alone."""
     if recipe.teacher is None and recipe.peer is None:
         return False
     kinds = [CRITERIA[term.criterion] for term in parse_terms(recipe).values() if term.weight]
     both = student or recipe.peer is not None
-    return any(part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds if kind.fits != "student")
+    return any(
+        part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds if kind.fits != "student"
+    )
 
 
 def fitted_first(recipe: Recipe, what: Literal["teacher", "student"]) -> dict[str, Term]:
     """The terms whose criterion fits something of the teacher, or the student, before the run."""
     if recipe.teacher is None:
         return {}
-    return {name: term for name, term in parse_terms(recipe).items() if term.weight and CRITERIA[term.criterion].fits == what}
+    return {
+        name: term
+        for name, term in parse_terms(recipe).items()
+        if term.weight and CRITERIA[term.criterion].fits == what
+    }
 
 
 def build_objective(recipe: Recipe, pair: Pair, *, task: bool = True) -> Objective | MAG:

@@ -135,7 +135,8 @@ class Keeper:
         for name, tensor in tensors["trainee"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
-                    f"{self.upkeep.stage}: {name} is not finite after update {progress.done} (epoch {progress.epoch + 1}), which "
+                    f"{self.upkeep.stage}: {name} is not finite after update {progress.done} (epoch "
+                    f"{progress.epoch + 1}), which "
                     f"is not saved. {self.upkeep.advice}"
                 )
         scaler = getattr(self.accelerator, "scaler", None)
@@ -174,12 +175,14 @@ class Keeper:
         return progress
 
     def _check_same(self, state: checkpoint.State | None) -> None:
-        """All processes go on from one update: with different weights each, gradients would be averaged all the same."""
+        """All processes go on from one update: with different weights each, gradients would be averaged all the
+        same."""
         found = gather_object(["none" if state is None else f"update {state.values['done']}"])
         if len(set(found)) > 1:
             said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
             raise checkpoint.CheckpointError(
-                f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to see one "
+                f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to "
+                f"see one "
                 "--output folder."
             )
 

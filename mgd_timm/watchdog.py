@@ -1,16 +1,18 @@
-"""A process that dies or hangs ends the others within a minute and by name; else they wait for it until a collective times out.
+"""A process that dies or hangs ends the others within a minute and by name; else they wait for it until a collective
+times out.
 
-Every process has a thread that gives a sign of life over a connection of its own: all to the first process, and the first to all.
-The main thread may meanwhile decode for an hour or wait in a collective: a process that is only slow is never ended. One that was
-killed closes its connection; one that is stopped, or on a machine that is gone, falls silent. Clocks are not compared, and the time
-in which the watching process stood still itself (Ctrl-Z) does not count.
+Every process has a thread that gives a sign of life over a connection of its own: all to the first process, and the
+first to all. The main thread may meanwhile decode for an hour or wait in a collective: a process that is only slow is
+never ended. One that was killed closes its connection; one that is stopped, or on a machine that is gone, falls silent.
+Clocks are not compared, and the time in which the watching process stood still itself (Ctrl-Z) does not count.
 
-One whose main thread hangs while the process lives (a read that never returns, a deadlock, a reader of images that is stuck) is
-found by what `headway` says with the signs of life: in a loop of training, of evaluation or of the teacher's outputs, from its
-fourth step on, the others wait in a collective that it has not come to, and for the limit, or ten of its longest steps, it has
-neither computed nor read. That much is on Linux. What is not found, and left to the collective's time-out: a process that computes
-for ever, or waits for a device that does; one that hangs outside of such a loop; a deadlock of all, of whom none is behind. What
-cannot be told from a hang is storage that answers again only after the limit: give a longer one. A stream from the hub has it.
+One whose main thread hangs while the process lives (a read that never returns, a deadlock, a reader of images that is
+stuck) is found by what `headway` says with the signs of life: in a loop of training, of evaluation or of the teacher's
+outputs, from its fourth step on, the others wait in a collective that it has not come to, and for the limit, or ten of
+its longest steps, it has neither computed nor read. That much is on Linux. What is not found, and left to the
+collective's time-out: a process that computes for ever, or waits for a device that does; one that hangs outside of such
+a loop; a deadlock of all, of whom none is behind. What cannot be told from a hang is storage that answers again only
+after the limit: give a longer one. A stream from the hub has it.
 """
 
 import atexit
@@ -42,9 +44,11 @@ The environment variable MGD_TIMM_SILENCE sets others; 0 watches none (for a deb
 A library that holds the interpreter's lock for as long would look hung: raise it then.
 """
 GRACE = 5.0
-"""Seconds that the main thread has for ending by itself (a checkpoint under way, an error of its own) once a process is lost."""
+"""Seconds that the main thread has for ending by itself (a checkpoint under way, an error of its own) once a process is
+lost."""
 CODE = 75
-"""Exit code of a process that another one's end has ended: sysexits.h's temporary failure, worth another start with --resume."""
+"""Exit code of a process that another one's end has ended: sysexits.h's temporary failure, worth another start with
+--resume."""
 _CONNECT = 10.0  # seconds for all processes to reach the first
 
 
@@ -91,7 +95,8 @@ class Watchdog:
         host, pid, *_ = self.processes[rank]
         return f"rank {rank} ({host}, pid {pid})"
 
-    # -- of the main thread -----------------------------------------------------------------------------------------------------
+    # -- of the main thread
+    # -----------------------------------------------------------------------------------------------------
 
     def stop(self, failure: str | None = None) -> None:
         """Part from the others: this process ends, or has failed, which ends them too."""
@@ -111,7 +116,8 @@ class Watchdog:
         if self.lost.wait(GRACE):
             self._end()
 
-    # -- of the thread ----------------------------------------------------------------------------------------------------------
+    # -- of the thread
+    # ----------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -133,12 +139,16 @@ class Watchdog:
                     elif peer in ready:
                         peer.silent = 0.0
                     elif peer.silent >= self.limit:
-                        self._lose(peer.rank, f"has given no sign of life for {self.limit:g} s: it hangs, or its machine is gone")
+                        self._lose(
+                            peer.rank,
+                            f"has given no sign of life for {self.limit:g} s: it hangs, or its machine is gone",
+                        )
                         self._kill_sibling(peer.rank)
                 if now - beaten >= self.interval:
                     self._beat(min(now - beaten, 2 * self.interval))
                     beaten = now
-        # One that hangs has nothing to end: it goes before the others, who would have to kill it, but once they have read why.
+        # One that hangs has nothing to end: it goes before the others, who would have to kill it, but once they have
+        # read why.
         if self.lost.is_set() and not self.stopping.wait(GRACE / 5 if self.hung == self.rank else GRACE):
             if self.hung is not None and self.hung != self.rank:
                 self._kill_sibling(self.hung)
@@ -153,7 +163,8 @@ class Watchdog:
             self._judge(0, place, passed)
 
     def _judge(self, rank: int, place: Place, passed: float) -> None:
-        """In the first process: note where a process is, and end them all if those that are last have hung for too long.
+        """In the first process: note where a process is, and end them all if those that are last have hung for too
+        long.
 
         All of the last: one of them might wait for another one, such as for its lock on a file, which is only slow.
         """
@@ -187,7 +198,9 @@ class Watchdog:
             if word == "left":
                 return False
             if word == "failed":
-                self._lose(peer.rank, f"failed: {rest[0]}", quietly=True)  # it has said so itself, and the same may come here
+                self._lose(
+                    peer.rank, f"failed: {rest[0]}", quietly=True
+                )  # it has said so itself, and the same may come here
                 return False
             self._lose(*rest)
         if not said:
@@ -197,7 +210,10 @@ class Watchdog:
     def _lose(self, rank: int, why: str, quietly: bool = False, hung: bool = False) -> None:
         if self.lost.is_set():
             return
-        self.verdict = f"{self.name(rank)} {why.rstrip('.')}. All processes end; whole checkpoints stay: start again with --resume."
+        self.verdict = (
+            f"{self.name(rank)} {why.rstrip('.')}. All processes end; whole checkpoints stay: start "
+            f"again with --resume."
+        )
         if self.rank == 0:  # the first process tells the others
             self._send(["lost", rank, why, quietly, hung])
         if hung:
@@ -274,7 +290,8 @@ def start(accelerator: Accelerator) -> None:
         missing = set(range(1, accelerator.num_processes)) - set(links) if limit else set()
         for rank in sorted(missing):
             accelerator.print(
-                f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the network between "
+                f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the "
+                f"network between "
                 "the machines, or silence this with MGD_TIMM_SILENCE=0."
             )
     _started = True

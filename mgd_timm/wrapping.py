@@ -37,10 +37,13 @@ class Wrapper(nn.Module):
         ]
 
     def forward(self, batch: Batch, teacher: AnyFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again for."""
+        """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again
+        for."""
         trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
-        return found[0], found[1].detach()  # to be counted: DDP would take a classifier that no loss reads for one that learns
+        return found[0], found[
+            1
+        ].detach()  # to be counted: DDP would take a classifier that no loss reads for one that learns
 
 
 def reads_logits(trainee: nn.Module) -> bool:
@@ -51,6 +54,7 @@ def reads_logits(trainee: nn.Module) -> bool:
 
 
 def compile_mode(accelerator: Accelerator) -> str:
-    """torch.compile's mode: CUDA graphs on one GPU, unless gradients accumulate, which would outlive the graph that made them."""
+    """torch.compile's mode: CUDA graphs on one GPU, unless gradients accumulate, which would outlive the graph that
+    made them."""
     alone = accelerator.num_processes == 1 and accelerator.gradient_accumulation_steps == 1
     return "reduce-overhead" if accelerator.device.type == "cuda" and alone else "default"

@@ -1,13 +1,14 @@
-"""The paper's CIFAR protocol, whole: teacher, granularity heads, student; each stage reused where its recipe and data are the same.
+"""The paper's CIFAR protocol, whole: teacher, granularity heads, student; each stage reused where its recipe and data
+are the same.
 
     accelerate launch recipes/cifar.py --pair resnet32x4-resnet8x4
     accelerate launch recipes/cifar.py --pair wrn_40_2-wrn_16_2 --method mag --criterion at --data-dir cifar100
     accelerate launch recipes/cifar.py --pair vgg13-vgg8 --epochs 30 --amp --compile
 
-The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: a schedule of an eighth, its milestones too. Every flag of
-`mgd-timm distill` but --peer and --resume is here as well and replaces the protocol's value for the student; --amp, --compile and
---channels-last hold for the teacher too. A flag that is left out has the protocol's value. A stopped run goes on when the same
-command is given again.
+The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: a schedule of an eighth, its milestones too. Every flag
+of `mgd-timm distill` but --peer and --resume is here as well and replaces the protocol's value for the student; --amp,
+--compile and --channels-last hold for the teacher too. A flag that is left out has the protocol's value. A stopped run
+goes on when the same command is given again.
 """
 
 import json
@@ -27,11 +28,21 @@ from mgd_timm.recipe import Recipe, make_recipe
 from mgd_timm.terms import build_criterion, criterion_names, parse_terms
 
 _WITHOUT = {
-    "peer": "these are the paper's pairs of teacher and student; two students that teach each other: mgd-timm distill --peer",
+    "peer": "these are the paper's pairs of teacher and student; two students that teach each other: mgd-timm distill "
+    "--peer",
     "resume": "the same command continues a stopped run, without it",
 }
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
-_OF_BOTH = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split", "val_split")
+_OF_BOTH = (
+    "dataset",
+    "data_dir",
+    "dataset_config",
+    "input_key",
+    "target_key",
+    "train_split",
+    "eval_split",
+    "val_split",
+)
 _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size")
 
 
@@ -40,15 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT)
     group = parser.add_argument_group("protocol")
-    group.add_argument("--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}")
-    group.add_argument("--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs")
-    group.add_argument("--teacher-seed", type=int, default=0, help="of the teacher's training; with --val-split: the student's")
+    group.add_argument(
+        "--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}"
+    )
+    group.add_argument(
+        "--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs"
+    )
+    group.add_argument(
+        "--teacher-seed", type=int, default=0, help="of the teacher's training; with --val-split: the student's"
+    )
     given = given_options(parser, words)
     return guarded("recipes/cifar.py", lambda: print_result(*distil(given)))
 
 
 def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
-    """Carry out the stages; gives the pair's name and the folders of the student and of the teacher that was trained for it."""
+    """Carry out the stages; gives the pair's name and the folders of the student and of the teacher that was trained
+    for it."""
     name = given.get("pair", "resnet32x4-resnet8x4")
     network, student = cifar.pair(name)
     student = given.get("student", student)
@@ -60,7 +78,9 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
     own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output")}
-    _check_criteria(make_recipe(**{**cifar.distillation_options(), **own, "epochs": epochs, "student": student}), network, images)
+    _check_criteria(
+        make_recipe(**{**cifar.distillation_options(), **own, "epochs": epochs, "student": student}), network, images
+    )
     if teacher is None:
         options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
@@ -91,12 +111,20 @@ def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
 def print_result(name: str, student: Path, teacher: Path | None) -> None:
     """Say what the student reached, in the main process."""
     summary = json.loads((student / "summary.json").read_text())
-    above = json.loads((teacher / "summary.json").read_text())["top1"] if teacher is not None else summary.get("teacher_top1")
+    above = (
+        json.loads((teacher / "summary.json").read_text())["top1"]
+        if teacher is not None
+        else summary.get("teacher_top1")
+    )
     tops = ", ".join(
-        "without logits" if top1 is None else f"{top1:.2f} %" for top1 in (above if isinstance(above, list) else [above])
+        "without logits" if top1 is None else f"{top1:.2f} %"
+        for top1 in (above if isinstance(above, list) else [above])
     )
     say = join().print
-    say(f"\n{name}: teacher {tops}, student {summary['top1']:.2f} % after the last epoch, best {summary['best_top1']:.2f} %")
+    say(
+        f"\n{name}: teacher {tops}, student {summary['top1']:.2f} % after the last epoch, best "
+        f"{summary['best_top1']:.2f} %"
+    )
     say(f"student: {student / 'export'}")
 
 

@@ -2,9 +2,10 @@
 
     python recipes/embedded_data.py FOLDER [--full OUT]
 
-FOLDER holds the four official files (Debian: package dataset-fashion-mnist, usr/share/datasets/fashion-mnist). The first images of
-each class in the official order are taken. PNG without compression inside parquet with zstd is a fifth smaller than compressed PNG.
-`--full OUT` writes all 60,000 and 10,000 images as well, which the embedded teacher is trained on.
+FOLDER holds the four official files (Debian: package dataset-fashion-mnist, usr/share/datasets/fashion-mnist). The
+first images of each class in the official order are taken. PNG without compression inside parquet with zstd is a fifth
+smaller than compressed PNG. `--full OUT` writes all 60,000 and 10,000 images as well, which the embedded teacher is
+trained on.
 """
 
 import argparse
@@ -48,7 +49,9 @@ def write(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "mgd_timm" / "embedded" / "fashion_mnist")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "mgd_timm" / "embedded" / "fashion_mnist"
+    )
     parser.add_argument("--full", type=Path)
     args = parser.parse_args()
     for split, (stem, per_class) in SPLITS.items():

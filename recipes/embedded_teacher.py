@@ -1,4 +1,5 @@
-"""Put a trained teacher into the package, with its accuracy on the embedded test images: the last step of embedded_teacher.yaml.
+"""Put a trained teacher into the package, with its accuracy on the embedded test images: the last step of
+embedded_teacher.yaml.
 
 python recipes/embedded_teacher.py runs/embedded_teacher
 """

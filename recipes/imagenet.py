@@ -1,18 +1,20 @@
 """ImageNet, and data sets of its kind: published pairs of teacher and student with their published schedules.
 
     accelerate launch recipes/imagenet.py --data-dir /data/imagenet
-    accelerate launch recipes/imagenet.py --pair resnet50-mobilenet --method none --criterion kd --data-dir /data/imagenet
-    accelerate launch recipes/imagenet.py --student resnet18 --teacher resnet34.a1_in1k --data-dir DIR --epochs 30 --amp
-    python recipes/imagenet.py --list
+    accelerate launch recipes/imagenet.py --pair resnet50-mobilenet --method none --criterion kd --data-dir
+    /data/imagenet accelerate launch recipes/imagenet.py --student resnet18 --teacher resnet34.a1_in1k --data-dir DIR
+    --epochs 30 --amp python recipes/imagenet.py --list
 
-Every flag of `mgd-timm distill` is here as well and replaces the pair's value; a flag that is left out has the pair's, or its
-default. A pair is networks, schedule and augmentation; the method is the package's default, mas with kd, where the pair names none.
+Every flag of `mgd-timm distill` is here as well and replaces the pair's value; a flag that is left out has the pair's,
+or its default. A pair is networks, schedule and augmentation; the method is the package's default, mas with kd, where
+the pair names none.
 
 Stochastic depth is of the pair's own student: to another one give --drop-path.
 
-The batch of an update is the pair's whatever the number of processes. With another (--global-batch-size, or --batch-size and
---grad-accum-steps), the learning rate follows it in proportion, unless --lr is given. With --epochs alone a schedule keeps its
-shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of it.
+The batch of an update is the pair's whatever the number of processes. With another (--global-batch-size, or
+--batch-size and --grad-accum-steps), the learning rate follows it in proportion, unless --lr is given. With --epochs
+alone a schedule keeps its shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of
+it.
 """
 
 import dataclasses
@@ -69,7 +71,8 @@ PAIRS = {
         "resnet18",
         256,
         SGD,
-        "the pair of most papers since AT (Zagoruyko, Komodakis, arXiv 1612.03928), with the schedule of PyTorch's ImageNet "
+        "the pair of most papers since AT (Zagoruyko, Komodakis, arXiv 1612.03928), with the schedule of PyTorch's "
+        "ImageNet "
         "example, the rate a tenth from epochs 30, 60 and 90 on",
         "nothing known; some of the papers' codes add colour jitter (--color-jitter 0.4).",
     ),
@@ -107,9 +110,12 @@ PAIRS = {
             "aug_repeats": 3,
         },
         "DeiT (Touvron et al., arXiv 2012.12877), its training of 300 epochs",
-        "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of the loss, "
-        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft variant is "
-        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average (--model-ema), as in the "
+        "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of "
+        "the loss, "
+        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft "
+        "variant is "
+        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average (--model-ema), as in "
+        "the "
         "paper's table. Repeated augmentations of an image lie in one update, not on different GPUs.",
     ),
     "patient": Pair(
@@ -135,10 +141,14 @@ PAIRS = {
             "crop_pct": 0.875,
             "mixup": 1.0,
         },
-        "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform coefficient, "
-        "no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle ground (--epochs)",
-        "their weight decay of 0.0003 does not go with the learning rate, as AdamW's does: 0.01 x 0.03 is the same. They warm up "
-        "over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of another optimizer "
+        "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform "
+        "coefficient, "
+        "no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle ground "
+        "(--epochs)",
+        "their weight decay of 0.0003 does not go with the learning rate, as AdamW's does: 0.01 x 0.03 is the same. "
+        "They warm up "
+        "over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of another "
+        "optimizer "
         "(Shampoo) and of 9600 epochs.",
     ),
 }
@@ -153,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     parser = run_parser("recipes/imagenet.py", distill=True)
     group = parser.add_argument_group("published pairs")
-    group.add_argument("--pair", type=str, default=DEFAULT, help=f"networks, schedule and augmentation of: {', '.join(PAIRS)}")
+    group.add_argument(
+        "--pair", type=str, default=DEFAULT, help=f"networks, schedule and augmentation of: {', '.join(PAIRS)}"
+    )
     group.add_argument("--list", action="store_true", help="print the pairs, where they are from and what differs")
     given = given_options(parser, words)
     return guarded("recipes/imagenet.py", lambda: distil(given))
@@ -164,14 +176,16 @@ def distil(given: dict[str, Any]) -> None:
     accelerator = join()
     options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
-        f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs of "
+        f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs "
+        f"of "
         f"{options['opt']}, lr {options['lr']:.4g} ({options['sched']})"
     )
     run(make_recipe(**options))
 
 
 def with_batch_of_run(given: dict[str, Any]) -> dict[str, Any]:
-    """What the user gave, and the global batch of the run that it continues, on whatever number of processes it was started."""
+    """What the user gave, and the global batch of the run that it continues, on whatever number of processes it was
+    started."""
     folder = Path(given.get("output", Recipe.output))
     if not given.get("resume") or not (folder / "recipe.yaml").is_file():
         return given

@@ -2,14 +2,16 @@
 
     accelerate launch recipes/transfer.py --student RUN_OR_EXPORT_FOLDER --data-dir FOLDER [--preset tiny-imagenet]
 
-How good the classifier gets says how general the student's embedding is. The protocol is that of CRD and of the paper's code:
-images of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and ShuffleNet) times 0.1 at
-epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the learning rate, no flips.
+How good the classifier gets says how general the student's embedding is. The protocol is that of CRD and of the paper's
+code: images of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and
+ShuffleNet) times 0.1 at epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the
+learning rate, no flips.
 
 Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), its part on transfer.
-Differs: their BatchNorm goes on in training mode, so that its statistics follow the new images; here it is in eval mode, a true
-linear probe, unless --adapt-batchnorm is given. They normalise by the new images' mean and std, here by the student's own, which
-its backbone was trained with. They report the best epoch on the test images; here that is best_top1, and top1 the last epoch's.
+Differs: their BatchNorm goes on in training mode, so that its statistics follow the new images; here it is in eval
+mode, a true linear probe, unless --adapt-batchnorm is given. They normalise by the new images' mean and std, here by
+the student's own, which its backbone was trained with. They report the best epoch on the test images; here that is
+best_top1, and top1 the last epoch's.
 """
 
 import argparse
@@ -98,16 +100,22 @@ def transfer(args: argparse.Namespace) -> None:
 def main() -> int:
     """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", required=True, help="run folder, exported folder, hf-hub:ID, or timm name with weights")
+    parser.add_argument(
+        "--student", required=True, help="run folder, exported folder, hf-hub:ID, or timm name with weights"
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--data-dir", help="folder of parquet files, or of images in class folders")
     place.add_argument("--dataset", help="hub id, or 'embedded'")
     parser.add_argument("--preset", choices=PRESETS, default="stl10", help="default: stl10, for any small images")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}; the milestones move in proportion")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}; the milestones move in proportion"
+    )
     parser.add_argument("--lr", type=float, help="default: the preset's and the student's")
     parser.add_argument("--batch-size", type=int, help="images per process and step; default: the preset's")
     parser.add_argument("--img-size", type=int, help=f"default: {PIXELS}, or what the student is fixed to")
-    parser.add_argument("--adapt-batchnorm", action="store_true", help="let BatchNorm's statistics follow the new images")
+    parser.add_argument(
+        "--adapt-batchnorm", action="store_true", help="let BatchNorm's statistics follow the new images"
+    )
     parser.add_argument("--input-key", help="image column")
     parser.add_argument("--target-key", help="label column")
     parser.add_argument("--train-split")
@@ -116,7 +124,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint-interval", type=int, default=0, help="updates between checkpoints; 0: at each epoch's end")
+    parser.add_argument(
+        "--checkpoint-interval", type=int, default=0, help="updates between checkpoints; 0: at each epoch's end"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     args = parser.parse_args()

@@ -38,7 +38,12 @@ def features(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float64, grad
 def parts(shown: Features) -> dict[str, Tensor]:
     """Every tensor that a network shows, maps one by one: logits, embedding, maps 0, maps 1, ..., cams."""
     maps = {f"maps {i}": m for i, m in enumerate(shown.maps)}
-    return {"logits": shown.logits, "embedding": shown.embedding, **maps, **({} if shown.cam is None else {"cams": shown.cam})}
+    return {
+        "logits": shown.logits,
+        "embedding": shown.embedding,
+        **maps,
+        **({} if shown.cam is None else {"cams": shown.cam}),
+    }
 
 
 def of_parts(tensors: dict[str, Tensor]) -> Features:
@@ -85,7 +90,8 @@ def loop_pool(image: list[list[float]], size: int) -> list[list[float]]:
     step = len(image) // size
     cells = range(step)
     return [
-        [sum(image[i * step + u][j * step + v] for u in cells for v in cells) / step**2 for j in range(size)] for i in range(size)
+        [sum(image[i * step + u][j * step + v] for u in cells for v in cells) / step**2 for j in range(size)]
+        for i in range(size)
     ]
 
 
@@ -99,11 +105,12 @@ class Case:
 
     Args:
         reference: Its value by plain Python loops in float64, from the paper, with none of the package's code.
-        zero: Given the criterion of `pair` with the student's shapes on both sides, and a student's features: a student and a
-            teacher between which it is 0; None where the maths has no zero.
+        zero: Given the criterion of `pair` with the student's shapes on both sides, and a student's features: a student
+            and a teacher between which it is 0; None where the maths has no zero.
         pair: Shapes it is tested on.
         ordered: Its value depends on the order of the batch, which the paper says.
-        draws: It draws random numbers, or moves its buffers, in a forward pass: the same seed and state give the same value.
+        draws: It draws random numbers, or moves its buffers, in a forward pass: the same seed and state give the same
+            value.
         negative: It can be below 0.
         rate: Learning rate at which 20 steps of SGD on the features lower it.
     """

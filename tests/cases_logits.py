@@ -13,7 +13,9 @@ def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
     return [math.exp(v) for v in log_softmax([v / temperature for v in row])]
 
 
-def loop_dkd(student: Tensor, teacher: Tensor, targets: list[int], alpha: float, beta: float, temperature: float) -> float:
+def loop_dkd(
+    student: Tensor, teacher: Tensor, targets: list[int], alpha: float, beta: float, temperature: float
+) -> float:
     """From probabilities, as the paper has it."""
     total = 0.0
     for s, t, y in zip(student.tolist(), teacher.tolist(), targets, strict=True):
@@ -43,7 +45,10 @@ def loop_dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tempe
 def loop_linear(layer: nn.Linear, rows: list[list[float]]) -> list[list[float]]:
     bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
     return [
-        [sum(w * x for w, x in zip(weight, row, strict=True)) + b for weight, b in zip(layer.weight.tolist(), bias, strict=True)]
+        [
+            sum(w * x for w, x in zip(weight, row, strict=True)) + b
+            for weight, b in zip(layer.weight.tolist(), bias, strict=True)
+        ]
         for row in rows
     ]
 
@@ -91,7 +96,9 @@ def loop_convolution(layer: nn.Conv2d, maps: Maps) -> Maps:
         )
 
     side = range(out_side)
-    return [[[[value(sample, c, i, j) for j in side] for i in side] for c in range(layer.out_channels)] for sample in maps]
+    return [
+        [[[value(sample, c, i, j) for j in side] for i in side] for c in range(layer.out_channels)] for sample in maps
+    ]
 
 
 def loop_batchnorm_relu(maps: Maps) -> Maps:
@@ -116,7 +123,9 @@ def loop_branch(branch: nn.Sequential, maps: Tensor) -> list[list[float]]:
     return loop_linear(branch[-1], means)
 
 
-def loop_enhanced(student: list[list[float]], teacher: Tensor, targets: list[int], eps: float, temperature: float = 1.0) -> float:
+def loop_enhanced(
+    student: list[list[float]], teacher: Tensor, targets: list[int], eps: float, temperature: float = 1.0
+) -> float:
     total = 0.0
     for s, t, y in zip(student, teacher.tolist(), targets, strict=True):
         log_s, p_t = log_softmax([v / temperature for v in s]), softmax(t, temperature)
@@ -126,7 +135,9 @@ def loop_enhanced(student: list[list[float]], teacher: Tensor, targets: list[int
 
 def loop_ofa(criterion: OFA, student: Features, teacher: Features, batch: Batch) -> float:
     logits = [loop_branch(branch, maps) for branch, maps in zip(criterion.branches, student.maps, strict=True)]
-    return sum(loop_enhanced(one, teacher.logits, batch.labels.tolist(), 1.0) for one in (*logits, student.logits.tolist()))
+    return sum(
+        loop_enhanced(one, teacher.logits, batch.labels.tolist(), 1.0) for one in (*logits, student.logits.tolist())
+    )
 
 
 def loop_catkd(student: Tensor, teacher: Tensor, side: int, normalise: bool = False) -> float:

@@ -36,7 +36,10 @@ def loop_conv(maps: Map, conv: nn.Conv2d) -> Map:
         return total
 
     return [
-        [[[at(sample, kernels, i, j) + shift for j in places] for i in places] for kernels, shift in zip(weight, bias, strict=True)]
+        [
+            [[at(sample, kernels, i, j) + shift for j in places] for i in places]
+            for kernels, shift in zip(weight, bias, strict=True)
+        ]
         for sample in maps
     ]
 
@@ -173,7 +176,8 @@ def loop_flow(lower: Map, upper: Map) -> list[list[list[float]]]:
     side = min(side_of(lower), side_of(upper))
     pairs = zip(shrunk(lower, side), shrunk(upper, side), strict=True)
     return [
-        [[sum(p * q for p, q in zip(flat(a), flat(b), strict=True)) / side**2 for a in one] for b in other] for one, other in pairs
+        [[sum(p * q for p, q in zip(flat(a), flat(b), strict=True)) / side**2 for a in one] for b in other]
+        for one, other in pairs
     ]
 
 
@@ -185,7 +189,9 @@ def loop_fsp(criterion: FSP, student: Features, teacher: Features) -> float:
 
 def loop_afds(criterion: AFDS, student: Features, teacher: Features) -> float:
     total = 0.0
-    for adapter, attention, x, y in zip(criterion.adapters, criterion.attentions, lists(student), lists(teacher), strict=True):
+    for adapter, attention, x, y in zip(
+        criterion.adapters, criterion.attentions, lists(student), lists(teacher), strict=True
+    ):
         ours = shrunk(loop_layers(x, adapter), side_of(y))
         hidden = each(loop_conv(shrunk(y, 1), attention[1]), lambda v: max(v, 0.0))
         scores = each(loop_conv(hidden, attention[3]), lambda v: 1 / (1 + math.exp(-v)))
@@ -223,7 +229,9 @@ def loop_afd(criterion: AFD, student: Features, teacher: Features) -> float:
             for s in range(len(ours)):
                 key = mixed[b * len(ours) + s][t * dim : (t + 1) * dim]
                 score = sum(p * q for p, q in zip(key, queries[t][b], strict=True))
-                scores.append((score + sum(p * q for p, q in zip(places[0][t], places[1][s], strict=True))) / math.sqrt(dim))
+                scores.append(
+                    (score + sum(p * q for p, q in zip(places[0][t], places[1][s], strict=True))) / math.sqrt(dim)
+                )
             norm = sum(math.exp(score) for score in scores)
             target = unit(flat(loop_energy(m[b])))
             for s, score in enumerate(scores):
@@ -264,7 +272,10 @@ def loop_reviewed(criterion: ReviewKD, student: Features, sides: list[int]) -> l
             gates = each(loop_conv(joined, fusion.attention), lambda v: 1 / (1 + math.exp(-v)))
             places = range(side_of(fused))
             fused = [
-                [[[p[i][j] * own[i][j] + q[i][j] * below[i][j] for j in places] for i in places] for p, q in zip(x, y, strict=True)]
+                [
+                    [[p[i][j] * own[i][j] + q[i][j] * below[i][j] for j in places] for i in places]
+                    for p, q in zip(x, y, strict=True)
+                ]
                 for x, y, (own, below) in zip(fused, deeper, gates, strict=True)
             ]
         passed = nearest(fused, side)
@@ -280,7 +291,9 @@ def loop_reviewkd(criterion: ReviewKD, student: Features, teacher: Features) -> 
 
 def zero_reviewkd(criterion: ReviewKD, student: Features) -> tuple[Features, Features]:
     passed, found = None, []
-    for fusion, level in zip(criterion.fusions, [student.embedding[:, :, None, None], *student.maps[::-1]], strict=True):
+    for fusion, level in zip(
+        criterion.fusions, [student.embedding[:, :, None, None], *student.maps[::-1]], strict=True
+    ):
         compared, passed = fusion(level, passed, (level.shape[2], level.shape[3]))
         found.append(compared)
     return student, student._replace(embedding=found[0][:, :, 0, 0], maps=tuple(found[:0:-1]))
@@ -288,7 +301,9 @@ def zero_reviewkd(criterion: ReviewKD, student: Features) -> tuple[Features, Fea
 
 def loop_masked_generative(criterion: MaskedGenerative, student: Features, teacher: Features) -> float:
     aligned, target = loop_conv(student.maps[-1].tolist(), criterion.align), teacher.maps[-1].tolist()
-    drawn = torch.rand(len(aligned), len(aligned[0]), 1, 1).flatten(1).tolist()  # what the criterion draws from this seed
+    drawn = (
+        torch.rand(len(aligned), len(aligned[0]), 1, 1).flatten(1).tolist()
+    )  # what the criterion draws from this seed
     masked = [
         [c if draw >= 0.15 else [[0.0] * len(c)] * len(c) for c, draw in zip(sample, draws, strict=True)]
         for sample, draws in zip(aligned, drawn, strict=True)
@@ -318,5 +333,7 @@ CASES: dict[str, Case] = {
     "afds": Case(lambda c, s, t, b: loop_afds(c, s, t), same),
     "afd": Case(lambda c, s, t, b: loop_afd(c, s, t), zero_afd),
     "reviewkd": Case(lambda c, s, t, b: loop_reviewkd(c, s, t), zero_reviewkd),
-    "masked_generative": Case(lambda c, s, t, b: loop_masked_generative(c, s, t), zero_masked_generative, draws=True, rate=1e-3),
+    "masked_generative": Case(
+        lambda c, s, t, b: loop_masked_generative(c, s, t), zero_masked_generative, draws=True, rate=1e-3
+    ),
 }

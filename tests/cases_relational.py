@@ -87,7 +87,9 @@ def loop_nst(student: Tensor, teacher: Tensor) -> float:
 
     total = 0.0
     for sample_s, sample_t in zip(student.tolist(), teacher.tolist(), strict=True):
-        s, t = ([unit([v for row in loop_pool(c, side) for v in row]) for c in sample] for sample in (sample_s, sample_t))
+        s, t = (
+            [unit([v for row in loop_pool(c, side) for v in row]) for c in sample] for sample in (sample_s, sample_t)
+        )
         total += mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)
     return total / len(student)
 
@@ -163,7 +165,12 @@ def scaled_maps(criterion: Criterion, student: Features) -> tuple[Features, Feat
 
 CASES: dict[str, Case] = {
     "sp": Case(lambda c, s, t, b: loop_sp(s.maps[-1], t.maps[-1]), scaled_maps),
-    "cc": Case(lambda c, s, t, b: loop_cc(*(loop_linear(*part) for part in embeddings(c, s, t))), zero_cc, ordered=True, rate=0.01),
+    "cc": Case(
+        lambda c, s, t, b: loop_cc(*(loop_linear(*part) for part in embeddings(c, s, t))),
+        zero_cc,
+        ordered=True,
+        rate=0.01,
+    ),
     "rkd": Case(lambda c, s, t, b: loop_rkd(s.embedding, t.embedding), zero_rkd),
     "pkt": Case(lambda c, s, t, b: loop_pkt(s.embedding, t.embedding), lambda c, s: (s, s)),
     "nst": Case(lambda c, s, t, b: sum(loop_nst(*maps) for maps in zip(s.maps, t.maps, strict=True)), scaled_maps),

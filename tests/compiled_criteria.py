@@ -1,4 +1,5 @@
-"""Every criterion compiled as one graph gives the loss, gradients and state that it gives eagerly; run by test_criteria."""
+"""Every criterion compiled as one graph gives the loss, gradients and state that it gives eagerly; run by
+test_criteria."""
 
 import copy
 

@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of real processes, which take a minute or more each, come first: begun last, they would leave a core without work."""
+    """Files of real processes, which take a minute or more each, come first: begun last, they would leave a core
+    without work."""
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
@@ -47,7 +48,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
-    """A real small disk, mounted at `tmp_path` with the given options; a machine that does not permit it skips the test."""
+    """A real small disk, mounted at `tmp_path` with the given options; a machine that does not permit it skips the
+    test."""
 
     @contextlib.contextmanager
     def mount(options: str) -> Iterator[None]:
@@ -60,7 +62,9 @@ def small_disk(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
         try:
             yield
         finally:
-            subprocess.run(["umount", "--lazy", tmp_path], check=True)  # a mapped file may live until garbage is collected
+            subprocess.run(
+                ["umount", "--lazy", tmp_path], check=True
+            )  # a mapped file may live until garbage is collected
 
     return mount
 

@@ -1,4 +1,5 @@
-"""Commands in real processes without the seconds that imports cost: forked from a process that has imported everything."""
+"""Commands in real processes without the seconds that imports cost: forked from a process that has imported
+everything."""
 
 import multiprocessing
 import os
@@ -25,7 +26,9 @@ def command_line(*words: str) -> int:
 
 def _run(target: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], log: Path) -> None:
     os.setpgid(0, 0)
-    multiprocessing.set_start_method("fork", force=True)  # its own readers of images, as in a process that a user starts
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # its own readers of images, as in a process that a user starts
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -59,7 +62,13 @@ class Ranks:
             port = free.getsockname()[1]
         self.ranks: list[ForkServerProcess] = []
         for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes,
+                "MASTER_PORT": port,
+            }
             launched = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
             given = {"ACCELERATE_USE_CPU": "1", **(environment or {}), **(launched if processes > 1 else {})}
             process = CONTEXT.Process(target=_run, args=(target, words, given, self.logs[rank]))

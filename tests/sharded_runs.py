@@ -1,4 +1,5 @@
-"""Fits under DDP and under FSDP2, for test_sharding.py: run by two processes, which leave what they found in a JSON file."""
+"""Fits under DDP and under FSDP2, for test_sharding.py: run by two processes, which leave what they found in a JSON
+file."""
 
 import json
 import os
@@ -52,7 +53,9 @@ def build(student: str, size: int) -> tuple[Distiller, Teacher]:
     theirs = FeatureTap(timm.create_model("test_resnet", num_classes=10).eval(), (0, 1), input_size=(3, size, size))
     teacher = Teacher(theirs, GranularityHeads(theirs.embed_dim, 10))
     pair = Pair(tap.shapes(size), theirs.shapes(size), 32)
-    return Distiller(tap, MAS(pair, Objective(**{name: (1.0, CRITERIA[name](pair)) for name in ("ce", "kd", "at")}))), teacher
+    return Distiller(
+        tap, MAS(pair, Objective(**{name: (1.0, CRITERIA[name](pair)) for name in ("ce", "kd", "at")}))
+    ), teacher
 
 
 def accelerator(sharded: bool, steps: int = 1, precision: str | None = None) -> Accelerator:
@@ -62,7 +65,13 @@ def accelerator(sharded: bool, steps: int = 1, precision: str | None = None) -> 
 
 
 def distil(
-    student: str, optim: Optim, *, sharded: bool, teacher: bool = False, precision: str | None = None, resume: str | None = None
+    student: str,
+    optim: Optim,
+    *,
+    sharded: bool,
+    teacher: bool = False,
+    precision: str | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Two epochs of 32 images at a global batch of 16; gives losses and metrics, learning rates and weights."""
     size, per_step = 32, 8 // (optim.grad_accum_steps or 1)
@@ -104,7 +113,8 @@ def distil(
 
 
 def compare(student: str, optim: Optim, **options: Any) -> dict[str, Any]:
-    """DDP's and FSDP2's losses and metrics, and the distance of all weights and statistics from DDP's, relative to their norm."""
+    """DDP's and FSDP2's losses and metrics, and the distance of all weights and statistics from DDP's, relative to
+    their norm."""
     precision = options.get("precision")
     one = distil(student, optim, sharded=False, precision=precision)
     two = distil(student, optim, sharded=True, **options)
@@ -129,7 +139,13 @@ def measure(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     gaps = [(two["weights"][name] - value).norm() for name, value in one["weights"].items()]
     norm = torch.stack([value.norm() for value in one["weights"].values()]).norm()
     far = float(torch.stack(gaps).norm() / norm)
-    return {"ddp": one["said"], "fsdp": two["said"], "rates": [one["rates"], two["rates"]], "far": far, "plain": two["plain"]}
+    return {
+        "ddp": one["said"],
+        "fsdp": two["said"],
+        "rates": [one["rates"], two["rates"]],
+        "far": far,
+        "plain": two["plain"],
+    }
 
 
 def portion() -> dict[str, Any]:
@@ -163,7 +179,9 @@ def held(module: nn.Module) -> int:
 
 
 def main() -> None:
-    sgd = Optim(epochs=2, lr=0.02, clip_grad=0.5, grad_accum_steps=2, model_ema=True, model_ema_decay=0.5, warmup_epochs=1)
+    sgd = Optim(
+        epochs=2, lr=0.02, clip_grad=0.5, grad_accum_steps=2, model_ema=True, model_ema_decay=0.5, warmup_epochs=1
+    )
     adamw = Optim(epochs=2, opt="adamw", lr=1e-3)
     found = {
         "resnet": compare("test_resnet", sgd),

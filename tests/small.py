@@ -20,14 +20,27 @@ from PIL import Image
 from mgd_timm.data import EMBEDDED
 from mgd_timm.locking import Lock
 
-FAST = ["--student", "cifar_resnet8x05", "--batch-size", "32", "--heads-epochs", "2", "--heads-views", "2", "--log-interval", "5"]
+FAST = [
+    "--student",
+    "cifar_resnet8x05",
+    "--batch-size",
+    "32",
+    "--heads-epochs",
+    "2",
+    "--heads-views",
+    "2",
+    "--log-interval",
+    "5",
+]
 
 
 def write_small(folder: Path, train: int = 320, test: int = 100) -> Path:
     """The first images of each class, as train.parquet and test.parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("test", test)):
-        table = datasets.Dataset.from_parquet(str(EMBEDDED / "fashion_mnist" / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+        table = datasets.Dataset.from_parquet(
+            str(EMBEDDED / "fashion_mnist" / f"{split}.parquet"), cache_dir=str(folder / "cache")
+        )
         labels = table.with_format("numpy")["label"][:]
         rows = sorted(i for label in range(10) for i in (labels == label).nonzero()[0][: count // 10].tolist())
         table.select(rows).to_parquet(folder / f"{split}.parquet")
@@ -56,7 +69,11 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
 
 def launched(*program: str, processes: int = 1) -> list[str]:
     """A command of Python, such as a script with its arguments, on a number of processes."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+        if processes > 1
+        else []
+    )
     launch += ["--rdzv_endpoint", "localhost:0"] if processes > 1 else []
     return [sys.executable, *launch, *program]
 
@@ -67,7 +84,12 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 def call(*arguments: str, processes: int = 1, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, processes=processes), capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+        command(*arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
     )
 
 

@@ -77,7 +77,12 @@ def test_losses_that_are_not_finite_are_noticed() -> None:
 
 def test_an_architecture_that_cannot_be_built_has_its_reason() -> None:
     row = sweep.by_shapes("test_resnet") | {"commit": "c"}
-    refused = {"model": "some_net", "family": "resnet", "commit": "c", **dict.fromkeys(sweep.ROLES, "ValueError: some_net: no")}
+    refused = {
+        "model": "some_net",
+        "family": "resnet",
+        "commit": "c",
+        **dict.fromkeys(sweep.ROLES, "ValueError: some_net: no"),
+    }
     body = sweep.body_of({"architectures": {r["model"]: r for r in (row, refused)}, "steps": {}}, "what")
     assert body["counts"] == {"architectures": 2, "families": 1, "teacher": 1, "student": 1, "headless": 1}
     assert "- student: some_net: ValueError: NAME: no" in sweep.reasons(body)
@@ -86,7 +91,10 @@ def test_an_architecture_that_cannot_be_built_has_its_reason() -> None:
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
-    rows = {"architectures": {"resnet18": {"model": "resnet18", "family": "resnet", "commit": "c", "teacher": True}}, "steps": {}}
+    rows = {
+        "architectures": {"resnet18": {"model": "resnet18", "family": "resnet", "commit": "c", "teacher": True}},
+        "steps": {},
+    }
     rows["architectures"]["resnet18"] |= dict.fromkeys(sweep.ROLES, True)
     body = sweep.body_of(rows, "what")
     sweep.write(path, body)

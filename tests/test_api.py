@@ -26,7 +26,10 @@ SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    script = "import sys, mgd_timm; print([m for m in ('torch', 'timm', 'accelerate', 'datasets', 'numpy') if m in sys.modules])"
+    script = (
+        "import sys, mgd_timm; print([m for m in ('torch', 'timm', 'accelerate', 'datasets', "
+        "'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert all(hasattr(mgd_timm, name) for name in mgd_timm.__all__)
@@ -38,7 +41,9 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
     """A CNN of timm's own as the student; the module and its name differ in nothing but their initial weights."""
     torch.manual_seed(0)
     module = timm.create_model("resnet10t", num_classes=10)
-    student = mgd_timm.distill(load_model("embedded"), module, str(small_data), output=tmp_path / "run", method="mag", **SHORT)
+    student = mgd_timm.distill(
+        load_model("embedded"), module, str(small_data), output=tmp_path / "run", method="mag", **SHORT
+    )
     assert student is module
     assert not student.training
     assert next(student.parameters()).device.type == "cpu"
@@ -55,13 +60,25 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
 
 
 @pytest.mark.parametrize(
-    ("student", "criterion"), [("test_vit", ("fitnet",)), ("test_convnext", ("at", "kd:0.5")), ("test_efficientnet", ("kd",))]
+    ("student", "criterion"),
+    [("test_vit", ("fitnet",)), ("test_convnext", ("at", "kd:0.5")), ("test_efficientnet", ("kd",))],
 )
 def test_any_architecture_learns_under_mas(small_data, tmp_path, student, criterion):
     # AT compares where maps are active: at 32 px this ConvNeXt's last one has a single place.
-    options = {"maps": "last", "lr": 0.01, "img_size": 64 if student == "test_convnext" else 32, "amp": student == "test_vit"}
+    options = {
+        "maps": "last",
+        "lr": 0.01,
+        "img_size": 64 if student == "test_convnext" else 32,
+        "amp": student == "test_vit",
+    }
     out = mgd_timm.distill(
-        student=student, data=str(small_data), output=tmp_path / "run", method="mas", criterion=criterion, **options, **SHORT
+        student=student,
+        data=str(small_data),
+        output=tmp_path / "run",
+        method="mas",
+        criterion=criterion,
+        **options,
+        **SHORT,
     )
     assert all(torch.isfinite(p).all() for p in out.parameters())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -95,7 +112,10 @@ def test_unknown_options_show_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: mgd_timm.train("cifar_resnet8", heads_epochs=3), "'heads_epochs' is not of mgd_timm.train: mgd_timm.distill"),
+        (
+            lambda: mgd_timm.train("cifar_resnet8", heads_epochs=3),
+            "'heads_epochs' is not of mgd_timm.train: mgd_timm.distill",
+        ),
         (lambda: mgd_timm.train("cifar_resnet8", criterion=("at",)), "'criterion' is not of mgd_timm.train"),
         (lambda: mgd_timm.evaluate("embedded", heads_epochs=3), "unknown option of an evaluation 'heads_epochs'"),
         (lambda: mgd_timm.evaluate("embedded", pad=3), "'pad' is of training alone"),
@@ -139,7 +159,10 @@ for call in (lambda: mgd_timm.evaluate(3), lambda: mgd_timm.distill([3]), lambda
             lambda m, data: mgd_timm.train(m, data, in_chans=1, output="run"),
             "the student takes 3 channels, the images have 1: --in-chans 3",
         ),
-        (lambda m, data: mgd_timm.evaluate(m, data, in_chans=1), "the model takes 3 channels, the images have 1: --in-chans 3"),
+        (
+            lambda m, data: mgd_timm.evaluate(m, data, in_chans=1),
+            "the model takes 3 channels, the images have 1: --in-chans 3",
+        ),
         (
             lambda m, data: mgd_timm.distill(timm.create_model("test_resnet", in_chans=4), data=data, output="run"),
             r"4 channels.* colour \(3\) or gr",
@@ -155,7 +178,8 @@ def test_models_that_cannot_be_used_are_refused_before_a_folder_is_made(call, sa
 
 @pytest.mark.parametrize("options", [{}, {"img_size": 112, "crop_pct": 0.8, "interpolation": "bicubic", "workers": 0}])
 def test_timm_shows_images_to_an_exported_student_as_they_were_evaluated(options, small_data, tmp_path):
-    """Small images whole, and large ones as the options say: neither is the architecture's own share of 0.95, bilinear."""
+    """Small images whole, and large ones as the options say: neither is the architecture's own share of 0.95,
+    bilinear."""
     mgd_timm.train("test_resnet", str(small_data), epochs=1, output=tmp_path / "run", **options)
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
     transform = create_transform(**resolve_data_config({}, model=model))
@@ -218,10 +242,14 @@ def named(tmp_path, names):
 
 def test_classes_of_other_names_or_another_order_are_refused(tmp_path):
     place = named(tmp_path / "letters", "abcdefghij")
-    expected = r"class 0 is 'T-shirt/top' to the {} and 'a' in the data: both need the same classes in one order\. Rename"
+    expected = (
+        r"class 0 is 'T-shirt/top' to the {} and 'a' in the data: both need the same classes in one order\. Rename"
+    )
     with pytest.raises(ValueError, match=expected.format("model")):
         mgd_timm.evaluate("embedded", place)
-    with pytest.raises(ValueError, match=r"class 0 is 'T-shirt/top' to the teacher and 'a' in the data.*Ways out: its rows"):
+    with pytest.raises(
+        ValueError, match=r"class 0 is 'T-shirt/top' to the teacher and 'a' in the data.*Ways out: its rows"
+    ):
         mgd_timm.distill(data=place, output=tmp_path / "run", method="none", **SHORT)
     model = load_model("embedded")
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": list("abdcefghij")}

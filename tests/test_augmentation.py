@@ -1,4 +1,5 @@
-"""Erasing, mixing and repeats: as the papers define them, once for teacher and student, and by (seed, epoch, samples) alone."""
+"""Erasing, mixing and repeats: as the papers define them, once for teacher and student, and by (seed, epoch, samples)
+alone."""
 
 import random
 from pathlib import Path
@@ -19,7 +20,9 @@ CPU = torch.device("cpu")
 
 def batch(count: int = 8, side: int = 16, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, 3, side, side + 4, generator=generator), torch.randint(0, classes, (count,), generator=generator)
+    return torch.randn(count, 3, side, side + 4, generator=generator), torch.randint(
+        0, classes, (count,), generator=generator
+    )
 
 
 def reference(images: torch.Tensor, labels: torch.Tensor, key: int, data: Data) -> tuple[np.ndarray, np.ndarray, str]:
@@ -42,7 +45,10 @@ def reference(images: torch.Tensor, labels: torch.Tensor, key: int, data: Data) 
         changed = np.zeros((height, width), dtype=bool)
         for row in range(height):
             for column in range(width):
-                inside = [m - c // 2 <= place < m + (c + 1) // 2 for place, m, c in zip((row, column), middle, cut, strict=True)]
+                inside = [
+                    m - c // 2 <= place < m + (c + 1) // 2
+                    for place, m, c in zip((row, column), middle, cut, strict=True)
+                ]
                 changed[row, column] = all(inside)
         for i in range(len(x)):
             out[i][:, changed] = x[len(x) - 1 - i][:, changed]
@@ -75,7 +81,9 @@ def test_mixing_is_timms_and_smoothing_after_it_is_smoothing_before_it() -> None
         data = Data(mixup=0.8, cutmix=1.0)
         found, shares = mixed(images, distributions(labels, 5), key, data)
         np.random.seed(key)
-        expected, targets = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5, label_smoothing=0.1)(images.clone(), labels)
+        expected, targets = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5, label_smoothing=0.1)(
+            images.clone(), labels
+        )
         torch.testing.assert_close(found, expected)
         ours = torch.nn.functional.cross_entropy(logits, shares, label_smoothing=0.1)
         torch.testing.assert_close(ours, -(targets * logits.log_softmax(1)).sum(1).mean())
@@ -97,7 +105,9 @@ def test_erasing_has_the_distribution_of_timms(mode: str) -> None:
         erased = gone.any(1)
         areas = gone.double().mean(1)[erased]
         values = found.permute(1, 0, 2, 3)[:, (found != 7).any(1)]
-        numbers.append([erased.double().mean(), areas.mean(), areas.std(), values.mean(), values.std(), gone[:, 0].double().mean()])
+        numbers.append(
+            [erased.double().mean(), areas.mean(), areas.std(), values.mean(), values.std(), gone[:, 0].double().mean()]
+        )
     np.testing.assert_allclose(numbers[0], numbers[1], atol=0.05)
     assert torch.equal((ours != 7).all(1), (ours != 7).any(1))  # a box goes through all channels
 
@@ -136,14 +146,18 @@ def thumbnails(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("thumbnails"), 24, 20)
 
 
-def shown(images: Images, data: Data, slots: list[torch.Tensor], epoch: int, seed: int = 3) -> list[tuple[torch.Tensor, ...]]:
+def shown(
+    images: Images, data: Data, slots: list[torch.Tensor], epoch: int, seed: int = 3
+) -> list[tuple[torch.Tensor, ...]]:
     source = Taught(images.train, data, seed, images.num_samples, images.num_classes)
     return [tuple(batch) for batch in source.batches(slots, epoch, CPU)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more readers than this machine has cores
 @pytest.mark.parametrize("kind", ["pictures", "thumbnails"])
-def test_a_student_is_shown_the_same_by_any_workers_and_from_any_update_on(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_student_is_shown_the_same_by_any_workers_and_from_any_update_on(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     whole: list[tuple[torch.Tensor, ...]] = []
     options = {"reprob": 0.5, "recount": 2, "mixup": 0.8, "cutmix": 1.0, "aug_repeats": 2, "img_size": 32}
     options["data_dir"] = str(request.getfixturevalue(kind))
@@ -162,7 +176,9 @@ def test_a_student_is_shown_the_same_by_any_workers_and_from_any_update_on(kind:
         for one, two in [*zip(every[1::2], second, strict=True), *zip(every[2:], later, strict=True)]:
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         whole = whole or every
-        assert all(torch.equal(a, b) for one, two in zip(every, whole, strict=True) for a, b in zip(one, two, strict=True))
+        assert all(
+            torch.equal(a, b) for one, two in zip(every, whole, strict=True) for a, b in zip(one, two, strict=True)
+        )
     assert whole[0][1].shape == (6, images.num_classes)
     assert whole[0][2].tolist()[::2] == whole[0][2].tolist()[1::2]  # an image and its second augmentation
 
@@ -184,7 +200,9 @@ def test_mixing_ends_with_its_epoch_and_labels_stay_distributions(pictures: Path
     pixels, labels, _ = shown(images, data, [slot], 2)[0]
     assert torch.equal(pixels, plain.images)
     assert torch.equal(labels, torch.nn.functional.one_hot(plain.labels, 3).float())
-    assert not torch.equal(shown(images, data, [slot], 1)[0][0], next(iter(images.train.batches([slot], 1, CPU))).images)
+    assert not torch.equal(
+        shown(images, data, [slot], 1)[0][0], next(iter(images.train.batches([slot], 1, CPU))).images
+    )
 
 
 @pytest.mark.parametrize("mode", ["const", "pixel"])

@@ -1,4 +1,5 @@
-"""The grid of benchmarks/cifar.py: a student in a pass with others ends as it does alone, and what is done is not done again.
+"""The grid of benchmarks/cifar.py: a student in a pass with others ends as it does alone, and what is done is not done
+again.
 
 Also what benchmarks/scale.py counts, beside what real tensors hold.
 """
@@ -34,7 +35,15 @@ from mgd_timm.run import run
 
 @pytest.fixture
 def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    shown = {"data_dir": str(small_data), "epochs": 2, "lr": 0.1, "batch_size": 32, "pad": 2, "mean": (0.3,) * 3, "std": (0.3,) * 3}
+    shown = {
+        "data_dir": str(small_data),
+        "epochs": 2,
+        "lr": 0.1,
+        "batch_size": 32,
+        "pad": 2,
+        "mean": (0.3,) * 3,
+        "std": (0.3,) * 3,
+    }
     heads = {"heads_epochs": 2, "heads_views": 2}
 
     def small(args, student, options, seed, classes):  # type: ignore[no-untyped-def]
@@ -56,7 +65,9 @@ def test_a_student_in_a_pass_ends_as_it_does_alone(arguments: list[str], tmp_pat
         run(make_recipe(**{**grid.flat(recipe), "output": str(place)}), quiet=True)
         alone = load_file(place / "export" / "model.safetensors")
         for name, tensor in alone.items():
-            torch.testing.assert_close(state.tensors["trainee"][f"distillers.{arm}.student.model.{name}"], tensor, rtol=0, atol=0)
+            torch.testing.assert_close(
+                state.tensors["trainee"][f"distillers.{arm}.student.model.{name}"], tensor, rtol=0, atol=0
+            )
     rows = grid.known_rows(tmp_path / "quick.jsonl")
     assert [row["arm"] for row in rows] == list(grid.arms(["kd", "at"]))
     assert all(row["versions"]["torch"] == torch.__version__.partition("+")[0] and row["noise"] for row in rows)
@@ -64,7 +75,9 @@ def test_a_student_in_a_pass_ends_as_it_does_alone(arguments: list[str], tmp_pat
     assert next(row for row in rows if row["arm"] == "MAS+KD")["last"] == round(summary["top1"], 2)
 
 
-def test_finished_cells_are_not_done_again(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_cells_are_not_done_again(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid.main([*arguments, "--arms", "alone", "KD"])
     before = (tmp_path / "quick.jsonl").read_bytes()
     grid.main([*arguments, "--arms", "alone", "KD"])
@@ -76,9 +89,22 @@ def test_finished_cells_are_not_done_again(arguments: list[str], tmp_path: Path,
 
 
 def test_the_table_pairs_seeds_and_keeps_effects_apart() -> None:
-    base = {"pair": "vgg13-vgg8", "teacher": "cifar_vgg13", "student": "cifar_vgg8", "epochs": 240, "teacher_top1": 74.0}
+    base = {
+        "pair": "vgg13-vgg8",
+        "teacher": "cifar_vgg13",
+        "student": "cifar_vgg8",
+        "epochs": 240,
+        "teacher_top1": 74.0,
+    }
     base |= {"teacher_sha256": "t", "data_sha256": "d", "precision": "bf16"}
-    values = {"alone": (70, 71), "KD": (72, 74), "MAS+KD": (73, 74.5), "AT": (71, 71), "AT+KD": (73, 75), "MAG+AT": (74, 75)}
+    values = {
+        "alone": (70, 71),
+        "KD": (72, 74),
+        "MAS+KD": (73, 74.5),
+        "AT": (71, 71),
+        "AT+KD": (73, 75),
+        "MAG+AT": (74, 75),
+    }
     rows = [
         {**base, "arm": arm, "seed": seed, "last": float(last), "best": float(last)}
         for arm, scores in values.items()
@@ -97,7 +123,10 @@ def test_the_table_and_picture_of_step_times(tmp_path: Path) -> None:
     row["ratio"] = {"median": 1.5, "quartiles": [1.4, 1.6], "n": 5, "steps": 2}  # type: ignore[dict-item]
     rows = [row, {**row, "criterion": "rkd"}, {"pair": "vit", "criterion": "at", "refused": "AT pairs maps"}]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in steps.table(rows).splitlines()[2:]]
-    assert lines == [["at", "1.25", "1.50 (1.40 to 1.60)", "+2", "refused", ""], ["rkd", "-", "1.50 (1.40 to 1.60)", "+2", "", ""]]
+    assert lines == [
+        ["at", "1.25", "1.50 (1.40 to 1.60)", "+2", "refused", ""],
+        ["rkd", "-", "1.50 (1.40 to 1.60)", "+2", "", ""],
+    ]
     steps.draw(rows, tmp_path / "times.png")
     assert (tmp_path / "times.png").stat().st_size > 5000
 
@@ -110,9 +139,14 @@ def test_the_table_of_hosts_pairs_seeds() -> None:
         ("dml", "X"): (80,),
         ("dml", "MAG+X"): (81,),
     }
-    rows = [{"host": h, "arm": a, "seed": s, "top1": float(v)} for (h, a), values in found.items() for s, v in enumerate(values)]
+    rows = [
+        {"host": h, "arm": a, "seed": s, "top1": float(v)}
+        for (h, a), values in found.items()
+        for s, v in enumerate(values)
+    ]
     lines = {
-        cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in each.table(rows).splitlines())
+        cells[0]: cells[1:]
+        for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in each.table(rows).splitlines())
     }
     assert lines["at"] == ["80.50 ± 0.71", "83.00 ± 1.41", "83.00 ± 0.00", "+0.00 ± 1.41"]
     assert lines["dml"] == ["80.00", "", "81.00", "+1.00"]
@@ -130,7 +164,9 @@ def test_the_macs_of_a_step_are_those_of_its_networks(counted: counts.Counts) ->
     teacher, student = (build_named(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
     first = next(module for module in student.modules() if isinstance(module, torch.nn.Conv2d))
     widths = {"teacher": (64, 10), "student": (student.head_hidden_size, None)}
-    heads = {name: sum(d * d + d * c + (c * d + d * k if k else 0) for c in (64, 256)) for name, (d, k) in widths.items()}
+    heads = {
+        name: sum(d * d + d * c + (c * d + d * k if k else 0) for c in (64, 256)) for name, (d, k) in widths.items()
+    }
     assert counted.macs("teacher") == 4 * macs(teacher, (3, 32, 32))
     assert counted.macs("heads") == 4 * heads["teacher"]
     forward = 4 * (macs(student, (3, 32, 32)) + heads["student"])
@@ -218,11 +254,18 @@ def test_what_is_allocated_is_followed() -> None:
         assert two.reshape(-1).numel() == 1000
         assert (recorder.now, recorder.peak) == (4000, 8000)
     # A view costs nothing, and the reshape of what is transposed is a copy.
-    assert [(op.kind, op.bytes) for op in recorder.ops] == [("ones", 4000), ("add", 8000), ("mul_", 8000), ("clone", 8000)]
+    assert [(op.kind, op.bytes) for op in recorder.ops] == [
+        ("ones", 4000),
+        ("add", 8000),
+        ("mul_", 8000),
+        ("clone", 8000),
+    ]
 
 
 def test_rates_are_found_and_never_negative() -> None:
-    work = torch.tensor([[float(i**2), float(j), 1.0] for i in range(1, 5) for j in (1e3, 5e3, 4e4)], dtype=torch.float64)
+    work = torch.tensor(
+        [[float(i**2), float(j), 1.0] for i in range(1, 5) for j in (1e3, 5e3, 4e4)], dtype=torch.float64
+    )
     known = torch.tensor([2e-3, 3e-6, 5e-4], dtype=torch.float64)
     assert scale_check.fitted(work, work @ known) == pytest.approx(known.tolist(), rel=1e-6)
     falling = scale_check.fitted(work, 1 / work[:, 0])
@@ -247,7 +290,9 @@ def test_what_is_said_of_many_gpus(counted: counts.Counts) -> None:
     found = scale.predict(plan, counted, device, 100.0)
     assert found["store_bytes"] == 10 * 1000 * 2 * (64 + 10)
     assert found["loader_hours"] == pytest.approx(2 * 1000 / (4 * 16 * 100) / 3600)
-    assert found["hours"][1] == pytest.approx(2 * 1000 / 16 * scale.step_seconds(counted, device, plan, 0.4)["step"] / 3600)
+    assert found["hours"][1] == pytest.approx(
+        2 * 1000 / 16 * scale.step_seconds(counted, device, plan, 0.4)["step"] / 3600
+    )
     assert "PREDICTED, not measured" in scale.said(found)
     for word in ("h300", "1e12", "0+1e9", "1e12+"):
         with pytest.raises(ValueError, match="expected h200, a100, cpu, or FLOP/s"):

@@ -38,17 +38,24 @@ for number in range(first, last):
 def state(number: int = 1) -> State:
     generator = torch.Generator().manual_seed(number)
     model = {"weight": torch.randn(8, 4, 3, 3, generator=generator), "steps": torch.tensor(number)}
-    return State({"model": model, "optim": {"weight.momentum": torch.randn(8, 4, 3, 3, generator=generator)}}, {"updates": number})
+    return State(
+        {"model": model, "optim": {"weight.momentum": torch.randn(8, 4, 3, 3, generator=generator)}},
+        {"updates": number},
+    )
 
 
 def assert_equal(one: State, two: State) -> None:
     assert one.values == two.values
-    assert {group: set(tensors) for group, tensors in one.tensors.items()} == {g: set(t) for g, t in two.tensors.items()}
+    assert {group: set(tensors) for group, tensors in one.tensors.items()} == {
+        g: set(t) for g, t in two.tensors.items()
+    }
     for group, tensors in one.tensors.items():
         for name, tensor in tensors.items():
             other = two.tensors[group][name]
             assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
-            assert torch.equal(tensor.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)), name
+            assert torch.equal(
+                tensor.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+            ), name
 
 
 def names(folder: Path) -> list[str]:
@@ -58,7 +65,15 @@ def names(folder: Path) -> list[str]:
 def test_round_trip_of_every_type_and_shape(tmp_path: Path) -> None:
     random_bytes = torch.randint(0, 256, (2, 3, 4, 16), dtype=torch.uint8)
     types = [
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64),
+        *(
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.complex64,
+        ),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     ]
     tensors = {str(dtype).removeprefix("torch."): random_bytes.view(dtype) for dtype in types}
@@ -78,7 +93,15 @@ def test_round_trip_of_every_type_and_shape(tmp_path: Path) -> None:
         "empty axis": torch.empty(3, 0, 2, dtype=torch.bfloat16),
         "not finite": torch.tensor([float("nan"), float("inf"), -0.0]),
     }
-    values = {"updates": 7, "none": None, "text": "ü\n", "list": [1.5, True], "big": 2**63, "tiny": 5e-324, "pi": 3.141592653589793}
+    values = {
+        "updates": 7,
+        "none": None,
+        "text": "ü\n",
+        "list": [1.5, True],
+        "big": 2**63,
+        "tiny": 5e-324,
+        "pi": 3.141592653589793,
+    }
     written = State({"model": tensors, "odd.names/é".replace("/", "-"): odd, "nothing": {}}, values)
     assert_equal(load(save(tmp_path / "checkpoints", 7, written)), written)
 
@@ -206,7 +229,9 @@ def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
     manifest = save(tmp_path, 1, state()) / "manifest.json"
     whole = manifest.read_bytes()
     for place in range(len(whole)):
-        for other in {b" ", b"\r", b"\n", whole[place : place + 1].swapcase()} - {whole[place : place + 1]}:  # to JSON all the same
+        for other in {b" ", b"\r", b"\n", whole[place : place + 1].swapcase()} - {
+            whole[place : place + 1]
+        }:  # to JSON all the same
             manifest.write_bytes(whole[:place] + other + whole[place + 1 :])
             with pytest.raises(CheckpointError):
                 verify(manifest.parent)
@@ -256,7 +281,8 @@ def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def run_saver(folder: Path, *args: int, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """SAVER in a process of its own, where asked for with a limit on the size of files: the write then fails with EFBIG."""
+    """SAVER in a process of its own, where asked for with a limit on the size of files: the write then fails with
+    EFBIG."""
 
     def lower() -> None:
         if limit is not None:
@@ -281,8 +307,11 @@ def test_a_limit_on_file_sizes_leaves_the_older_checkpoint(tmp_path: Path) -> No
     assert names(tmp_path) == ["00000001"]
 
 
-# Two checkpoints of 328 kB and a filler of 400 kB leave no room in: tensors, tensors, state.json, the manifest; or no inode.
-@pytest.mark.parametrize("options", ["size=1080k", "size=1240k", "size=1376k", "size=1380k", "nr_inodes=14", "nr_inodes=16"])
+# Two checkpoints of 328 kB and a filler of 400 kB leave no room in: tensors, tensors, state.json, the manifest; or no
+# inode.
+@pytest.mark.parametrize(
+    "options", ["size=1080k", "size=1240k", "size=1376k", "size=1380k", "nr_inodes=14", "nr_inodes=16"]
+)
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, small_disk: SmallDisk, options: str) -> None:
     with small_disk(options):
         filler, folder = tmp_path / "filler", tmp_path / "checkpoints"
@@ -352,7 +381,12 @@ def test_no_pickle_anywhere() -> None:
                 loads += 1
                 assert [k.value.value for k in node.keywords if k.arg == "weights_only"] == [True], path
             if isinstance(node, ast.Attribute):
-                assert node.attr not in ("load_state_dict_from_url", "save_state", "load_state", "register_for_checkpointing"), path
+                assert node.attr not in (
+                    "load_state_dict_from_url",
+                    "save_state",
+                    "load_state",
+                    "register_for_checkpointing",
+                ), path
             if isinstance(node, ast.keyword):
                 safe = {"allow_pickle": False, "weights_only": True}
                 assert node.arg not in safe or node.value.value is safe[node.arg], path

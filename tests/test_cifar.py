@@ -39,12 +39,15 @@ def test_all_pairs_are_of_networks_that_exist() -> None:
 
 
 def test_an_unknown_pair_shows_all() -> None:
-    with pytest.raises(ValueError, match=r"pair 'resnet32x4-resnet8': did you mean resnet32x4-resnet8x4.*vgg13-mobilenetv2"):
+    with pytest.raises(
+        ValueError, match=r"pair 'resnet32x4-resnet8': did you mean resnet32x4-resnet8x4.*vgg13-mobilenetv2"
+    ):
         cifar.pair("resnet32x4-resnet8")
 
 
 @pytest.mark.parametrize(
-    ("epochs", "expected"), [(240, (150, 180, 210)), (24, (15, 18, 21)), (15, (9, 11, 13)), (4, (2, 3)), (2, (1,)), (1, (1,))]
+    ("epochs", "expected"),
+    [(240, (150, 180, 210)), (24, (15, 18, 21)), (15, (9, 11, 13)), (4, (2, 3)), (2, (1,)), (1, (1,))],
 )
 def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, ...]) -> None:
     options = cifar.training_options("cifar_resnet20", epochs)
@@ -52,12 +55,23 @@ def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, .
     assert make_recipe(student="cifar_resnet20", **options).optim.epochs == epochs
 
 
-@pytest.mark.parametrize(("name", "lr"), [("cifar_resnet8x4", 0.05), ("cifar_mobilenetv2", 0.01), ("cifar_shufflev1", 0.01)])
+@pytest.mark.parametrize(
+    ("name", "lr"), [("cifar_resnet8x4", 0.05), ("cifar_mobilenetv2", 0.01), ("cifar_shufflev1", 0.01)]
+)
 def test_the_papers_numbers(name: str, lr: float) -> None:
     options = cifar.training_options(name)
     found = make_recipe(student=name, **options, **cifar.heads_options())
-    assert (found.optim.lr, found.optim.momentum, found.optim.weight_decay, found.data.batch_size) == (lr, 0.9, 5e-4, 64)
-    assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.heads_decay_milestones) == ("live", 60, (30, 45))
+    assert (found.optim.lr, found.optim.momentum, found.optim.weight_decay, found.data.batch_size) == (
+        lr,
+        0.9,
+        5e-4,
+        64,
+    )
+    assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.heads_decay_milestones) == (
+        "live",
+        60,
+        (30, 45),
+    )
 
 
 def test_a_stage_is_known_by_all_its_teachers_and_by_what_chooses_their_rows(tmp_path: Path) -> None:
@@ -94,7 +108,17 @@ def call(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_recipe_runs_all_stages_and_uses_them_again(colours: Path, tmp_path: Path) -> None:
-    words = ["--pair", "resnet56-resnet20", "--data-dir", str(colours), "--epochs", "1", "--output", str(tmp_path), "--amp"]
+    words = [
+        "--pair",
+        "resnet56-resnet20",
+        "--data-dir",
+        str(colours),
+        "--epochs",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--amp",
+    ]
     first = call(*words)
     assert first.returncode == 0, first.stderr
     teacher, student = sorted(tmp_path.glob("teacher-*"))[0], sorted(tmp_path.glob("cifar_resnet20-mas-kd-*"))[0]

@@ -42,7 +42,9 @@ def images(height: int = 32, width: int = 32, channels: int = 3, batch: int = 2)
 
 
 def test_the_table_has_every_network():
-    assert set(timm.list_models(module="cifar_resnet")) == set(TABLE)  # the bottlenecks of cifar_resnet50 are another module
+    assert set(timm.list_models(module="cifar_resnet")) == set(
+        TABLE
+    )  # the bottlenecks of cifar_resnet50 are another module
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -91,7 +93,9 @@ def test_forward_is_the_papers(name, blocks):
             for values in (module.running_var, module.weight.data):
                 nn.init.uniform_(values, 0.5, 1.5)
     state = model.state_dict()
-    assert ("layer1.0.downsample.0.weight" in state) is (name == "cifar_resnet8x4")  # a projection where the width changes
+    assert ("layer1.0.downsample.0.weight" in state) is (
+        name == "cifar_resnet8x4"
+    )  # a projection where the width changes
     torch.testing.assert_close(model(images().double()), reference(state, images().double(), blocks))
 
 
@@ -103,7 +107,9 @@ def test_initialisation():
             std = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
             assert weight.std().item() == pytest.approx(std, rel=4 / math.sqrt(weight.numel()) + 0.01)
             assert abs(weight.mean().item()) < 4 * std / math.sqrt(weight.numel())
-            assert (weight.abs() > 2 * std).float().mean().item() == pytest.approx(0.0455, abs=0.03)  # normal, not uniform
+            assert (weight.abs() > 2 * std).float().mean().item() == pytest.approx(
+                0.0455, abs=0.03
+            )  # normal, not uniform
             assert module.bias is None
         elif isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all()
@@ -203,7 +209,9 @@ def test_a_depth_that_does_not_exist_is_refused(depth):
         CifarResNet(depth)
 
 
-@pytest.mark.parametrize(("name", "coarse", "groups"), [("cifar_resnet14", False, 1 + 6 + 1), ("cifar_resnet14", True, 1 + 3 + 1)])
+@pytest.mark.parametrize(
+    ("name", "coarse", "groups"), [("cifar_resnet14", False, 1 + 6 + 1), ("cifar_resnet14", True, 1 + 3 + 1)]
+)
 def test_group_matcher_puts_every_parameter_in_a_layer(name, coarse, groups):
     model = build(name)
     layers = group_parameters(model, model.group_matcher(coarse))
@@ -244,7 +252,9 @@ def test_dropout_before_the_classifier():
     kept = dropped != 0
     assert 0.4 < kept[whole > 0].float().mean() < 0.6
     torch.testing.assert_close(dropped[kept], 2 * whole[kept])
-    assert torch.equal(build().train().forward_head(final, pre_logits=True), build().eval().forward_head(final, pre_logits=True))
+    assert torch.equal(
+        build().train().forward_head(final, pre_logits=True), build().eval().forward_head(final, pre_logits=True)
+    )
 
 
 @pytest.mark.parametrize(("indices", "take"), [([0, 2], [0, 2]), (1, [3]), ([0], [0])])
@@ -281,7 +291,13 @@ def test_features_only(indices):
 
 def test_state_dict_has_the_names_of_repdistiller():
     names = set(build("cifar_resnet8").state_dict())
-    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"} <= names
+    assert {
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.0.weight",
+        "fc.bias",
+    } <= names
     assert {name.split(".")[0] for name in names} == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
 
 
@@ -293,7 +309,9 @@ def test_a_shortcut_is_a_strided_convolution(side):
     conv, norm = block.downsample
     results = []
     for strided in (False, True):
-        x = torch.randn(2, 8, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(
+            2, 8, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
         shortcut = norm(F.conv2d(x, conv.weight, stride=2)) if strided else block.downsample(x[:, :, ::2, ::2])
         out = (block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x))))) + shortcut).relu() if strided else block(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, conv.weight])])

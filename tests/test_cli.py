@@ -49,7 +49,9 @@ def test_help_version_and_lists(mgd):
     assert mgd("--version")[1].strip() == "0.1.0"
     code, out, _ = mgd("list", "criteria")
     assert code == 0
-    assert all(name in out for name in ("ce", "kd", "fitnet", "at", "1000", "arXiv 1612.03928", "fitting stage", "local batch"))
+    assert all(
+        name in out for name in ("ce", "kd", "fitnet", "at", "1000", "arXiv 1612.03928", "fitting stage", "local batch")
+    )
     assert "cifar_resnet8x4" in mgd("list", "models", "--filter", "cifar_*")[1].split()
     assert "Fashion-MNIST" in mgd("list", "data")[1]
 
@@ -57,21 +59,37 @@ def test_help_version_and_lists(mgd):
 def test_every_flag_of_distill_has_help(mgd):
     code, out, _ = mgd("distill", "--help")
     assert code == 0
-    for flag in ("--teacher", "--batch-size", "--warmup-epochs", "--clip-grad", "--abstract-temperature", "--no-channels-last"):
+    for flag in (
+        "--teacher",
+        "--batch-size",
+        "--warmup-epochs",
+        "--clip-grad",
+        "--abstract-temperature",
+        "--no-channels-last",
+    ):
         assert flag in out
 
 
 def test_a_command_shows_the_options_alone_that_it_takes(mgd):
-    shown = {name: {f.dest for f in cli.run_parser(name, distill=name == "distill")._actions} for name in ("distill", "train")}
+    shown = {
+        name: {f.dest for f in cli.run_parser(name, distill=name == "distill")._actions}
+        for name in ("distill", "train")
+    }
     own = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
     alone = {"train_only", "adapt_batchnorm"}
-    fields = {f.name for kind in (Recipe, Data, Optim, Heads) for f in dataclasses.fields(kind)} - {"data", "optim", "heads"}
+    fields = {f.name for kind in (Recipe, Data, Optim, Heads) for f in dataclasses.fields(kind)} - {
+        "data",
+        "optim",
+        "heads",
+    }
     assert shown["distill"] - {"help", "config", "print_config"} == fields - alone
     left = {f.name for f in dataclasses.fields(Heads)} | {
         name for name in fields if "teach" in name or name.startswith(("kd_", "crit"))
     }
     others = {"peer", "method", "task_weight", "maps", "standardise_logits", "fitting_epochs", "fitting_lr"}
-    assert shown["train"] - {"help", "config", "print_config"} == (fields | set(own.values())) - left - others - set(own)
+    assert shown["train"] - {"help", "config", "print_config"} == (fields | set(own.values())) - left - others - set(
+        own
+    )
     assert "--train-only" not in mgd("distill", "--help")[1]
     assert "--fold-teacher" not in mgd("train", "--help")[1]
     help_of_evaluate = mgd("evaluate", "--help")[1]
@@ -80,7 +98,9 @@ def test_a_command_shows_the_options_alone_that_it_takes(mgd):
 
 
 def test_print_config_is_read_back_by_config(mgd, tmp_path):
-    code, out, _ = mgd("distill", "--lr", "0.3", "--criterion", "at", "kd:0.5", "--mean", "0.5", "0.5", "0.5", "--print_config")
+    code, out, _ = mgd(
+        "distill", "--lr", "0.3", "--criterion", "at", "kd:0.5", "--mean", "0.5", "0.5", "0.5", "--print_config"
+    )
     assert code == 0
     values = yaml.safe_load(out)
     assert (values["lr"], values["criterion"], values["mean"]) == (0.3, ["at", "kd:0.5"], [0.5, 0.5, 0.5])
@@ -108,7 +128,16 @@ def test_a_config_may_give_one_value_where_a_list_is_expected(mgd, tmp_path):
 
 
 def test_a_flag_for_each_teacher_is_given_again(mgd):
-    words = ["distill", "--teacher", "a", "--teacher-classes", "a.txt", "--teacher=b", "--teacher-classes=auto", "--print_config"]
+    words = [
+        "distill",
+        "--teacher",
+        "a",
+        "--teacher-classes",
+        "a.txt",
+        "--teacher=b",
+        "--teacher-classes=auto",
+        "--print_config",
+    ]
     values = yaml.safe_load(mgd(*words)[1])
     assert (values["teacher"], values["teacher_classes"]) == (["a", "b"], ["a.txt", "auto"])
     assert yaml.safe_load(mgd(*words[:3], *words[3:5], "--print_config")[1])["teacher_classes"] == "a.txt"
@@ -120,14 +149,23 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
     ("line", "expected"),
     [
         ("criterion: 3", "criterion: 3 in --config: expected a word or a list of words, as in criterion: [a, b]."),
-        ("teacher: {a: b}", "teacher: {'a': 'b'} in --config: expected a word or a list of words, as in teacher: [a, b]."),
-        ("mean: 0.5 0.5 0.5", "mean: '0.5 0.5 0.5' in --config: expected a number or a list of numbers, as in mean: [0.5, 0.5]."),
+        (
+            "teacher: {a: b}",
+            "teacher: {'a': 'b'} in --config: expected a word or a list of words, as in teacher: [a, b].",
+        ),
+        (
+            "mean: 0.5 0.5 0.5",
+            "mean: '0.5 0.5 0.5' in --config: expected a number or a list of numbers, as in mean: [0.5, 0.5].",
+        ),
         (
             "decay_milestones: [1, 2.5]",
             "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
         ),
         ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
-        ("mean: [0.5", '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find'),
+        (
+            "mean: [0.5",
+            '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find',
+        ),
         ("", "--config: '': expected flags with values, as in epochs: 20; --print_config writes such a file."),
         ("- 1", "--config: '- 1': expected flags with values"),
     ],
@@ -165,7 +203,9 @@ def test_evaluate_gives_the_accuracy_of_the_run(mgd, trained):
     assert found["top1"] == json.loads((trained / "summary.json").read_text())["top1"]
     assert found["n"] == 100
     assert found["data"] == yaml.safe_load((trained / "recipe.yaml").read_text())["data"]["data_dir"]
-    assert json.loads(mgd("evaluate", trained, "--dataset", "embedded")[1].strip().splitlines()[-1])["data"] == "embedded"
+    assert (
+        json.loads(mgd("evaluate", trained, "--dataset", "embedded")[1].strip().splitlines()[-1])["data"] == "embedded"
+    )
 
 
 def test_export_copies_the_student_under_a_licence(mgd, trained, tmp_path):
@@ -178,7 +218,18 @@ def test_export_copies_the_student_under_a_licence(mgd, trained, tmp_path):
 
 
 def test_a_run_folder_teaches(mgd, trained, small_data, tmp_path):
-    words = ["distill", *SHORT, "--method", "none", "--teacher", trained, "--data-dir", small_data, "--output", tmp_path / "next"]
+    words = [
+        "distill",
+        *SHORT,
+        "--method",
+        "none",
+        "--teacher",
+        trained,
+        "--data-dir",
+        small_data,
+        "--output",
+        tmp_path / "next",
+    ]
     code, out, _ = mgd(*words)
     assert code == 0
     assert f"teacher cifar_resnet8x05: top-1 {json.loads((trained / 'summary.json').read_text())['top1']:.2f} %" in out
@@ -195,7 +246,17 @@ def test_val_split_is_evaluated_each_epoch_and_the_test_split_at_the_end(mgd, sm
 
 
 def test_trackers_are_written(mgd, small_data, tmp_path):
-    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", tmp_path / "run"]
+    words = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        small_data,
+        "--output",
+        tmp_path / "run",
+    ]
     assert mgd(*words, "--log-with", "tensorboard")[0] == 0
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -207,23 +268,38 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--bach-size", "3"], ["--bach-size", "did you mean --batch-size"]),
         (["distill", "--student", "resnet1O"], ["unknown model 'resnet1O': did you mean resnet"]),
         (["distill", "--teacher", "cifar_resnet2O"], ["unknown model 'cifar_resnet2O'", "cifar_resnet20"]),
-        (["distill", "--teacher", "resnet34.a1_in1kk"], ["unknown pretrained weights 'resnet34.a1_in1kk'", "resnet34.a1_in1k"]),
+        (
+            ["distill", "--teacher", "resnet34.a1_in1kk"],
+            ["unknown pretrained weights 'resnet34.a1_in1kk'", "resnet34.a1_in1k"],
+        ),
         (
             ["train", "--model", "resnet18.nonsense", "--data-dir", "nowhere"],
             ["unknown pretrained weights 'resnet18.nonsense': did you mean resnet18."],
         ),
         (["train", "--model", "cifar_resnet8.mine"], ["'cifar_resnet8.mine': none are published", "'cifar_resnet8'"]),
         (["distill", "--warmup-epochs", "30"], ["warmup_epochs=30: expected 0 to 20"]),
-        (["distill", "--teacher", "cifar_resnet20"], ["'cifar_resnet20' has no published weights", "--teacher-checkpoint"]),
+        (
+            ["distill", "--teacher", "cifar_resnet20"],
+            ["'cifar_resnet20' has no published weights", "--teacher-checkpoint"],
+        ),
         (["distill", "--teacher", "local-dir:nowhere"], ["nowhere: no export in it", "mgd-timm export"]),
         (["distill", "--criterion", "fitnat"], ["unknown criterion 'fitnat'", "did you mean fitnet"]),
         (["distill", "--criterion", "at:much"], ["'at:much'", "expected NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS"]),
         (["distill", "--criterion", "kd:0.5", "--kd-weight", "0.7"], ["two weights of kd: 0.5", "0.7"]),
         (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
-        (["distill", "--data-dir", "nowhere"], ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"]),
-        (["distill", "--student", "embedded"], ["unknown model 'embedded': an architecture of timm", "--student-checkpoint FILE"]),
+        (
+            ["distill", "--data-dir", "nowhere"],
+            ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"],
+        ),
+        (
+            ["distill", "--student", "embedded"],
+            ["unknown model 'embedded': an architecture of timm", "--student-checkpoint FILE"],
+        ),
         (["distill", "--maps", "stage"], ["maps='stage': expected stages, last, mid, all or a number of maps"]),
-        (["distill", "--eval-split", "none"], ["unknown split 'none': known: test, train. --train-split and --eval-split name"]),
+        (
+            ["distill", "--eval-split", "none"],
+            ["unknown split 'none': known: test, train. --train-split and --eval-split name"],
+        ),
         (["distill", "--epochs", "1.5"], ["error: --epochs: '1.5': expected a whole number."]),
         (["distill", "--img-size", "big"], ["error: --img-size: 'big': expected a whole number."]),
         (["distill", "--mean", "0.1", "a", "0.3"], ["error: --mean: 'a': expected a number."]),
@@ -258,7 +334,10 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["train", "--no-fold-teacher"], ["--no-fold-teacher: mgd-timm distill takes it."]),
         (["train", "--heads-epochs", "3"], ["--heads-epochs 3: mgd-timm distill takes it."]),
         (["evaluate", "embedded", "--aa", "rand-m9"], ["--aa rand-m9: it is of training alone."]),
-        (["list", "models", "--teacher", "resnet18"], ["--teacher is of mgd-timm list criteria, not of mgd-timm list models"]),
+        (
+            ["list", "models", "--teacher", "resnet18"],
+            ["--teacher is of mgd-timm list criteria, not of mgd-timm list models"],
+        ),
     ],
 )
 def test_wrong_calls_name_the_value_and_the_way_out(mgd, tmp_path, words, expected):
@@ -278,7 +357,9 @@ def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
     (tmp_path / "flags.yaml").write_text("epoch: 3\n")
     refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
     (tmp_path / "flags.yaml").write_text("train_only: classifier\n")
-    refuse(mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml")
+    refuse(
+        mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml"
+    )
 
 
 def test_the_recipe_of_a_run_is_no_config(mgd, trained):
@@ -303,7 +384,18 @@ def test_an_existing_output_folder_is_refused_untouched(mgd, tmp_path):
 def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
     """Whoever restarts a run that may be killed at any moment, at once too, gives one command."""
     (tmp_path / "run" / ".writing-abc").mkdir(parents=True)  # killed while its first file was written
-    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", "run", "--resume"]
+    words = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        small_data,
+        "--output",
+        "run",
+        "--resume",
+    ]
     code, out, _ = mgd(*words)
     assert code == 0
     assert "run: nothing to resume there, a new run starts" in out
@@ -318,12 +410,25 @@ def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
 
 
 def test_the_command_of_the_start_is_repeated_where_other_steps_make_its_global_batch(mgd, small_data, tmp_path):
-    words = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", small_data, "--output", "run", "--resume"]
+    words = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        small_data,
+        "--output",
+        "run",
+        "--resume",
+    ]
     batch = ["--batch-size", "32", "--grad-accum-steps", "2"]
     out = mgd(*words, *batch)[1]
     assert "64 images per update in 2 steps" in out
     assert "is of the run's start" not in out
-    out = mgd(*words, "--batch-size", "16", "--grad-accum-steps", "2")[1]  # half of a step, as on half as many processes
+    out = mgd(*words, "--batch-size", "16", "--grad-accum-steps", "2")[
+        1
+    ]  # half of a step, as on half as many processes
     assert "grad_accum_steps=2 is of the run's start: its 64 images per update stay, in 4 steps now." in out
     assert "resumed after update 5" in out
     for steps in ("1", "3", "4"):
@@ -348,9 +453,17 @@ def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):
     folder.mkdir()
     for split in ("train", "test"):
         table = datasets.Dataset.from_parquet(str(small_data / f"{split}.parquet"), cache_dir=str(tmp_path / "cache"))
-        table = table.filter(lambda row: row["label"] < 3).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+        table = table.filter(lambda row: row["label"] < 3).cast_column(
+            "label", datasets.ClassLabel(names=["a", "b", "c"])
+        )
         table.to_parquet(folder / f"{split}.parquet")
-    refuse(mgd, ["has 10 classes, the data 3, and kd reads its logits", "--fit-teacher-head"], "distill", "--data-dir", folder)
+    refuse(
+        mgd,
+        ["has 10 classes, the data 3, and kd reads its logits", "--fit-teacher-head"],
+        "distill",
+        "--data-dir",
+        folder,
+    )
     refuse(mgd, ["the model has 10 classes, the data 3"], "evaluate", "embedded", "--data-dir", folder)
 
 
@@ -373,7 +486,16 @@ def test_a_teacher_near_chance_is_warned_of(mgd, small_data, tmp_path):
 
     torch.manual_seed(0)
     save_file(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), tmp_path / "random.safetensors")
-    words = ["distill", *SHORT, "--method", "none", "--teacher", "cifar_resnet8", "--teacher-checkpoint", "random.safetensors"]
+    words = [
+        "distill",
+        *SHORT,
+        "--method",
+        "none",
+        "--teacher",
+        "cifar_resnet8",
+        "--teacher-checkpoint",
+        "random.safetensors",
+    ]
     code, out, _ = mgd(*words, "--data-dir", small_data, "--output", "run")
     assert code == 0
     assert "warning: the teacher is near chance (10.00 %)" in out
@@ -395,21 +517,35 @@ def test_a_run_without_an_export_has_not_finished(mgd, trained, tmp_path):
         ({"model_args": ["x"]}, ["'model_args' is ['x'], expected an object"]),
         ({"model_args": {"depths": 3}}, ["its config.json does not describe a timm model"]),
         *(
-            ({"model_args": {key: True}}, [f"model_args has {key!r}, which is no argument of an architecture: remove it"])
-            for key in ("features_only", "checkpoint_path", "pretrained", "pretrained_cfg_overlay", "kwargs_filter", "no_jit")
+            (
+                {"model_args": {key: True}},
+                [f"model_args has {key!r}, which is no argument of an architecture: remove it"],
+            )
+            for key in (
+                "features_only",
+                "checkpoint_path",
+                "pretrained",
+                "pretrained_cfg_overlay",
+                "kwargs_filter",
+                "no_jit",
+            )
         ),
     ],
 )
 def test_a_config_from_outside_is_checked(mgd, trained, tmp_path, changed, expected):
     shutil.copytree(trained / "export", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, **changed} if isinstance(changed, dict) else changed))
+    (tmp_path / "out" / "config.json").write_text(
+        json.dumps({**config, **changed} if isinstance(changed, dict) else changed)
+    )
     refuse(mgd, ["out", *expected], "evaluate", "out")
     (tmp_path / "out" / "config.json").write_text("no JSON")
     refuse(mgd, ["config.json: not JSON"], "evaluate", "out")
 
 
-@pytest.mark.parametrize(("said", "expected"), [((), "whatever checkpoints there are stay, --resume"), (("saved",), "saved")])
+@pytest.mark.parametrize(
+    ("said", "expected"), [((), "whatever checkpoints there are stay, --resume"), (("saved",), "saved")]
+)
 def test_an_interruption_says_what_is_left(mgd, monkeypatch, said, expected):
     def stop(_):
         raise KeyboardInterrupt(*said)
@@ -425,7 +561,19 @@ def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):
 
     In processes of their own: the checks of shapes that tests put around every function cannot be compiled.
     """
-    words = [*FAST, "--data-dir", str(small_data), "--criterion", "at", "--epochs", "1", "--lr", "0.001", "--batch-size", "48"]
+    words = [
+        *FAST,
+        "--data-dir",
+        str(small_data),
+        "--criterion",
+        "at",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.001",
+        "--batch-size",
+        "48",
+    ]
     words += ["--model-ema", "--model-ema-decay", "0.5", "--heads-protocol", "live", "--heads-epochs", "1"]
     students = []
     for flag in ("--no-compile", "--compile"):

@@ -17,7 +17,9 @@ from mgd_timm.criteria import CRD
 from mgd_timm.features import Batch, Features, Pair, Shapes
 
 SAMPLES = 24
-LABELS = torch.tensor([0] * 10 + [1] * 6 + [2] * 5 + [3] * 3)[torch.randperm(24, generator=torch.Generator().manual_seed(1))]
+LABELS = torch.tensor([0] * 10 + [1] * 6 + [2] * 5 + [3] * 3)[
+    torch.randperm(24, generator=torch.Generator().manual_seed(1))
+]
 SHAPES = Shapes(CLASSES, 5, ()), Shapes(CLASSES, 7, ())
 SMALL = Pair(*SHAPES, num_samples=SAMPLES, labels=LABELS)
 
@@ -252,7 +254,10 @@ def test_remark_gives_the_size():
     ("build", "message"),
     [
         (lambda: CRD(PAIR._replace(num_samples=0)), "num_samples=0 and 16 labels.*'rkd'"),
-        (lambda: CRD(PAIR._replace(labels=None)), r"num_samples=16 and no labels.*Pair\(..., num_samples=len\(labels\)"),
+        (
+            lambda: CRD(PAIR._replace(labels=None)),
+            r"num_samples=16 and no labels.*Pair\(..., num_samples=len\(labels\)",
+        ),
         (lambda: CRD(PAIR._replace(num_samples=17)), "num_samples=17 and 16 labels"),
         (lambda: CRD(PAIR._replace(labels=torch.zeros(16, dtype=torch.int64))), "all samples are of 1 class"),
         (lambda: CRD(PAIR, dim=0), "dim=0: expected 1 or more"),
@@ -274,14 +279,17 @@ SPLITS = (3, 3), (5, 1), (2, 4), (1, 5), (3, 3)  # of the six samples of each vi
 
 
 def one_graph(queue: int | None) -> None:
-    """No number is fetched from the device: a compiled step has no break. Outside pytest, whose checks of shapes have breaks."""
+    """No number is fetched from the device: a compiled step has no break. Outside pytest, whose checks of shapes have
+    breaks."""
     eager, compiled = built(queue=queue), built(queue=queue)
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=False)
     for ids in visits(3):
         for run in (eager, step):
             torch.manual_seed(7)
             run(*shown(ids)).backward()
-    for one, two in zip((*eager.buffers(), *eager.parameters()), (*compiled.buffers(), *compiled.parameters()), strict=True):
+    for one, two in zip(
+        (*eager.buffers(), *eager.parameters()), (*compiled.buffers(), *compiled.parameters()), strict=True
+    ):
         torch.testing.assert_close(one, two)
         torch.testing.assert_close(one.grad, two.grad)
 
@@ -306,7 +314,9 @@ def main(folder: Path) -> None:
         for step, ids in enumerate(visits(2)):
             torch.manual_seed(100 * step + rank)
             run(*shown(ids.chunk(2)[rank], step)).backward()
-    for one, two in zip((*compiled.buffers(), *compiled.parameters()), (*eager.buffers(), *eager.parameters()), strict=True):
+    for one, two in zip(
+        (*compiled.buffers(), *compiled.parameters()), (*eager.buffers(), *eager.parameters()), strict=True
+    ):
         torch.testing.assert_close(one, two)
         torch.testing.assert_close(one.grad, two.grad)
     criterion = built()
@@ -323,7 +333,16 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launch, __file__, str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=one_thread, check=False)

@@ -52,7 +52,9 @@ def loop_fitnet(criterion: FitNet, student: Features, teacher: Features) -> floa
         values = [sum(w * x[b][k][i][j] for k, w in enumerate(row)) + shift for b, i, j in places]
         mean = sum(values) / len(values)
         scale = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + 1e-5)
-        total += sum((max(0.0, (v - mean) / scale) - y[b][c][i][j]) ** 2 for v, (b, i, j) in zip(values, places, strict=True))
+        total += sum(
+            (max(0.0, (v - mean) / scale) - y[b][c][i][j]) ** 2 for v, (b, i, j) in zip(values, places, strict=True)
+        )
     return total / (len(places) * len(weight))
 
 
@@ -117,8 +119,9 @@ def depends(criterion: Criterion, student: Features, teacher: Features) -> dict[
 def check_gradients(criterion: Criterion, student: Features, teacher: Features) -> None:
     """One backward pass; the student's features and all that is trained have the gradients that they should have.
 
-    A part of the student's features has one of more than rounding where the loss depends on it, and exactly none elsewhere: so no
-    method trains nothing silently. So has every trained weight; one of one dimension may have 0, as the bias before a BatchNorm.
+    A part of the student's features has one of more than rounding where the loss depends on it, and exactly none
+    elsewhere: so no method trains nothing silently. So has every trained weight; one of one dimension may have 0, as
+    the bias before a BatchNorm.
     """
     dependent = depends(criterion, student, teacher)
     torch.manual_seed(5)
@@ -192,7 +195,8 @@ def half(shapes: Shapes, seed: int, dtype: torch.dtype, gain: float = 1.0, grad:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gain", [1, 300])
 def test_half_precision_is_finite_and_widened(name, dtype, gain):
-    """Loss and gradients; those of a sum over elements with its weight, as they would not fit into float16 otherwise."""
+    """Loss and gradients; those of a sum over elements with its weight, as they would not fit into float16
+    otherwise."""
     pair, criterion = CASES[name].pair, built(name).float()
     student, teacher = half(pair.student, 1, dtype, gain, grad=True), half(pair.teacher, 2, dtype, gain)
     torch.manual_seed(5)
@@ -209,7 +213,8 @@ def test_half_precision_is_finite_and_widened(name, dtype, gain):
 @every
 @pytest.mark.parametrize("count", [1, 2])
 def test_small_batches(name, count):
-    """An epoch's last one may be of any size. Where BatchNorm has samples alone, one of them has no variance, and it says so."""
+    """An epoch's last one may be of any size. Where BatchNorm has samples alone, one of them has no variance, and it
+    says so."""
     criterion = built(name)
     student, teacher = (rows(shown, slice(count)) for shown in both(name))
     student = of_parts({part: tensor.requires_grad_(True) for part, tensor in parts(student).items()})
@@ -290,8 +295,8 @@ def test_it_is_zero_where_the_maths_says_so(name):
     assert criterion(student, teacher, batch()).item() == pytest.approx(0, abs=1e-15)
 
 
-# What networks show: CNN to CNN of other channels and sizes, tokens of a ViT (square maps of one size) on either side, and small
-# images, of which the last maps are one position, or one row against one column.
+# What networks show: CNN to CNN of other channels and sizes, tokens of a ViT (square maps of one size) on either side,
+# and small images, of which the last maps are one position, or one row against one column.
 CNN = Shapes(CLASSES, 10, ((4, 8, 8), (6, 4, 4), (8, 2, 2)), cam=(2, 2))
 WIDE = Shapes(CLASSES, 12, ((8, 8, 8), (12, 4, 4), (16, 2, 2)), cam=(2, 2))
 LARGE = Shapes(CLASSES, 12, ((8, 15, 15), (12, 8, 8), (16, 4, 4)), cam=(4, 4))
@@ -416,7 +421,9 @@ def test_it_composes_with_mag_and_mas(name, method):
     pair, (student, teacher) = CASES[name].pair, both(name, grad=True)
     torch.manual_seed(0)
     terms = {"task": (1.0, CrossEntropy(pair)), "kd": (1.0, KD(pair))}
-    whole = method(pair, Objective(**terms, **({} if name in ("ce", "kd") else {name: (2.0, CRITERIA[name](pair))}))).double()
+    whole = method(
+        pair, Objective(**terms, **({} if name in ("ce", "kd") else {name: (2.0, CRITERIA[name](pair))}))
+    ).double()
     heads = GranularityHeads(pair.teacher.embed_dim, CLASSES).double()
     codes = {n: c.detach() for n, c in heads.encode(teacher.embedding).items()}
     views = {n: v.detach() for n, v in heads.decode(codes).items()}
@@ -447,7 +454,10 @@ def test_what_a_pair_lacks_is_refused_at_construction(name):
     if "maps" in kind.student_needs:
         lacking += [pair._replace(student=student._replace(maps=()))]
     if "cams" in kind.needs:
-        lacking += [pair._replace(teacher=teacher._replace(cam=None)), pair._replace(student=student._replace(cam=None))]
+        lacking += [
+            pair._replace(teacher=teacher._replace(cam=None)),
+            pair._replace(student=student._replace(cam=None)),
+        ]
     if kind.needs & {"logits", "cams"}:
         lacking += [pair._replace(teacher=teacher._replace(num_classes=9))]
     if name == "crd":
@@ -473,7 +483,11 @@ def test_features_of_other_shapes_raise(name):
     )
     with pytest.raises((ValueError, RuntimeError, TypeError, UserWarning)):  # torch warns before it fails
         criterion(student, fewer, batch())
-    if CRITERIA[name].needs & {"maps"} and name not in ("sp", "masked_generative", "ft"):  # these read the deepest map alone
+    if CRITERIA[name].needs & {"maps"} and name not in (
+        "sp",
+        "masked_generative",
+        "ft",
+    ):  # these read the deepest map alone
         with pytest.raises((ValueError, RuntimeError, TypeError, IndexError)):
             criterion(student, teacher._replace(maps=teacher.maps[:1]), batch())
 
@@ -541,8 +555,12 @@ def test_divergence_against_loops_and_its_invariances(temperature):
     assert loss.item() == pytest.approx(loop_kl(Z_S, Z_T, temperature), abs=1e-12)
     shift = wave((4, 1), 0.3, 0.2, 50)
     torch.testing.assert_close(kl_divergence(Z_S + shift, Z_T - 2 * shift, temperature), loss)
-    torch.testing.assert_close(kl_divergence(Z_S.repeat(3, 1), Z_T.repeat(3, 1), temperature), loss)  # a mean over the batch
-    torch.testing.assert_close(kl_divergence(Z_S[:, [3, 1, 0, 2]], Z_T[:, [3, 1, 0, 2]], temperature) >= 0, torch.tensor(True))
+    torch.testing.assert_close(
+        kl_divergence(Z_S.repeat(3, 1), Z_T.repeat(3, 1), temperature), loss
+    )  # a mean over the batch
+    torch.testing.assert_close(
+        kl_divergence(Z_S[:, [3, 1, 0, 2]], Z_T[:, [3, 1, 0, 2]], temperature) >= 0, torch.tensor(True)
+    )
 
 
 def test_divergence_of_extreme_logits_is_finite():

@@ -1,4 +1,5 @@
-"""Values of what the cases of the criteria leave out: token branches, adapters of any size, options, maps that are not square.
+"""Values of what the cases of the criteria leave out: token branches, adapters of any size, options, maps that are not
+square.
 
 References are numpy in float64 and loops, with the criterion's weights read as numbers.
 """
@@ -61,7 +62,9 @@ def convolved(maps: Array, conv: nn.Conv2d, padding: int = 0, stride: int = 1) -
     wide = np.pad(maps, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     rows = range(0, wide.shape[2] - height + 1, stride)
     columns = range(0, wide.shape[3] - width + 1, stride)
-    found = [[np.einsum("bcuv,ocuv->bo", wide[:, :, i : i + height, j : j + width], weight) for j in columns] for i in rows]
+    found = [
+        [np.einsum("bcuv,ocuv->bo", wide[:, :, i : i + height, j : j + width], weight) for j in columns] for i in rows
+    ]
     shift = array(conv.bias) if conv.bias is not None else np.zeros(len(weight))
     return np.stack([np.stack(row, 2) for row in found], 2) + shift[:, None, None]
 
@@ -191,7 +194,13 @@ def by_tokens(branch: TokenBranch, maps: Array, heads: int) -> Array:
 
 @pytest.mark.parametrize(
     ("shape", "deeper", "merges", "heads"),
-    [((8, 4, 3), 1, 0, 4), ((6, 3, 3), 2, 0, 1), ((8, 14, 16), 0, 1, 4), ((4, 28, 28), 1, 2, 4), ((5, 15, 14), 1, 0, 1)],
+    [
+        ((8, 4, 3), 1, 0, 4),
+        ((6, 3, 3), 2, 0, 1),
+        ((8, 14, 16), 0, 1, 4),
+        ((4, 28, 28), 1, 2, 4),
+        ((5, 15, 14), 1, 0, 1),
+    ],
 )
 def test_a_token_branch(shape, deeper, merges, heads):
     branch = spread(TokenBranch(shape, deeper, CLASSES))
@@ -204,7 +213,9 @@ def test_a_token_branch(shape, deeper, merges, heads):
 def test_ofa_of_a_transformer():
     pair = Pair(Shapes(CLASSES, 8, ((8, 4, 4),) * 3), Shapes(CLASSES, 14, ()))
     criterion, student, teacher = spread(OFA(pair)), features(pair.student, 1), features(pair.teacher, 2)
-    logits = [by_tokens(branch, array(m), 4).tolist() for branch, m in zip(criterion.branches, student.maps, strict=True)]
+    logits = [
+        by_tokens(branch, array(m), 4).tolist() for branch, m in zip(criterion.branches, student.maps, strict=True)
+    ]
     targets = batch().labels.tolist()
     expected = sum(loop_enhanced(one, teacher.logits, targets, 1.0) for one in (*logits, student.logits.tolist()))
     assert criterion(student, teacher, batch()).item() == pytest.approx(expected, rel=1e-10)
@@ -216,8 +227,14 @@ def test_ofa_of_a_transformer():
 @pytest.mark.parametrize("vectors", [1, 2, 3])
 def test_singular_vectors(vectors):
     """The teacher's k first, each with the student's nearest of k + 3, both times the teacher's values of unit norm."""
-    pair = Pair(Shapes(CLASSES, 10, ((6, 5, 4), (6, 3, 3), (7, 2, 3))), Shapes(CLASSES, 14, ((7, 4, 4), (9, 3, 5), (7, 2, 3))))
-    criterion, student, teacher = spread(KDSVD(pair, vectors=vectors)), features(pair.student, 1), features(pair.teacher, 2)
+    pair = Pair(
+        Shapes(CLASSES, 10, ((6, 5, 4), (6, 3, 3), (7, 2, 3))), Shapes(CLASSES, 14, ((7, 4, 4), (9, 3, 5), (7, 2, 3)))
+    )
+    criterion, student, teacher = (
+        spread(KDSVD(pair, vectors=vectors)),
+        features(pair.student, 1),
+        features(pair.teacher, 2),
+    )
     nearest_is_not_its_own, expected, before = 0, 0.0, None
     for adapter, s, t in zip(criterion.adapters, student.maps, teacher.maps, strict=True):
         adapted = normalised(convolved(array(s), adapter[0]), adapter[1]) if len(adapter) else array(s)
@@ -323,7 +340,8 @@ def array_afd(criterion: AFD, ours: list[Array], theirs: list[Array]) -> float:
         near = [pooled((m**2).mean(1, keepdims=True), *size) for m in ours]
         for b in range(BATCH):
             scores = [
-                (mixed[b, s, t] @ np.array(queries[t][b]) + positions[0][t] @ positions[1][s]) / math.sqrt(criterion.dim)
+                (mixed[b, s, t] @ np.array(queries[t][b]) + positions[0][t] @ positions[1][s])
+                / math.sqrt(criterion.dim)
                 for s in range(len(ours))
             ]
             shares = np.exp(scores) / np.exp(scores).sum()
@@ -332,7 +350,9 @@ def array_afd(criterion: AFD, ours: list[Array], theirs: list[Array]) -> float:
     return total
 
 
-OBLONG = Pair(Shapes(CLASSES, 10, ((4, 8, 6), (6, 4, 3), (7, 3, 7))), Shapes(CLASSES, 14, ((5, 6, 6), (7, 3, 5), (8, 5, 2))))
+OBLONG = Pair(
+    Shapes(CLASSES, 10, ((4, 8, 6), (6, 4, 3), (7, 3, 7))), Shapes(CLASSES, 14, ((5, 6, 6), (7, 3, 5), (8, 5, 2)))
+)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +370,10 @@ def test_maps_that_are_not_square(method, reference):
 
 def test_both_ways_to_compute_nst_are_taken():
     """Products of positions where these are few, else of channels: the first and the last of these maps."""
-    sizes = [(s[0], t[0], min(s[1], t[1]) * min(s[2], t[2])) for s, t in zip(OBLONG.student.maps, OBLONG.teacher.maps, strict=True)]
+    sizes = [
+        (s[0], t[0], min(s[1], t[1]) * min(s[2], t[2]))
+        for s, t in zip(OBLONG.student.maps, OBLONG.teacher.maps, strict=True)
+    ]
     few = [places * (c_s + c_t) <= c_s**2 + c_t**2 + c_s * c_t for c_s, c_t, places in sizes]
     assert few[0] is False
     assert few[-1] is True

@@ -42,14 +42,21 @@ def large(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_refused_by_name_and_without_a_readers_traceback(workers: int, large: Path) -> None:
     images = read(large, img_size=32, workers=workers)
-    expected = r"^train image \d+ \(.*train/b/4\.png\): truncated or damaged .*: remove or replace it\. Or leave .*: --max-bad\.$"
+    expected = (
+        r"^train image \d+ \(.*train/b/4\.png\): truncated or damaged .*: remove or replace "
+        r"it\. Or leave .*: --max-bad\.$"
+    )
     with pytest.raises(DataError, match=expected):
         list(images.train.batches([images.train.ids], 0, CPU))
 
 
-def test_damaged_images_are_left_out_up_to_a_number(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_images_are_left_out_up_to_a_number(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"2 damaged images, more than max_bad=1: train image .*4\.png.* test image .*5\.png"):
+    with pytest.raises(
+        DataError, match=r"2 damaged images, more than max_bad=1: train image .*4\.png.* test image .*5\.png"
+    ):
         read(large, img_size=32, max_bad=1)
     assert len(list((cache_folder() / "damaged").iterdir())) == 2
     with monkeypatch.context() as context:  # looked for once
@@ -111,7 +118,9 @@ FAST = ["--model", "cifar_resnet8x05", "--img-size", "32", "--batch-size", "8", 
 
 
 def test_a_run_keeps_the_list_of_what_it_left_out(large: Path, tmp_path: Path) -> None:
-    done = call("train", *FAST, "--data-dir", str(large), "--epochs", "1", "--max-bad", "2", "--output", str(tmp_path / "run"))
+    done = call(
+        "train", *FAST, "--data-dir", str(large), "--epochs", "1", "--max-bad", "2", "--output", str(tmp_path / "run")
+    )
     assert done.returncode == 0, done.stderr
     assert "left out 2 of 36 images (max_bad=2): train image" in done.stdout
     lines = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
@@ -124,7 +133,9 @@ def test_a_killed_reader_ends_the_run_by_name(tmp_path: Path) -> None:
         for number in range(count):
             (place / split / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
-            Image.fromarray(np.random.default_rng(number).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(buffer, "JPEG")
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(
+                buffer, "JPEG"
+            )
             (place / split / "ab"[number % 2] / f"{number}.jpg").write_bytes(buffer.getvalue())
     words = command("train", *FAST, "--data-dir", str(place), "--epochs", "500", "--output", str(tmp_path / "run"))
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
@@ -143,6 +154,7 @@ def test_a_killed_reader_ends_the_run_by_name(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(
-        rf"error: a reader of images was ended from outside.*({'|'.join(map(str, killed))}).*Give fewer --workers", errors
+        rf"error: a reader of images was ended from outside.*({'|'.join(map(str, killed))}).*Give fewer --workers",
+        errors,
     )
     assert "Error in" not in errors

@@ -1,4 +1,5 @@
-"""Images in: every kind of data set, the same batches for any workers and batch size, and errors that say what to do."""
+"""Images in: every kind of data set, the same batches for any workers and batch size, and errors that say what to
+do."""
 
 import io
 import os
@@ -26,7 +27,18 @@ from PIL import Image, ImageOps
 
 from mgd_timm import decoding
 from mgd_timm.checkpoint import file_mode
-from mgd_timm.data import EMBEDDED, DataError, Defaults, FileSource, Images, Source, StoreSource, cache_folder, decode, load_images
+from mgd_timm.data import (
+    EMBEDDED,
+    DataError,
+    Defaults,
+    FileSource,
+    Images,
+    Source,
+    StoreSource,
+    cache_folder,
+    decode,
+    load_images,
+)
 from mgd_timm.features import Batch
 from mgd_timm.locking import LOCK
 from mgd_timm.recipe import Data
@@ -66,7 +78,11 @@ def folder(root: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], endin
 
 
 def read(
-    place: Path, seed: int = 0, defaults: Defaults | None = None, say: Callable[[str], None] = lambda _: None, **data: Any
+    place: Path,
+    seed: int = 0,
+    defaults: Defaults | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **data: Any,
 ) -> Images:
     return load_images(Data(data_dir=str(place), **data), seed, defaults, say=say)
 
@@ -155,7 +171,9 @@ def test_hub_parquet_with_two_label_columns(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.equal(pixels(data.train), stacked([noise(i) for i in range(6)]))
     assert data.test is data.watched
-    assert "label column: fine_label of fine_label (3 classes), coarse_label (2 classes); --target-key to change" in said
+    assert (
+        "label column: fine_label of fine_label (3 classes), coarse_label (2 classes); --target-key to change" in said
+    )
     assert read(tmp_path, target_key="coarse_label").class_names == ("alive", "thing")
 
 
@@ -195,12 +213,21 @@ def test_large_images_go_through_timms_transforms(large: Path) -> None:
     from timm.data.transforms_factory import create_transform
 
     defaults = Defaults(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), img_size=48, interpolation="bilinear", crop_pct=0.9)
-    data = read(large, seed=5, defaults=defaults, workers=0, scale=(0.2, 0.9), hflip=0.4, aa="rand-m9-mstd0.5", color_jitter=0.3)
+    data = read(
+        large, seed=5, defaults=defaults, workers=0, scale=(0.2, 0.9), hflip=0.4, aa="rand-m9-mstd0.5", color_jitter=0.3
+    )
     assert isinstance(data.train, FileSource)
     assert (data.input_size, data.mean, data.std) == ((3, 48, 48), defaults.mean, defaults.std)
-    common: dict[str, Any] = {"input_size": (3, 48, 48), "mean": defaults.mean, "std": defaults.std, "interpolation": "bilinear"}
+    common: dict[str, Any] = {
+        "input_size": (3, 48, 48),
+        "mean": defaults.mean,
+        "std": defaults.std,
+        "interpolation": "bilinear",
+    }
     transform = create_transform(**common, crop_pct=0.9)
-    pictures = [Image.fromarray(noise(i, 128, 128)) for i in (8, 9)] + [Image.fromarray(noise(i, 97, 150)) for i in (10, 11)]
+    pictures = [Image.fromarray(noise(i, 128, 128)) for i in (8, 9)] + [
+        Image.fromarray(noise(i, 97, 150)) for i in (10, 11)
+    ]
     assert torch.equal(collect(data.test).images, torch.stack([transform(picture) for picture in pictures]))
     transform = create_transform(
         **common,
@@ -231,10 +258,14 @@ def test_soft_labels(tmp_path: Path) -> None:
     assert data.val is not None
     both = torch.cat([data.train.ids, data.val.ids])
     assert both.sort().values.tolist() == list(range(6))
-    np.testing.assert_allclose(torch.cat([collect(data.train).labels, collect(data.val).labels])[both.argsort()].numpy(), soft)
+    np.testing.assert_allclose(
+        torch.cat([collect(data.train).labels, collect(data.val).labels])[both.argsort()].numpy(), soft
+    )
     assert collect(data.test).labels.tolist() == soft[:2].tolist()
     parquet(tmp_path / "test.parquet", image=samples(2), label=[[0.5, 0.5], [1.0, 0.0]])
-    with pytest.raises(DataError, match="split 'test' has the classes 0, 1, 'train' has 0, 1, 2: both need the same ones"):
+    with pytest.raises(
+        DataError, match="split 'test' has the classes 0, 1, 'train' has 0, 1, 2: both need the same ones"
+    ):
         read(tmp_path)
 
 
@@ -353,7 +384,12 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(decoding, "HASHED", hashed)
     plain, labels = [encoded(noise(i)) for i in range(8)], [0, 1] * 4
     longer = [*plain[:7], plain[7] + b"\0"]
-    variants = {"one": (plain, labels), "same": (plain, labels), "labels": (plain, labels[::-1]), "longer": (longer, labels)}
+    variants = {
+        "one": (plain, labels),
+        "same": (plain, labels),
+        "labels": (plain, labels[::-1]),
+        "longer": (longer, labels),
+    }
     digests = {}
     for name, (images, label) in variants.items():
         parquet(tmp_path / name / "train.parquet", image=images, label=label)
@@ -390,7 +426,9 @@ def test_readers_outlive_signals_to_the_process_group(large: Path) -> None:
     batches = source.batches(list(source.ids.split(1)), 0, CPU)
     found = [next(batches)]
     own = psutil.Process()
-    readers = [child for child in own.children() if child.cmdline() == own.cmdline()]  # not what another test's processes need
+    readers = [
+        child for child in own.children() if child.cmdline() == own.cmdline()
+    ]  # not what another test's processes need
     assert len(readers) == 2
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
         for reader in readers:
@@ -405,7 +443,11 @@ def test_readers_outlive_signals_to_the_process_group(large: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("aa", "rand-x9", r"aa='rand-x9', .* \(Unknown RandAugment config section\): expected a policy such as rand-m9"),
+        (
+            "aa",
+            "rand-x9",
+            r"aa='rand-x9', .* \(Unknown RandAugment config section\): expected a policy such as rand-m9",
+        ),
         ("color_jitter", -1.0, r"color_jitter=-1\.0: .*: expected .* a strength of 0 or more"),
         ("interpolation", "random", r"interpolation='random': expected bilinear or bicubic\."),
         ("train_interpolation", "bicubik", r"train_interpolation='bicubik': expected bilinear or bicubic, or random"),
@@ -447,7 +489,9 @@ def palette(transparency: int | bytes | None) -> bytes:
     ("content", "colour", "grey"),
     [
         pytest.param(encoded(Image.new("RGB", (5, 4), COLOUR)), COLOUR, GREY, id="RGB"),
-        pytest.param(encoded(Image.new("RGB", (5, 4), COLOUR), transparency=COLOUR), COLOUR, GREY, id="RGB transparent colour"),
+        pytest.param(
+            encoded(Image.new("RGB", (5, 4), COLOUR), transparency=COLOUR), COLOUR, GREY, id="RGB transparent colour"
+        ),
         pytest.param(encoded(Image.new("RGBA", (5, 4), (*COLOUR, 0))), COLOUR, GREY, id="RGBA"),
         pytest.param(encoded(Image.new("L", (5, 4), 77)), (77,) * 3, 77, id="L"),
         pytest.param(encoded(Image.new("L", (5, 4), 77), transparency=77), (77,) * 3, 77, id="L transparent grey"),
@@ -489,12 +533,18 @@ def bomb() -> bytes:
 
 
 BAD_IMAGES = [
-    pytest.param(encoded(noise(0, 60, 60), "JPEG")[:-300], r"truncated or damaged \(.*\): remove or replace it", id="JPEG cut"),
+    pytest.param(
+        encoded(noise(0, 60, 60), "JPEG")[:-300], r"truncated or damaged \(.*\): remove or replace it", id="JPEG cut"
+    ),
     pytest.param(encoded(noise(0, 60, 60))[:-300], r"truncated or damaged \(.*\): remove or replace it", id="PNG cut"),
     pytest.param(encoded(noise(0))[:20], r"truncated or damaged|not an image", id="PNG cut in its header"),
-    pytest.param(b"not an image\n", r"not an image of a known format \(JPEG, PNG, .*\): remove or replace it", id="text"),
+    pytest.param(
+        b"not an image\n", r"not an image of a known format \(JPEG, PNG, .*\): remove or replace it", id="text"
+    ),
     pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image of a known format", id="PostScript"),
-    pytest.param(bomb(), "exceeds limit of .* pixels, could be decompression bomb DOS attack.: remove or shrink it", id="bomb"),
+    pytest.param(
+        bomb(), "exceeds limit of .* pixels, could be decompression bomb DOS attack.: remove or shrink it", id="bomb"
+    ),
     pytest.param(
         encoded(Image.fromarray(np.full((4, 5), 40_000, np.uint16))),
         "mode 'I;16' has more than 8 bits .* convert it to 8",
@@ -538,7 +588,10 @@ def test_a_bad_large_image_is_named_when_it_is_reached(tmp_path: Path, workers: 
             r"unknown data set 'uoft-cs/cifar11': did you mean uoft-cs/cifar10 or uoft-cs/cifar100\? ",
         ),
         (Data(dataset="uoft-cs/cifar10"), "uoft-cs/cifar10: cannot be read: .*Error"),
-        (Data(dataset="./images"), "./images: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id"),
+        (
+            Data(dataset="./images"),
+            "./images: no such folder. Give --data-dir a folder, or --dataset 'embedded' or a hub id",
+        ),
         (
             Data(data_dir="/no/images"),
             "/no/images: no such folder; expected a folder of parquet, arrow or npy files, or of images in class",
@@ -549,7 +602,10 @@ def test_a_bad_large_image_is_named_when_it_is_reached(tmp_path: Path, workers: 
         (Data(input_key="imgae"), r"unknown column 'imgae': did you mean image\?"),
         (Data(target_key="fine_label"), r"unknown column 'fine_label': did you mean label\?"),
         (Data(input_key="label"), "column 'label' holds .*: expected encoded images; choose another with --input-key"),
-        (Data(target_key="image"), "column 'image' of split 'train' holds .*: expected class ids from 0, .* --target-key"),
+        (
+            Data(target_key="image"),
+            "column 'image' of split 'train' holds .*: expected class ids from 0, .* --target-key",
+        ),
         (Data(val_split=1e-5), "val_split=1e-05 of 10000 images leaves a part empty: choose another share"),
     ],
 )
@@ -570,13 +626,19 @@ def test_unknown_names_are_refused_with_the_nearest_ones(data: Data, message: st
             {"image": samples(2)},
             "no label column among image: expected one of class ids or distributions; name it with --target-key",
         ),
-        ({"image": samples(2), "label": [0, 1], "id": [7, 8]}, "2 label columns, label, id, among image, label, id: expected one"),
+        (
+            {"image": samples(2), "label": [0, 1], "id": [7, 8]},
+            "2 label columns, label, id, among image, label, id: expected one",
+        ),
         ({"image": samples(2), "label": ["cat", "dog"]}, "no label column among image, label"),
         (
             {"image": samples(3), "label": [0, 2, 2]},
             r"split 'train' has no image of class '1' \(1\): add some, or remove the class",
         ),
-        ({"image": samples(2), "label": [0, 0]}, "split 'train' has one class only, '0': there is nothing to tell apart"),
+        (
+            {"image": samples(2), "label": [0, 0]},
+            "split 'train' has one class only, '0': there is nothing to tell apart",
+        ),
         ({"image": samples(2), "label": [[1.0], [1.0]]}, "split 'train' has one class only, '0'"),
         (
             {"image": samples(3), "label": [0, -1, 1]},
@@ -599,16 +661,23 @@ def test_unknown_names_are_refused_with_the_nearest_ones(data: Data, message: st
             {"image": [*samples(1), {"bytes": None, "path": None}], "label": [0, 1]},
             "train image 1: the row holds neither bytes nor a",
         ),
-        ({"image": [encoded(noise(0)), None], "label": [0, 1]}, "train image 1: the row holds neither bytes nor a path: remove it"),
+        (
+            {"image": [encoded(noise(0)), None], "label": [0, 1]},
+            "train image 1: the row holds neither bytes nor a path: remove it",
+        ),
         (
             {"image": [*samples(1), {"bytes": None, "path": "/no.png"}], "label": [0, 1]},
             r"train image 1 \(/no.png\): No such file or di",
         ),
         (
             {"image": [*samples(1), *samples(1, height=13)], "label": [0, 1]},
-            r"train image 1 \(0.png\) has 13x10 pixels, the first image 12x10: give --img-size to resize all to one size",
+            r"train image 1 \(0.png\) has 13x10 pixels, the first image 12x10: give --img-size to "
+            r"resize all to one size",
         ),
-        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "split 'train' has no images|cannot be read"),
+        (
+            {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())},
+            "split 'train' has no images|cannot be read",
+        ),
     ],
 )
 def test_tables_that_cannot_be_used(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -630,10 +699,14 @@ def test_named_classes_without_images_or_with_other_names(tmp_path: Path) -> Non
     def write(place: str, names: list[str], label: list[int]) -> None:
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
         (tmp_path / place).parent.mkdir(exist_ok=True)
-        datasets.Dataset.from_dict({"image": samples(len(label)), "label": label}, features=features).to_parquet(tmp_path / place)
+        datasets.Dataset.from_dict({"image": samples(len(label)), "label": label}, features=features).to_parquet(
+            tmp_path / place
+        )
 
     write("empty/train.parquet", ["cat", "dog", "emu"], [0, 1])
-    with pytest.raises(DataError, match=r"split 'train' has no image of class 'emu' \(2\): add some, or remove the class from the"):
+    with pytest.raises(
+        DataError, match=r"split 'train' has no image of class 'emu' \(2\): add some, or remove the class from the"
+    ):
         read(tmp_path / "empty")
     write("hidden/train.parquet", ["cat", "dog"], [0, 1])
     write("hidden/test.parquet", ["cat", "dog"], [-1, -1])
@@ -665,7 +738,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text" / "cat.txt").write_text("cat")
     with pytest.raises(DataError, match="text: neither images nor parquet, arrow or npy files in it"):
         read(tmp_path / "text")
-    gap = folder(tmp_path / "gap", {"train/cat": [noise(0)], "train/dog": [], "train/emu": [noise(1)], "train/.hidden": []})
+    gap = folder(
+        tmp_path / "gap", {"train/cat": [noise(0)], "train/dog": [], "train/emu": [noise(1)], "train/.hidden": []}
+    )
     with pytest.raises(
         DataError, match=r"gap/train/dog: a class folder without an image. Add images of the class or remove the folder"
     ):

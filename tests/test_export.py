@@ -55,14 +55,21 @@ def test_config_says_what_is_true_of_these_weights(tmp_path):
     model = student("mobilenetv3_small_050")
     config = json.loads((export_model(model, tmp_path / "out") / "config.json").read_text())
     known = config["pretrained_cfg"]
-    assert (known["tag"], known["license"]) == ("mas_distilled", "mit")  # not those of the architecture's default weights
+    assert (known["tag"], known["license"]) == (
+        "mas_distilled",
+        "mit",
+    )  # not those of the architecture's default weights
     assert (known["mean"], known["std"], known["input_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [3, 64, 64])
     assert config["num_classes"] == known["num_classes"] == 5
     assert config["label_names"] == [f"class {i}" for i in range(5)]
     assert not {"url", "hf_hub_id", "file", "source"} & set(known)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     data = timm.data.resolve_model_data_config(loaded)
-    assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (3, 64, 64))
+    assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == (
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+        (3, 64, 64),
+    )
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
@@ -125,7 +132,9 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "no room to write" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -254,7 +254,10 @@ def test_a_student_without_a_classifier_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "forward", lambda x: 2 * m.forward_head(m.forward_features(x))), "something else as well"),
+        (
+            lambda m: setattr(m, "forward", lambda x: 2 * m.forward_head(m.forward_features(x))),
+            "something else as well",
+        ),
         (lambda m: setattr(m, "forward", lambda x: (x, x)), "returns a tuple, not logits"),
         (lambda m: setattr(m, "forward_head", lambda x, pre_logits=False: x), "not logits"),
     ],

@@ -120,7 +120,8 @@ def test_torchs_fused_optimizer_is_taken_where_there_is_one():
 
 
 def test_an_overflow_in_the_first_update_leaves_no_trace():
-    """torch's fused SGD would go on with momentum from memory that nothing was written to: with a scaler nothing is fused."""
+    """torch's fused SGD would go on with momentum from memory that nothing was written to: with a scaler nothing is
+    fused."""
     module = Linear()
     optimizer = build_optimizer(module, Optim(lr=0.1, weight_decay=0.0), scaled=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -162,7 +163,9 @@ def test_accumulation_steps_from_the_environment_do_not_change_the_sum(accelerat
 
 def test_average_follows_the_weights(accelerator):
     module = Linear()
-    _, _, done = train(accelerator(), replace(OPTIM, model_ema=True, model_ema_decay=0.5), module=module, averaged=module.layer)
+    _, _, done = train(
+        accelerator(), replace(OPTIM, model_ema=True, model_ema_decay=0.5), module=module, averaged=module.layer
+    )
     average = done.averaged.weight
     assert not torch.equal(average, module.layer.weight)
     start = (module.layer.weight - Linear().layer.weight).norm()
@@ -201,7 +204,8 @@ def test_a_module_is_fitted_again_at_the_same_precision(accelerator):
 
 
 def _runs(name: str) -> bool:
-    """Whether the installed timm can step this optimizer here at all: some need a closure, a second gradient or a GPU."""
+    """Whether the installed timm can step this optimizer here at all: some need a closure, a second gradient or a
+    GPU."""
     module = Linear()
     try:
         optimizer = build_optimizer(module, replace(OPTIM, opt=name, lr=1e-3))
@@ -262,7 +266,9 @@ def test_weights_that_are_not_finite_are_not_saved(accelerator, tmp_path):
 def test_an_average_that_stays_the_initial_weights_is_warned_of(accelerator, capsys):
     module = Linear()
     train(accelerator(), replace(OPTIM, model_ema=True), module=module, averaged=module.layer)
-    assert "warning: after all updates 100 % of the averaged weights are still the initial ones" in capsys.readouterr().out
+    assert (
+        "warning: after all updates 100 % of the averaged weights are still the initial ones" in capsys.readouterr().out
+    )
 
 
 def test_a_last_batch_of_one_sample_is_left_out(accelerator):
@@ -321,7 +327,9 @@ def test_evaluation_counts_each_image_once(accelerator, soft):
     target = source.labels.argmax(1) if soft else source.labels
     assert found["a"]["n"] == 23
     assert found["a"]["top1"] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item())
-    assert found["a"]["top5"] == pytest.approx(100 * (logits.topk(5).indices == target[:, None]).any(1).double().mean().item())
+    assert found["a"]["top5"] == pytest.approx(
+        100 * (logits.topk(5).indices == target[:, None]).any(1).double().mean().item()
+    )
     labels = source.labels.double() if soft else source.labels
     assert found["a"]["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found["b"] != found["a"]

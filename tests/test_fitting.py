@@ -23,7 +23,14 @@ from mgd_timm.report import read_metrics
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
-SHORT = {"epochs": 1, "fitting_epochs": 2, "heads_epochs": 1, "heads_views": 1, "batch_size": 32, "student": "cifar_resnet8x05"}
+SHORT = {
+    "epochs": 1,
+    "fitting_epochs": 2,
+    "heads_epochs": 1,
+    "heads_views": 1,
+    "batch_size": 32,
+    "student": "cifar_resnet8x05",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +61,18 @@ def test_a_stage_lowers_its_loss_is_kept_and_found_again(name, small_data, tmp_p
 
     first = go("one", criterion=(name,))
     assert f"{name}: fitted before the run, {epochs} epochs; last loss" in capsys.readouterr().out
-    losses = [sum(row["train"][key] for key in first["fitted"][name]) for row in read_metrics(tmp_path / "one" / "fitting" / name)]
+    losses = [
+        sum(row["train"][key] for key in first["fitted"][name])
+        for row in read_metrics(tmp_path / "one" / "fitting" / name)
+    ]
     assert len(losses) == epochs
     assert losses[-1] < losses[0]
     again = go("two", criterion=(name,))
     assert f"{name}: fitted before the run, from the cache" in capsys.readouterr().out
     assert again["fitted"] == first["fitted"]
     assert all(
-        torch.equal(a, b) for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True)
     )
     other = go("three", criterion=(name,), fitting_lr=0.003)
     assert other["fitted"] != first["fitted"]
@@ -107,7 +118,11 @@ def test_stages_compose_with_mas_and_with_each_other(small_data, tmp_path):
 @pytest.mark.parametrize("method", ["none", "mag"])
 def test_two_students_teach_each_other(method, small_data, tmp_path, capsys):
     recipe = make_recipe(
-        **{**SHORT, "epochs": 2}, peer="cifar_wrn_16_1", data_dir=str(small_data), output=str(tmp_path / "run"), method=method
+        **{**SHORT, "epochs": 2},
+        peer="cifar_wrn_16_1",
+        data_dir=str(small_data),
+        output=str(tmp_path / "run"),
+        method=method,
     )
     assert (recipe.teacher, recipe.criterion) == (None, ("dml",))
     result = run(recipe, quiet=True)
@@ -135,16 +150,46 @@ def test_what_decides_a_stage_is_in_its_digest(small_data, tmp_path, capsys):
         return "from the cache" not in capsys.readouterr().out
 
     assert fitted_anew(0)
-    same = [{"log_interval": 7}, {"criterion_options": ("ab.margin=1",)}, {"epochs": 2}, {"sched": "poly", "task_weight": 2.0}]
+    same = [
+        {"log_interval": 7},
+        {"criterion_options": ("ab.margin=1",)},
+        {"epochs": 2},
+        {"sched": "poly", "task_weight": 2.0},
+    ]
     assert not any(fitted_anew(f"same{i}", **options) for i, options in enumerate(same))
-    other = [{"criterion_options": ("ab.margin=2",)}, {"filter_bias_and_bn": True}, {"maps": "2"}, {"clip_grad": 1.0}, {"seed": 3}]
+    other = [
+        {"criterion_options": ("ab.margin=2",)},
+        {"filter_bias_and_bn": True},
+        {"maps": "2"},
+        {"clip_grad": 1.0},
+        {"seed": 3},
+    ]
     assert all(fitted_anew(f"other{i}", **options) for i, options in enumerate(other))
 
 
 def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weights(small_data, tmp_path):
     """Real processes; a weight warms up, and CRD's memory belongs to the state."""
-    flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--batch-size", "16", "--epochs", "3"]
-    flags += ["--method", "none", "--criterion", "ab,crd:0.8:2,at", "--fitting-epochs", "3", "--checkpoint-interval", "3"]
+    flags = [
+        "distill",
+        "--data-dir",
+        str(small_data),
+        "--student",
+        "cifar_resnet8x05",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "3",
+    ]
+    flags += [
+        "--method",
+        "none",
+        "--criterion",
+        "ab,crd:0.8:2,at",
+        "--fitting-epochs",
+        "3",
+        "--checkpoint-interval",
+        "3",
+    ]
     whole = call(*flags, "--output", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     shutil.rmtree(tmp_path / "cache" / "ab")
@@ -165,13 +210,21 @@ def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
     flags += ["--batch-size", "32", "--epochs", "1", "--heads-epochs", "16", "--heads-views", "1", "--seed", "3"]
     cache = {"MGD_TIMM_CACHE": str(tmp_path / "cache")}
     runs = [
-        Ranks([*flags, "--output", str(tmp_path / str(number))], tmp_path / f"log{number}", processes=number, environment=cache)
+        Ranks(
+            [*flags, "--output", str(tmp_path / str(number))],
+            tmp_path / f"log{number}",
+            processes=number,
+            environment=cache,
+        )
         for number in (1, 2)
     ]
     for number, ranks in enumerate(runs, 1):
         assert ranks.wait(120) == [0] * number, ranks.said()
     said = [ranks.said() for ranks in runs]
-    waited = [re.search(r"fitted heads \(.*\): another run .* writes it; waiting for it to end", text) is not None for text in said]
+    waited = [
+        re.search(r"fitted heads \(.*\): another run .* writes it; waiting for it to end", text) is not None
+        for text in said
+    ]
     found = ["fitted before, from the cache" in text for text in said]
     assert sorted(found) == [False, True]
     assert all(found[number] for number in (0, 1) if waited[number])  # one that was started late need not wait
@@ -180,11 +233,24 @@ def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
 
 def test_what_one_process_has_fitted_several_take_with_its_losses(small_data, tmp_path):
     flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--global-batch-size", "64"]
-    flags += ["--batch-size", "32", "--epochs", "1", "--method", "none", "--fit-teacher-head", "probe", "--fitting-epochs", "1"]
+    flags += [
+        "--batch-size",
+        "32",
+        "--epochs",
+        "1",
+        "--method",
+        "none",
+        "--fit-teacher-head",
+        "probe",
+        "--fitting-epochs",
+        "1",
+    ]
     said = []
     for number in (1, 2):
         words = [*flags, "--output", str(tmp_path / str(number))]
-        ranks = Ranks(words, tmp_path / f"log{number}", processes=number, environment={"MGD_TIMM_CACHE": str(tmp_path / "cache")})
+        ranks = Ranks(
+            words, tmp_path / f"log{number}", processes=number, environment={"MGD_TIMM_CACHE": str(tmp_path / "cache")}
+        )
         assert ranks.wait(120) == [0] * number, "".join(ranks.said(rank) for rank in range(number))
         said.append(re.search(r"probe, (.*); last loss of the labels (.*)", ranks.said()).groups())
     assert [how for how, _ in said] == ["1 epoch", "from the cache"]
@@ -200,7 +266,8 @@ def test_memories_know_the_classes_of_training_images_alone(small_data):
 
 
 def test_a_stage_sees_maps_of_a_teacher_whose_folding_was_checked_on_them():
-    """A WRN's first BatchNorm alone reads its stem: folded, the stem's map would be another one, which the run may not look at."""
+    """A WRN's first BatchNorm alone reads its stem: folded, the stem's map would be another one, which the run may not
+    look at."""
     model = timm.create_model("cifar_wrn_16_2", num_classes=10)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -232,7 +299,16 @@ def test_a_configuration_that_was_printed_runs_with_a_peer(small_data, tmp_path,
         str(small_data),
     ]
     with pytest.raises(SystemExit):
-        main([*words, "--output", str(tmp_path / "run"), "--criterion-options", "dml.element_mean=true", "--print_config"])
+        main(
+            [
+                *words,
+                "--output",
+                str(tmp_path / "run"),
+                "--criterion-options",
+                "dml.element_mean=true",
+                "--print_config",
+            ]
+        )
     (tmp_path / "peer.yaml").write_text(capsys.readouterr().out)
     assert main(["distill", "--config", str(tmp_path / "peer.yaml")]) == 0
     recipe = read_recipe(tmp_path / "run")

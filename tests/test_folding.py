@@ -27,7 +27,9 @@ def norms(module: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18", "tf_efficientnet_lite0", "densenet121", "resnetv2_50", "repvgg_a0"])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet20", "resnet18", "tf_efficientnet_lite0", "densenet121", "resnetv2_50", "repvgg_a0"]
+)
 def test_the_features_of_any_batch_are_the_same_in_float64(name: str) -> None:
     size = 32 if name.startswith("cifar") else 64
     tap = FeatureTap(network(name), [0, -1], input_size=(3, size, size)).double().eval()

@@ -91,7 +91,10 @@ def test_parameter_counts(width, total, encoders):
 
 
 def test_defaults_are_the_papers():
-    assert [(g.name, g.dim, g.temperature, g.weight) for g in DEFAULT] == [("abstract", 64, 2, 1), ("detailed", 256, 8, 1)]
+    assert [(g.name, g.dim, g.temperature, g.weight) for g in DEFAULT] == [
+        ("abstract", 64, 2, 1),
+        ("detailed", 256, 8, 1),
+    ]
 
 
 def test_golden_values_of_the_fitting_loss():
@@ -207,7 +210,10 @@ def kd_host(pair: Pair) -> Objective:
         (lambda: HeadFitting(GranularityHeads(8, None)), "heads with decoders"),
         (lambda: MAG(plain_pair(), kd_host(plain_pair()), (Granularity("kd", 4, 2.0),)), "'kd' has the name of a term"),
         (lambda: MAG(plain_pair(), kd_host(plain_pair()), (Granularity("a", 4, 2.0, 0.0),)), "one or more"),
-        (lambda: Teacher(tap("cifar_resnet8", 0), GranularityHeads(32, 10)), "embedding of 32 dims, but cifar_resnet8 has 64"),
+        (
+            lambda: Teacher(tap("cifar_resnet8", 0), GranularityHeads(32, 10)),
+            "embedding of 32 dims, but cifar_resnet8 has 64",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(build, message):
@@ -223,7 +229,9 @@ def test_a_teacher_without_the_right_heads_is_refused(student, teacher):
     mag, mas = (cls(pair, build_objective(pair, "ce", "kd"), SMALL) for cls in (MAG, MAS))
     with pytest.raises(ValueError, match="'abstract' of 4 dims: the teacher shows codes of no heads"):
         mag(ours, bare, batch())
-    with pytest.raises(ValueError, match=r"'abstract' of 64 dims: the teacher shows codes of \{'abstract': 4, 'detailed': 24\}"):
+    with pytest.raises(
+        ValueError, match=r"'abstract' of 64 dims: the teacher shows codes of \{'abstract': 4, 'detailed': 24\}"
+    ):
         MAG(pair, build_objective(pair, "ce"))(ours, full, batch())
     assert mag(ours, encoders, batch())["abstract"] > 0  # MAG reads no views
     for shown in (bare, encoders):
@@ -284,7 +292,9 @@ def test_joint_gradients_are_those_of_separate_passes(teacher):
         encoder.zero_grad()
         decoder.zero_grad()
         view = decoder(encoder(shown.embedding))
-        soft = F.kl_div(F.log_softmax(view / g.temperature, 1), F.softmax(shown.logits / g.temperature, 1), reduction="batchmean")
+        soft = F.kl_div(
+            F.log_softmax(view / g.temperature, 1), F.softmax(shown.logits / g.temperature, 1), reduction="batchmean"
+        )
         (F.cross_entropy(view, labels) + g.temperature**2 * soft).backward()
         for joint, alone in ((heads.encoders[g.name], encoder), (heads.decoders[g.name], decoder)):
             for p, q in zip(joint.parameters(), alone.parameters(), strict=True):
@@ -326,9 +336,11 @@ def test_fitting_takes_soft_labels(teacher):
 
 
 def wrap(method: str, pair: Pair, objective: Objective) -> Objective | MAG:
-    return {"none": lambda: objective, "mag": lambda: MAG(pair, objective, SMALL), "mas": lambda: MAS(pair, objective, SMALL)}[
-        method
-    ]()
+    return {
+        "none": lambda: objective,
+        "mag": lambda: MAG(pair, objective, SMALL),
+        "mas": lambda: MAS(pair, objective, SMALL),
+    }[method]()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

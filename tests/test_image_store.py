@@ -55,7 +55,9 @@ def test_every_change_is_found_at_the_start_said_and_mended(place: Path) -> None
         assert (place / FILE).read_bytes() == content, case
 
 
-def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_store, "WHOLE", 0)
     content, rng = (place / FILE).read_bytes(), random.Random(4)
     header, size = 8 + int.from_bytes(content[:8], "little"), IMAGES[0].numel()
@@ -63,13 +65,17 @@ def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(place: 
         row = rng.randrange(len(IMAGES))
         first, length = (header + 8 * row, 8) if number % 3 == 0 else (header + 8 * len(IMAGES) + size * row, size)
         bit = 8 * first + rng.randrange(8 * length)
-        (place / FILE).write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+        (place / FILE).write_bytes(
+            content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+        )
         store = opened(place, refuse)
         others = torch.tensor([other for other in torch.randperm(len(IMAGES)).tolist() if other != row])
         for rows in others.split(16):
             store.check(rows)
         assert torch.equal(store.images[others], IMAGES[others])
-        with pytest.raises(DataError, match=rf"{FILE} is damaged \(checksum of image {row}\): it is removed: start again, .*anew"):
+        with pytest.raises(
+            DataError, match=rf"{FILE} is damaged \(checksum of image {row}\): it is removed: start again, .*anew"
+        ):
             store.check(torch.tensor([0, row, row, 1]))
         assert not (place / FILE).exists()
         assert torch.equal(opened(place).images, IMAGES)
@@ -110,7 +116,8 @@ def test_a_batch_of_a_large_store_is_checked(small_data: Path, tmp_path: Path, m
 
 
 def test_a_store_that_cannot_be_written_is_read(place: Path) -> None:
-    """Nothing is written, so that a folder without the right to write will do, and another run's lock is not waited for."""
+    """Nothing is written, so that a folder without the right to write will do, and another run's lock is not waited
+    for."""
     with holding(place):
         before = sorted(place.iterdir())
         assert torch.equal(opened(place, refuse, pytest.fail).images, IMAGES)

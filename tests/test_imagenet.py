@@ -51,12 +51,21 @@ def test_the_rate_follows_the_batch_and_the_schedule_its_length(recipe: ModuleTy
     assert (found["global_batch_size"], found["lr"]) == (128, 0.3)
     assert recipe.options_of({"batch_size": 64, "grad_accum_steps": 1}, 2)["lr"] == pytest.approx(0.05)
     assert recipe.options_of({"global_batch_size": 512}, 2)["lr"] == pytest.approx(0.2)
-    found = recipe.options_of({"pair": "regnety_160-deit_tiny", "epochs": 20, "mixup": 0.0, "student": "vit_small_patch16_224"}, 8)
-    assert (found["warmup_epochs"], found["mixup"], found["cutmix"], found["student"]) == (2, 0.0, 1.0, "vit_small_patch16_224")
+    found = recipe.options_of(
+        {"pair": "regnety_160-deit_tiny", "epochs": 20, "mixup": 0.0, "student": "vit_small_patch16_224"}, 8
+    )
+    assert (found["warmup_epochs"], found["mixup"], found["cutmix"], found["student"]) == (
+        2,
+        0.0,
+        1.0,
+        "vit_small_patch16_224",
+    )
     assert (found["batch_size"], found["global_batch_size"], found["lr"]) == (128, 1024, 1e-3)
     own = {"pair": "regnety_160-deit_tiny", "student": "deit_tiny_patch16_224"}
     assert (recipe.options_of(own, 1)["drop_path"], "drop_path" in found) == (0.1, False)
-    with pytest.raises(ValueError, match=r"unknown pair 'resnet34': did you mean resnet34-resnet18\?.*All pairs: .*patient"):
+    with pytest.raises(
+        ValueError, match=r"unknown pair 'resnet34': did you mean resnet34-resnet18\?.*All pairs: .*patient"
+    ):
         recipe.options_of({"pair": "resnet34"}, 1)
 
 

@@ -1,4 +1,5 @@
-"""Public checkpoints: every layout that is read, every file that is refused and not executed, and the folder that comes out."""
+"""Public checkpoints: every layout that is read, every file that is refused and not executed, and the folder that comes
+out."""
 
 import argparse
 import json
@@ -46,12 +47,19 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     [
         lambda state: state,
         dict,
-        lambda state: {"epoch": 240, "model": state, "accuracy": torch.tensor(0.7), "optimizer": {"lr": 0.1, "names": ["a"]}},
+        lambda state: {
+            "epoch": 240,
+            "model": state,
+            "accuracy": torch.tensor(0.7),
+            "optimizer": {"lr": 0.1, "names": ["a"]},
+        },
         lambda state: {"state_dict": state},
         lambda state: {"net": state, "acc": 93.5, "epoch": 199},
         lambda state: {"net": 3, "state_dict": state},
         lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
-        lambda state: {"model": {f"module.{name}": nn.Parameter(value, requires_grad=False) for name, value in state.items()}},
+        lambda state: {
+            "model": {f"module.{name}": nn.Parameter(value, requires_grad=False) for name, value in state.items()}
+        },
     ],
     ids=["plain", "dict", "model", "state_dict", "net", "word-before", "prefix", "parameters"],
 )
@@ -115,7 +123,10 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped, place):
 def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_not_run(tmp_path, zipped):
     model = network()
     saver = CheckpointSaver(
-        model, torch.optim.SGD(model.parameters(), 0.1), args=argparse.Namespace(model=NAME, lr=0.1), checkpoint_dir=str(tmp_path)
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        args=argparse.Namespace(model=NAME, lr=0.1),
+        checkpoint_dir=str(tmp_path),
     )
     saver.save_checkpoint(0, metric=1.0)
     read = read_public(tmp_path / "model_best.pth.tar")
@@ -125,7 +136,9 @@ def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_n
         averaged.fc.bias += 1
     saver.model_ema = ModelEmaV3(averaged)
     saver.save_checkpoint(1, metric=2.0)
-    assert torch.equal(read_public(tmp_path / "model_best.pth.tar")["fc.bias"], averaged.fc.bias)  # as timm's own loader reads it
+    assert torch.equal(
+        read_public(tmp_path / "model_best.pth.tar")["fc.bias"], averaged.fc.bias
+    )  # as timm's own loader reads it
     for options in (argparse.Namespace(evil=Command(tmp_path / "ran")), Fraction(1, 2)):
         content = {"state_dict": model.state_dict(), "args": options}
         torch.save(content, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)
@@ -223,7 +236,9 @@ def test_families(tmp_path, name):
     model = network(name, classes=12)
     state = public_state(model, PUBLIC[name])
     assert (set(state) == set(model.state_dict())) is (not PUBLIC[name])
-    torch.save({"epoch": 240, "model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "public.pth")
+    torch.save(
+        {"epoch": 240, "model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "public.pth"
+    )
     folder = import_checkpoint(tmp_path / "public.pth", name, tmp_path / "out", **CIFAR10, license="mit")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert same(loaded.state_dict(), model.state_dict())
@@ -233,7 +248,12 @@ def test_families(tmp_path, name):
     config = json.loads((folder / "config.json").read_text())
     known = config["pretrained_cfg"]
     assert (tuple(known["mean"]), tuple(known["std"])) == tuple(CIFAR10.values())
-    assert (config["architecture"], config["num_classes"], known["license"], known["tag"]) == (name, 12, "mit", "imported")
+    assert (config["architecture"], config["num_classes"], known["license"], known["tag"]) == (
+        name,
+        12,
+        "mit",
+        "imported",
+    )
     assert config["label_names"] == [str(i) for i in range(12)]
     if name == "cifar_mobilenetv2":  # other repositories call it as we do
         torch.save(model.state_dict(), tmp_path / "ours.pth")
@@ -249,7 +269,9 @@ def test_what_comes_out_teaches_and_says_where_it_is_from(tmp_path):
     path = tmp_path / "public.safetensors"
     save_file(dict(model.state_dict()), path)
     names = ("cat", "dog", "hen")
-    folder = import_checkpoint(path, NAME, str(tmp_path / "out"), num_classes=3, mean=[0.3], std=[0.4], class_names=names)
+    folder = import_checkpoint(
+        path, NAME, str(tmp_path / "out"), num_classes=3, mean=[0.3], std=[0.4], class_names=names
+    )
     teacher = load_model(str(folder))
     assert same(teacher.state_dict(), model.state_dict())
     assert tuple(teacher.pretrained_cfg["label_names"]) == names
@@ -268,7 +290,9 @@ def test_the_architectures_mean_and_std_unless_given(tmp_path):
 
 def test_old_files_have_no_counters_and_half_precision_is_widened(tmp_path):
     model = network()
-    state = {name: value.half() for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: value.half() for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
     torch.save({"net": state}, tmp_path / "old.t7")
     loaded = load_model(str(import_checkpoint(tmp_path / "old.t7", NAME, tmp_path / "out"))).state_dict()
     for name, value in model.state_dict().items():
@@ -284,7 +308,11 @@ def test_old_files_have_no_counters_and_half_precision_is_widened(tmp_path):
     [
         ("cifar_resnet14", "cifar_resnet8", [r"foreign \['layer1.1.conv1.weight'"]),
         ("cifar_resnet8", "cifar_resnet14", [r"missing \['layer1.1.conv1.weight'"]),
-        ("cifar_resnet8", "cifar_resnet8x05", [r"of another shape \['conv1.weight \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)'"]),
+        (
+            "cifar_resnet8",
+            "cifar_resnet8x05",
+            [r"of another shape \['conv1.weight \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)'"],
+        ),
         ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"foreign \['block0.0.weight'"]),
         ("cifar_resnet8", "cifar_shufflev1", ["missing", "foreign", "of another shape"]),
         ("cifar_wrn_16_1", "cifar_wrn_16_2", ["missing", "of another shape"]),
@@ -320,7 +348,9 @@ def test_values_that_do_not_fit(tmp_path, architecture, options, expected):
 
 def test_grey_weights_need_a_mean_of_their_own(tmp_path):
     torch.save(network(in_chans=1).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"the architecture's own: expected one value for each of the 1 channels.*give --mean"):
+    with pytest.raises(
+        ValueError, match=r"the architecture's own: expected one value for each of the 1 channels.*give --mean"
+    ):
         import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "out")
 
 
@@ -378,7 +408,9 @@ def test_a_real_process_imports_what_is_evaluated(tmp_path, small_data, capsys):
     """A public file, module prefix and all, as a model of the embedded images."""
     model = network(in_chans=1)
     torch.save({"net": {f"module.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "x.pth")
-    done = call("import", str(tmp_path / "x.pth"), str(tmp_path / "out"), "--model", NAME, "--mean", "0.3", "--std", "0.35")
+    done = call(
+        "import", str(tmp_path / "x.pth"), str(tmp_path / "out"), "--model", NAME, "--mean", "0.3", "--std", "0.35"
+    )
     assert done.returncode == 0, done.stderr
     assert main(["evaluate", str(tmp_path / "out"), "--data-dir", str(small_data), "--in-chans", "1"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -20,7 +20,11 @@ def network(name: str = "test_resnet", **options) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     "names",
-    [SYNSETS, ["tench", "English springer", "cassette player"], ["Tinca_tinca", "english-springer spaniel", "Cassette Player"]],
+    [
+        SYNSETS,
+        ["tench", "English springer", "cassette player"],
+        ["Tinca_tinca", "english-springer spaniel", "Cassette Player"],
+    ],
     ids=["synsets", "lemmas", "spelled otherwise"],
 )
 def test_auto_finds_imagenet_classes_by_synset_and_by_any_of_their_names(names):
@@ -79,7 +83,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path, file, text, said):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("test_resnet", 64), ("test_vit", 64), ("deit_tiny_distilled_patch16_224", 224), ("efficientvit_m0", 224), ("vgg11", 32)],
+    [
+        ("test_resnet", 64),
+        ("test_vit", 64),
+        ("deit_tiny_distilled_patch16_224", 224),
+        ("efficientvit_m0", 224),
+        ("vgg11", 32),
+    ],
     ids=["linear", "token", "two classifiers", "normed linear", "wide embedding"],
 )
 def test_the_kept_rows_give_the_same_logits(name, size):

@@ -21,7 +21,9 @@ from mgd_timm.checkpoint import ASIDE, State, save
 from mgd_timm.locking import HOLDER, LOCK, Lock, kept
 
 
-def test_who_holds_it_is_waited_for_by_name_and_its_death_frees_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_holds_it_is_waited_for_by_name_and_its_death_frees_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
     lock = Lock(tmp_path / "store", "it", said.append, progress=lambda: "3 of 8")
     with holding(tmp_path / "store") as holder:
@@ -118,7 +120,9 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
     with Lock(tmp_path, "it", said.append), Lock(tmp_path, "it", said.append):
         pass
     assert len(said) == 2
-    assert re.fullmatch(r"warning: it: its file system has no locks \(.*\)\. Another run that fills it meanwhile .*", said[0])
+    assert re.fullmatch(
+        r"warning: it: its file system has no locks \(.*\)\. Another run that fills it meanwhile .*", said[0]
+    )
     assert {path.name for path in tmp_path.iterdir()} == {LOCK, f"{ASIDE}x"}  # it may be of a run at work
 
 
@@ -137,7 +141,9 @@ def test_another_user_may_hold_it_next_and_what_a_killed_holder_left_is_removed(
 def _refused(folder: Path) -> None:
     if os.getuid() == 0:  # who may write everywhere
         os.setuid(65534)
-    with pytest.raises(PermissionError, match=r"it cannot be written \(\[Errno 13\] Permission denied: '\S+'\): free its folder"):
+    with pytest.raises(
+        PermissionError, match=r"it cannot be written \(\[Errno 13\] Permission denied: '\S+'\): free its folder"
+    ):
         Lock(folder, "it", pytest.fail).attempt(0)
 
 
@@ -153,5 +159,7 @@ def test_who_may_not_write_is_told_where_and_what_then(tmp_path: Path) -> None:
         folder.chmod(0o755)
     assert process.exitcode == 0
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"\] it cannot be written \(.*store'\): free its folder for writing, or "):
+    with pytest.raises(
+        NotADirectoryError, match=r"\] it cannot be written \(.*store'\): free its folder for writing, or "
+    ):
         Lock(tmp_path / "file" / "store", "it", pytest.fail).attempt(0)

@@ -11,7 +11,21 @@ from cases_logits import loop_catkd, loop_dist, loop_dkd, loop_enhanced
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401 - registers cifar_*
-from mgd_timm.criteria import AT, CATKD, DIST, DKD, DML, KD, OFA, SRRL, CrossEntropy, FitNet, Objective, Standardised, standardise
+from mgd_timm.criteria import (
+    AT,
+    CATKD,
+    DIST,
+    DKD,
+    DML,
+    KD,
+    OFA,
+    SRRL,
+    CrossEntropy,
+    FitNet,
+    Objective,
+    Standardised,
+    standardise,
+)
 from mgd_timm.criteria.catkd import class_attention
 from mgd_timm.criteria.dist import pearson_distance, relation_distance
 from mgd_timm.criteria.dkd import decoupled_divergence, target_classes
@@ -85,7 +99,9 @@ def test_dkd_does_not_know_offsets_nor_the_order_of_classes():
     loss = decoupled_divergence(Z_S, Z_T, TARGETS, 1.0, 8.0, 4.0)
     shift, order = wave((4, 1), 0.3, 0.2, 50), torch.randperm(10, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(decoupled_divergence(Z_S + shift, Z_T - shift, TARGETS, 1.0, 8.0, 4.0), loss)
-    torch.testing.assert_close(decoupled_divergence(Z_S[:, order], Z_T[:, order], order.argsort()[TARGETS], 1.0, 8.0, 4.0), loss)
+    torch.testing.assert_close(
+        decoupled_divergence(Z_S[:, order], Z_T[:, order], order.argsort()[TARGETS], 1.0, 8.0, 4.0), loss
+    )
 
 
 def test_soft_labels_count_as_their_likeliest_class():
@@ -105,7 +121,9 @@ def test_soft_labels_count_as_their_likeliest_class():
 
 
 def of_classes(count: int) -> Pair:
-    return PAIR._replace(student=PAIR.student._replace(num_classes=count), teacher=PAIR.teacher._replace(num_classes=count))
+    return PAIR._replace(
+        student=PAIR.student._replace(num_classes=count), teacher=PAIR.teacher._replace(num_classes=count)
+    )
 
 
 TWO = of_classes(2)
@@ -129,12 +147,16 @@ def test_few_classes_and_odd_logits_are_finite_and_teach(build, classes, standar
     pair = of_classes(classes)
     criterion = Standardised(build(pair)) if standardised else build(pair)
     student, teacher = features(pair.student, 1, torch.float32), features(pair.teacher, 2, torch.float32)
-    logits = {"drawn": student.logits, "constant": torch.full((BATCH, classes), 1.5), "large": 1e4 * student.logits}[kind]
+    logits = {"drawn": student.logits, "constant": torch.full((BATCH, classes), 1.5), "large": 1e4 * student.logits}[
+        kind
+    ]
     logits = logits.to(dtype).requires_grad_(True)
     shown = student._replace(logits=logits)
     shown.maps[0].requires_grad_(True)
     loss = criterion(
-        shown, teacher._replace(logits=(logits.detach().flip(0) if kind == "large" else teacher.logits)), batch(TARGETS % 2)
+        shown,
+        teacher._replace(logits=(logits.detach().flip(0) if kind == "large" else teacher.logits)),
+        batch(TARGETS % 2),
     )
     loss.backward()
     assert loss.isfinite()
@@ -164,14 +186,18 @@ def test_dist_against_loops(beta, gamma, temperature):
 
 
 def test_dist_knows_relations_alone():
-    torch.testing.assert_close(pearson_distance(Z_S, 3 * Z_S + 2), torch.tensor(0.0, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        pearson_distance(Z_S, 3 * Z_S + 2), torch.tensor(0.0, dtype=torch.float64), atol=1e-8, rtol=0
+    )
     torch.testing.assert_close(pearson_distance(Z_S, -Z_S), torch.tensor(2.0, dtype=torch.float64), atol=1e-8, rtol=0)
     assert relation_distance(Z_S, Z_S, 1.0, 1.0, 4.0).item() == pytest.approx(0, abs=1e-4)
     loss = relation_distance(Z_S, Z_T, 1.0, 1.0, 1.0)
     shift, order = wave((4, 1), 0.3, 0.2, 50), torch.randperm(10, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(relation_distance(Z_S + shift, Z_T, 1.0, 1.0, 1.0), loss)
     torch.testing.assert_close(relation_distance(Z_S[:, order], Z_T[:, order], 1.0, 1.0, 1.0), loss)
-    torch.testing.assert_close(relation_distance(Z_S.repeat(3, 1), Z_T.repeat(3, 1), 1.0, 1.0, 1.0), loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        relation_distance(Z_S.repeat(3, 1), Z_T.repeat(3, 1), 1.0, 1.0, 1.0), loss, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("part", [{"beta": 0.0}, {"gamma": 0.0}])
@@ -246,7 +272,9 @@ def test_enhanced_divergence_against_loops(eps, temperature):
 
 def test_enhanced_divergence_at_one_is_cross_entropy_with_the_teacher():
     entropy = -(torch.softmax(Z_T, 1) * torch.log_softmax(Z_T, 1)).sum(1).mean().item()
-    assert enhanced_divergence(Z_S, Z_T, TARGETS, 1.0, 1.0).item() == pytest.approx(loop_kl(Z_S, Z_T, 1.0) + entropy, abs=1e-11)
+    assert enhanced_divergence(Z_S, Z_T, TARGETS, 1.0, 1.0).item() == pytest.approx(
+        loop_kl(Z_S, Z_T, 1.0) + entropy, abs=1e-11
+    )
 
 
 def test_ofa_weighs_branches_and_takes_an_exponent_for_each():
@@ -370,12 +398,24 @@ def test_standardised_criteria_do_not_know_scale_nor_offset(build):
         return shown._replace(logits=scale * shown.logits + shift)
 
     loss = criterion(student, teacher, batch())
-    torch.testing.assert_close(criterion(scaled(student, 0.3, 0.7), scaled(teacher, 1.3, 0.4), batch()), loss, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        criterion(scaled(student, 0.3, 0.7), scaled(teacher, 1.3, 0.4), batch()), loss, atol=1e-5, rtol=1e-6
+    )
     by_hand = [shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher)]
     expected = plain(*by_hand, batch())
     same = not isinstance(plain, OFA)  # which compares logits of its own making too
     assert torch.allclose(loss, expected) is same
-    for what in ("weight", "needs", "relational", "preact", "fits", "peers", "student_needs", "synchronised", "num_classes"):
+    for what in (
+        "weight",
+        "needs",
+        "relational",
+        "preact",
+        "fits",
+        "peers",
+        "student_needs",
+        "synchronised",
+        "num_classes",
+    ):
         assert getattr(criterion, what) == getattr(plain, what)
     assert criterion.fitting() is None
     assert criterion.remark() is None
@@ -412,7 +452,10 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        *((lambda kind=kind: kind(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train") for kind in BUILT.values()),
+        *(
+            (lambda kind=kind: kind(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train")
+            for kind in BUILT.values()
+        ),
         (lambda: CATKD(OTHER), "student has 6 classes, the teacher 9.*mgd-timm train"),
         *((lambda kind=kind: kind(ONE_CLASS), "2 classes or more") for kind in BUILT.values()),
         (lambda: DKD(PAIR, alpha=-1.0), "alpha=-1.0, beta=8.0: expected finite numbers, 0 or more"),
@@ -424,23 +467,41 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         (lambda: DIST(TWO, gamma=0.0), "gamma=0 with 2 classes: .* raise gamma"),
         (lambda: DKD(TWO, alpha=0.0), "alpha=0 with 2 classes: .* raise alpha"),
         *(
-            (lambda kind=kind: Standardised(kind(TWO)), "of 2 classes, standardised, teaches nothing: .* 3 classes or more")
+            (
+                lambda kind=kind: Standardised(kind(TWO)),
+                "of 2 classes, standardised, teaches nothing: .* 3 classes or more",
+            )
             for kind in BUILT.values()
         ),
-        (lambda: CATKD(PAIR, resolution=1, normalise=True), r"normalise=True: .*\(4, 4\) .*\(2, 2\) .*--img-size.*normalise=False"),
-        (lambda: CATKD(ROW_AND_COLUMN, normalise=True), r"\(4, 1\) .*\(1, 4\) positions one is compared \(resolution=2\)"),
+        (
+            lambda: CATKD(PAIR, resolution=1, normalise=True),
+            r"normalise=True: .*\(4, 4\) .*\(2, 2\) .*--img-size.*normalise=False",
+        ),
+        (
+            lambda: CATKD(ROW_AND_COLUMN, normalise=True),
+            r"\(4, 1\) .*\(1, 4\) positions one is compared \(resolution=2\)",
+        ),
         (lambda: DIST(PAIR, temperature=-1), "temperature=-1: expected a positive"),
-        (lambda: SRRL(PAIR._replace(teacher_classifier=None)), "no single module that maps its embedding to logits: choose one"),
+        (
+            lambda: SRRL(PAIR._replace(teacher_classifier=None)),
+            "no single module that maps its embedding to logits: choose one",
+        ),
         (lambda: SRRL(PAIR._replace(teacher_classifier=None)), "A peer's classifier is not trained yet"),
         (lambda: SRRL(PAIR, alpha=0, beta=0), "not all 0"),
         (lambda: SRRL(PAIR, beta=-0.1), "beta=-0.1"),
-        (lambda: OFA(PAIR._replace(student=PAIR.student._replace(maps=()))), "reads the student's maps, and none .*maps='last'"),
+        (
+            lambda: OFA(PAIR._replace(student=PAIR.student._replace(maps=()))),
+            "reads the student's maps, and none .*maps='last'",
+        ),
         (lambda: OFA(PAIR, eps=0.5), "eps=0.5: expected a number of 1 or more, or 3 of them"),
         (lambda: OFA(PAIR, eps=(1.0, 1.0)), r"eps=\(1.0, 1.0\): .* 3 of them"),
         (lambda: OFA(PAIR, eps=float("nan")), "eps=nan"),
         (lambda: OFA(PAIR, branch_weight=0), "branch_weight=0: expected a positive"),
         (lambda: OFA(PAIR, temperature=0), "temperature=0: expected a positive"),
-        (lambda: CATKD(CAMLESS), "class activation maps, and the student and the teacher shows none: .*cam=True.*a resnet"),
+        (
+            lambda: CATKD(CAMLESS),
+            "class activation maps, and the student and the teacher shows none: .*cam=True.*a resnet",
+        ),
         (lambda: CATKD(PAIR._replace(teacher=CAMLESS.teacher)), "class activation maps, and the teacher shows none"),
         (lambda: CATKD(PAIR, resolution=0), "resolution=0: expected 1 or more"),
         (lambda: Standardised(AT(PAIR)), "AT reads no logits of the teacher"),
@@ -462,5 +523,7 @@ def test_what_cannot_work_is_refused(build, message):
 
 
 def test_an_unknown_divergence_is_refused():
-    with pytest.raises(Exception, match="divergence"):  # by the type checker of the tests, before the criterion's own ValueError
+    with pytest.raises(
+        Exception, match="divergence"
+    ):  # by the type checker of the tests, before the criterion's own ValueError
         KD(PAIR, divergence="sideways")

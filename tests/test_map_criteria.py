@@ -62,7 +62,9 @@ def test_golden_values_of_ab_and_fsp():
     ours = S1, S2, wave((4, 5, 4, 4), 0.31, 0.2)
     theirs = wave((4, 6, 8, 8), 0.19, 0.1), wave((4, 8, 4, 4), 0.17, 0.2), wave((4, 5, 4, 4), 0.37, 0.2)
     for i, golden in enumerate((0.0098364009, 0.1835589165)):
-        assert (flow(*ours[i : i + 2]) - flow(*theirs[i : i + 2])).pow(2).mean().item() == pytest.approx(golden, abs=1e-8)
+        assert (flow(*ours[i : i + 2]) - flow(*theirs[i : i + 2])).pow(2).mean().item() == pytest.approx(
+            golden, abs=1e-8
+        )
     student, teacher = shown(*ours), shown(*theirs)
     criterion = FSP(pair_of(student, teacher))
     assert not list(criterion.parameters())
@@ -136,7 +138,9 @@ def test_ft_fits_its_paraphraser_and_then_freezes_it():
         optimizer.step()
         losses.append(terms["reconstruction"].item())
     assert losses[-1] < losses[0]
-    assert losses[0] == pytest.approx(teacher.maps[-1].pow(2).mean().item(), rel=0.2)  # a mean over elements, of small outputs
+    assert losses[0] == pytest.approx(
+        teacher.maps[-1].pow(2).mean().item(), rel=0.2
+    )  # a mean over elements, of small outputs
     criterion.train()
     assert not any(p.requires_grad for p in paraphraser.parameters())
     assert criterion.translator.training
@@ -185,7 +189,9 @@ def test_afd_attends_over_the_students_maps_of_any_number():
         assert value(criterion, student, teacher) > 0
     ours, theirs = maps[:3], maps[1:]
     expected = attended_difference(ours, theirs, attention)
-    torch.testing.assert_close(attended_difference([-2 * m.flip(1) for m in ours], [3 * m for m in theirs], attention), expected)
+    torch.testing.assert_close(
+        attended_difference([-2 * m.flip(1) for m in ours], [3 * m for m in theirs], attention), expected
+    )
     order = [2, 0, 1]
     torch.testing.assert_close(attended_difference([ours[i] for i in order], theirs, attention[:, :, order]), expected)
     alike = torch.zeros_like(attention)
@@ -323,10 +329,22 @@ def test_unequal_numbers_of_maps(method):
         (lambda: FSP(ONE), "1 map of each .*2 or more .*maps='stages'"),
         (lambda: AFDS(PAIR, hidden=0.1), "hidden=0.1: .*1 channel or more of the teacher's 5"),
         (lambda: AFD(PAIR, dim=0), "dim=0: expected 1 or more"),
-        (lambda: AFDS(dots((6, 1, 1), (7, 4, 4))), r"AFDS .*\(6, 1, 1\) and the teacher's \(7, 4, 4\) .*--img-size.*--maps"),
-        (lambda: FT(dots((6, 4, 4), (7, 1, 1))), r"FT .*\(6, 4, 4\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps"),
-        (lambda: AFD(dots((6, 8, 1), (7, 1, 8))), r"AFD .*\(6, 8, 1\) and the teacher's \(7, 1, 8\) .*--img-size.*--maps"),
-        (lambda: AT(dots((6, 1, 1), (7, 1, 1))), r"AT .*\(6, 1, 1\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps"),
+        (
+            lambda: AFDS(dots((6, 1, 1), (7, 4, 4))),
+            r"AFDS .*\(6, 1, 1\) and the teacher's \(7, 4, 4\) .*--img-size.*--maps",
+        ),
+        (
+            lambda: FT(dots((6, 4, 4), (7, 1, 1))),
+            r"FT .*\(6, 4, 4\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps",
+        ),
+        (
+            lambda: AFD(dots((6, 8, 1), (7, 1, 8))),
+            r"AFD .*\(6, 8, 1\) and the teacher's \(7, 1, 8\) .*--img-size.*--maps",
+        ),
+        (
+            lambda: AT(dots((6, 1, 1), (7, 1, 1))),
+            r"AT .*\(6, 1, 1\) and the teacher's \(7, 1, 1\) .*--img-size.*--maps",
+        ),
         (lambda: ReviewKD(PAIR, width=0), "width=0: expected 1 or more"),
         (lambda: MaskedGenerative(PAIR, ratio=1.0), "ratio=1.0: expected 0 <= ratio < 1"),
     ],

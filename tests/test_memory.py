@@ -1,4 +1,5 @@
-"""Out of memory: the batch size of a step is halved, the global batch stays, and the weights are those of a run started so."""
+"""Out of memory: the batch size of a step is halved, the global batch stays, and the weights are those of a run started
+so."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +19,8 @@ SCRIPT = Path(__file__).with_name("short_of_memory.py")
 
 @pytest.mark.parametrize(("processes", "first", "steps"), [(1, 64, 4), (2, 32, 2)])
 def test_a_process_that_the_system_refuses_memory_makes_all_take_smaller_steps(processes, first, steps):
-    """Really refused: the last process may grow by 160 MB only, in which 16 of its images have room. The others are not limited."""
+    """Really refused: the last process may grow by 160 MB only, in which 16 of its images have room. The others are not
+    limited."""
     words = launched(str(SCRIPT), str(processes - 1), "160", "16", processes=processes)
     done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=environment(), check=False)
     assert done.returncode == 0, done.stderr

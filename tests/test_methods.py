@@ -28,7 +28,9 @@ def test_every_docstring_says_what_the_list_needs(name):
     assert float(said(kind, "Weight").split()[0].rstrip(",.;")) == kind.weight
     assert paper(kind) or name == "ce"
     section = markdown().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-    assert [line.split("`")[1] for line in section.splitlines() if line.startswith("- `")] == list(hyper_parameters(kind))
+    assert [line.split("`")[1] for line in section.splitlines() if line.startswith("- `")] == list(
+        hyper_parameters(kind)
+    )
     assert not any(line.endswith("): ") for line in section.splitlines()), "an option without words"
 
 
@@ -59,7 +61,10 @@ def test_what_a_pair_cannot_do_is_said_once_with_the_reason():
 
 
 def test_a_teacher_of_fixed_size_is_seen_in_its_own_size_as_in_a_run():
-    rows = {line.split()[0]: line for line in table(connect("vit_tiny_patch16_224", "cifar_resnet8", maps="3", num_samples=100))}
+    rows = {
+        line.split()[0]: line
+        for line in table(connect("vit_tiny_patch16_224", "cifar_resnet8", maps="3", num_samples=100))
+    }
     assert "refused" not in rows["at"]
     assert "refused" not in rows["nst"]
 
@@ -76,4 +81,6 @@ def test_a_teacher_of_fixed_size_is_seen_in_its_own_size_as_in_a_run():
 )
 def test_wrong_pairs(options, message):
     with pytest.raises(ValueError, match=message):
-        connect(**{"teacher": "cifar_resnet8", "student": "cifar_resnet8", "maps": "stages", "num_samples": 100, **options})
+        connect(
+            **{"teacher": "cifar_resnet8", "student": "cifar_resnet8", "maps": "stages", "num_samples": 100, **options}
+        )

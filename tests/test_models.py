@@ -19,7 +19,8 @@ from mgd_timm.export import describe, export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models._cifar import CifarNet
 
-# The specification's table for 100 classes: parameters, billions of multiply-adds, width of the embedding, channels and sides.
+# The specification's table for 100 classes: parameters, billions of multiply-adds, width of the embedding, channels and
+# sides.
 WRN = ((16, 32), (16, 32), (32, 16), (64, 8))
 WRN2 = ((16, 32), (32, 32), (64, 16), (128, 8))
 VGG = ((64, 32), (128, 16), (256, 8), (512, 4), (512, 4))
@@ -101,7 +102,8 @@ def test_sizes(name):
         assert counter.get_total_flops() / 2e9 == pytest.approx(macs, abs=6e-4 if macs > 0.01 else 6e-5)
 
 
-# The networks in eval mode, from their weights alone, in the specification's words: maps, those before activation, embedding.
+# The networks in eval mode, from their weights alone, in the specification's words: maps, those before activation,
+# embedding.
 
 
 class Layers:
@@ -242,7 +244,8 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [*((name, 32) for name in REFERENCES), ("cifar_vgg8", 64), ("cifar_wrn_16_2", 13), ("cifar_resnet50", 9)]
+    ("name", "side"),
+    [*((name, 32) for name in REFERENCES), ("cifar_vgg8", 64), ("cifar_wrn_16_2", 13), ("cifar_resnet50", 9)],
 )
 def test_forward_is_the_papers(name, side):
     model = trained(build(name))
@@ -312,7 +315,9 @@ def test_a_pruned_wrn_cannot_show_what_follows():
         model.forward_intermediates(images(), preact=True)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet14", "cifar_wrn_40_2", "cifar_vgg11", "cifar_mobilenetv2", "cifar_resnet50"])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet14", "cifar_wrn_40_2", "cifar_vgg11", "cifar_mobilenetv2", "cifar_resnet50"]
+)
 def test_initialisation(name):
     model = build(name)
     for key, module in model.named_modules():
@@ -345,7 +350,9 @@ def test_initialisation_is_the_frameworks(name):
         if isinstance(module, nn.Conv2d | nn.Linear):
             bound = 1 / math.sqrt(module.weight[0].numel())
             assert module.weight.abs().max() <= bound
-            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=4 / math.sqrt(module.weight.numel()))
+            assert module.weight.std().item() == pytest.approx(
+                bound / math.sqrt(3), rel=4 / math.sqrt(module.weight.numel())
+            )
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -376,7 +383,9 @@ def test_every_network_trains_and_is_tapped(name):
 
 
 @families
-@pytest.mark.parametrize(("num_classes", "channels", "height", "width"), [(1, 1, 28, 28), (10, 3, 64, 32), (1000, 4, 33, 35)])
+@pytest.mark.parametrize(
+    ("num_classes", "channels", "height", "width"), [(1, 1, 28, 28), (10, 3, 64, 32), (1000, 4, 33, 35)]
+)
 def test_any_classes_channels_and_sizes(name, num_classes, channels, height, width):
     model = build(name, num_classes=num_classes, in_chans=channels).eval()
     x = images(height, width, channels)
@@ -408,7 +417,11 @@ def test_forward_intermediates(name):
     _, every = model.forward_intermediates(images())
     assert len(every) == count
     for indices in (None, 2, [0], [1, 3], [-1], [-2, -1]):
-        picked = {None: list(range(count)), 2: [count - 2, count - 1]}.get(indices) if not isinstance(indices, list) else indices
+        picked = (
+            {None: list(range(count)), 2: [count - 2, count - 1]}.get(indices)
+            if not isinstance(indices, list)
+            else indices
+        )
         final, maps = model.forward_intermediates(images(), indices=indices)
         alone = model.forward_intermediates(images(), indices=indices, intermediates_only=True, stop_early=True)
         assert torch.equal(final, model.forward_features(images()))
@@ -475,7 +488,9 @@ def test_configuration_names_the_layers_that_are_there(name):
     assert tuple(model.forward_features(images())[0, 0].shape) == config["pool_size"]
     for info in model.feature_info:
         shapes = []
-        handle = model.get_submodule(info["module"]).register_forward_hook(lambda module, x, out, found=shapes: found.append(out))
+        handle = model.get_submodule(info["module"]).register_forward_hook(
+            lambda module, x, out, found=shapes: found.append(out)
+        )
         model(images())
         handle.remove()
         assert shapes[0].shape[1] == info["num_chs"]
@@ -491,7 +506,9 @@ def test_group_matcher_puts_every_parameter_in_a_layer(name, coarse):
     assert model.pretrained_cfg["first_conv"] + ".weight" in ordered[0]
     assert set(ordered[-1]) == {f"{model.classifier_name}.weight", f"{model.classifier_name}.bias"}
     places = {key: index for index, keys in enumerate(ordered) for key in keys}
-    assert [places[key] for key in model.state_dict() if key in places] == sorted(places.values())  # in the order of execution
+    assert [places[key] for key in model.state_dict() if key in places] == sorted(
+        places.values()
+    )  # in the order of execution
     tail = [key for key in places if key.split(".")[0] in model.tail]
     assert {places[key] for key in tail} == ({len(ordered) - 2} if tail else set())
     assert len(ordered) >= (5 if coarse else 7)
@@ -501,7 +518,10 @@ def test_group_matcher_puts_every_parameter_in_a_layer(name, coarse):
 def test_gradient_checkpointing_changes_no_number(name):
     plain, frugal = build(name).double().train(), build(name).double().train()
     frugal.set_grad_checkpointing()
-    hooked, calls = next(m for m in frugal.get_submodule(frugal.stages[1][-1] if "vgg" not in name else "block2").modules()), []
+    hooked, calls = (
+        next(m for m in frugal.get_submodule(frugal.stages[1][-1] if "vgg" not in name else "block2").modules()),
+        [],
+    )
     next(m for m in hooked.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda *_: calls.append(1))
     outputs = []
     for model in (plain, frugal):
@@ -588,7 +608,9 @@ def test_state_dict_has_the_names_of_public_checkpoints(name):
         "cifar_resnet50": "layer1.0.shortcut.1.weight",
     }
     state = build(name).state_dict()
-    assert list(dict.fromkeys(key.split(".")[0] for key in state)) == first[name].split()  # in this order, which export keeps
+    assert (
+        list(dict.fromkeys(key.split(".")[0] for key in state)) == first[name].split()
+    )  # in this order, which export keeps
     assert inner[name] in state
 
 
@@ -598,7 +620,13 @@ def test_an_exported_network_loads_in_timm(name, tmp_path):
     full = "cifar_resnet8" if name == "cifar_resnet14" else name
     model = timm.create_model(full, num_classes=4, in_chans=1)
     describe(
-        model, input_size=(1, 28, 28), mean=(0.3,), std=(0.4,), class_names=("a", "b", "c", "d"), license="mit", tag="imported"
+        model,
+        input_size=(1, 28, 28),
+        mean=(0.3,),
+        std=(0.4,),
+        class_names=("a", "b", "c", "d"),
+        license="mit",
+        tag="imported",
     )
     folder = export_model(model, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)

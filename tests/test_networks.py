@@ -49,7 +49,9 @@ def test_a_teacher_without_a_classifier_serves_mag_and_feature_criteria(small_da
         assert summary(tmp_path / method)["top1"] is not None
 
 
-@pytest.mark.parametrize("options", [{"method": "none"}, {"method": "mag"}, {"method": "mas", "teacher_store": "store"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "none"}, {"method": "mag"}, {"method": "mas", "teacher_store": "store"}]
+)
 def test_what_reads_logits_is_refused_of_a_teacher_without_them(small_data, tmp_path, options):
     options = {**options, **({"teacher_store": str(tmp_path / "store")} if "teacher_store" in options else {})}
     with pytest.raises(
@@ -62,7 +64,9 @@ def test_what_reads_logits_is_refused_of_a_teacher_without_them(small_data, tmp_
 def test_a_teacher_of_other_classes_teaches_features_or_without_its_logits(small_data, tmp_path):
     torch.manual_seed(0)
     other = timm.create_model("cifar_resnet8", num_classes=7)
-    with pytest.raises(ValueError, match=r"has 7 classes, the data 10, and kd reads its logits.*--teacher-classes auto or FILE"):
+    with pytest.raises(
+        ValueError, match=r"has 7 classes, the data 10, and kd reads its logits.*--teacher-classes auto or FILE"
+    ):
         mgd_timm.distill(other, data=str(small_data), output=tmp_path / "run", **SHORT)
     mgd_timm.distill(other, data=str(small_data), output=tmp_path / "maps", **PLAIN)
     mgd_timm.distill(other, data=str(small_data), output=tmp_path / "views", teacher_classes="none", **SHORT)
@@ -83,19 +87,30 @@ def test_a_files_rows_put_a_shuffled_teacher_right(small_data, tmp_path):
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "label_names"} | {"num_classes": 12}
     file = tmp_path / "classes.txt"
     file.write_text("\n".join(str(row + 2) for row in order))
-    mgd_timm.distill(model, data=str(small_data), output=tmp_path / "run", teacher_classes=str(file), **SHORT | {"method": "none"})
+    mgd_timm.distill(
+        model, data=str(small_data), output=tmp_path / "run", teacher_classes=str(file), **SHORT | {"method": "none"}
+    )
     assert summary(tmp_path / "run")["teacher_top1"] == right
     # Beside another one, each teacher by a word of its own; and one word for all does not fit both.
     two = {"teacher": [load_model("embedded"), model], "data": str(small_data), **SHORT, "method": "none"}
     mgd_timm.distill(**two, output=tmp_path / "two", teacher_classes=["auto", str(file)])
     assert summary(tmp_path / "two")["teacher_top1"] == [right, right]
-    with pytest.raises(ValueError, match=r"teacher 'module:cifar_resnet20:\w+': teacher_classes='auto': nothing says what"):
+    with pytest.raises(
+        ValueError, match=r"teacher 'module:cifar_resnet20:\w+': teacher_classes='auto': nothing says what"
+    ):
         mgd_timm.distill(**two, output=tmp_path / "auto", teacher_classes="auto")
 
 
 @pytest.mark.parametrize(("way", "lr"), [("probe", 0.01), ("finetune", 0.005)])
 def test_a_teachers_head_is_fitted_first_and_found_again(small_data, tmp_path, capsys, way, lr):
-    options = {"fit_teacher_head": way, "fitting_epochs": 4, "fitting_lr": lr, **SHORT, "method": "none", "batch_size": 32}
+    options = {
+        "fit_teacher_head": way,
+        "fitting_epochs": 4,
+        "fitting_lr": lr,
+        **SHORT,
+        "method": "none",
+        "batch_size": 32,
+    }
     digests = []
     for name in ("one", "two"):
         mgd_timm.distill(mute_teacher(), data=str(small_data), output=tmp_path / name, **options)
@@ -117,9 +132,13 @@ def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path)
     view = teacher_view(model, images, 56)
     assert view(batch.images).shape[2:] == (56, 56)
     teacher = Teacher(FeatureTap(model), view=view)
-    expected = torch.nn.functional.interpolate(view.scale * batch.images + view.shift, (56, 56), mode="bilinear", antialias=True)
+    expected = torch.nn.functional.interpolate(
+        view.scale * batch.images + view.shift, (56, 56), mode="bilinear", antialias=True
+    )
     torch.testing.assert_close(teacher(batch.images).embedding, FeatureTap(model).eval()(expected).embedding)
-    mgd_timm.distill(model, data=str(small_data), output=tmp_path / "run", teacher_img_size=56, **SHORT | {"method": "none"})
+    mgd_timm.distill(
+        model, data=str(small_data), output=tmp_path / "run", teacher_img_size=56, **SHORT | {"method": "none"}
+    )
     assert summary(tmp_path / "run")["teacher_top1"] != mgd_timm.evaluate(model, str(small_data))["top1"]
 
 
@@ -130,7 +149,9 @@ def test_a_fixed_teachers_position_embeddings_are_resized_where_that_is_asked(sm
     suit_teachers([model], make_recipe(teacher_resize="positions"), images)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     fixed = timm.create_model("levit_128s", num_classes=10)
-    with pytest.raises(ValueError, match="cannot be set to another input size: let the images be resized to its 224 pixels"):
+    with pytest.raises(
+        ValueError, match="cannot be set to another input size: let the images be resized to its 224 pixels"
+    ):
         suit_teachers([fixed], make_recipe(teacher_resize="positions"), images)
 
 
@@ -143,14 +164,29 @@ def test_two_teachers_with_heads_of_their_own(small_data, tmp_path):
     assert found["teacher_top1"][1] is None
     assert "teacher" not in found["heads_2"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert set(rows[-1]["train"]) == {"task", "kd", "top1", *(f"{name}_{i}" for name in ("abstract", "detailed") for i in (1, 2))}
+    assert set(rows[-1]["train"]) == {
+        "task",
+        "kd",
+        "top1",
+        *(f"{name}_{i}" for name in ("abstract", "detailed") for i in (1, 2)),
+    }
     assert len(json.loads((tmp_path / "run" / "export" / "recipe.json").read_text())["teacher_sha256"]) == 2
 
 
 def test_several_teachers_on_the_command_line(small_data, tmp_path, capsys):
     from mgd_timm.cli import main
 
-    words = ["distill", "--teacher", "embedded", "--teacher", "embedded", "--data-dir", str(small_data), "--epochs", "1"]
+    words = [
+        "distill",
+        "--teacher",
+        "embedded",
+        "--teacher",
+        "embedded",
+        "--data-dir",
+        str(small_data),
+        "--epochs",
+        "1",
+    ]
     words += ["--method", "none", "--criterion", "at", "--maps", "last", "--output", str(tmp_path / "run")]
     assert main(words) == 1
     assert "at reads a teacher's maps, of which several have no mean: give --teachers-as sum" in capsys.readouterr().err
@@ -197,7 +233,9 @@ def test_one_of_several_teachers_may_be_silent(small_data):
 
 
 def test_whether_a_teacher_shows_its_logits_is_part_of_what_a_run_is(small_data):
-    one, two = (networks_of(load_model("embedded"), small_data, teacher_classes=word).identity for word in (None, "none"))
+    one, two = (
+        networks_of(load_model("embedded"), small_data, teacher_classes=word).identity for word in (None, "none")
+    )
     assert one != two
 
 
@@ -211,7 +249,12 @@ def test_a_size_that_no_teacher_takes_and_a_probe_of_two_classifiers_are_refused
 
 
 def test_a_store_of_a_fitted_teachers_outputs_is_read_again(small_data, tmp_path, capsys):
-    options = {"fit_teacher_head": "probe", "fitting_epochs": 1, "teacher_store": str(tmp_path / "store"), "method": "none"}
+    options = {
+        "fit_teacher_head": "probe",
+        "fitting_epochs": 1,
+        "teacher_store": str(tmp_path / "store"),
+        "method": "none",
+    }
     for name in ("one", "two"):
         mgd_timm.distill(mute_teacher(), data=str(small_data), output=tmp_path / name, **SHORT, **options)
     assert "nothing to write" in capsys.readouterr().out
@@ -228,9 +271,18 @@ def test_a_good_teacher_of_two_classes_is_not_near_chance():
         ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
         ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "what is fitted would not be shown"),
         ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
-        ({"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")}, "2 for 3 teachers \\('a', 'b', 'c'\\): give one for all"),
-        ({"teacher": ("a",), "teacher_classes": ("auto", "f")}, "2 for 1 teacher \\('a'\\): give one for all, or one for each"),
-        ({"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"}, "would not be shown"),
+        (
+            {"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")},
+            "2 for 3 teachers \\('a', 'b', 'c'\\): give one for all",
+        ),
+        (
+            {"teacher": ("a",), "teacher_classes": ("auto", "f")},
+            "2 for 1 teacher \\('a'\\): give one for all, or one for each",
+        ),
+        (
+            {"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"},
+            "would not be shown",
+        ),
         ({"teacher": None, "fit_teacher_head": "probe"}, "there is no teacher"),
         ({"teacher": ()}, "name one, or give none"),
         ({"teacher_img_size": 0}, "expected pixels"),

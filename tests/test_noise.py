@@ -154,7 +154,12 @@ def test_large_images_from_files(tmp_path):
     assert found["noise"]["0.2"]["loss"] != found["loss"]
     again = mgd_timm.evaluate(model, str(data), workers=2, validation_batch_size=4, **options)
     assert again["noise"]["0.2"]["loss"] == pytest.approx(found["noise"]["0.2"]["loss"], rel=1e-5)
-    assert evaluate_model(model, load_images(Data(data_dir=str(data), img_size=104, workers=0), 0).test, Accelerator(), 6)["n"] == 6
+    assert (
+        evaluate_model(model, load_images(Data(data_dir=str(data), img_size=104, workers=0), 0).test, Accelerator(), 6)[
+            "n"
+        ]
+        == 6
+    )
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf"), 12.75])

@@ -37,7 +37,17 @@ def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+    ]
     launch += ["--master_port", port, "--node_rank"]
     begun = [
         subprocess.Popen(
@@ -50,7 +60,9 @@ def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
         for machine in (0, 1)
     ]
     ended = [(process, *process.communicate(timeout=400)) for process in begun]
-    return [subprocess.CompletedProcess(process.args, process.returncode, out, errors) for process, out, errors in ended]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, out, errors) for process, out, errors in ended
+    ]
 
 
 # Of 320 images a tail of 2 is left, one slot: one of two processes has nothing. A rate at which rounding does not grow.
@@ -60,10 +72,15 @@ LAUNCHED = ("one process", "two processes", "two machines")
 
 @pytest.fixture(scope="module")
 def runs(small_data, tmp_path_factory):
-    """The same recipe, heads included, on one process of two steps, on two processes, and on two machines of one each."""
+    """The same recipe, heads included, on one process of two steps, on two processes, and on two machines of one
+    each."""
     folder, caches = tmp_path_factory.mktemp("processes"), os.environ["MGD_TIMM_CACHE"]
     for name in LAUNCHED:
-        words = [*flags(small_data, folder / name, *GLOBAL, "--method", "mas", "--criterion", "at"), "--heads-batch-size", "57"]
+        words = [
+            *flags(small_data, folder / name, *GLOBAL, "--method", "mas", "--criterion", "at"),
+            "--heads-batch-size",
+            "57",
+        ]
         os.environ["MGD_TIMM_CACHE"] = str(folder / f"cache of {name}")  # or the first one's heads would be found
         if name == "two machines":
             done = call_machines(*words)
@@ -107,14 +124,25 @@ def test_batchnorm_has_the_statistics_of_the_slots_one_after_another(runs):
 
 
 def test_a_run_stopped_on_two_processes_goes_on_on_one_as_if_never_stopped(tmp_path):
-    """In the midst of an epoch, by a signal; other numbers of readers as well. Six slots of 4 images: the same on both."""
+    """In the midst of an epoch, by a signal; other numbers of readers as well. Six slots of 4 images: the same on
+    both."""
     data = write_pictures(tmp_path / "data", count=51)
     options = {"model": "cifar_resnet8x05", "data_dir": str(data), "img_size": 104, "epochs": 2, "log_interval": 1}
-    options |= {"batch_size": 4, "global_batch_size": 24, "aa": "rand-m5", "drop": 0.2, "model_ema": True, "model_ema_decay": 0.5}
+    options |= {
+        "batch_size": 4,
+        "global_batch_size": 24,
+        "aa": "rand-m5",
+        "drop": 0.2,
+        "model_ema": True,
+        "model_ema_decay": 0.5,
+    }
     stopped = {"record": str(tmp_path / "stopped"), "stop_after": 4}
     stopped["options"] = {**options, "output": str(tmp_path / "run"), "workers": 1}
     resumed = {"record": str(tmp_path / "resumed"), "options": {**stopped["options"], "resume": True, "workers": 0}}
-    whole = {"record": str(tmp_path / "whole"), "options": {**options, "output": str(tmp_path / "whole run"), "workers": 2}}
+    whole = {
+        "record": str(tmp_path / "whole"),
+        "options": {**options, "output": str(tmp_path / "whole run"), "workers": 2},
+    }
     said = [launch([stopped], 2), launch([resumed, whole], 1)]
     assert "after update 4: its state is saved" in said[0]
     assert "resumed after update 4 (epoch 2)" in said[1]
@@ -126,9 +154,21 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one_as_if_never_stopped(tmp_p
 
 
 def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
-    """Under MAS, after the stages of AB and FT: no parameter is left without a gradient, which DDP would wait for in vain."""
+    """Under MAS, after the stages of AB and FT: no parameter is left without a gradient, which DDP would wait for in
+    vain."""
     names = [name for name, kind in CRITERIA.items() if name not in ("ce", "kd", "fsp") and not kind.peers]
-    more = ["--criterion", ",".join(names), "--fitting-epochs", "1", "--epochs", "1", "--batch-size", "16", "--img-size", "32"]
+    more = [
+        "--criterion",
+        ",".join(names),
+        "--fitting-epochs",
+        "1",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--img-size",
+        "32",
+    ]
     done = call(*flags(small_data, tmp_path / "run", *more), processes=2)
     assert done.returncode == 0, done.stderr
     assert "memory banks 2 x 320 x 128: 0.3 MB" in done.stdout
@@ -137,9 +177,31 @@ def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
 
 
 def test_a_classifier_that_no_loss_reads_stays_as_it_is_on_any_number_of_processes(small_data, tmp_path):
-    """Of maps alone: DDP would wait for its gradient in vain. In two steps an update of two processes, and in four of one."""
-    words = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--batch-size", "16", "--clip-grad", "1"]
-    words += ["--global-batch-size", "64", "--epochs", "1", "--method", "none", "--criterion", "at:1", "--task-weight", "0"]
+    """Of maps alone: DDP would wait for its gradient in vain. In two steps an update of two processes, and in four of
+    one."""
+    words = [
+        "distill",
+        "--data-dir",
+        str(small_data),
+        "--student",
+        "cifar_resnet8x05",
+        "--batch-size",
+        "16",
+        "--clip-grad",
+        "1",
+    ]
+    words += [
+        "--global-batch-size",
+        "64",
+        "--epochs",
+        "1",
+        "--method",
+        "none",
+        "--criterion",
+        "at:1",
+        "--task-weight",
+        "0",
+    ]
     found = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
@@ -200,7 +262,18 @@ def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs,
 
 def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_refused(small_data, tmp_path):
     output = tmp_path / "run"
-    more = flags(small_data, output, "--method", "none", "--checkpoint-interval", "2", "--epochs", "12", "--grad-accum-steps", "1")
+    more = flags(
+        small_data,
+        output,
+        "--method",
+        "none",
+        "--checkpoint-interval",
+        "2",
+        "--epochs",
+        "12",
+        "--grad-accum-steps",
+        "1",
+    )
     code, errors = end_at(4, output / "checkpoints", signal.SIGINT, *more, processes=2, group=True)
     assert code != 0
     assert "its state is saved, --resume continues it" in errors
@@ -216,7 +289,17 @@ def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_ref
 
 def test_a_full_disk_ends_both_processes_at_once(small_data, tmp_path):
     output = tmp_path / "run"
-    call("train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data), "--output", str(tmp_path / "warm"))
+    call(
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        str(small_data),
+        "--output",
+        str(tmp_path / "warm"),
+    )
     more = flags(small_data, output, "--method", "none")
     started = time.monotonic()
     done = subprocess.run(
@@ -246,7 +329,9 @@ def test_accelerate_launch_runs_the_module(small_data, tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run([*launch, *flags_here], capture_output=True, text=True, timeout=180, env=environment(), check=False)
+    done = subprocess.run(
+        [*launch, *flags_here], capture_output=True, text=True, timeout=180, env=environment(), check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     # Without mpirun it starts one process where two were asked for, and says nothing: we do.
@@ -261,7 +346,17 @@ def test_a_full_disk_leaves_whole_checkpoints_and_a_clear_error(small_data, tmp_
     def limit() -> None:  # a real refusal by the system: no file may grow past 40 kB (the weights need 80 kB)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    call("train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data), "--output", str(tmp_path / "warm"))
+    call(
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--epochs",
+        "1",
+        "--data-dir",
+        str(small_data),
+        "--output",
+        str(tmp_path / "warm"),
+    )
     done = subprocess.run(
         command(*more),
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Golden values and invariances of the criteria that compare the samples of a batch or its channels, and what they refuse."""
+"""Golden values and invariances of the criteria that compare the samples of a batch or its channels, and what they
+refuse."""
 
 import itertools
 
@@ -49,17 +50,20 @@ def test_golden_values(dtype, tolerance):
 
 
 def test_golden_value_of_singular_vectors_up_to_their_signs():
-    """The published number is informative: it depends on what a library makes of signs and of vectors of singular value 0.
+    """The published number is informative: it depends on what a library makes of signs and of vectors of singular value
+    0.
 
-    These maps are sine waves of rank 2, and 4 vectors are candidates. From the two that are determined, one choice of signs gives
-    the number but for 6e-5; to its last digit it took candidates that another number of threads replaces.
+    These maps are sine waves of rank 2, and 4 vectors are candidates. From the two that are determined, one choice of
+    signs gives the number but for 6e-5; to its last digit it took candidates that another number of threads replaces.
     """
     teacher = wave((4, 6, 8, 8), 1.57, 0.1), wave((4, 8, 4, 4), 2.71, 0.2)
     student = wave((4, 6, 8, 8), 1.23, 0.1), wave((4, 8, 4, 4), 2.29, 0.2)
     sides = []
     for maps, count in ((student, 4), (teacher, 1)):
         sides.append([right_vectors(m, count)[0] for m in maps])
-    ranks = [right_vectors(m, 4)[1] > 1e-9 for m in student]  # sine waves: the third vector and the fourth are arbitrary
+    ranks = [
+        right_vectors(m, 4)[1] > 1e-9 for m in student
+    ]  # sine waves: the third vector and the fourth are arbitrary
     assert [rank.sum(1).tolist() for rank in ranks] == [[2] * 4, [2] * 4]
     near = []
     for s, t, real in zip(*sides, ranks, strict=True):
@@ -70,7 +74,9 @@ def test_golden_value_of_singular_vectors_up_to_their_signs():
     for sign in (1, -1):
         one, two = vector_relations(near[1], sign * near[0]), vector_relations(sides[1][1], sign * sides[1][0])
         per_sample.append((one - two).square().sum((1, 2, 3)) / 4)
-    values = [sum(per_sample[k][i].item() for i, k in enumerate(signs)) for signs in itertools.product((0, 1), repeat=4)]
+    values = [
+        sum(per_sample[k][i].item() for i, k in enumerate(signs)) for signs in itertools.product((0, 1), repeat=4)
+    ]
     assert min(abs(value - 0.1217953313) for value in values) < 1e-4
 
 
@@ -86,12 +92,16 @@ def test_neuron_selectivity_is_the_same_by_channels_and_by_positions(sizes):
 def test_what_leaves_a_loss_as_it_is():
     fs, ft, _ = VECTORS
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    torch.testing.assert_close(similarity_preserving(3 * S2, T2[:, [7, 6, 5, 4, 3, 2, 1, 0]]), similarity_preserving(S2, T2))
+    torch.testing.assert_close(
+        similarity_preserving(3 * S2, T2[:, [7, 6, 5, 4, 3, 2, 1, 0]]), similarity_preserving(S2, T2)
+    )
     torch.testing.assert_close(neuron_selectivity(S1[:, order], 2 * T1[:, order.flip(0)]), neuron_selectivity(S1, T1))
     torch.testing.assert_close(neuron_selectivity(-S1, T1), neuron_selectivity(S1, T1))
     torch.testing.assert_close(rkd(3 * fs + 100, ft[:, torch.randperm(12)]), rkd(fs, ft))
     torch.testing.assert_close(rkd(fs[order], ft[order]), rkd(fs, ft))
-    torch.testing.assert_close(probabilistic_transfer(3 * fs, ft.flip(1)), probabilistic_transfer(fs, ft), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        probabilistic_transfer(3 * fs, ft.flip(1)), probabilistic_transfer(fs, ft), rtol=1e-5, atol=0
+    )
     torch.testing.assert_close(correlation_congruence(fs + 1, ft + 1), correlation_congruence(fs, ft))
     torch.testing.assert_close(correlation_congruence(fs.flip(0), ft.flip(0)), correlation_congruence(fs, ft))
 
@@ -211,13 +221,16 @@ def test_what_cannot_work_is_refused(build, message):
 
 def test_sp_reads_the_last_maps_and_needs_no_pairing():
     student, teacher = features(PAIR.student, 1), features(FEWER.teacher, 2)
-    torch.testing.assert_close(SP(FEWER)(student, teacher, batch()), similarity_preserving(student.maps[1], teacher.maps[0]))
+    torch.testing.assert_close(
+        SP(FEWER)(student, teacher, batch()), similarity_preserving(student.maps[1], teacher.maps[0])
+    )
     assert PKT(PAIR).relational
     assert not NST(PAIR).relational
 
 
 def test_singular_vectors_of_what_a_map_lacks_are_not_chosen():
-    """4 channels, adapted to 7, have a rank of 5 at most: the last candidates would be an arbitrary basis of the rest."""
+    """4 channels, adapted to 7, have a rank of 5 at most: the last candidates would be an arbitrary basis of the
+    rest."""
     torch.manual_seed(0)
     pair = Pair(Shapes(6, 10, ((4, 8, 8),) * 2), Shapes(6, 14, ((7, 8, 8),) * 2))
     criterion = KDSVD(pair, vectors=3).double()
@@ -225,6 +238,8 @@ def test_singular_vectors_of_what_a_map_lacks_are_not_chosen():
 
     def loss(noise: float) -> Tensor:
         maps = tuple(m * (1 + noise * torch.randn_like(m)) for m in student)
-        return criterion(*(Features(torch.zeros(4, 6), torch.zeros(4, 10), shown) for shown in (maps, teacher)), batch())
+        return criterion(
+            *(Features(torch.zeros(4, 6), torch.zeros(4, 10), shown) for shown in (maps, teacher)), batch()
+        )
 
     torch.testing.assert_close(loss(1e-13), loss(0), rtol=1e-9, atol=0)

@@ -31,7 +31,9 @@ def test_curves_are_drawn_from_metrics(tmp_path):
         folder.mkdir()
         rows = [{"eval": {"top1": 50 + e + seed}, "train": {"top1": 60 + e}} for e in range(5)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw_curves({"KD": [tmp_path / "0", tmp_path / "1"]}, tmp_path / "out" / "curves.png", title="t", level=("teacher", 60.0))
+    draw_curves(
+        {"KD": [tmp_path / "0", tmp_path / "1"]}, tmp_path / "out" / "curves.png", title="t", level=("teacher", 60.0)
+    )
     with Image.open(tmp_path / "out" / "curves.png") as picture:
         assert picture.size > (1000, 400)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20

@@ -22,12 +22,25 @@ UPDATES = 15  # 320 images / (32 x 2) x 3 epochs
 
 
 def flags(data: Path, output: Path, method: str = "mas") -> list[str]:
-    return ["distill", *HARD, "--method", method, "--criterion", "fitnet", "--data-dir", str(data), "--output", str(output)]
+    return [
+        "distill",
+        *HARD,
+        "--method",
+        method,
+        "--criterion",
+        "fitnet",
+        "--data-dir",
+        str(data),
+        "--output",
+        str(output),
+    ]
 
 
 def history(output: Path) -> list[dict]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +76,9 @@ def test_killed_while_the_heads_are_fitted(small_data, tmp_path, monkeypatch):
             code, _ = end_at(1, output / "heads" / "checkpoints", signal.SIGKILL, *words)
             assert code == -signal.SIGKILL
             assert not (output / "checkpoints").exists()
-            (output / "heads" / f"{ASIDE}x").mkdir(exist_ok=True)  # as a kill in the midst of a write to metrics.jsonl leaves it
+            (output / "heads" / f"{ASIDE}x").mkdir(
+                exist_ok=True
+            )  # as a kill in the midst of a write to metrics.jsonl leaves it
             words.append("--resume")
         done = call(*words)
         assert done.returncode == 0, done.stderr
@@ -152,11 +167,25 @@ def on_own_disk(folder: str, *words: str) -> int:
 
 
 def test_machines_that_do_not_share_the_output_folder_are_refused(small_data, tmp_path):
-    """One would go on from the checkpoint and the other one begin, and their gradients would be averaged all the same."""
-    words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(small_data), "--global-batch-size", "64", "--epochs", "1"]
+    """One would go on from the checkpoint and the other one begin, and their gradients would be averaged all the
+    same."""
+    words = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--data-dir",
+        str(small_data),
+        "--global-batch-size",
+        "64",
+        "--epochs",
+        "1",
+    ]
     for processes, more in ((1, []), (2, ["--resume"])):
         ranks = Ranks([str(tmp_path), *words, *more], tmp_path / "log", processes=processes, target=on_own_disk)
         assert ranks.wait(120) == [processes - 1] * processes, ranks.said()
     for rank in (0, 1):
-        expected = r"error: rank 0 finds in .* the checkpoint of update 5, and rank 1 none: all machines have to see one --output"
+        expected = (
+            r"error: rank 0 finds in .* the checkpoint of update 5, and rank 1 none: all machines "
+            r"have to see one --output"
+        )
         assert re.search(expected, ranks.said(rank)), ranks.said(rank)

@@ -41,7 +41,9 @@ def test_uniform_is_uncorrelated_between_neighbouring_ids_epochs_seeds_and_draws
     }
     for name, pair in others.items():
         assert torch.corrcoef(torch.stack(pair))[0, 1].abs() < 4 / len(ids) ** 0.5, name
-        cells = ((pair[0] * 10).long() * 10 + (pair[1] * 10).long()).bincount(minlength=100).double()  # jointly uniform too
+        cells = (
+            ((pair[0] * 10).long() * 10 + (pair[1] * 10).long()).bincount(minlength=100).double()
+        )  # jointly uniform too
         assert ((cells - len(pair[0]) / 100) ** 2 / (len(pair[0]) / 100)).sum() < 160, name
 
 
@@ -63,7 +65,8 @@ def test_normal_has_the_distribution_of_normal_numbers() -> None:
     moments = [x.mean(), x.square().mean() - 1, x.pow(3).mean(), x.pow(4).mean() - 3]
     for moment, spread in zip(moments, (1, 2**0.5, 15**0.5, 96**0.5), strict=True):
         assert abs(moment) < 4 * spread / n**0.5
-    # Kolmogorov and Smirnov's distance from the error function's normal: above 1.95 / sqrt(n) in one of a thousand samples.
+    # Kolmogorov and Smirnov's distance from the error function's normal: above 1.95 / sqrt(n) in one of a thousand
+    # samples.
     ordered = x.flatten().sort().values
     cumulative = 0.5 * (1 + torch.erf(ordered / 2**0.5))
     assert (cumulative - torch.arange(n) / n).abs().max() < 1.95 / n**0.5
@@ -164,7 +167,9 @@ def test_slots_are_the_same_where_batch_size_times_processes_divides_the_global_
 
 @pytest.mark.parametrize(("global_batch", "processes"), [(3, 2), (15, 8)])
 def test_a_global_batch_too_small_for_the_processes_is_refused(global_batch: int, processes: int) -> None:
-    with pytest.raises(ValueError, match=rf"{global_batch} images on {processes} processes: expected at least 2 for each"):
+    with pytest.raises(
+        ValueError, match=rf"{global_batch} images on {processes} processes: expected at least 2 for each"
+    ):
         cut_updates(torch.arange(100), 4, processes, global_batch)
 
 

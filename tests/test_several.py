@@ -1,4 +1,5 @@
-"""Several teachers: the mean of their probabilities against plain arithmetic, the sum of losses against each one's own."""
+"""Several teachers: the mean of their probabilities against plain arithmetic, the sum of losses against each one's
+own."""
 
 import math
 
@@ -50,7 +51,8 @@ def test_the_mean_is_of_probabilities():
 
 @pytest.mark.parametrize("method", ["none", "mag", "mas"])
 def test_two_equal_teachers_are_one(method, batch):
-    """By the mean as by the sum, with weights of a half each: but for encoders, which each teacher's codes have their own of."""
+    """By the mean as by the sum, with weights of a half each: but for encoders, which each teacher's codes have their
+    own of."""
     recipe, _ = objective(method=method)
     student, teacher = features(STUDENT, 1), features(ONE, 2, heads=True)
     torch.manual_seed(0)
@@ -93,7 +95,8 @@ def test_under_mas_the_mean_is_of_each_teachers_stable_excitation(batch):
     # A teacher without logits takes part with its views.
     mute = (shown[0], shown[1]._replace(logits=shown[1].logits[:, :0]))
     target = mean_of_probabilities(
-        [stable_excitation(*pair) for pair in ((mute[0].logits, mute[0].views), (mute[1].logits, mute[1].views))], (1, 2)
+        [stable_excitation(*pair) for pair in ((mute[0].logits, mute[0].views), (mute[1].logits, mute[1].views))],
+        (1, 2),
     )
     expected = first.objective(student, shown[0]._replace(logits=target), batch)["kd"]
     assert whole(student, mute, batch)["kd"].item() == pytest.approx(expected.item())

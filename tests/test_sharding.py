@@ -1,4 +1,5 @@
-"""FSDP2 on two real processes (gloo), started by the shipped configuration: as DDP, to rounding; killed, resumed, refused."""
+"""FSDP2 on two real processes (gloo), started by the shipped configuration: as DDP, to rounding; killed, resumed,
+refused."""
 
 import contextlib
 import json
@@ -37,10 +38,13 @@ def found(tmp_path_factory):
     [("resnet", 1e-6, 1e-3), ("crossed", 1e-6, 1e-3), ("vit", 1e-6, 1e-3), ("bf16", 1e-2, 1e-2)],
 )
 def test_losses_metrics_and_weights_are_those_of_ddp(found, case, far, rel):
-    """BatchNorm, clipping, accumulation and averaging; each one's run gone on by the other; a ViT, its teacher cut up; bf16."""
+    """BatchNorm, clipping, accumulation and averaging; each one's run gone on by the other; a ViT, its teacher cut up;
+    bf16."""
     for rank in range(2):
         row = found[rank][case]
-        image = 100 / 13 + 1e-3 if case == "bf16" else 0.0  # logits of 8 bits have ties: one image may fall to another side
+        image = (
+            100 / 13 + 1e-3 if case == "bf16" else 0.0
+        )  # logits of 8 bits have ties: one image may fall to another side
         assert row["fsdp"].keys() == row["ddp"].keys()
         for name, value in row["ddp"].items():
             assert row["fsdp"][name] == pytest.approx(value, rel=rel, abs=image if "top" in name else None), name
@@ -67,7 +71,18 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     """bf16, as the shipped configuration says; all processes are killed at once after the second checkpoint."""
-    flags = ["distill", *FAST, "--method", "none", "--epochs", "2", "--checkpoint-interval", "2", "--data-dir", str(small_data)]
+    flags = [
+        "distill",
+        *FAST,
+        "--method",
+        "none",
+        "--epochs",
+        "2",
+        "--checkpoint-interval",
+        "2",
+        "--data-dir",
+        str(small_data),
+    ]
     flags += ["--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "1"]
     process = start(*flags, "--output", str(tmp_path / "killed"))
     deadline = time.monotonic() + 600
@@ -93,14 +108,24 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["fsdp", "ddp"])
 def test_a_compiled_run_in_bf16_ends_where_an_eager_one_does(sharded, small_data, tmp_path):
-    """Of two processes; under FSDP2 by the shipped configuration, which says bf16. Teacher, heads, MAS over AT, an average."""
+    """Of two processes; under FSDP2 by the shipped configuration, which says bf16. Teacher, heads, MAS over AT, an
+    average."""
     flags = ["distill", *FAST, "--data-dir", str(small_data), "--criterion", "at", "--epochs", "1", "--lr", "0.001"]
     flags += ["--batch-size", "24", "--heads-epochs", "1", "--model-ema", "--model-ema-decay", "0.5"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch = LAUNCH if sharded else [*launch, "--rdzv_endpoint", "localhost:0"]
     losses, weights = [], []
     for flag in ("--no-compile", "--compile"):
-        command = [*launch, "-m", "mgd_timm", *flags, flag, *([] if sharded else ["--amp"]), "--output", str(tmp_path / flag)]
+        command = [
+            *launch,
+            "-m",
+            "mgd_timm",
+            *flags,
+            flag,
+            *([] if sharded else ["--amp"]),
+            "--output",
+            str(tmp_path / flag),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment(), check=False)
         assert done.returncode == 0, done.stderr
         assert ("sharded (FSDP2), precision bf16" if sharded else "cpu, precision bf16") in done.stdout
@@ -136,8 +161,12 @@ def test_fp16_on_a_cpu_is_refused():
 def test_a_teacher_that_cannot_be_cut_up_is_refused():
     with pytest.raises(ValueError, match="there is nobody to share the teacher with"):
         build_accelerator(make_recipe(shard_teacher=True))
-    with pytest.raises(ValueError, match="find_batch_size beside shard_teacher: a trial step of one process alone is none"):
-        build_accelerator(make_recipe(shard_teacher=True, find_batch_size=True))  # or the others wait in the teacher for it
+    with pytest.raises(
+        ValueError, match="find_batch_size beside shard_teacher: a trial step of one process alone is none"
+    ):
+        build_accelerator(
+            make_recipe(shard_teacher=True, find_batch_size=True)
+        )  # or the others wait in the teacher for it
     with pytest.raises(ValueError, match="there is no teacher, so there is nothing to cut up"):
         make_recipe(shard_teacher=True, teacher=None)
     with pytest.raises(ValueError, match="teacher_store='x' holds its outputs"):

@@ -1,4 +1,5 @@
-"""Streams: an order of (seed, epoch), the folder's images and labels, the same for any readers and from any update on."""
+"""Streams: an order of (seed, epoch), the folder's images and labels, the same for any readers and from any update
+on."""
 
 import itertools
 from pathlib import Path
@@ -133,7 +134,8 @@ def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) ->
     path = files(tmp_path / "copy" / "train")[3]
     path.write_bytes(path.read_bytes()[:500])
     images = stream(tmp_path / "copy", workers=1, num_samples=24)
-    said = r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"  # without --max-bad
+    # without --max-bad
+    said = r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"
     with pytest.raises(DataError, match=said):
         batches(images, [images.train.ids])
 

@@ -71,7 +71,11 @@ def shards(source: Path, target: Path, kind: str = "cls") -> None:
             with tarfile.open(target / f"pictures-{split}-{shard:04d}.tar", "w") as tar:
                 for number, path in list(enumerate(every))[shard * len(every) // 2 : (shard + 1) * len(every) // 2]:
                     label = "abc".index(path.parent.name)
-                    text = {"cls": str(label), "json": json.dumps({"label": label, "x": [1]}, indent=1), "txt": path.parent.name}
+                    text = {
+                        "cls": str(label),
+                        "json": json.dumps({"label": label, "x": [1]}, indent=1),
+                        "txt": path.parent.name,
+                    }
                     add(tar, f"{number:05d}{path.suffix}", path.read_bytes())
                     add(tar, f"{number:05d}.{kind}", text[kind].encode())
 
@@ -137,7 +141,9 @@ def test_a_damaged_index_is_named_and_made_anew(
     assert again.train.digest == first.train.digest
 
 
-def test_an_index_is_made_once_and_anew_for_another_file(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_made_once_and_anew_for_another_file(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()
     class_folders(pictures, tmp_path / "tars")

@@ -1,4 +1,5 @@
-"""Stored teacher outputs: what live teaching gives, written once, whole or not at all, refused where they are of something else."""
+"""Stored teacher outputs: what live teaching gives, written once, whole or not at all, refused where they are of
+something else."""
 
 import errno
 import json
@@ -38,7 +39,8 @@ LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "l
 
 @pytest.fixture(scope="module")
 def bench(small_data):
-    """Accelerator, images, the embedded teacher, and `open(folder, **options)`, which makes a store of 4 shards a view."""
+    """Accelerator, images, the embedded teacher, and `open(folder, **options)`, which makes a store of 4 shards a
+    view."""
     recipe, accelerator = build_accelerator(make_recipe(data_dir=str(small_data)))
     teacher = Teacher(FeatureTap(load_model("embedded"), input_size=(3, 28, 28)))
     default = load_images(recipe.data, 0)
@@ -80,7 +82,8 @@ def losses(output: Path) -> list[dict[str, float]]:
     return [json.loads(line)["train"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-# -- what it holds ---------------------------------------------------------------------------------------------------------------
+# -- what it holds
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_what_the_teacher_shows_of_each_view(bench, written):
@@ -144,12 +147,15 @@ def test_large_pictures_and_a_validation_cut_of_another_seed(bench, tmp_path):
         stored.fill(teacher, accelerator, 7, quiet=True)
         batch = next(stored.batches([images.train.ids[:6]], 3, CPU))
         seen.append(set(images.train.ids.tolist()))
-        torch.testing.assert_close(stored.teacher(None)(batch).logits, teacher(batch.images).logits, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            stored.teacher(None)(batch).logits, teacher(batch.images).logits, rtol=2e-3, atol=2e-3
+        )
     assert seen[0] != seen[1]
     assert len(seen[0]) == 18
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------------------
+# -- whole runs
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["none", "mas"])
@@ -167,7 +173,9 @@ def test_stored_and_live_training_have_the_same_losses(small_data, tmp_path, met
             assert two[name] == pytest.approx(one[name], rel=2e-3), name
 
 
-def test_another_seed_host_and_student_write_nothing_and_another_number_of_views_adds(bench, small_data, tmp_path, capsys):
+def test_another_seed_host_and_student_write_nothing_and_another_number_of_views_adds(
+    bench, small_data, tmp_path, capsys
+):
     store = tmp_path / "store"
     common = {**LITTLE, "epochs": 1, "data": str(small_data), "teacher_store": str(store)}
     mgd_timm.distill(output=tmp_path / "1", **common, method="none")
@@ -186,7 +194,13 @@ def test_another_seed_host_and_student_write_nothing_and_another_number_of_views
 
 
 def test_a_run_on_the_largest_logits(small_data, tmp_path):
-    common = {**LITTLE, "epochs": 1, "data": str(small_data), "method": "none", "teacher_store": str(tmp_path / "store")}
+    common = {
+        **LITTLE,
+        "epochs": 1,
+        "data": str(small_data),
+        "method": "none",
+        "teacher_store": str(tmp_path / "store"),
+    }
     mgd_timm.distill(output=tmp_path / "run", **common, teacher_top_k=3)
     assert all(math.isfinite(value) for row in losses(tmp_path / "run") for value in row.values())
     with pytest.raises(StoreError, match=r"store of other teacher outputs \(top_k: 3 -> 0\)"):
@@ -206,7 +220,9 @@ def test_heads_read_the_store_without_the_teacher(bench, written, tmp_path, monk
         shown.clear()
         # Seed 0 is the store's view seed too: the same views.
         summary = {}
-        fit_heads(teacher, images, recipe, accelerator, summary, stored=stored if name == "stored" else None, quiet=True)
+        fit_heads(
+            teacher, images, recipe, accelerator, summary, stored=stored if name == "stored" else None, quiet=True
+        )
         rows = [json.loads(line) for line in (tmp_path / name / "heads" / "metrics.jsonl").read_text().splitlines()]
         found[name] = rows[-1]["train"], len(shown)
     assert found["stored"][1] == 1  # the watched images alone
@@ -221,7 +237,18 @@ def test_heads_read_the_store_without_the_teacher(bench, written, tmp_path, monk
 
 
 def words(data: Path, output: Path, store: Path) -> list[str]:
-    more = ["--epochs", "2", "--teacher-views", "8", "--checkpoint-interval", "2", "--drop", "0.1", "--validation-batch-size", "64"]
+    more = [
+        "--epochs",
+        "2",
+        "--teacher-views",
+        "8",
+        "--checkpoint-interval",
+        "2",
+        "--drop",
+        "0.1",
+        "--validation-batch-size",
+        "64",
+    ]
     place = ["--data-dir", str(data), "--output", str(output), "--teacher-store", str(store)]
     return ["distill", *FAST, *more, *place]
 
@@ -264,7 +291,8 @@ def test_two_processes_write_the_same_bytes_as_one(whole, small_data, tmp_path):
     assert all(math.isfinite(value) for row in losses(tmp_path / "run") for value in row.values())
 
 
-# -- written whole or not at all ---------------------------------------------------------------------------------------------------
+# -- written whole or not at all
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_store_grows_by_views_to_what_it_would_be_at_once(bench, written, tmp_path):
@@ -327,7 +355,9 @@ def test_another_run_that_writes_is_waited_for_and_what_it_wrote_is_read(bench, 
         stored.fill(teacher, accelerator, 50, quiet=True)
         worker.join()
     said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"teacher store {store}: another run \(\S+, pid {other.pid}\) writes it; waiting for it to end", said[1])
+    assert re.fullmatch(
+        rf"teacher store {store}: another run \(\S+, pid {other.pid}\) writes it; waiting for it to end", said[1]
+    )
     assert re.fullmatch(rf"teacher store {store}: free after \d+ s", said[2])
     assert said[3:] == ["teacher store: another run has written to it; 3 of 8 shards to write"]
     assert not stray.parent.exists()
@@ -341,7 +371,9 @@ def test_what_another_run_writes_meanwhile_is_refused_where_it_is_of_another_tea
     stored = opened(tmp_path / "store", teacher_view_seed=1)
     shutil.copytree(written, tmp_path / "store")
     before = state(tmp_path / "store")
-    with pytest.raises(StoreError, match=r"store of other teacher outputs \(view_seed: 0 -> 1\): choose another --teacher-store"):
+    with pytest.raises(
+        StoreError, match=r"store of other teacher outputs \(view_seed: 0 -> 1\): choose another --teacher-store"
+    ):
         stored.fill(teacher, accelerator, 50, quiet=True)
     assert state(tmp_path / "store") == before
 
@@ -373,7 +405,8 @@ def test_a_filled_store_is_read_from_a_disk_that_nothing_can_be_written_to(bench
         del stored  # it maps files of the disk
 
 
-# -- refused ---------------------------------------------------------------------------------------------------------------------
+# -- refused
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_data):
@@ -391,7 +424,9 @@ def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_da
         r"mean: \[": {"images": replace(images, mean=(0.5, 0.5, 0.5))},
     }
     for match, options in cases.items():
-        with pytest.raises(StoreError, match=rf"store of other teacher outputs \(.*{match}.*: choose another --teacher-store"):
+        with pytest.raises(
+            StoreError, match=rf"store of other teacher outputs \(.*{match}.*: choose another --teacher-store"
+        ):
             opened(written, **options)
     try:
         _, half = build_accelerator(make_recipe(amp=True, data_dir=str(small_data)))
@@ -451,7 +486,8 @@ def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys
     assert re.search(rf"of another recipe \(.*teacher_views: 8 -> {views}\)", capsys.readouterr().err)
 
 
-# -- damaged ---------------------------------------------------------------------------------------------------------------------
+# -- damaged
+# ---------------------------------------------------------------------------------------------------------------------
 
 SHARD = "view-00001-rows-000000100.safetensors"
 WAY_OUT = rf"{SHARD} is damaged \(.*\): delete this file and start again"
@@ -517,10 +553,12 @@ def test_a_file_in_place_of_the_folder_is_refused(bench, tmp_path):
         bench[3](tmp_path / "file")
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("classes", "kept", "kind"), [(10, 1, torch.int16), (100, 99, torch.int16), (40_000, 20, torch.int32)])
+@pytest.mark.parametrize(
+    ("classes", "kept", "kind"), [(10, 1, torch.int16), (100, 99, torch.int16), (40_000, 20, torch.int32)]
+)
 def test_top_k_keeps_its_logits_and_the_probability_of_the_others(classes, kept, kind):
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(50, classes, generator=generator)
@@ -537,7 +575,9 @@ def test_top_k_keeps_its_logits_and_the_probability_of_the_others(classes, kept,
     torch.testing.assert_close((after * others).sum(1), (before * others).sum(1), rtol=2e-2, atol=0)
     rest = [row[keep.bool()].unique() for row, keep in zip(rebuilt, others, strict=True)]
     assert all(len(values) == 1 for values in rest)
-    assert (torch.stack(rest).flatten() <= values[:, -1] + 1e-5).all()  # no class that was left out overtakes one that was kept
+    assert (
+        torch.stack(rest).flatten() <= values[:, -1] + 1e-5
+    ).all()  # no class that was left out overtakes one that was kept
     tempered = [((x / 4).softmax(1) * others).sum(1) for x in (rebuilt.double(), logits.double())]
     assert (tempered[0] >= tempered[1] - 1e-3).all()  # what Layout says of T > 1
 

@@ -44,7 +44,9 @@ def test_warm_up_and_options():
     assert terms["dkd"].options == {"beta": 2.0}
     assert terms["kd"].options == {"divergence": "reverse", "temperature": 2.0}
     assert terms["crd"].options == {"queue": 64}
-    objective = build_objective(make_recipe(criterion=("dkd:1:20", "kd"), criterion_options=("dkd.beta=2",), method="none"), PAIR)
+    objective = build_objective(
+        make_recipe(criterion=("dkd:1:20", "kd"), criterion_options=("dkd.beta=2",), method="none"), PAIR
+    )
     assert objective.warmups == {"dkd": 20.0}
     assert objective.criteria["dkd"].beta == 2
 
@@ -63,10 +65,16 @@ def test_warm_up_and_options():
         ({"criterion_options": ("kd.temperature=cold",)}, "kd.temperature='cold': expected float"),
         ({"criterion_options": ("kd.divergence=backward",)}, "unknown kd.divergence 'backward'"),
         ({"criterion_options": ("dkd.beta=2",)}, "options of dkd, which the criterion .* does not name"),
-        ({"criterion_options": ("kd.temperature=2",), "kd_temperature": 3.0}, "two values of kd.temperature: 2.0 .* 3.0"),
+        (
+            {"criterion_options": ("kd.temperature=2",), "kd_temperature": 3.0},
+            "two values of kd.temperature: 2.0 .* 3.0",
+        ),
         ({"criterion_options": ("kd.temperature=2", "kd.temperature=3")}, "two values of kd.temperature: give one"),
         ({"criterion_options": ("kd.temperature=[",)}, r"kd.temperature='\[': expected float"),
-        ({"criterion": ("at",), "method": "none", "criterion_options": ("kd.temperature=2",)}, "options of kd, whose weight is 0"),
+        (
+            {"criterion": ("at",), "method": "none", "criterion_options": ("kd.temperature=2",)},
+            "options of kd, whose weight is 0",
+        ),
         ({"criterion": ("at:-1",)}, "'at:-1': expected finite numbers, 0 or more"),
         ({"criterion": ("at:nan",)}, "'at:nan': expected finite numbers"),
         ({"criterion": ("at:1:inf",)}, "'at:1:inf': expected finite numbers"),
@@ -170,10 +178,16 @@ def test_every_criterion_is_built_by_its_word():
     ("options", "message"),
     [
         ({"criterion": ("dkd:1:20",), "epochs": 5}, "'dkd:1:20' warms up over 20 of 5 epochs"),
-        ({"criterion": ("at",), "method": "none", "kd_temperature": 2.0}, "kd_temperature=2.0 does nothing: kd has weight 0"),
+        (
+            {"criterion": ("at",), "method": "none", "kd_temperature": 2.0},
+            "kd_temperature=2.0 does nothing: kd has weight 0",
+        ),
         ({"criterion": ("at",), "task_weight": 0.0, "smoothing": 0.1}, "smoothing=0.1 does nothing: ce has weight 0"),
         ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "every weight is 0"),
-        ({"kd_weight": 0.0, "task_weight": 0.0, "method": "mag"}, "0: task, kd, and the codes teach the classifier nothing"),
+        (
+            {"kd_weight": 0.0, "task_weight": 0.0, "method": "mag"},
+            "0: task, kd, and the codes teach the classifier nothing",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_refused(options, message):

@@ -48,7 +48,9 @@ def kinds(small_data, tmp_path_factory):
     folder.mkdir()
     kind_of = {label: kind for kind, labels in enumerate(KINDS.values()) for label in labels}
     for split in ("train", "test"):
-        table = datasets.Dataset.from_parquet(str(small_data / f"{split}.parquet"), cache_dir=str(folder.parent / "cache"))
+        table = datasets.Dataset.from_parquet(
+            str(small_data / f"{split}.parquet"), cache_dir=str(folder.parent / "cache")
+        )
         labels = [kind_of[label] for label in table["label"]]
         table = table.remove_columns("label").add_column("kind", labels)
         table.cast_column("kind", datasets.ClassLabel(names=list(KINDS))).to_parquet(folder / f"{split}.parquet")
@@ -75,7 +77,9 @@ def moved(after: dict[str, torch.Tensor]) -> set[str]:
     """Names of the embedded teacher's tensors that are not bitwise these."""
     before = load_file(WEIGHTS)
     assert set(before) == set(after)
-    return {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+    return {
+        name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
+    }
 
 
 def test_transfer_to_other_classes(transfer, kinds, tmp_path):
@@ -91,7 +95,9 @@ def test_transfer_to_other_classes(transfer, kinds, tmp_path):
     assert moved(load_file(tmp_path / "run" / "export" / "model.safetensors")) == {"fc.weight", "fc.bias"}
     loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
     assert loaded.num_classes == 5
-    assert loaded.pretrained_cfg["mean"] == load_model("embedded").pretrained_cfg["mean"]  # what the backbone was trained with
+    assert (
+        loaded.pretrained_cfg["mean"] == load_model("embedded").pretrained_cfg["mean"]
+    )  # what the backbone was trained with
     assert loaded.pretrained_cfg["label_names"] == list(KINDS)
     assert mgd_timm.evaluate(str(tmp_path / "run"))["top1"] == summary["top1"]
     # The student may be this run: its classifier is drawn anew, so the same comes out to the bit.
@@ -102,7 +108,17 @@ def test_transfer_to_other_classes(transfer, kinds, tmp_path):
 
 
 def test_adapted_batchnorm_moves_its_statistics_and_nothing_else(transfer, kinds, tmp_path):
-    words = ["--student", "embedded", "--data-dir", kinds, "--epochs", 2, "--adapt-batchnorm", "--output", tmp_path / "run"]
+    words = [
+        "--student",
+        "embedded",
+        "--data-dir",
+        kinds,
+        "--epochs",
+        2,
+        "--adapt-batchnorm",
+        "--output",
+        tmp_path / "run",
+    ]
     code, _, errors = transfer(*words)
     assert code == 0, errors
     statistics = ("running_mean", "running_var", "num_batches_tracked")
@@ -136,7 +152,9 @@ def test_killed_run_goes_on_to_the_same_bits(small_data, tmp_path, capsys):
     words += ["--checkpoint-interval", "1", "--model-ema", "--model-ema-decay", "0.9"]
     assert main([*words, "--output", str(tmp_path / "whole")]) == 0
     assert "random weights" not in capsys.readouterr().out
-    code, errors = end_at(8, tmp_path / "run" / "checkpoints", signal.SIGKILL, *words, "--output", str(tmp_path / "run"))
+    code, errors = end_at(
+        8, tmp_path / "run" / "checkpoints", signal.SIGKILL, *words, "--output", str(tmp_path / "run")
+    )
     assert code == -signal.SIGKILL, errors
     assert main([*words, "--output", str(tmp_path / "run"), "--resume"]) == 0
     assert "resumed after update" in capsys.readouterr().out
@@ -210,9 +228,26 @@ def test_presets_are_those_of_the_protocol(recipe_file, transfer, kinds, tmp_pat
     assert recipe_file.milestones(50) == (20, 25)
     assert recipe_file.milestones(100) == (40, 50)
     assert recipe_file.milestones(1) == (1, 1)  # not before the first update
-    rates = {"cifar_resnet8x4": 0.02, "cifar_mobilenetv2": 0.01, "mobilenetv2_100": 0.01, "cifar_shufflev1": 0.01, "": 0.02}
+    rates = {
+        "cifar_resnet8x4": 0.02,
+        "cifar_mobilenetv2": 0.01,
+        "mobilenetv2_100": 0.01,
+        "cifar_shufflev1": 0.01,
+        "": 0.02,
+    }
     assert {name: recipe_file.base_lr(name) for name in rates} == rates
-    words = ["--student", "embedded", "--data-dir", kinds, "--preset", "tiny-imagenet", "--epochs", 1, "--output", tmp_path / "run"]
+    words = [
+        "--student",
+        "embedded",
+        "--data-dir",
+        kinds,
+        "--preset",
+        "tiny-imagenet",
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "run",
+    ]
     assert transfer(*words)[0] == 0
     recipe = read_recipe(tmp_path / "run")
     assert (recipe.optim.lr, recipe.data.batch_size, recipe.data.hflip) == (0.04, 128, 0.0)
@@ -242,7 +277,10 @@ def test_wrong_calls_are_refused_before_anything_is_written(transfer, kinds, tmp
         ({}, "train_only='classifier' beside the teacher 'embedded'"),
         ({"teacher": None, "drop": 0.1}, "drop=0.1, drop_path=None: a frozen backbone .* has no dropout"),
         ({"teacher": None, "drop_path": 0.1}, "drop=0.0, drop_path=0.1: a frozen backbone"),
-        ({"teacher": None, "adapt_batchnorm": True, "train_only": "all"}, "adapt_batchnorm: .* give train_only='classifier'"),
+        (
+            {"teacher": None, "adapt_batchnorm": True, "train_only": "all"},
+            "adapt_batchnorm: .* give train_only='classifier'",
+        ),
         ({"teacher": None, "train_only": "clasifier"}, "unknown train_only 'clasifier': did you mean classifier"),
     ],
 )
@@ -259,7 +297,8 @@ def test_networks_that_cannot_do_it_are_refused(small_data, tmp_path, capsys):
     model.reset_classifier(0)
     with pytest.raises(
         ValueError,
-        match=r"cifar_resnet20 has no classifier \(num_classes=0\), and only a teacher may lack one\. Build it with num_classes=C",
+        match=r"cifar_resnet20 has no classifier \(num_classes=0\), and only a teacher may lack one\. "
+        r"Build it with num_classes=C",
     ):
         mgd_timm.train(model, str(small_data), **options)
     assert not (tmp_path / "run").exists()

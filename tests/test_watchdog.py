@@ -39,7 +39,17 @@ def started(words: list[str], output: Path, log: Path) -> Ranks:
 @pytest.mark.parametrize(("kind", "who"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)])
 def test_a_hung_or_killed_rank_ends_the_other_one_which_names_it(small_data, tmp_path, kind, who):
     output = tmp_path / "run"
-    words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(small_data), "--output", str(output), "--epochs", "500"]
+    words = [
+        "train",
+        "--model",
+        "cifar_resnet8x05",
+        "--data-dir",
+        str(small_data),
+        "--output",
+        str(output),
+        "--epochs",
+        "500",
+    ]
     ranks = started([*words, "--batch-size", "32", "--checkpoint-interval", "2"], output, tmp_path / "log")
     pid = ranks.ranks[who].pid
     ranks.signal(kind, who)
@@ -99,7 +109,8 @@ def compute(seconds: float, idly: bool | None = None) -> None:
 
 
 def into_a_pipe() -> Callable[[float], None]:
-    """What this process shows goes to a pipe; gives what fills it, to be read in some seconds: as after Ctrl-S, or in a pager."""
+    """What this process shows goes to a pipe; gives what fills it, to be read in some seconds: as after Ctrl-S, or in a
+    pager."""
     out, into = os.pipe()
     os.dup2(into, 2)
 
@@ -120,7 +131,8 @@ def into_a_pipe() -> Callable[[float], None]:
 
 
 def step(case: str) -> int:
-    """What the ranks of `test_a_hang_is_found_and_named` and `test_who_is_slow_goes_on` do: eight steps, each with a collective."""
+    """What the ranks of `test_a_hang_is_found_and_named` and `test_who_is_slow_goes_on` do: eight steps, each with a
+    collective."""
     from accelerate.utils import gather_object
 
     from mgd_timm.cli import guarded
@@ -154,7 +166,11 @@ def step(case: str) -> int:
             time.sleep(5)
         elif (case, rank) == ("is slow throughout", 1) and number > 1:
             time.sleep(5 if number == 6 else 0.8)
-        elif (case, rank, number) == ("computes", 1, 6) or (case, rank, number) == ("waits for one that computes", 2, 6):
+        elif (case, rank, number) == ("computes", 1, 6) or (case, rank, number) == (
+            "waits for one that computes",
+            2,
+            6,
+        ):
             compute(5)
         elif (case, rank, number) == ("receives slowly", 1, 6):
             for _ in range(1250):

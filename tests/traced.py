@@ -1,10 +1,11 @@
-"""Runs of mgd_timm with a record of every update: which images it saw, how they were cropped, and at which learning rate.
+"""Runs of mgd_timm with a record of every update: which images it saw, how they were cropped, and at which learning
+rate.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/traced.py JOBS
 
-JOBS is JSON, a list of {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}, done one after another
-by the same processes. Process r writes FILE.r, one line per update of the student. Where a run is to stop, the first process sends
-itself a SIGINT.
+JOBS is JSON, a list of {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}, done one
+after another by the same processes. Process r writes FILE.r, one line per update of the student. Where a run is to
+stop, the first process sends itself a SIGINT.
 """
 
 import hashlib
@@ -75,7 +76,9 @@ def launch(jobs: list[dict], processes: int, timeout: float = 300) -> str:
 def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]:
     """Of every update its learning rate, and the images that all processes together saw, by sample id."""
     updates = []
-    ranks = [[json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()] for rank in range(processes)]
+    ranks = [
+        [json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()] for rank in range(processes)
+    ]
     for rows in zip(*ranks, strict=True):
         assert len({row["lr"] for row in rows}) == 1
         updates.append((rows[0]["lr"], {sample: shown for row in rows for sample, shown in sorted(row["seen"])}))

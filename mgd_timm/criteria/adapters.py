@@ -22,19 +22,23 @@ def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
         both = min(len(student), len(teacher))
         hint = f"maps='last' or maps='{both}'" if both > 1 else "maps='last' or a number"
         raise ValueError(
-            f"{method} pairs maps one to one: the student shows {len(student)} {student}, the teacher {len(teacher)} {teacher}. "
+            f"{method} pairs maps one to one: the student shows {len(student)} {student}, the teacher {len(teacher)} "
+            f"{teacher}. "
             f"Choose maps that both have: {hint}."
         )
     return list(zip(student, teacher, strict=True))
 
 
 def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) -> None:
-    """For what is normalised over positions: ValueError where a pair of maps has but one left at the smaller of both sizes."""
+    """For what is normalised over positions: ValueError where a pair of maps has but one left at the smaller of both
+    sizes."""
     for student, teacher in shapes:
         if max(map(min, student[1:], teacher[1:])) == 1:
             raise ValueError(
-                f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have one position "
-                "in common, where every map is alike. Give larger images (--img-size) or other maps (--maps; in Python maps=)."
+                f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have "
+                f"one position "
+                "in common, where every map is alike. Give larger images (--img-size) or other maps (--maps; in Python "
+                "maps=)."
             )
 
 

@@ -16,9 +16,12 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 def attended_difference(
-    student: Sequence[Float[Tensor, "b _ _ _"]], teacher: Sequence[Float[Tensor, "b _ _ _"]], attention: Float[Tensor, "b t s"]
+    student: Sequence[Float[Tensor, "b _ _ _"]],
+    teacher: Sequence[Float[Tensor, "b _ _ _"]],
+    attention: Float[Tensor, "b t s"],
 ) -> Float[Tensor, ""]:
-    """Sum over teacher maps, weighted over student maps: mean squared difference of normalised energies at the teacher's size."""
+    """Sum over teacher maps, weighted over student maps: mean squared difference of normalised energies at the
+    teacher's size."""
     energies = [reduce(m.pow(2), "b c h w -> b 1 h w", "mean") for m in student]
     pooled = {}
     for size in dict.fromkeys((m.shape[2], m.shape[3]) for m in teacher):
@@ -33,23 +36,25 @@ def attended_difference(
 
 
 class AFD(Criterion):
-    """Attention-based feature distillation: sum_t mean_b sum_s a(t, s) mean_hw (q(F_s) - q(F_t))^2, every map with every map.
+    """Attention-based feature distillation: sum_t mean_b sum_s a(t, s) mean_hw (q(F_s) - q(F_t))^2, every map with
+    every map.
 
-    q = normalised mean over channels of F^2, the student's average-pooled to the teacher's size. a = softmax over the student's
-    maps of (query_t W_t key_s + p_t p_s) / sqrt(d): which map learns from which is learned, from the channel means of both.
+    q = normalised mean over channels of F^2, the student's average-pooled to the teacher's size. a = softmax over the
+    student's maps of (query_t W_t key_s + p_t p_s) / sqrt(d): which map learns from which is learned, from the channel
+    means of both.
 
-    Reference: Ji, Heo, Park, "Show, Attend and Distill: Knowledge Distillation via Attention-based Feature Matching" (arXiv
-    2102.02973); official code clovaai/attention-feature-distillation (distill/AFD.py).
+    Reference: Ji, Heo, Park, "Show, Attend and Distill: Knowledge Distillation via Attention-based Feature Matching"
+    (arXiv 2102.02973); official code clovaai/attention-feature-distillation (distill/AFD.py).
 
     Weight: 200 beside kd at 0.9 and temperature 4 (official script), d = 128.
 
-    Differs: as the official code, which compares the maps of all blocks; here those that are tapped, any number on each side, as no
-    map is paired: maps=all is nearest to it. With one map of the student the attention is 1 everywhere, and AFD is attention
-    transfer (AT) from each of the teacher's maps. The attention is computed outside autocast.
+    Differs: as the official code, which compares the maps of all blocks; here those that are tapped, any number on each
+    side, as no map is paired: maps=all is nearest to it. With one map of the student the attention is 1 everywhere, and
+    AFD is attention transfer (AT) from each of the teacher's maps. The attention is computed outside autocast.
 
     Args:
-        pair: Shapes of both networks; each shows 1 map or more, any two with 2 positions or more in common. Batches of 2 or more:
-            there is BatchNorm over samples.
+        pair: Shapes of both networks; each shows 1 map or more, any two with 2 positions or more in common. Batches of
+            2 or more: there is BatchNorm over samples.
         dim: d, the width of keys and queries, 1 or more.
 
     Raises:
@@ -64,7 +69,8 @@ class AFD(Criterion):
         student, teacher = pair.student.maps, pair.teacher.maps
         if not student or not teacher:
             raise ValueError(
-                f"AFD compares all maps: the student shows {len(student)} {student}, the teacher {len(teacher)} {teacher}. "
+                f"AFD compares all maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
+                f"{teacher}. "
                 "Tap some of each, such as maps='stages'."
             )
         check_positions("AFD", product(student, teacher))

@@ -20,7 +20,8 @@ def _unit(maps: Tensor) -> Tensor:
 def attentive_difference(
     student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h2 w2"], attention: Float[Tensor, "b c"]
 ) -> Float[Tensor, ""]:
-    """Mean squared difference of channels of unit norm, weighted by the attention, which is divided by its sum over channels."""
+    """Mean squared difference of channels of unit norm, weighted by the attention, which is divided by its sum over
+    channels."""
     student, teacher, attention = (at_least_float32(v) for v in (student, teacher, attention))
     student, teacher = pool_larger(student, teacher)
     per_channel = reduce((_unit(student) - _unit(teacher)).pow(2), "b c h w -> b c", "mean")
@@ -28,7 +29,8 @@ def attentive_difference(
 
 
 class ChannelAttention(nn.Sequential):
-    """sigmoid(1x1 convolution(ReLU(1x1 convolution(mean over positions)))): how much a channel of the teacher's map matters."""
+    """sigmoid(1x1 convolution(ReLU(1x1 convolution(mean over positions)))): how much a channel of the teacher's map
+    matters."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         convs = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
@@ -44,26 +46,30 @@ class ChannelAttention(nn.Sequential):
 
 
 class AFDS(Criterion):
-    """Attentive feature distillation: mean over map pairs of mean_b sum_c rho_c mean_hw (F_s,c/|F_s,c| - F_t,c/|F_t,c|)^2.
+    """Attentive feature distillation: mean over map pairs of mean_b sum_c rho_c mean_hw (F_s,c/|F_s,c| -
+    F_t,c/|F_t,c|)^2.
 
-    rho, of sum 1 over channels, is what a small network makes of the teacher's channel means; it is trained with the student.
+    rho, of sum 1 over channels, is what a small network makes of the teacher's channel means; it is trained with the
+    student.
 
-    Reference: Wang, Gao, Zhao, Li, Dou, Xu, "Pay Attention to Features, Transfer Learn Faster CNNs" (ICLR 2020, openreview
-    ryxyCeHtPB), attentive feature distillation; AberHu/Knowledge-Distillation-Zoo (its AFD).
+    Reference: Wang, Gao, Zhao, Li, Dou, Xu, "Pay Attention to Features, Transfer Learn Faster CNNs" (ICLR 2020,
+    openreview ryxyCeHtPB), attentive feature distillation; AberHu/Knowledge-Distillation-Zoo (its AFD).
 
     Weight: 500 (the Zoo's CIFAR-10 script; its three stages are averaged).
 
-    Differs: as the Zoo, whose attention is two 1x1 convolutions and a sigmoid because it found the paper's unstable. The paper's
-    other half, the selection of features by pruning, is not here. Channels that differ are bridged by a 1x1 convolution and
-    BatchNorm on the student's map, sizes by average pooling of the larger map (paper and Zoo: equal shapes only).
+    Differs: as the Zoo, whose attention is two 1x1 convolutions and a sigmoid because it found the paper's unstable.
+    The paper's other half, the selection of features by pruning, is not here. Channels that differ are bridged by a 1x1
+    convolution and BatchNorm on the student's map, sizes by average pooling of the larger map (paper and Zoo: equal
+    shapes only).
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in
+            common.
         hidden: Width of the attention's hidden layer per channel of the teacher's map, positive (the Zoo's att_f).
 
     Raises:
-        ValueError: No maps, a different number of maps on each side, a pair of one position, or a hidden width that leaves no
-            channel.
+        ValueError: No maps, a different number of maps on each side, a pair of one position, or a hidden width that
+            leaves no channel.
     """
 
     weight: ClassVar[float] = 500.0
@@ -75,7 +81,9 @@ class AFDS(Criterion):
         check_positions("AFDS", shapes)
         fewest = min(t[0] for _, t in shapes)
         if not 0 < hidden < float("inf") or int(fewest * hidden) < 1:
-            raise ValueError(f"hidden={hidden}: expected a finite number that leaves 1 channel or more of the teacher's {fewest}.")
+            raise ValueError(
+                f"hidden={hidden}: expected a finite number that leaves 1 channel or more of the teacher's {fewest}."
+            )
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in shapes)
         self.attentions = nn.ModuleList(ChannelAttention(t[0], int(t[0] * hidden)) for _, t in shapes)
 

@@ -27,8 +27,8 @@ def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor,
 class AT(Criterion):
     """Attention transfer: sum over map pairs of mean((q(F_s) - q(F_t))^2), q = normalised mean over channels of F^2.
 
-    Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2; the official code squares
-    and averages over all elements where the paper has a norm.
+    Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2; the official
+    code squares and averages over all elements where the paper has a norm.
 
     Weight: 1000 (RepDistiller; the MGD authors' script).
 
@@ -36,7 +36,8 @@ class AT(Criterion):
     RepDistiller's pairing of maps: see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in
+            common.
 
     Raises:
         ValueError: No maps, a different number of maps on each side, or a pair of one position.

@@ -12,7 +12,8 @@ Need = Literal["logits", "embedding", "maps", "cams"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened, float32 and float64 unchanged: T^2 would magnify the rounding of a half-precision softmax."""
+    """Half precision widened, float32 and float64 unchanged: T^2 would magnify the rounding of a half-precision
+    softmax."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -49,8 +50,8 @@ def check_temperature(temperature: float) -> float:
 class Criterion(nn.Module):
     """One distillation method: a scalar from the features of student and teacher.
 
-    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features. The teacher's carry no gradient, which
-    the caller promises.
+    Subclasses take `(pair, *, hyper...)`, own their adapters, and are called with features. The teacher's carry no
+    gradient, which the caller promises.
 
     Attributes:
         weight: The method's usual weight.
@@ -58,10 +59,12 @@ class Criterion(nn.Module):
         student_needs: The parts of the student's features that it reads beside those.
         relational: It compares the samples of a batch: under several processes it sees the local batch only.
         preact: The maps that it reads are those before an activation.
-        fits: What is fitted before the run, by `fit` as the granularity heads are: "teacher", own modules on the teacher's
-            features (`fitting`); "student", the student's backbone by this criterion alone, which the run then leaves out.
+        fits: What is fitted before the run, by `fit` as the granularity heads are: "teacher", own modules on the
+            teacher's features (`fitting`); "student", the student's backbone by this criterion alone, which the run
+            then leaves out.
         peers: It is made for two students that teach each other.
-        synchronised: Buffers that the criterion itself keeps identical on all processes, so that nothing else need send them.
+        synchronised: Buffers that the criterion itself keeps identical on all processes, so that nothing else need send
+            them.
         num_classes: Of the student.
         standardised: It is given standardised logits, and has to standardise those that it makes itself.
         alone: Other processes do not take part in this step: it must not wait for them.
@@ -99,8 +102,8 @@ class Objective(nn.Module):
     """Named, weighted criteria; the loss is their sum.
 
     Args:
-        **terms: name=(weight, criterion), or name=(weight, criterion, warmup): epochs over which the weight rises linearly from 0.
-            The name is the one in logs.
+        **terms: name=(weight, criterion), or name=(weight, criterion, warmup): epochs over which the weight rises
+            linearly from 0. The name is the one in logs.
 
     Raises:
         ValueError: No term at all, a name that no module can have, or a negative or non-finite weight or warm-up.
@@ -124,7 +127,8 @@ class Objective(nn.Module):
             self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
         except KeyError as error:
             raise ValueError(
-                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has no dot, and is "
+                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has no "
+                f"dot, and is "
                 "none of that class's own, such as 'keys'."
             ) from error
         if self.warmups:

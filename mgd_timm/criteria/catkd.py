@@ -12,7 +12,9 @@ from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
 
-def class_attention(cam: Float[Tensor, "b k h w"], size: tuple[int, int], normalise: bool) -> Float[Tensor, "b k h2 w2"]:
+def class_attention(
+    cam: Float[Tensor, "b k h w"], size: tuple[int, int], normalise: bool
+) -> Float[Tensor, "b k h2 w2"]:
     """Class activation maps averaged to a size; `normalise` gives every map of every sample unit L2 norm."""
     pooled = F.adaptive_avg_pool2d(at_least_float32(cam), size)
     return pooled / torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True).clamp_min(1e-12) if normalise else pooled
@@ -23,13 +25,14 @@ class CATKD(Criterion):
 
     Reference: Guo et al., "Class Attention Transfer Based Knowledge Distillation" (arXiv 2304.12777), the CAT loss.
 
-    Weight: 15 beside 1 of the task, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4). It goes with the
-    scale of the maps; theirs are 0.7 to 15 within a family; normalised 15 to 40 at 2x2 (to MobileNetV2), 80 and 600 at 4x4 (to
-    ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 -> MobileNet). Where 15
-    diverges, as from the embedded teacher at lr 0.1, catkd:1 trains (benchmarks/hosts.py); normalise=True takes the scale away.
+    Weight: 15 beside 1 of the task, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4). It
+    goes with the scale of the maps; theirs are 0.7 to 15 within a family; normalised 15 to 40 at 2x2 (to MobileNetV2),
+    80 and 600 at 4x4 (to ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 ->
+    MobileNet). Where 15 diverges, as from the embedded teacher at lr 0.1, catkd:1 trains (benchmarks/hosts.py);
+    normalise=True takes the scale away.
 
-    Differs: the networks keep their classifier, whose bias is part of the maps (there it becomes a 1x1 convolution without bias).
-    Where a network shows fewer positions than `resolution`, both are pooled to those.
+    Differs: the networks keep their classifier, whose bias is part of the maps (there it becomes a 1x1 convolution
+    without bias). Where a network shows fewer positions than `resolution`, both are pooled to those.
 
     Args:
         pair: Shapes of both networks, with class activation maps of the same classes.
@@ -37,8 +40,8 @@ class CATKD(Criterion):
         normalise: Give every map unit L2 norm, which the authors do between families.
 
     Raises:
-        ValueError: A network without class activation maps, numbers of classes that differ, a resolution below 1, or normalised
-            maps of one position.
+        ValueError: A network without class activation maps, numbers of classes that differ, a resolution below 1, or
+            normalised maps of one position.
     """
 
     weight: ClassVar[float] = 15.0
@@ -46,11 +49,14 @@ class CATKD(Criterion):
 
     def __init__(self, pair: Pair, *, resolution: int = 2, normalise: bool = False) -> None:
         super().__init__(pair)
-        lacking = [name for name, shapes in (("student", pair.student), ("teacher", pair.teacher)) if shapes.cam is None]
+        lacking = [
+            name for name, shapes in (("student", pair.student), ("teacher", pair.teacher)) if shapes.cam is None
+        ]
         if pair.student.cam is None or pair.teacher.cam is None:
             raise ValueError(
                 f"CAT-KD compares class activation maps, and the {' and the '.join(lacking)} shows none: tap it with "
-                "FeatureTap(model, cam=True). That takes a network that averages its last map and then classifies: a resnet, say."
+                "FeatureTap(model, cam=True). That takes a network that averages its last map and then classifies: a "
+                "resnet, say."
             )
         check_one_label_space("CAT-KD", pair)
         if resolution < 1:
@@ -60,8 +66,10 @@ class CATKD(Criterion):
         self.normalise = normalise
         if normalise and self.size == (1, 1):
             raise ValueError(
-                f"normalise=True: of the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions one is "
-                f"compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images (--img-size), a "
+                f"normalise=True: of the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions "
+                f"one is "
+                f"compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images "
+                f"(--img-size), a "
                 "resolution of 2 or more, or normalise=False."
             )
 

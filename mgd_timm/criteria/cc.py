@@ -17,18 +17,19 @@ def correlation_congruence(student: Float[Tensor, "b d"], teacher: Float[Tensor,
 
 
 class CC(Criterion):
-    """Correlation congruence: mean over i of <d_i, d_(i+1)>, d_i = |W_s e_s,i - W_t e_t,i|, neighbouring samples of the batch.
+    """Correlation congruence: mean over i of <d_i, d_(i+1)>, d_i = |W_s e_s,i - W_t e_t,i|, neighbouring samples of the
+    batch.
 
     Compares the samples of a batch, in their order: under several processes it sees the local batch.
 
-    Reference: Peng et al., "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802), section 3; the form is the one
-    of RepDistiller, which had it from the first author.
+    Reference: Peng et al., "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802), section 3; the form
+    is the one of RepDistiller, which had it from the first author.
 
     Weight: 0.02 (RepDistiller), with embeddings of 128 dims.
 
-    Differs: from the paper, whose correlation is a Gaussian kernel's Taylor expansion between all samples of a batch (from memory
-    of it); nothing from RepDistiller. Both linear maps are trained, as there: the teacher's can make the task easier for the
-    student.
+    Differs: from the paper, whose correlation is a Gaussian kernel's Taylor expansion between all samples of a batch
+    (from memory of it); nothing from RepDistiller. Both linear maps are trained, as there: the teacher's can make the
+    task easier for the student.
 
     Args:
         pair: Shapes of both networks; any embeddings.

@@ -20,9 +20,11 @@ def contrast(
     num_samples: int,
     mask: Bool[Tensor, "b k"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Noise-contrastive loss of one side, mean over the batch; every score is meant to be the probability of one of N samples.
+    """Noise-contrastive loss of one side, mean over the batch; every score is meant to be the probability of one of N
+    samples.
 
-    -log(o_0 / (o_0 + K / N)) - sum_k log((K / N) / (o_k + K / N)), with K negatives per sample, those that the mask keeps.
+    -log(o_0 / (o_0 + K / N)) - sum_k log((K / N) / (o_k + K / N)), with K negatives per sample, those that the mask
+    keeps.
     """
     count = torch.full_like(positive, negatives.shape[1]) if mask is None else mask.sum(1).to(positive.dtype)
     noise = count / num_samples
@@ -41,7 +43,8 @@ def several() -> bool:
 
 @torch.compiler.disable  # the number of rows of each process has to be known on the host
 def gathered(*tensors: Tensor) -> list[Tensor]:
-    """Rows of all processes, one after another, the same on all of them; processes may have different numbers of rows."""
+    """Rows of all processes, one after another, the same on all of them; processes may have different numbers of
+    rows."""
     size, count = torch.distributed.get_world_size(), len(tensors[0])
     counts = [torch.zeros(1, dtype=torch.int64, device=tensors[0].device) for _ in range(size)]
     torch.distributed.all_gather(counts, torch.full_like(counts[0], count))
@@ -72,25 +75,29 @@ def mean_of_processes(tensor: Tensor) -> Tensor:
 
 
 class CRD(Criterion):
-    """Contrastive representations: -log h(own sample) - sum over K others of log(1 - h), h = o / (o + K / N), from both sides.
+    """Contrastive representations: -log h(own sample) - sum over K others of log(1 - h), h = o / (o + K / N), from both
+    sides.
 
-    o = exp(<v, m> / tau) / Z compares a sample's embedding v (a linear map of 128 dims, of unit norm) with entries m of a memory of
-    all N training samples as the other network saw them: its own one, and K of other classes. Z is set once, from the first batch,
-    to N times the mean of exp(<v, m> / tau). Afterwards m becomes the unit vector along 0.5 m + 0.5 v.
+    o = exp(<v, m> / tau) / Z compares a sample's embedding v (a linear map of 128 dims, of unit norm) with entries m of
+    a memory of all N training samples as the other network saw them: its own one, and K of other classes. Z is set
+    once, from the first batch, to N times the mean of exp(<v, m> / tau). Afterwards m becomes the unit vector along 0.5
+    m + 0.5 v.
 
     Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), equation 18.
 
-    Weight: 0.8 (RepDistiller, which is the authors' code; the MGD authors' script), with 16384 negatives, tau 0.07 and momentum
-    0.5.
+    Weight: 0.8 (RepDistiller, which is the authors' code; the MGD authors' script), with 16384 negatives, tau 0.07 and
+    momentum 0.5.
 
-    Differs: negatives are drawn on the device, uniformly and with replacement (there: in the data loader, without where there are
-    enough), and never more than there are samples of other classes. If a sample is in a batch twice, its last place is remembered.
-    Several processes remember each other's samples and average Z, so that their memories are equal. The queue is ours: it has,
-    beside the sample's embedding by the other network, all its entries of other classes as negatives, and its length as N. On GPUs
-    the gradient of drawn entries (the backward pass of a gather) is added up in no fixed order: runs agree up to rounding.
+    Differs: negatives are drawn on the device, uniformly and with replacement (there: in the data loader, without where
+    there are enough), and never more than there are samples of other classes. If a sample is in a batch twice, its last
+    place is remembered. Several processes remember each other's samples and average Z, so that their memories are
+    equal. The queue is ours: it has, beside the sample's embedding by the other network, all its entries of other
+    classes as negatives, and its length as N. On GPUs the gradient of drawn entries (the backward pass of a gather) is
+    added up in no fixed order: runs agree up to rounding.
 
     Args:
-        pair: Shapes of both networks, any embeddings; num_samples, and labels, which sample ids index (below 0: never a negative).
+        pair: Shapes of both networks, any embeddings; num_samples, and labels, which sample ids index (below 0: never a
+            negative).
         dim: Width of the common space, 1 or more.
         negatives: K of the memory banks, 1 or more.
         temperature: tau, 0.02 or more.
@@ -99,8 +106,8 @@ class CRD(Criterion):
         queue: Instead of N entries remember this many of the latest samples: memory that does not depend on N.
 
     Raises:
-        ValueError: A pair without num_samples and labels, or whose labels are of one class; a number out of its range; a queue with
-            positives="relax".
+        ValueError: A pair without num_samples and labels, or whose labels are of one class; a number out of its range;
+            a queue with positives="relax".
     """
 
     weight: ClassVar[float] = 0.8
@@ -137,7 +144,8 @@ class CRD(Criterion):
                 raise ValueError(f"{name}={number}: expected 1 or more.")
         if check_temperature(temperature) < 0.02:
             raise ValueError(
-                f"temperature={temperature}: expected 0.02 or more, as exp(1 / temperature) and what is made of it overflow "
+                f"temperature={temperature}: expected 0.02 or more, as exp(1 / temperature) and what is made of it "
+                f"overflow "
                 "float32; the paper has 0.07."
             )
         if not 0 <= momentum < 1:
@@ -158,12 +166,16 @@ class CRD(Criterion):
         self.negatives = min(negatives, int(counts.sum() - counts.max()))
         if queue is not None:
             self.num_samples = queue
-            self.register_buffer("queue_labels", torch.full((queue,), -1))  # the random vectors at first are of no class
+            self.register_buffer(
+                "queue_labels", torch.full((queue,), -1)
+            )  # the random vectors at first are of no class
             self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         else:
             self.num_samples = int(counts.sum())
             # Sample ids class by class: those of other classes are what is left of one interval.
-            self.register_buffer("order", labels.argsort(stable=True)[len(labels) - self.num_samples :], persistent=False)
+            self.register_buffer(
+                "order", labels.argsort(stable=True)[len(labels) - self.num_samples :], persistent=False
+            )
             self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
             self.register_buffer("counts", counts, persistent=False)
 
@@ -171,7 +183,10 @@ class CRD(Criterion):
         """The size of the memory, and what a step takes beside it."""
         rows, dim = self.student_bank.shape
         kind, size = "queues" if self.queued else "banks", 2 * rows * dim * self.student_bank.element_size() / 1e6
-        return f"memory {kind} 2 x {rows:,} x {dim}: {size:.1f} MB, as much again in each step, and 2 x BATCH x {rows:,} products"
+        return (
+            f"memory {kind} 2 x {rows:,} x {dim}: {size:.1f} MB, as much again in each step, and 2 "
+            f"x BATCH x {rows:,} products"
+        )
 
     def draw(self, sample_ids: Int[Tensor, " b"]) -> Int[Tensor, "b m"]:
         """Sample ids of the positive, in the first column, and of the negatives, from the device's generator."""
@@ -203,14 +218,17 @@ class CRD(Criterion):
         return losses[0] + losses[1]
 
     def _compare(self, one: Tensor, two: Tensor, sample_ids: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """Similarities of student and teacher to the positive (first column) and to negatives, of which a mask keeps some."""
-        # Products with all N entries, then a gather. The b x K x 128 numbers of drawn entries, which the authors multiply, took 510
-        # ms and 610 MB per side with N = 50,000, b = 64 and K = 16384 on one CPU core; this took 35 ms and 150 MB with the copy,
-        # which keeps for the gradient what the update overwrites.
+        """Similarities of student and teacher to the positive (first column) and to negatives, of which a mask keeps
+        some."""
+        # Products with all N entries, then a gather. The b x K x 128 numbers of drawn entries, which the authors
+        # multiply, took 510 ms and 610 MB per side with N = 50,000, b = 64 and K = 16384 on one CPU core; this took 35
+        # ms and 150 MB with the copy, which keeps for the gradient what the update overwrites.
         pairs = ((one, two, self.teacher_bank.clone()), (two, one, self.student_bank.clone()))
         if self.queued:
             mask = self.labels[sample_ids, None] != self.queue_labels
-            return mask, [torch.cat([(v * other.detach()).sum(1, keepdim=True), v @ bank.T], 1) for v, other, bank in pairs]
+            return mask, [
+                torch.cat([(v * other.detach()).sum(1, keepdim=True), v @ bank.T], 1) for v, other, bank in pairs
+            ]
         drawn = self.draw(sample_ids)
         return None, [(v @ bank.T).gather(1, drawn) for v, _, bank in pairs]
 
@@ -223,8 +241,9 @@ class CRD(Criterion):
             kept = F.pad(mask, (1, 0), value=True)
             means = torch.stack([torch.where(kept, s, 0).sum() for s in scores]) / kept.sum()
         if several() and not self.alone:
-            # In every step, though Z is fixed after the first: whether it is known is the value of a tensor, which no branch on the
-            # host may read, and a flag beside it would go wrong wherever the state is loaded or reset. It is two numbers.
+            # In every step, though Z is fixed after the first: whether it is known is the value of a tensor, which no
+            # branch on the host may read, and a flag beside it would go wrong wherever the state is loaded or reset. It
+            # is two numbers.
             means = mean_of_processes(means)
         return torch.where(self.partition < 0, means * self.num_samples, self.partition)
 
@@ -260,10 +279,14 @@ def _labels(pair: Pair) -> Int[Tensor, " n"]:
     if labels is None or not pair.num_samples or len(labels) != pair.num_samples:
         given = "no labels" if labels is None else f"{len(labels)} labels"
         raise ValueError(
-            f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} and {given}. "
-            "Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a memory, such as 'rkd'."
+            f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} and "
+            f"{given}. "
+            "Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a memory, such "
+            "as 'rkd'."
         )
     known = labels[labels >= 0].unique()
     if len(known) < 2:
-        raise ValueError(f"CRD's negatives are of other classes, but all samples are of {len(known)} class: choose other data.")
+        raise ValueError(
+            f"CRD's negatives are of other classes, but all samples are of {len(known)} class: choose other data."
+        )
     return labels.long().clone()

@@ -11,7 +11,8 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 class CrossEntropy(Criterion):
-    """The task: cross-entropy of the student's logits with class ids or with a distribution over classes, mean over the batch.
+    """The task: cross-entropy of the student's logits with class ids or with a distribution over classes, mean over the
+    batch.
 
     -1/B sum_b sum_k y(b, k) log softmax(z_s)(b, k); the teacher is not read.
 

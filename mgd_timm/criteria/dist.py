@@ -20,15 +20,21 @@ def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: 
 
 
 def relation_distance(
-    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], beta: float, gamma: float, temperature: float
+    student_logits: Float[Tensor, "b k"],
+    teacher_logits: Float[Tensor, "b k"],
+    beta: float,
+    gamma: float,
+    temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 (beta inter + gamma intra): Pearson distances of the softened probabilities, along classes and along the batch."""
+    """T^2 (beta inter + gamma intra): Pearson distances of the softened probabilities, along classes and along the
+    batch."""
     student, teacher = (torch.softmax(at_least_float32(z) / temperature, 1) for z in (student_logits, teacher_logits))
     return (beta * pearson_distance(student, teacher) + gamma * pearson_distance(student.T, teacher.T)) * temperature**2
 
 
 class DIST(Criterion):
-    """Relations instead of values: beta inter + gamma intra, each 1 - Pearson's correlation of softened probabilities, times T^2.
+    """Relations instead of values: beta inter + gamma intra, each 1 - Pearson's correlation of softened probabilities,
+    times T^2.
 
     inter = 1 - mean_b r(Y_s[b, :], Y_t[b, :]), intra = 1 - mean_k r(Y_s[:, k], Y_t[:, k]), Y = softmax(z / T).
 
@@ -36,11 +42,12 @@ class DIST(Criterion):
 
     Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher" (arXiv 2205.10536), section 4.
 
-    Weight: 2 beside 1 of the task, beta 1, gamma 1 (the authors' configurations), T 1 (their ImageNet ones; 4 on CIFAR-100).
+    Weight: 2 beside 1 of the task, beta 1, gamma 1 (the authors' configurations), T 1 (their ImageNet ones; 4 on
+    CIFAR-100).
 
-    Differs: as the official code, which adds 1e-8 to the product of both norms: a class whose probabilities hardly vary over the
-    batch counts less, and where one side is constant the correlation is 0. With 2 classes a sample's inter is 0 or 2, without a
-    gradient.
+    Differs: as the official code, which adds 1e-8 to the product of both norms: a class whose probabilities hardly vary
+    over the batch counts less, and where one side is constant the correlation is 0. With 2 classes a sample's inter is
+    0 or 2, without a gradient.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.
@@ -63,7 +70,8 @@ class DIST(Criterion):
         self.temperature = check_temperature(temperature)
         if self.num_classes < 3 and not gamma:
             raise ValueError(
-                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so inter teaches nothing; raise gamma."
+                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so inter teaches nothing; raise "
+                "gamma."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

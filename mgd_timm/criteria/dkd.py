@@ -35,8 +35,11 @@ def decoupled_divergence(
     beta: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 (alpha TCKD + beta NCKD): divergences of target against the rest, and among the other classes; mean over the batch."""
-    (binary_s, others_s), (binary_t, others_t) = (decoupled(z, targets, temperature) for z in (student_logits, teacher_logits))
+    """T^2 (alpha TCKD + beta NCKD): divergences of target against the rest, and among the other classes; mean over the
+    batch."""
+    (binary_s, others_s), (binary_t, others_t) = (
+        decoupled(z, targets, temperature) for z in (student_logits, teacher_logits)
+    )
     target_part = kl_divergence(binary_s, binary_t, 1.0) * temperature**2
     return alpha * target_part + beta * kl_divergence(others_s, others_t, temperature)
 
@@ -50,20 +53,22 @@ def check_parts(**weights: float) -> tuple[float, ...]:
 
 
 class DKD(Criterion):
-    """Decoupled KD: alpha TCKD + beta NCKD, both T^2 KL: of the target class against the rest, and among the other classes.
+    """Decoupled KD: alpha TCKD + beta NCKD, both T^2 KL: of the target class against the rest, and among the other
+    classes.
 
-    TCKD = KL(b_t || b_s) with b = (p_y, 1 - p_y), NCKD = KL(q_t || q_s) with q_k = p_k / (1 - p_y), k != y, p = softmax(z / T).
+    TCKD = KL(b_t || b_s) with b = (p_y, 1 - p_y), NCKD = KL(q_t || q_s) with q_k = p_k / (1 - p_y), k != y, p =
+    softmax(z / T).
 
     Reference: Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), section 3.3.
 
-    Weight: 1 beside 1 of the task, alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 -> resnet8x4; beta 6 for wrn_40_2 and
-    vgg13 pairs, 2 for resnet56 and resnet110; ImageNet, T 1: beta 0.5 for ResNet-34 -> 18, 2 for ResNet-50 -> MobileNet). There it
-    rises over 20 epochs, 1 on ImageNet: give dkd:1:20, there is no warm-up without it. The official one goes by whole epochs,
-    min(1, epoch / 20), ours by updates.
+    Weight: 1 beside 1 of the task, alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 -> resnet8x4; beta 6 for
+    wrn_40_2 and vgg13 pairs, 2 for resnet56 and resnet110; ImageNet, T 1: beta 0.5 for ResNet-34 -> 18, 2 for ResNet-50
+    -> MobileNet). There it rises over 20 epochs, 1 on ImageNet: give dkd:1:20, there is no warm-up without it. The
+    official one goes by whole epochs, min(1, epoch / 20), ours by updates.
 
-    Differs: as the official code, in logarithms throughout (there probabilities are summed, then log, and the target is taken out
-    by subtracting 1000 from its logit). Labels that are distributions (mixup) count as their likeliest class. With 2 classes NCKD
-    is 0.
+    Differs: as the official code, in logarithms throughout (there probabilities are summed, then log, and the target is
+    taken out by subtracting 1000 from its logit). Labels that are distributions (mixup) count as their likeliest class.
+    With 2 classes NCKD is 0.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.

@@ -17,8 +17,10 @@ class DML(Criterion):
 
     Weight: 1 beside 1 of the task, for each of the two (paper; the MGD authors' script).
 
-    Differs: nothing, mean over the batch. The MGD authors' code averages over batch and classes (element_mean), which is K times
-    weaker: 100 on CIFAR-100. element_mean concerns the logits only: the terms of the granularities are means over the batch.
+    Differs: nothing, mean over the batch. The MGD authors' code averages over batch and classes (element_mean), which
+    is K times
+    weaker: 100 on CIFAR-100. element_mean concerns the logits only: the terms of the granularities are means over the
+    batch.
 
     Args:
         pair: Shapes of both students, the other one as teacher; the numbers of classes must agree.

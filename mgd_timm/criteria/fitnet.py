@@ -14,8 +14,9 @@ from mgd_timm.features import Batch, Features, Pair
 class HintAdapter(nn.Module):
     """Convolution, BatchNorm and ReLU from the student's map to the teacher's channels and size.
 
-    The convolution is 1x1 where sizes agree, 3x3 of stride 2 where the student's side is double, transposed 4x4 where it is half, a
-    valid one where the student is larger by up to 6 pixels, and else 1x1 after an adaptive average pool (or bilinear upsampling).
+    The convolution is 1x1 where sizes agree, 3x3 of stride 2 where the student's side is double, transposed 4x4 where
+    it is half, a valid one where the student is larger by up to 6 pixels, and else 1x1 after an adaptive average pool
+    (or bilinear upsampling).
 
     Args:
         student: (channels, height, width) of the student's map.
@@ -45,7 +46,9 @@ class HintAdapter(nn.Module):
         """The student's map in the teacher's shape."""
         if self.size is not None:
             shrinks = maps.shape[2] >= self.size[0] and maps.shape[3] >= self.size[1]
-            maps = F.adaptive_avg_pool2d(maps, self.size) if shrinks else F.interpolate(maps, self.size, mode="bilinear")
+            maps = (
+                F.adaptive_avg_pool2d(maps, self.size) if shrinks else F.interpolate(maps, self.size, mode="bilinear")
+            )
         return self.activation(self.norm(self.conv(maps)))
 
 
@@ -56,17 +59,18 @@ class FitNet(Criterion):
 
     Weight: 100 (RepDistiller; the MGD authors' script).
 
-    Differs: one stage (the paper fits the hint first), adapter as in RepDistiller, which the MGD authors use; its final ReLU cannot
-    reach a teacher's negative values, relu=False lifts that. RepDistiller goes by height alone and has a valid convolution for any
-    larger student's map; here both axes count, a convolution takes off up to 6 pixels, and all else is pooled or upsampled.
-    RepDistiller's pairing of cifar_* networks, for every method that follows it, is maps="mid", which recipes/cifar.py uses; under
-    "stages" the stem's map counts where it has a resolution of its own.
+    Differs: one stage (the paper fits the hint first), adapter as in RepDistiller, which the MGD authors use; its final
+    ReLU cannot reach a teacher's negative values, relu=False lifts that. RepDistiller goes by height alone and has a
+    valid convolution for any larger student's map; here both axes count, a convolution takes off up to 6 pixels, and
+    all else is pooled or upsampled. RepDistiller's pairing of cifar_* networks, for every method that follows it, is
+    maps="mid", which recipes/cifar.py uses; under "stages" the stem's map counts where it has a resolution of its own.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree. Batches of 2 or more where the teacher's map has one
+        pair: Shapes of both networks; the numbers of maps must agree. Batches of 2 or more where the teacher's map has
+            one
             position: there is BatchNorm.
-        hint: Which of the tapped maps, counted from 0; the second one where there are several, which for cifar_* networks is
-            RepDistiller's under maps="mid".
+        hint: Which of the tapped maps, counted from 0; the second one where there are several, which for cifar_*
+            networks is RepDistiller's under maps="mid".
         relu: End the adapter in a ReLU, as in RepDistiller.
 
     Raises:

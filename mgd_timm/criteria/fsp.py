@@ -22,23 +22,23 @@ def flow(lower: Float[Tensor, "b c h w"], upper: Float[Tensor, "b c2 h2 w2"]) ->
 class FSP(Criterion):
     """Flow of the solution procedure: sum over neighbouring maps of mean((G(F_s,i, F_s,i+1) - G(F_t,i, F_t,i+1))^2).
 
-    G is the matrix of products of the channels of two maps, mean over positions. It fits the student's backbone before the run,
-    which then leaves it out.
+    G is the matrix of products of the channels of two maps, mean over positions. It fits the student's backbone before
+    the run, which then leaves it out.
 
-    Reference: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
-    Learning" (CVPR 2017), the FSP matrix and its loss; RepDistiller (distiller_zoo/FSP.py).
+    Reference: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
+    Transfer Learning" (CVPR 2017), the FSP matrix and its loss; RepDistiller (distiller_zoo/FSP.py).
 
-    Weight: 1, as RepDistiller's stage; its script sets 50 and leaves the loss out of the run. The stage has 30 epochs at the run's
-    learning rate.
+    Weight: 1, as RepDistiller's stage; its script sets 50 and leaves the loss out of the run. The stage has 30 epochs
+    at the run's learning rate.
 
-    Differs: RepDistiller includes the stem's map (3 matrices for its resnets): maps="all" is that. The paper and RepDistiller need
-    equal channels; here a 1x1 convolution and BatchNorm bring the student's map to the teacher's channels where they differ. The
-    larger of two neighbours is average-pooled as in RepDistiller (the paper, from memory: max-pooled), on both axes. G is a matrix
-    product; RepDistiller's broadcast has every product in memory.
+    Differs: RepDistiller includes the stem's map (3 matrices for its resnets): maps="all" is that. The paper and
+    RepDistiller need equal channels; here a 1x1 convolution and BatchNorm bring the student's map to the teacher's
+    channels where they differ. The larger of two neighbours is average-pooled as in RepDistiller (the paper, from
+    memory: max-pooled), on both axes. G is a matrix product; RepDistiller's broadcast has every product in memory.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a student's map
-            has one position and other channels: there is BatchNorm.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a
+            student's map has one position and other channels: there is BatchNorm.
 
     Raises:
         ValueError: Fewer than 2 maps, or a different number of maps on each side.
@@ -53,7 +53,8 @@ class FSP(Criterion):
         shapes = paired_maps("FSP", pair)
         if len(shapes) < 2:
             raise ValueError(
-                f"FSP compares how maps follow each other: {len(shapes)} map of each network is tapped, 2 or more are needed. "
+                f"FSP compares how maps follow each other: {len(shapes)} map of each network is tapped, 2 or more are "
+                f"needed. "
                 "Choose maps='stages' or maps='2'."
             )
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in shapes)

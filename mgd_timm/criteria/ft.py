@@ -15,12 +15,15 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 def factor_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
-    """Mean absolute difference of both factors' attentions, the larger factor average-pooled to the smaller one's size."""
+    """Mean absolute difference of both factors' attentions, the larger factor average-pooled to the smaller one's
+    size."""
     student, teacher = pool_larger(at_least_float32(student), at_least_float32(teacher))
     return (attention(student) - attention(teacher)).abs().mean()
 
 
-def layers(widths: Sequence[int], conv: type[nn.Conv2d] | type[nn.ConvTranspose2d], *, norm: bool = False) -> nn.Sequential:
+def layers(
+    widths: Sequence[int], conv: type[nn.Conv2d] | type[nn.ConvTranspose2d], *, norm: bool = False
+) -> nn.Sequential:
     """3x3 convolutions of these widths, each with LeakyReLU(0.1) and, if so wished, BatchNorm before it."""
     stack = nn.Sequential()
     for inputs, outputs in pairwise(widths):
@@ -55,21 +58,22 @@ class Paraphraser(nn.Module):
 class FT(Criterion):
     """Factor transfer: mean |q(T(F_s)) - q(P(F_t))| on the last maps, q = normalised mean over channels of squares.
 
-    P, the paraphraser's encoder, is half of an autoencoder of the teacher's map, fitted before the run and then frozen; T, the
-    translator, is trained with the student.
+    P, the paraphraser's encoder, is half of an autoencoder of the teacher's map, fitted before the run and then frozen;
+    T, the translator, is trained with the student.
 
-    Reference: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer" (arXiv 1802.04977);
-    RepDistiller (distiller_zoo/FT.py, models/util.py).
+    Reference: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer" (arXiv
+    1802.04977); RepDistiller (distiller_zoo/FT.py, models/util.py).
 
-    Weight: 200 (RepDistiller's script), k=0.5; the paraphraser is fitted for 30 epochs, at a learning rate of 0.01 at most unless
-    fitting_lr is given (RepDistiller: 0.01 for resnet and WRN students, else the run's).
+    Weight: 200 (RepDistiller's script), k=0.5; the paraphraser is fitted for 30 epochs, at a learning rate of 0.01 at
+    most unless fitting_lr is given (RepDistiller: 0.01 for resnet and WRN students, else the run's).
 
-    Differs: as RepDistiller: q of the factors is compared (the paper, from memory, and Knowledge-Distillation-Zoo: whole factors of
-    unit norm), and the paraphraser has no BatchNorm (an option there). Factors of unequal size are pooled on both axes (there:
-    square maps).
+    Differs: as RepDistiller: q of the factors is compared (the paper, from memory, and Knowledge-Distillation-Zoo:
+    whole factors of unit norm), and the paraphraser has no BatchNorm (an option there). Factors of unequal size are
+    pooled on both axes (there: square maps).
 
     Args:
-        pair: Shapes of both networks; each shows 1 map or more, the deepest is read. Both have 2 positions or more in common.
+        pair: Shapes of both networks; each shows 1 map or more, the deepest is read. Both have 2 positions or more in
+            common.
         k: Channels of the factor per channel of the teacher's map, positive.
 
     Raises:
@@ -85,7 +89,9 @@ class FT(Criterion):
         deepest = (student_channels, *_), (channels, *_) = last_maps("FT", pair)
         check_positions("FT", [deepest])
         if not 0 < k < float("inf") or int(channels * k) < 1:
-            raise ValueError(f"k={k}: expected a finite number that leaves 1 channel or more of the teacher's {channels}.")
+            raise ValueError(
+                f"k={k}: expected a finite number that leaves 1 channel or more of the teacher's {channels}."
+            )
         factor = int(channels * k)
         self.paraphraser = Paraphraser(channels, factor)
         self.translator = layers((student_channels, student_channels, factor, factor), nn.Conv2d, norm=True)
@@ -115,7 +121,8 @@ def last_maps(method: str, pair: Pair) -> tuple[tuple[int, int, int], tuple[int,
     student, teacher = pair.student.maps, pair.teacher.maps
     if not student or not teacher:
         raise ValueError(
-            f"{method} reads the deepest maps: the student shows {len(student)} {student}, the teacher {len(teacher)} {teacher}. "
+            f"{method} reads the deepest maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
+            f"{teacher}. "
             "Tap one of each: maps='last'."
         )
     return student[-1], teacher[-1]

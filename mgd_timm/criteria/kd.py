@@ -16,7 +16,8 @@ def check_one_label_space(method: str, pair: Pair) -> None:
     student, teacher = pair.student.num_classes, pair.teacher.num_classes
     if student != teacher:
         raise ValueError(
-            f"{method} needs one label space: the student has {student} classes, the teacher {teacher}. Retrain the teacher's "
+            f"{method} needs one label space: the student has {student} classes, the teacher {teacher}. Retrain the "
+            f"teacher's "
             "classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
         )
     if student < 2:
@@ -31,8 +32,8 @@ def soft_divergence(
 ) -> Float[Tensor, ""]:
     """Between the softened distributions p_t and p_s, times T^2, mean over the batch.
 
-    forward: KL(p_t || p_s), which wants p_s wherever p_t is. reverse: KL(p_s || p_t), which wants p_s nowhere else. balanced: the
-    mean of both.
+    forward: KL(p_t || p_s), which wants p_s wherever p_t is. reverse: KL(p_s || p_t), which wants p_s nowhere else.
+    balanced: the mean of both.
 
     Args:
         student_logits, teacher_logits: Raw scores; any float dtype, at least float32 inside.
@@ -50,15 +51,15 @@ def soft_divergence(
 class KD(Criterion):
     """Knowledge distillation: T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
-    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531). divergence="reverse": Gu et
-    al., "MiniLLM" (arXiv 2306.08543). divergence="balanced": half of Jeffreys' symmetric divergence ("An invariant form for the
-    prior probability in estimation problems", 1946); in distillation Amara et al., "BD-KD: Balancing the Divergences for Online
-    Knowledge Distillation" (arXiv 2212.12965).
+    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
+    divergence="reverse": Gu et al., "MiniLLM" (arXiv 2306.08543). divergence="balanced": half of Jeffreys' symmetric
+    divergence ("An invariant form for the prior probability in estimation problems", 1946); in distillation Amara et
+    al., "BD-KD: Balancing the Divergences for Online Knowledge Distillation" (arXiv 2212.12965).
 
     Weight: 0.8 beside 0.2 of the task (the MGD authors' script; RepDistiller: 0.9 and 0.1).
 
-    Differs: nothing where divergence is forward. MiniLLM takes its divergence over generated sequences, BD-KD weighs both
-    directions by sample from the gap of the two entropies: here each direction counts one half for every sample.
+    Differs: nothing where divergence is forward. MiniLLM takes its divergence over generated sequences, BD-KD weighs
+    both directions by sample from the gap of the two entropies: here each direction counts one half for every sample.
 
     Args:
         pair: Shapes of both networks; the numbers of classes must agree.

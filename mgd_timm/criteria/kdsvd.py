@@ -14,7 +14,8 @@ from mgd_timm.features import Batch, Features, Pair
 class _RightVectors(torch.autograd.Function):
     """The first right singular vectors, with a gradient that drops the terms of singular values that are equal or 0.
 
-    PyTorch's own gradient is 0 / 0 as soon as any two singular values agree, and a map with two dead channels has two zeros.
+    PyTorch's own gradient is 0 / 0 as soon as any two singular values agree, and a map with two dead channels has two
+    zeros.
     """
 
     @staticmethod
@@ -52,8 +53,8 @@ def aligned(
 ) -> Float[Tensor, "b c k"]:
     """For each vector of the teacher the student's of largest |cosine|, with the sign that makes the cosine positive.
 
-    Vectors of singular values that are 0 but for rounding are an arbitrary basis of what the map lacks: none of them is chosen
-    beside one that is not.
+    Vectors of singular values that are 0 but for rounding are an arbitrary basis of what the map lacks: none of them is
+    chosen beside one that is not.
     """
     cosines = student.mT @ teacher
     real = values > 8 * torch.finfo(values.dtype).eps * values[:, :1]
@@ -68,30 +69,32 @@ def vector_relations(after: Float[Tensor, "b c k"], before: Float[Tensor, "b c2 
 
 
 class KDSVD(Criterion):
-    """Singular vectors: sum over neighbouring maps of sum((R_s - R_t)^2) / b, R = exp(-(v_i - v_(i-1))^2 / 8) for any two channels.
+    """Singular vectors: sum over neighbouring maps of sum((R_s - R_t)^2) / b, R = exp(-(v_i - v_(i-1))^2 / 8) for any
+    two channels.
 
-    v are the k first right singular vectors of a map as a matrix of positions by channels, scaled by the teacher's singular values
-    of unit norm; the student's are the closest of its k + 3 first.
+    v are the k first right singular vectors of a map as a matrix of positions by channels, scaled by the teacher's
+    singular values of unit norm; the student's are the closest of its k + 3 first.
 
-    Reference: Lee, Kim, Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition" (arXiv 1807.06819),
-    section 3, in RepDistiller's form of the authors' code.
+    Reference: Lee, Kim, Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition" (arXiv
+    1807.06819), section 3, in RepDistiller's form of the authors' code.
 
     Weight: 1 (the MGD authors' default; no published script trains with it), with k = 1.
 
-    Differs: a right singular vector has as many entries as the map has channels, and sizes do not matter: where channels differ the
-    student's map passes a 1x1 convolution and BatchNorm (there: refused), and maps need not be square. A teacher's vector has no
-    sign of its own: we choose a sum of 0 or more (there: what the library gives), which for maps after a ReLU is the vector of
-    entries of one sign. Terms of the gradient between singular values that agree are dropped (the authors' code: likewise what is
-    not finite, with 5 singular values in all). On GPUs the decomposition waits for the device. RepDistiller's pairing of maps: see
-    fitnet.
+    Differs: a right singular vector has as many entries as the map has channels, and sizes do not matter: where
+    channels differ the student's map passes a 1x1 convolution and BatchNorm (there: refused), and maps need not be
+    square. A teacher's vector has no sign of its own: we choose a sum of 0 or more (there: what the library gives),
+    which for maps after a ReLU is the vector of entries of one sign. Terms of the gradient between singular values that
+    agree are dropped (the authors' code: likewise what is not finite, with 5 singular values in all). On GPUs the
+    decomposition waits for the device. RepDistiller's pairing of maps: see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a student's map
-            has one position and other channels: there is BatchNorm.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a
+            student's map has one position and other channels: there is BatchNorm.
         vectors: k, 1 or more, at most the rank that all maps can have.
 
     Raises:
-        ValueError: Fewer than 2 maps, a different number on each side, or a k that a map's channels or positions do not allow.
+        ValueError: Fewer than 2 maps, a different number on each side, or a k that a map's channels or positions do not
+            allow.
     """
 
     weight: ClassVar[float] = 1.0
@@ -101,10 +104,14 @@ class KDSVD(Criterion):
         super().__init__(pair)
         maps = paired_maps("KDSVD", pair)
         if len(maps) < 2:
-            raise ValueError("KDSVD relates each map to the one before it: 1 is tapped, expected 2 or more, such as maps='3'.")
+            raise ValueError(
+                "KDSVD relates each map to the one before it: 1 is tapped, expected 2 or more, such as maps='3'."
+            )
         rank = min(min(t[0], *(m[1] * m[2] for m in (s, t))) for s, t in maps)
         if not 1 <= vectors <= rank:
-            raise ValueError(f"vectors={vectors}: expected 1 to {rank}, the least of the channels and positions of {maps}.")
+            raise ValueError(
+                f"vectors={vectors}: expected 1 to {rank}, the least of the channels and positions of {maps}."
+            )
         self.vectors = vectors
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in maps)
 

@@ -1,4 +1,5 @@
-"""Masked generative distillation (Yang et al. 2022), which also goes by the three letters of this package's own method."""
+"""Masked generative distillation (Yang et al. 2022), which also goes by the three letters of this package's own
+method."""
 
 from typing import ClassVar, Literal
 
@@ -27,19 +28,21 @@ def generation_loss(generated: Float[Tensor, "b c h w"], teacher: Float[Tensor, 
 
 
 class MaskedGenerative(Criterion):
-    """Masked generative distillation: 1/B |G(M A(F_s)) - F_t|^2 on the last maps; a masked student generates the teacher's map.
+    """Masked generative distillation: 1/B |G(M A(F_s)) - F_t|^2 on the last maps; a masked student generates the
+    teacher's map.
 
-    M sets random channels (or positions) of the student's map to 0, drawn anew on every call; A is a 1x1 convolution where channels
-    differ; G is a 3x3 convolution, a ReLU and a 3x3 convolution.
+    M sets random channels (or positions) of the student's map to 0, drawn anew on every call; A is a 1x1 convolution
+    where channels differ; G is a 3x3 convolution, a ReLU and a 3x3 convolution.
 
-    Reference: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (arXiv 2205.01529); official code yzd-v/MGD
-    (cls/mmcls/distillation/losses/mgd.py).
+    Reference: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (arXiv 2205.01529); official code
+    yzd-v/MGD (cls/mmcls/distillation/losses/mgd.py).
 
-    Weight: 7e-5 (official configurations for ImageNet, ResNet-34 to 18 and ResNet-50 to MobileNet), masked ratio 0.15 of channels.
+    Weight: 7e-5 (official configurations for ImageNet, ResNet-34 to 18 and ResNet-50 to MobileNet), masked ratio 0.15
+    of channels.
 
-    Differs: as the official code for classification, which masks channels where the paper masks positions (mask="positions" does
-    so). Sizes that differ are bridged by average pooling of the larger map (there: refused). The loss is a sum over elements: a
-    weight that suits one size of map does not suit another.
+    Differs: as the official code for classification, which masks channels where the paper masks positions
+    (mask="positions" does so). Sizes that differ are bridged by average pooling of the larger map (there: refused). The
+    loss is a sum over elements: a weight that suits one size of map does not suit another.
 
     Args:
         pair: Shapes of both networks; each shows 1 map or more, the deepest is read.

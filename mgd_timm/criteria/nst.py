@@ -20,8 +20,8 @@ def selectivity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c n"]:
 def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
     """Squared maximum mean discrepancy of both networks' channels under (a . b)^2, mean over the batch.
 
-    mean k(t, t) + mean k(s, s) - 2 mean k(s, t) is also || S^T S / c_s - T^T T / c_t ||_F^2: whichever products are smaller are
-    made, those of channels or those of positions.
+    mean k(t, t) + mean k(s, s) - 2 mean k(s, t) is also || S^T S / c_s - T^T T / c_t ||_F^2: whichever products are
+    smaller are made, those of channels or those of positions.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = pool_larger(at_least_float32(student), at_least_float32(teacher))
@@ -32,31 +32,41 @@ def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor,
         # Products first, norms afterwards: c x c numbers to divide instead of c x h x w.
         one, two = student.flatten(2), teacher.flatten(2)
         norm_s, norm_t = (torch.linalg.vector_norm(m, dim=2).clamp_min(1e-12) for m in (one, two))
-        return _kernel(two, norm_t, two, norm_t) + _kernel(one, norm_s, one, norm_s) - 2 * _kernel(one, norm_s, two, norm_t)
+        return (
+            _kernel(two, norm_t, two, norm_t)
+            + _kernel(one, norm_s, one, norm_s)
+            - 2 * _kernel(one, norm_s, two, norm_t)
+        )
 
 
 def _kernel(
-    one: Float[Tensor, "b c n"], norm: Float[Tensor, "b c"], other: Float[Tensor, "b c2 n"], other_norm: Float[Tensor, "b c2"]
+    one: Float[Tensor, "b c n"],
+    norm: Float[Tensor, "b c"],
+    other: Float[Tensor, "b c2 n"],
+    other_norm: Float[Tensor, "b c2"],
 ) -> Float[Tensor, ""]:
     """Mean of (a . b)^2 over all pairs of two networks' channels of unit norm."""
     return (one @ other.mT / (norm[:, :, None] * other_norm[:, None])).pow(2).mean()
 
 
 class NST(Criterion):
-    """Neuron selectivity transfer: sum over maps of mean k(f_t, f_t) + mean k(f_s, f_s) - 2 mean k(f_s, f_t), k(a, b) = (a . b)^2.
+    """Neuron selectivity transfer: sum over maps of mean k(f_t, f_t) + mean k(f_s, f_s) - 2 mean k(f_s, f_t), k(a, b) =
+    (a . b)^2.
 
     f are all channels of a map, each flattened and of unit norm: a maximum mean discrepancy (MMD) within every sample.
 
-    Reference: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv 1707.01219), section 4.
+    Reference: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv 1707.01219),
+    section 4.
 
     Weight: 50 (RepDistiller).
 
-    Differs: as RepDistiller, from which only the way to compute it differs: matrix products of b x c x c or b x hw x hw numbers,
-    where its broadcast has b x c x c x hw. Maps of unequal size are pooled on both axes (there: square maps). RepDistiller's
-    pairing of maps: see fitnet.
+    Differs: as RepDistiller, from which only the way to compute it differs: matrix products of b x c x c or b x hw x hw
+    numbers, where its broadcast has b x c x c x hw. Maps of unequal size are pooled on both axes (there: square maps).
+    RepDistiller's pairing of maps: see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in common.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in
+            common.
 
     Raises:
         ValueError: No maps, a different number of maps on each side, or a pair of one position.

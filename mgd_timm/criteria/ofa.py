@@ -43,7 +43,8 @@ def _separable(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def map_branch(channels: int, deeper: int, width: int, num_classes: int) -> nn.Sequential:
-    """Logits from a convolutional map: one separable halving per stage that follows (else a 1x1 convolution), mean, classifier."""
+    """Logits from a convolutional map: one separable halving per stage that follows (else a 1x1 convolution), mean,
+    classifier."""
     layers: list[nn.Module] = []
     for left in reversed(range(deeper)):
         layers += _separable(channels, 2 * channels if left else width)
@@ -53,7 +54,8 @@ def map_branch(channels: int, deeper: int, width: int, num_classes: int) -> nn.S
 
 
 class TokenBranch(nn.Module):
-    """Logits from a map of tokens: neighbours merged two by two while 14 a side or more, transformer blocks, mean, classifier."""
+    """Logits from a map of tokens: neighbours merged two by two while 14 a side or more, transformer blocks, mean,
+    classifier."""
 
     def __init__(self, shape: MapShape, deeper: int, num_classes: int) -> None:
         super().__init__()
@@ -84,27 +86,30 @@ def _start(module: nn.Module) -> None:
 
 
 class OFA(Criterion):
-    """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with the target raised.
+    """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with the
+    target raised.
 
-    L = L_eps(z_s, z_t) + branch_weight sum_i L_eps(branch_i(F_s,i), z_t), L_eps = - sum_k ((p_t(k) + [k = y])^eps - [k = y])
-    log p_s(k). Nothing of the teacher but its logits is read, so any architecture teaches any other.
+    L = L_eps(z_s, z_t) + branch_weight sum_i L_eps(branch_i(F_s,i), z_t), L_eps = - sum_k ((p_t(k) + [k = y])^eps - [k
+    = y]) log p_s(k). Nothing of the teacher but its logits is read, so any architecture teaches any other.
 
-    Reference: Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation" (arXiv
-    2310.19444), the loss with adaptive target enhancement.
+    Reference: Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation"
+    (arXiv 2310.19444), the loss with adaptive target enhancement.
 
-    Weight: 1 beside 1 of the task, eps 1, T 1, branch_weight 1 (defaults of the official code; its README: eps 1.5 for DeiT-T ->
-    ResNet-18 on ImageNet, eps 1 on CIFAR-100, where the authors' issue threads have branch_weight 0.1).
+    Weight: 1 beside 1 of the task, eps 1, T 1, branch_weight 1 (defaults of the official code; its README: eps 1.5 for
+    DeiT-T -> ResNet-18 on ImageNet, eps 1 on CIFAR-100, where the authors' issue threads have branch_weight 0.1).
 
-    Differs: loss as the official code, which raises every class to eps (paper: the target alone) and has no T^2. Branches as there:
-    separable convolutions for maps that shrink, transformer blocks for maps of one size (ViT, mixers), 4 stages being the maps that
-    are tapped. A single map counts as convolutional, a ViT's too: its shape does not tell. A ViT's maps have no class token here,
-    so their branch averages tokens; merging keeps the width and always ends in GELU. Labels that are distributions (mixup) count as
-    their likeliest class. The smallest possible loss is the teacher's entropy, not 0.
+    Differs: loss as the official code, which raises every class to eps (paper: the target alone) and has no T^2.
+    Branches as there: separable convolutions for maps that shrink, transformer blocks for maps of one size (ViT,
+    mixers), 4 stages being the maps that are tapped. A single map counts as convolutional, a ViT's too: its shape does
+    not tell. A ViT's maps have no class token here, so their branch averages tokens; merging keeps the width and always
+    ends in GELU. Labels that are distributions (mixup) count as their likeliest class. The smallest possible loss is
+    the teacher's entropy, not 0.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map. Batches of 2 or more
-            where convolutions bring a map down to one position: there is BatchNorm.
-        eps: Exponent, 1 or more, the larger the more the target counts; one for all, or one per map and a last one for the logits.
+        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map. Batches of
+            2 or more where convolutions bring a map down to one position: there is BatchNorm.
+        eps: Exponent, 1 or more, the larger the more the target counts; one for all, or one per map and a last one for
+            the logits.
         temperature: T > 0.
         branch_weight: Weight of the branches' sum, above 0.
 
@@ -123,12 +128,18 @@ class OFA(Criterion):
         check_one_label_space("OFA-KD", pair)
         maps, classes = pair.student.maps, pair.student.num_classes
         if not maps:
-            raise ValueError("OFA-KD reads the student's maps, and none is tapped: choose some, maps='stages' or maps='last'.")
+            raise ValueError(
+                "OFA-KD reads the student's maps, and none is tapped: choose some, maps='stages' or maps='last'."
+            )
         self.eps = (eps,) * (len(maps) + 1) if isinstance(eps, float | int) else tuple(eps)
         if len(self.eps) != len(maps) + 1 or not all(1 <= value < float("inf") for value in self.eps):
-            raise ValueError(f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} of them: one per map and the logits'.")
+            raise ValueError(
+                f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} of them: one per map and the logits'."
+            )
         if not 0 < branch_weight < float("inf"):
-            raise ValueError(f"branch_weight={branch_weight}: expected a positive, finite number; without branches use kd.")
+            raise ValueError(
+                f"branch_weight={branch_weight}: expected a positive, finite number; without branches use kd."
+            )
         self.temperature, self.branch_weight = check_temperature(temperature), branch_weight
         width = max(pair.student.embed_dim, pair.teacher.embed_dim)
         tokens = len(maps) > 1 and len({shape[1:] for shape in maps}) == 1

@@ -13,7 +13,8 @@ EPS = 1e-7  # of the authors' code
 
 
 def neighbours(embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    """How likely each sample is to pick each other one, itself among them: cosine similarities in [0, 1], rows of sum 1."""
+    """How likely each sample is to pick each other one, itself among them: cosine similarities in [0, 1], rows of sum
+    1."""
     # vector_norm has a gradient at 0 (of 0), which the root of a sum of squares has not.
     unit = embedding / (torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + EPS)
     similarity = (unit @ unit.T + 1) / 2
@@ -32,12 +33,13 @@ class PKT(Criterion):
 
     Compares the samples of a batch: under several processes it sees the local batch.
 
-    Reference: Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer" (arXiv 1803.10837), section 3.
+    Reference: Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer" (arXiv
+    1803.10837), section 3.
 
     Weight: 30000 (RepDistiller).
 
-    Differs: the paper leaves j = i out of p(j | i) (from memory of it); the authors' code, RepDistiller and we keep it, and all
-    average over pairs, which explains the size of the weight.
+    Differs: the paper leaves j = i out of p(j | i) (from memory of it); the authors' code, RepDistiller and we keep it,
+    and all average over pairs, which explains the size of the weight.
 
     Args:
         pair: Shapes of both networks; any embeddings.

@@ -13,7 +13,8 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 def hierarchical_context(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean squared difference of whole maps, and of maps average-pooled to sides of 4, 2 and 1: weighted mean, by 1, 1/2, 1/4, ...
+    """Mean squared difference of whole maps, and of maps average-pooled to sides of 4, 2 and 1: weighted mean, by 1,
+    1/2, 1/4, ...
 
     A side that is not smaller than the map's is left out.
     """
@@ -27,7 +28,8 @@ def hierarchical_context(student: Float[Tensor, "b c h w"], teacher: Float[Tenso
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of a student's map with what came from the deeper ones, and its transfer to the teacher's channels.
+    """Attention-based fusion of a student's map with what came from the deeper ones, and its transfer to the teacher's
+    channels.
 
     Args:
         channels: Of the student's map.
@@ -38,7 +40,10 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, width: int, teacher_channels: int, *, deepest: bool) -> None:
         super().__init__()
-        enter, leave = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False)
+        enter, leave = (
+            nn.Conv2d(channels, width, 1, bias=False),
+            nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False),
+        )
         for conv in (enter, leave):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         self.enter = nn.Sequential(enter, nn.BatchNorm2d(width))
@@ -61,26 +66,30 @@ class Fusion(nn.Module):
 
 
 class ReviewKD(Criterion):
-    """Knowledge review: sum over levels of HCL(ABF(F_s of this and all deeper levels), F_t), the embedding being the deepest level.
+    """Knowledge review: sum over levels of HCL(ABF(F_s of this and all deeper levels), F_t), the embedding being the
+    deepest level.
 
-    ABF, the fusion, goes from deep to shallow: a student's map and what came from below it are added by a learned attention, and a
-    3x3 convolution leads to the teacher's channels. HCL is the mean squared difference at several scales.
+    ABF, the fusion, goes from deep to shallow: a student's map and what came from below it are added by a learned
+    attention, and a 3x3 convolution leads to the teacher's channels. HCL is the mean squared difference at several
+    scales.
 
-    Reference: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (arXiv 2104.09044), attention-based fusion and
-    hierarchical context loss; official code dvlab-research/ReviewKD (CIFAR-100/model/reviewkd.py).
+    Reference: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (arXiv 2104.09044), attention-based
+    fusion and hierarchical context loss; official code dvlab-research/ReviewKD (CIFAR-100/model/reviewkd.py).
 
-    Weight: 1, rising from 0 over the first 20 epochs (official default): give reviewkd:1:20, there is no warm-up without it. The
-    official one goes by whole epochs, min(1, epoch / 20), ours by updates. The official CIFAR-100 script has 5 for most pairs (WRN,
-    resnet32x4 to resnet8x4, ShuffleNetV1), 8 for resnet32x4 to ShuffleNetV2, 1 for resnet110 to resnet32 and 0.6 for resnet56 to
-    resnet20; for ResNet-34 to 18 on ImageNet mdistiller has 1, over 1 epoch.
+    Weight: 1, rising from 0 over the first 20 epochs (official default): give reviewkd:1:20, there is no warm-up
+    without it. The official one goes by whole epochs, min(1, epoch / 20), ours by updates. The official CIFAR-100
+    script has 5 for most pairs (WRN, resnet32x4 to resnet8x4, ShuffleNetV1), 8 for resnet32x4 to ShuffleNetV2, 1 for
+    resnet110 to resnet32 and 0.6 for resnet56 to resnet20; for ResNet-34 to 18 on ImageNet mdistiller has 1, over 1
+    epoch.
 
-    Differs: the official training taps the teacher's maps before their last activation and the student's after it (mdistiller: the
-    teacher's always before, the student's by choice); here both are as tapped. The official width is the lesser of 512 and the
-    student's embedding, as here (256 for its MobileNet on ImageNet). Sizes may be any, square or not (there: square).
+    Differs: the official training taps the teacher's maps before their last activation and the student's after it
+    (mdistiller: the teacher's always before, the student's by choice); here both are as tapped. The official width is
+    the lesser of 512 and the student's embedding, as here (256 for its MobileNet on ImageNet). Sizes may be any, square
+    or not (there: square).
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1. Batches of 2 or more: the deepest level has
-            BatchNorm over samples alone.
+        pair: Shapes of both networks; the numbers of maps must agree and be at least 1. Batches of 2 or more: the
+            deepest level has BatchNorm over samples alone.
         width: The most channels that are passed from level to level, 1 or more.
 
     Raises:

@@ -14,10 +14,11 @@ FLOOR = 1e-12  # of a squared distance, as in RepDistiller
 
 
 def relations(embedding: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b"], Float[Tensor, "b b b"]]:
-    """Distances in units of their mean over different samples, and cosines of the angle at k between i and j, as [k, i, j].
+    """Distances in units of their mean over different samples, and cosines of the angle at k between i and j, as [k, i,
+    j].
 
-    Both follow from inner products, so that nothing of b x b x d is made. The batch's mean is taken off first: it changes neither,
-    and without it the differences of large, similar embeddings would drown in rounding.
+    Both follow from inner products, so that nothing of b x b x d is made. The batch's mean is taken off first: it
+    changes neither, and without it the differences of large, similar embeddings would drown in rounding.
     """
     centred = embedding - embedding.mean(0)
     gram = centred @ centred.T
@@ -35,19 +36,21 @@ def relations(embedding: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b"], Fl
 
 
 class RKD(Criterion):
-    """Relational knowledge distillation: w_d Huber(distances of s, t) + w_a Huber(angles of s, t) between the samples of a batch.
+    """Relational knowledge distillation: w_d Huber(distances of s, t) + w_a Huber(angles of s, t) between the samples
+    of a batch.
 
-    Distances are Euclidean and divided by their mean, each network's by its own; angles are cosines at every sample between every
-    two others; Huber is smooth L1 with threshold 1, mean over all pairs and triples. Under several processes it sees the local
-    batch.
+    Distances are Euclidean and divided by their mean, each network's by its own; angles are cosines at every sample
+    between every two others; Huber is smooth L1 with threshold 1, mean over all pairs and triples. Under several
+    processes it sees the local batch.
 
     Reference: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (arXiv 1904.05068), section 3.2.
 
-    Weight: 1 (RepDistiller), with w_d = 25 and w_a = 50 inside (RepDistiller; the authors' example has their ratio, 1 to 2).
+    Weight: 1 (RepDistiller), with w_d = 25 and w_a = 50 inside (RepDistiller; the authors' example has their ratio, 1
+    to 2).
 
-    Differs: nothing in the mathematics. Distances and cosines come from inner products of centred embeddings, with b^3 numbers
-    instead of b^2 d: 0.54 GB in float32 for each of several such tensors at b = 512, 0.07 GB at 256. Samples that are equal up to
-    rounding count as cosine 0, as exactly equal ones do in RepDistiller.
+    Differs: nothing in the mathematics. Distances and cosines come from inner products of centred embeddings, with b^3
+    numbers instead of b^2 d: 0.54 GB in float32 for each of several such tensors at b = 512, 0.07 GB at 256. Samples
+    that are equal up to rounding count as cosine 0, as exactly equal ones do in RepDistiller.
 
     Args:
         pair: Shapes of both networks; any embeddings.
@@ -68,7 +71,9 @@ class RKD(Criterion):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}={weight}: expected a finite number, 0 or more.")
         if not distance_weight + angle_weight:
-            raise ValueError("distance_weight=0 and angle_weight=0 leave nothing of RKD: give one of them, such as 25 and 50.")
+            raise ValueError(
+                "distance_weight=0 and angle_weight=0 leave nothing of RKD: give one of them, such as 25 and 50."
+            )
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

@@ -26,7 +26,8 @@ def similarity_preserving(student: Float[Tensor, "b c h w"], teacher: Float[Tens
 
 
 class SP(Criterion):
-    """Similarity preserving: ||G_t - G_s||_F^2 / b^2 on the last maps, G = Q Q^T with rows of unit norm, Q the flattened maps.
+    """Similarity preserving: ||G_t - G_s||_F^2 / b^2 on the last maps, G = Q Q^T with rows of unit norm, Q the
+    flattened maps.
 
     Compares the samples of a batch: under several processes it sees the local batch.
 

@@ -13,7 +13,8 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 class Connector(nn.Sequential):
-    """Linear layer without bias, BatchNorm and (by default) ReLU, from the student's embedding to the teacher's width."""
+    """Linear layer without bias, BatchNorm and (by default) ReLU, from the student's embedding to the teacher's
+    width."""
 
     def __init__(self, student_dim: int, teacher_dim: int, *, relu: bool = True) -> None:
         linear = nn.Linear(student_dim, teacher_dim, bias=False)
@@ -22,26 +23,27 @@ class Connector(nn.Sequential):
 
 
 class SRRL(Criterion):
-    """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t h_t)^2).
+    """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t
+    h_t)^2).
 
-    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy. W_t h_t are the
-    teacher's logits, under MAS too, whose stable excitation no embedding gives.
+    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy. W_t h_t are
+    the teacher's logits, under MAS too, whose stable excitation no embedding gives.
 
-    Reference: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021, OpenReview
-    ZzwDy_wiWv), L_FM and L_SR.
+    Reference: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021,
+    OpenReview ZzwDy_wiWv), L_FM and L_SR.
 
     Weight: 1 beside 1 of the task, alpha 1, beta 1 (official code).
 
-    Differs: the official connector (1x1 convolution, BatchNorm, ReLU) works on the last map before pooling, here the same three
-    work on the embedding, which every pair of networks has (other public code for SRRL does the same). L_SR is the paper's L2 form
-    between logits, as in the official code. The ReLU cannot reach an embedding's negative values (ViT, ConvNeXt): relu=False lifts
-    that. The near relative SimKD (Chen et al., arXiv 2203.14001) is left out on purpose: it puts projector and teacher's classifier
-    inside the student, which then is no plain timm model any more and cannot be exported for timm.create_model; SRRL keeps the
-    student whole.
+    Differs: the official connector (1x1 convolution, BatchNorm, ReLU) works on the last map before pooling, here the
+    same three work on the embedding, which every pair of networks has (other public code for SRRL does the same). L_SR
+    is the paper's L2 form between logits, as in the official code. The ReLU cannot reach an embedding's negative values
+    (ViT, ConvNeXt): relu=False lifts that. The near relative SimKD (Chen et al., arXiv 2203.14001) is left out on
+    purpose: it puts projector and teacher's classifier inside the student, which then is no plain timm model any more
+    and cannot be exported for timm.create_model; SRRL keeps the student whole.
 
     Args:
-        pair: Shapes of both networks, and the teacher's classifier as a module on its embedding. Numbers of classes may differ.
-            Batches of 2 or more: there is BatchNorm over samples.
+        pair: Shapes of both networks, and the teacher's classifier as a module on its embedding. Numbers of classes may
+            differ. Batches of 2 or more: there is BatchNorm over samples.
         alpha: Weight of the embeddings' part, 0 or more.
         beta: Weight of the logits' part, 0 or more.
         relu: End the connector in a ReLU, as in the official code.
@@ -57,8 +59,10 @@ class SRRL(Criterion):
         super().__init__(pair)
         if pair.teacher_classifier is None:
             raise ValueError(
-                "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its embedding to "
-                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion. A peer's classifier "
+                "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its "
+                "embedding to "
+                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion. A "
+                "peer's classifier "
                 "is not trained yet: give a teacher."
             )
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)

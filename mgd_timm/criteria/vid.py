@@ -25,7 +25,8 @@ def variational_loss(
 
 
 class Conditional(nn.Module):
-    """The Gaussian of a teacher's map given the student's: three 1x1 convolutions to the mean, and `rho` per channel."""
+    """The Gaussian of a teacher's map given the student's: three 1x1 convolutions to the mean, and `rho` per
+    channel."""
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
         super().__init__()
@@ -33,7 +34,9 @@ class Conditional(nn.Module):
         one, two, three = (nn.Conv2d(i, o, 1, bias=False) for i, o in pairwise(widths))
         self.mean = nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three)
         start = variance - SMALLEST
-        self.rho = nn.Parameter(torch.full((teacher_channels,), start + math.log(-math.expm1(-start))))  # softplus(rho) is start
+        self.rho = nn.Parameter(
+            torch.full((teacher_channels,), start + math.log(-math.expm1(-start)))
+        )  # softplus(rho) is start
 
     def forward(self, student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
         """Negative log-likelihood of the teacher's map, the larger map average-pooled to the smaller one's size."""
@@ -44,17 +47,17 @@ class Conditional(nn.Module):
 class VID(Criterion):
     """Variational information distillation: sum over map pairs of mean(((F_t - mu(F_s))^2 / s^2 + log s^2) / 2).
 
-    mu is a small network of 1x1 convolutions, s^2 = softplus(rho) + 1e-5 a learned variance per channel of the teacher: a lower
-    bound of the mutual information of both maps is raised. The value can be negative.
+    mu is a small network of 1x1 convolutions, s^2 = softplus(rho) + 1e-5 a learned variance per channel of the teacher:
+    a lower bound of the mutual information of both maps is raised. The value can be negative.
 
-    Reference: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer" (arXiv 1904.05835),
-    the Gaussian model of the teacher's maps; RepDistiller (distiller_zoo/VID.py).
+    Reference: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer" (arXiv
+    1904.05835), the Gaussian model of the teacher's maps; RepDistiller (distiller_zoo/VID.py).
 
     Weight: 1 (RepDistiller's script; the MGD authors').
 
-    Differs: as RepDistiller, which takes its loss from the authors' code: mu without BatchNorm, hidden width the teacher's, a mean
-    over all elements where the paper (from memory) has a sum. Maps of unequal size are pooled on both axes (there: square maps).
-    RepDistiller's pairing of maps: see fitnet.
+    Differs: as RepDistiller, which takes its loss from the authors' code: mu without BatchNorm, hidden width the
+    teacher's, a mean over all elements where the paper (from memory) has a sum. Maps of unequal size are pooled on both
+    axes (there: square maps). RepDistiller's pairing of maps: see fitnet.
 
     Args:
         pair: Shapes of both networks; the numbers of maps must agree and be at least 1.

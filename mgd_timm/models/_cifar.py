@@ -1,4 +1,5 @@
-"""What the cifar_* networks share: timm's contract around a stem, stages that end in the maps, and one linear classifier."""
+"""What the cifar_* networks share: timm's contract around a stem, stages that end in the maps, and one linear
+classifier."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, cast
@@ -15,7 +16,8 @@ def _check_side(x: Tensor, least: int, name: str) -> Tensor:
     height, width = x.shape[-2:]
     if height < least or width < least:
         raise ValueError(
-            f"{name} cannot take images of {height}x{width} pixels: each of its strides must have something to halve, so the "
+            f"{name} cannot take images of {height}x{width} pixels: each of its strides must have something to halve, "
+            f"so the "
             f"smallest side is {least} (--img-size {least}); cifar_* networks are made for 32x32."
         )
     return x
@@ -54,8 +56,8 @@ class Block(nn.Module):
 class CifarNet(nn.Module):
     """A network for small images. Map 0 is the stem's, map i that of stage i; behind the last stage may stand a tail.
 
-    A subclass builds its modules, then calls `_complete`. What differs from the plain case (`conv1`, `bn1`, `act1`, then
-    sequences of `Block`) is a method or a name to override.
+    A subclass builds its modules, then calls `_complete`. What differs from the plain case (`conv1`, `bn1`, `act1`,
+    then sequences of `Block`) is a method or a name to override.
 
     Args:
         num_classes: 0 for no classifier.
@@ -78,7 +80,12 @@ class CifarNet(nn.Module):
         self, num_classes: int = 100, in_chans: int = 3, global_pool: Literal["avg", ""] = "avg", drop_rate: float = 0.0
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.global_pool, self.drop_rate = num_classes, in_chans, global_pool, drop_rate
+        self.num_classes, self.in_chans, self.global_pool, self.drop_rate = (
+            num_classes,
+            in_chans,
+            global_pool,
+            drop_rate,
+        )
         self.grad_checkpointing = False
 
     def _complete(self, channels: Sequence[int], reductions: Sequence[int], width: int = 0) -> None:
@@ -109,7 +116,8 @@ class CifarNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages' activations in backward; as in timm's networks, BatchNorm statistics then move twice a step."""
+        """Recompute the stages' activations in backward; as in timm's networks, BatchNorm statistics then move twice a
+        step."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -160,7 +168,8 @@ class CifarNet(nn.Module):
         return x
 
     def _walk(self, x: Tensor, take: Sequence[int], last: int, preact: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Through the stages up to `last`: what forward_features returns (after fewer stages, the last map), and the maps."""
+        """Through the stages up to `last`: what forward_features returns (after fewer stages, the last map), and the
+        maps."""
         name = (getattr(self, "pretrained_cfg", None) or {}).get("architecture") or type(self).__name__
         x = _check_side(x, self.feature_info[-1]["reduction"], name)
         carried, shown = self._stem(x, preact)
@@ -229,7 +238,9 @@ class CifarNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def conv_bn(in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+def conv_bn(
+    in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution without bias that keeps the size but for its stride, and its BatchNorm."""
     conv = nn.Conv2d(in_chs, out_chs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(out_chs)
@@ -238,7 +249,9 @@ def conv_bn(in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     """Channel i of every group in turn: (g c) becomes (c g)."""
     batch, channels, height, width = x.shape
-    return x.view(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+    return (
+        x.view(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+    )
 
 
 def default_cfg(pool: int, first_conv: str = "conv1", classifier: str = "fc") -> dict[str, Any]:

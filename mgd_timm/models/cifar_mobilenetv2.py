@@ -1,7 +1,8 @@
 """CIFAR MobileNetV2 of half width (Sandler et al., arXiv 1801.04381), as a timm model.
 
-Differs: ReLU instead of ReLU6, one stride fewer than the paper (total stride 16) and 1280 channels before the classifier at any
-width, as in RepDistiller, whose checkpoints have the same keys but for the classifier (`classifier.0` there).
+Differs: ReLU instead of ReLU6, one stride fewer than the paper (total stride 16) and 1280 channels before the
+classifier at any width, as in RepDistiller, whose checkpoints have the same keys but for the classifier (`classifier.0`
+there).
 """
 
 from typing import Any, Literal
@@ -40,8 +41,8 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(CifarNet):
     """MobileNetV2 for small images: stride 2 in the stem, total stride 16.
 
-    The maps are those of the stem and of groups 2, 3, 5 and 7 (counted from 1), linear but for the stem's. `preact` is ignored: the
-    groups have no last activation to take back, and the stem's map stays as it is too.
+    The maps are those of the stem and of groups 2, 3, 5 and 7 (counted from 1), linear but for the stem's. `preact` is
+    ignored: the groups have no last activation to take back, and the stem's map stays as it is too.
 
     Args:
         width: Factor of the paper's channels.
@@ -75,7 +76,9 @@ class CifarMobileNetV2(CifarNet):
         for index, (full, count, stride) in enumerate(_GROUPS):
             blocks = []
             for block in range(count):
-                blocks.append(InvertedResidual(channels, int(full * width), 1 if block else stride, expansion if index else 1))
+                blocks.append(
+                    InvertedResidual(channels, int(full * width), 1 if block else stride, expansion if index else 1)
+                )
                 channels = int(full * width)
             groups.append(nn.Sequential(*blocks))
             widths.append(channels)
@@ -104,7 +107,9 @@ class CifarMobileNetV2(CifarNet):
         return self.conv2(x)
 
 
-default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": default_cfg(2, first_conv="conv1.0", classifier="classifier")})
+default_cfgs = generate_default_cfgs(
+    {"cifar_mobilenetv2": default_cfg(2, first_conv="conv1.0", classifier="classifier")}
+)
 
 
 @register_model

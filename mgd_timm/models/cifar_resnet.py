@@ -1,6 +1,7 @@
 """CIFAR ResNets: 6n+2 layers, three stages (He et al., arXiv 1512.03385, section 4.2), as timm models.
 
-Shortcuts are 1x1 convolutions with BatchNorm where the shape changes, as in RepDistiller, whose checkpoints have the same keys.
+Shortcuts are 1x1 convolutions with BatchNorm where the shape changes, as in RepDistiller, whose checkpoints have the
+same keys.
 """
 
 from typing import Any, Literal
@@ -34,8 +35,8 @@ class BasicBlock(Block):
         """The sum before the last ReLU."""
         shortcut = x
         if self.downsample is not None:
-            # A slice is the stride of a 1x1 convolution. oneDNN's backward of a strided one with few channels, channels-last and 56
-            # pixels or more ends the process (segmentation fault, CPUs with AVX-512).
+            # A slice is the stride of a 1x1 convolution. oneDNN's backward of a strided one with few channels,
+            # channels-last and 56 pixels or more ends the process (segmentation fault, CPUs with AVX-512).
             shortcut = self.downsample(x[:, :, :: self.stride, :: self.stride])
         x = self.act1(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x)) + shortcut
@@ -86,11 +87,17 @@ _THREE_EIGHTHS = (6, 6, 12, 24)
 _NAMES = (8, 14, 20, 32, 44, 56, 110)
 _WIDE = ("cifar_resnet8x4", "cifar_resnet32x4")
 _NARROW = ("cifar_resnet8x05", "cifar_resnet14x05", "cifar_resnet20x05", "cifar_resnet20x0375")
-default_cfgs = generate_default_cfgs({name: default_cfg(8) for name in (*(f"cifar_resnet{d}" for d in _NAMES), *_WIDE, *_NARROW)})
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg(8) for name in (*(f"cifar_resnet{d}" for d in _NAMES), *_WIDE, *_NARROW)}
+)
 
 
 def _create(
-    variant: str, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), pretrained: bool = False, **kwargs: Any
+    variant: str,
+    depth: int,
+    widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+    pretrained: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     return create(CifarResNet, variant, pretrained, depth=depth, widths=widths, **kwargs)
 

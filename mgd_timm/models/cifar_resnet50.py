@@ -1,7 +1,7 @@
 """CIFAR ResNet-50: bottlenecks behind a stem of stride 1 (He et al., arXiv 1512.03385), as a timm model.
 
-Differs: the paper has a strided 7x7 stem and pooling; here a 3x3 one, as in RepDistiller, whose checkpoints have the same keys but
-for the classifier (`linear` there).
+Differs: the paper has a strided 7x7 stem and pooling; here a 3x3 one, as in RepDistiller, whose checkpoints have the
+same keys but for the classifier (`linear` there).
 """
 
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """CIFAR ShuffleNet with three groups (Zhang et al., arXiv 1707.01083), as a timm model.
 
-Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and a ReLU behind the depthwise convolution, as in RepDistiller, whose
-checkpoints have the same keys but for the classifier (`linear` there).
+Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and a ReLU behind the depthwise convolution, as in
+RepDistiller, whose checkpoints have the same keys but for the classifier (`linear` there).
 """
 
 from typing import Any, Literal
@@ -20,7 +20,8 @@ _STEM = 24
 
 
 class Unit(Block):
-    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; the input is added, or pooled and concatenated where the stride is 2."""
+    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; the input is added, or pooled and concatenated where the stride
+    is 2."""
 
     last_act = "act3"
 

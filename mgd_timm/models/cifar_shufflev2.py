@@ -1,7 +1,7 @@
 """CIFAR ShuffleNet V2 (Ma et al., arXiv 1807.11164), as a timm model.
 
-Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and the channels are shuffled at a unit's end, as in RepDistiller,
-whose checkpoints have the same keys but for the classifier (`linear` there).
+Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and the channels are shuffled at a unit's end, as in
+RepDistiller, whose checkpoints have the same keys but for the classifier (`linear` there).
 """
 
 from typing import Any, Literal
@@ -69,8 +69,9 @@ class Unit(nn.Module):
 class CifarShuffleV2(CifarNet):
     """ShuffleNet V2 for small images: stride 1 in the stem, total stride 8.
 
-    With `preact`, a stage's map is the last unit's halves before its last ReLU and before the shuffle: the order of its channels is
-    another than without (channel 2i of the map is channel i here, channel 2i + 1 is channel i of the second half).
+    With `preact`, a stage's map is the last unit's halves before its last ReLU and before the shuffle: the order of its
+    channels is another than without (channel 2i of the map is channel i here, channel 2i + 1 is channel i of the second
+    half).
 
     Args:
         widths: Channels of the three stages.

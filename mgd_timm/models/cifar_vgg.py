@@ -1,7 +1,7 @@
 """CIFAR VGGs with BatchNorm: five blocks of 3x3 convolutions (Simonyan and Zisserman, arXiv 1409.1556), as timm models.
 
-Differs: the paper's classifier of three layers is a single one on the average of the last map, as in RepDistiller, whose
-checkpoints have the same keys.
+Differs: the paper's classifier of three layers is a single one on the average of the last map, as in RepDistiller,
+whose checkpoints have the same keys.
 """
 
 from typing import Any, Literal
@@ -34,7 +34,8 @@ class PoolOf64(nn.Module):
 
 
 class CifarVGG(CifarNet):
-    """VGG for small images: 2x2 pooling behind blocks 0, 1 and 2, and behind block 3 where the image is 64x64 (64 to 71 pixels).
+    """VGG for small images: 2x2 pooling behind blocks 0, 1 and 2, and behind block 3 where the image is 64x64 (64 to 71
+    pixels).
 
     The maps are the five blocks' outputs behind their last ReLU and before pooling.
 
@@ -93,7 +94,10 @@ class CifarVGG(CifarNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {f"cifar_vgg{depth}": default_cfg(4, first_conv="block0.0", classifier="classifier") for depth in (8, 11, 13, 16, 19)}
+    {
+        f"cifar_vgg{depth}": default_cfg(4, first_conv="block0.0", classifier="classifier")
+        for depth in (8, 11, 13, 16, 19)
+    }
 )
 
 

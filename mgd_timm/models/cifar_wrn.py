@@ -1,7 +1,8 @@
-"""CIFAR wide ResNets: pre-activation blocks, 6n + 4 layers, width k (Zagoruyko and Komodakis, arXiv 1605.07146), as timm models.
+"""CIFAR wide ResNets: pre-activation blocks, 6n + 4 layers, width k (Zagoruyko and Komodakis, arXiv 1605.07146), as
+timm models.
 
-Differs: the paper has dropout within blocks and a width of 10; here there is none, and widths 1 and 2, as in RepDistiller, whose
-checkpoints have the same keys.
+Differs: the paper has dropout within blocks and a width of 10; here there is none, and widths 1 and 2, as in
+RepDistiller, whose checkpoints have the same keys.
 """
 
 from typing import Any, Literal
@@ -16,7 +17,8 @@ __all__ = ["CifarWRN"]
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, twice, and a shortcut: the input, or a projection of its ReLU to a new width."""
+    """BatchNorm, ReLU and a 3x3 convolution, twice, and a shortcut: the input, or a projection of its ReLU to a new
+    width."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -53,8 +55,9 @@ class Group(nn.Module):
 class CifarWRN(CifarNet):
     """Wide ResNet for small images: stride 1 in the stem, total stride 4.
 
-    The maps are sums without an activation, the stem's a convolution alone. With `preact`, those of the groups are shown behind the
-    next BatchNorm (the next group's first, or the final one), where the next ReLU reads them; the stem's stays.
+    The maps are sums without an activation, the stem's a convolution alone. With `preact`, those of the groups are
+    shown behind the next BatchNorm (the next group's first, or the final one), where the next ReLU reads them; the
+    stem's stays.
 
     Args:
         depth: 6n + 4 layers.
@@ -111,8 +114,12 @@ class CifarWRN(CifarNet):
             x = self._run(blocks, x, whole=groups[index - 1])
             return x, x
         if not all(isinstance(group, Group) for group in groups):
-            raise ValueError("preact=True: a pruned network lacks the BatchNorm behind its last map; take one that is whole.")
-        if isinstance(x, tuple):  # the map before, and what this group's first BatchNorm made of it: once, or it would count twice
+            raise ValueError(
+                "preact=True: a pruned network lacks the BatchNorm behind its last map; take one that is whole."
+            )
+        if isinstance(
+            x, tuple
+        ):  # the map before, and what this group's first BatchNorm made of it: once, or it would count twice
             x = blocks.pop(0)(*x)
         x = self._run(blocks, x)
         following = self.bn1 if index == len(groups) else groups[index].get_submodule("layer.0.bn1")
@@ -125,7 +132,9 @@ class CifarWRN(CifarNet):
         return self.act1(self.bn1(x))
 
 
-default_cfgs = generate_default_cfgs({f"cifar_wrn_{depth}_{width}": default_cfg(8) for depth in (16, 40) for width in (1, 2)})
+default_cfgs = generate_default_cfgs(
+    {f"cifar_wrn_{depth}_{width}": default_cfg(8) for depth in (16, 40) for width in (1, 2)}
+)
 
 
 @register_model

@@ -27,8 +27,42 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_flags(tiny_data: Path) -> list[str]:
-    """A run of seconds that has all there is to lose: heads, moving average, accumulation, dropout, and a save at every update."""
-    words = ["distill", "--student", "cifar_resnet8x05", "--data-dir", str(tiny_data), "--method", "mas", "--criterion", "fitnet"]
-    words += ["--batch-size", "4", "--grad-accum-steps", "2", "--epochs", "2", "--drop", "0.2", "--opt", "adamw", "--lr", "0.003"]
-    words += ["--model-ema", "--model-ema-decay", "0.9", "--clip-grad", "5", "--heads-epochs", "4", "--heads-views", "2"]
+    """A run of seconds that has all there is to lose: heads, moving average, accumulation, dropout, and a save at every
+    update."""
+    words = [
+        "distill",
+        "--student",
+        "cifar_resnet8x05",
+        "--data-dir",
+        str(tiny_data),
+        "--method",
+        "mas",
+        "--criterion",
+        "fitnet",
+    ]
+    words += [
+        "--batch-size",
+        "4",
+        "--grad-accum-steps",
+        "2",
+        "--epochs",
+        "2",
+        "--drop",
+        "0.2",
+        "--opt",
+        "adamw",
+        "--lr",
+        "0.003",
+    ]
+    words += [
+        "--model-ema",
+        "--model-ema-decay",
+        "0.9",
+        "--clip-grad",
+        "5",
+        "--heads-epochs",
+        "4",
+        "--heads-views",
+        "2",
+    ]
     return [*words, "--heads-batch-size", "40", "--log-interval", "2", "--checkpoint-interval", "1"]

@@ -1,4 +1,5 @@
-"""Flipped bits, truncations, missing and foreign files in real checkpoints and caches: all found, and what is whole is used."""
+"""Flipped bits, truncations, missing and foreign files in real checkpoints and caches: all found, and what is whole is
+used."""
 
 import json
 import os
@@ -37,7 +38,9 @@ def run(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def same(one: State, two: State) -> bool:
     return one.values == two.values and all(
-        torch.equal(tensor, two.tensors[group][name]) for group, tensors in one.tensors.items() for name, tensor in tensors.items()
+        torch.equal(tensor, two.tensors[group][name])
+        for group, tensors in one.tensors.items()
+        for name, tensor in tensors.items()
     )
 
 
@@ -133,16 +136,25 @@ def test_a_resumed_run_says_so_and_ends_with_the_same_student(
         skipped = {"newest": [newer], "both": [newer, older]}.get(damage, [])
         assert ranks.said().count("skipped a damaged checkpoint") == len(skipped)
         for path in skipped:
-            assert f"skipped a damaged checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
-        assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
+            assert (
+                f"skipped a damaged checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
+            )
+        assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(
+            whole / "export" / "model.safetensors"
+        )
         assert [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     report(f"corruption: {damage} damaged: said by the resumed run")
 
 
 def test_every_change_in_a_cache_is_found_and_mended(
-    run: tuple, tmp_path: Path, report: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: tuple,
+    tmp_path: Path,
+    report: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Images, tar indices and the list of damaged images; of the fitted heads, that nothing but what was written is read."""
+    """Images, tar indices and the list of damaged images; of the fitted heads, that nothing but what was written is
+    read."""
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     began, rng, data = time.monotonic(), random.Random(SEED), tmp_path / "data"
     for split, count in (("train", 12), ("test", 6)):
@@ -168,8 +180,12 @@ def test_every_change_in_a_cache_is_found_and_mended(
     fitted, said = heads()
     assert fitted is not None
     assert not said
-    files = [path for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")] if path.is_file() and path.name != LOCK]
-    hit = Counter(path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files)
+    files = [
+        path for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")] if path.is_file() and path.name != LOCK
+    ]
+    hit = Counter(
+        path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files
+    )
     assert hit == {"images": 2, "tars": 6, "damaged": 4, "heads": 3}
     for path in files:
         whole = path.read_bytes()
@@ -191,7 +207,10 @@ def test_every_change_in_a_cache_is_found_and_mended(
             assert isinstance(images.train, StoreSource)
             assert torch.equal(images.train.images, pixels), case
     seconds = time.monotonic() - began
-    report(f"corruption: {CACHE_FLIPS} bits and {CACHE_TRUNCATIONS} truncations in each of {dict(hit)}: all found; {seconds:.0f} s")
+    report(
+        f"corruption: {CACHE_FLIPS} bits and {CACHE_TRUNCATIONS} truncations in each of {dict(hit)}: all found; "
+        f"{seconds:.0f} s"
+    )
 
 
 def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
@@ -199,7 +218,10 @@ def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
 ) -> None:
     whole, words, environment = run
     cache = shutil.copytree(environment["MGD_TIMM_CACHE"], tmp_path / "cache")
-    images, heads = max(cache.glob(f"images/*/{FILE}"), key=os.path.getsize), next(cache.glob("heads/*/0*/heads.safetensors"))
+    images, heads = (
+        max(cache.glob(f"images/*/{FILE}"), key=os.path.getsize),
+        next(cache.glob("heads/*/0*/heads.safetensors")),
+    )
     for path in (images, heads):
         content = bytearray(path.read_bytes())
         content[-5] ^= 1

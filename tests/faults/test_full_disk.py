@@ -1,7 +1,8 @@
-"""A disk without room at any write of a run: it is said, whatever is there stays whole, and --resume ends with the same student.
+"""A disk without room at any write of a run: it is said, whatever is there stays whole, and --resume ends with the same
+student.
 
-The disk is a real one of a few megabytes that is filled at the n-th write, for every n; where none may be mounted, and beside it,
-the system's limit on the size of files refuses the n-th write, or the next large one half-way.
+The disk is a real one of a few megabytes that is filled at the n-th write, for every n; where none may be mounted, and
+beside it, the system's limit on the size of files refuses the n-th write, or the next large one half-way.
 """
 
 import json
@@ -41,7 +42,8 @@ def stored_flags(tiny_flags: Sequence[str], place: Path) -> list[str]:
 
 
 def full_at(number: int, room: int | None, filler: str, counted: str, *words: str) -> int:
-    """The command line; at its write `number` there is no room any more, in files beyond `room` bytes where it is given."""
+    """The command line; at its write `number` there is no room any more, in files beyond `room` bytes where it is
+    given."""
     from mgd_timm.cli import main
 
     sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # the log is a file as well: written by who has no limit
@@ -175,11 +177,22 @@ def test_a_small_disk_that_is_full_at_every_write(
         for number in range(1, writes + 1):
             place = tmp_path / str(number)
             place.mkdir()
-            refused.append(refused_and_resumed(number, None, KINDS[kind](tiny_flags, place), place, logs / f"{number}", expected))
+            refused.append(
+                refused_and_resumed(number, None, KINDS[kind](tiny_flags, place), place, logs / f"{number}", expected)
+            )
             shutil.rmtree(place)
-    report(f"full disk: {kind}: really full at each of {writes} writes, said and resumed; {time.monotonic() - began:.0f} s")
+    report(
+        f"full disk: {kind}: really full at each of {writes} writes, said and resumed; {time.monotonic() - began:.0f} s"
+    )
     found = " ".join(refused)
-    names = ["cache/images/", "run/recipe.yaml", "run/versions.json", "run/metrics.jsonl", "run/checkpoints/", "run/summary.json"]
+    names = [
+        "cache/images/",
+        "run/recipe.yaml",
+        "run/versions.json",
+        "run/metrics.jsonl",
+        "run/checkpoints/",
+        "run/summary.json",
+    ]
     names += ["run/export", "run/heads/metrics.jsonl", "run/heads/checkpoints/", "cache/heads/"]
     names += ["store/store.json", "store/view-"] if kind == "a store" else ["run/fitting/", "cache/ft/"]
     assert [name for name in names if name not in found] == []

@@ -1,4 +1,5 @@
-"""A read that never returns, in the midst of an epoch: all end within a minute, and the rank whose read it is is named."""
+"""A read that never returns, in the midst of an epoch: all end within a minute, and the rank whose read it is is
+named."""
 
 import os
 import re
@@ -20,7 +21,18 @@ from mgd_timm.watchdog import CODE
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
     words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(data), "--img-size", "112", "--batch-size", "4"]
-    return [*words, "--seed", "3", "--checkpoint-interval", "2", "--checkpoint-hist", "1", "--output", str(output), *more]
+    return [
+        *words,
+        "--seed",
+        "3",
+        "--checkpoint-interval",
+        "2",
+        "--checkpoint-hist",
+        "1",
+        "--output",
+        str(output),
+        *more,
+    ]
 
 
 class Dead:
@@ -86,7 +98,9 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     dead = Dead(write_pictures(folder / "data", count=24))
     words = flags(folder / "data", folder / "run", "--epochs", "1000")
     free = {name: value for name, value in environment().items() if name != "MGD_TIMM_SILENCE"}
-    launch = subprocess.Popen(command(*words, processes=2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=free)
+    launch = subprocess.Popen(
+        command(*words, processes=2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=free
+    )
     begun(folder / "run" / "checkpoints", lambda: str(launch.poll()))
     ranks = [child for child in psutil.Process(launch.pid).children() if "RANK" in child.environ()]
     ranks.sort(key=lambda child: int(child.environ()["RANK"]))
@@ -104,7 +118,8 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
 
 def hang(words: list[str], folder: Path, processes: int) -> tuple[int, float]:
-    """Let a read of a run never return; gives the rank whose read it was, as it was named, and the seconds to the end."""
+    """Let a read of a run never return; gives the rank whose read it was, as it was named, and the seconds to the
+    end."""
     dead = Dead(folder / "data")
     ranks = Ranks(words, folder / "hung", processes=processes, environment={"MGD_TIMM_SILENCE": "5"})
     begun(folder / "run" / "checkpoints", ranks.said)
@@ -120,7 +135,9 @@ def hang(words: list[str], folder: Path, processes: int) -> tuple[int, float]:
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in readers):
         assert time.monotonic() < deadline, readers
         time.sleep(0.05)
-    named = rf"error: rank {who} \(\S+, pid {ranks.ranks[who].pid}\) hangs in update \d+ of 'train' at \S+:\d+ \(\w+\): "
+    named = (
+        rf"error: rank {who} \(\S+, pid {ranks.ranks[who].pid}\) hangs in update \d+ of 'train' at \S+:\d+ \(\w+\): "
+    )
     for rank in range(processes):
         assert re.search(named, ranks.said(rank)), ranks.said(rank)
         assert ("in batches\n" in ranks.said(rank)) == (rank == who), ranks.said(rank)  # of the calls that it is in
@@ -160,4 +177,7 @@ def test_a_launch_ends_within_a_minute(waiting: Launch, report: Callable[[str], 
     for checkpoint in waiting.checkpoints.glob("0*"):
         verify(checkpoint)
     assert newest(waiting.checkpoints, pytest.fail) is not None
-    report(f"hangs: a launch with the limit as it is, a read of rank {who} of 2: it ended after {seconds:.0f} s, and named it")
+    report(
+        f"hangs: a launch with the limit as it is, a read of rank {who} of 2: it ended after {seconds:.0f} s, and "
+        f"named it"
+    )

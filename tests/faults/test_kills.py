@@ -1,7 +1,8 @@
-"""50 real `kill -9` at random instants, half of them inside a save: the exported student is the uninterrupted run's, bit for bit.
+"""50 real `kill -9` at random instants, half of them inside a save: the exported student is the uninterrupted run's,
+bit for bit.
 
-What a scheduler does and no hand: the same command with --resume, from the first start on, until it ends. A cache of its own makes
-every run fit its heads and store its images anew, so that these are killed as well.
+What a scheduler does and no hand: the same command with --resume, from the first start on, until it ends. A cache of
+its own makes every run fit its heads and store its images anew, so that these are killed as well.
 """
 
 import random
@@ -26,7 +27,10 @@ TASKS = {seed: 2 if seed % 5 in (2, 4) else 1 for seed in range(KILLS // PER_RUN
 
 def saving(folder: Path) -> bool:
     """Whether a checkpoint is being written just now, of the heads or of the student."""
-    return any(next(place.glob(f"{ASIDE}*"), None) for place in (folder / "run" / "checkpoints", folder / "run/heads/checkpoints"))
+    return any(
+        next(place.glob(f"{ASIDE}*"), None)
+        for place in (folder / "run" / "checkpoints", folder / "run/heads/checkpoints")
+    )
 
 
 class Chain:
@@ -84,7 +88,8 @@ class Chain:
 
 
 def kill_all(seed: int, flags: Sequence[str], folder: Path, seconds: float, expected: str) -> Counter[str]:
-    """Five kills, every other one in a save, of as many runs as it takes; each run is resumed to its end and compared."""
+    """Five kills, every other one in a save, of as many runs as it takes; each run is resumed to its end and
+    compared."""
     rng, found = random.Random(seed), Counter[str]()
     wanted = Counter({"in a save": 2 + seed % 2, "elsewhere": 3 - seed % 2})
     while any(found[kind] < wanted[kind] for kind in wanted):
@@ -114,7 +119,9 @@ def whole(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
     return {processes: (seconds, digest) for processes, (digest, seconds) in found.items()}
 
 
-def test_kills(whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None]) -> None:
+def test_kills(
+    whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None]
+) -> None:
     def task(seed: int) -> Counter[str]:
         return kill_all(seed, tiny_flags, tmp_path / str(seed), *whole[TASKS[seed]])
 
@@ -123,15 +130,19 @@ def test_kills(whole: dict[int, tuple[float, str]], tiny_flags: list[str], tmp_p
         for seed, found in zip(TASKS, pool.map(task, TASKS), strict=True):
             total += found
             report(
-                f"kills, seed {seed}: {dict(found)} on {TASKS[seed]} process(es), same student; {time.monotonic() - began:.0f} s"
+                f"kills, seed {seed}: {dict(found)} on {TASKS[seed]} process(es), same student; "
+                f"{time.monotonic() - began:.0f} s"
             )
     assert total["in a save"] >= KILLS // 2
     assert total["in a save"] + total["elsewhere"] >= KILLS
-    report(f"kills: {dict(total)} in {time.monotonic() - began:.0f} s: every exported student is the uninterrupted run's")
+    report(
+        f"kills: {dict(total)} in {time.monotonic() - began:.0f} s: every exported student is the uninterrupted run's"
+    )
 
 
 def test_three_processes_go_on_to_the_same_bits(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Of three summands the order decides the last bits, and DDP sums in another order after its first backward pass."""
+    """Of three summands the order decides the last bits, and DDP sums in another order after its first backward
+    pass."""
     chains = {name: Chain(tiny_flags, tmp_path / name, 3, 0, random.Random()) for name in ("whole", "killed")}
     for chain in chains.values():
         chain.folder.mkdir()

@@ -1,4 +1,5 @@
-"""Order, crops and learning rate of every update on 1 to 4 processes with 0 to 4 readers, also resumed on another number.
+"""Order, crops and learning rate of every update on 1 to 4 processes with 0 to 4 readers, also resumed on another
+number.
 
 Real processes (gloo) and real reader processes, on pictures that timm's transforms crop, flip and colour at random.
 """
@@ -11,7 +12,8 @@ from small import write_pictures
 from traced import launch, recorded
 
 PROCESSES, WORKERS, EPOCHS = (1, 2, 3, 4), (0, 1, 2, 3, 4), 2
-# 63 images: two updates of 24 (12 slots of 2 on any number of processes), and one of 15, 7 slots, of which 4 processes want 8.
+# 63 images: two updates of 24 (12 slots of 2 on any number of processes), and one of 15, 7 slots, of which 4 processes
+# want 8.
 OPTIONS = {
     "model": "cifar_resnet8x05",
     "img_size": 100,
@@ -31,7 +33,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def job(folder: Path, name: str, workers: int, **options) -> dict:
-    given = {**OPTIONS, "data_dir": str(folder / "data"), "output": str(folder / f"run {name}"), "workers": workers, **options}
+    given = {
+        **OPTIONS,
+        "data_dir": str(folder / "data"),
+        "output": str(folder / f"run {name}"),
+        "workers": workers,
+        **options,
+    }
     return {"record": str(folder / name), "options": given}
 
 

@@ -1,4 +1,5 @@
-"""Hung and killed ranks under a real launcher, and a loader's worker that is killed: all end within a minute, and are named."""
+"""Hung and killed ranks under a real launcher, and a loader's worker that is killed: all end within a minute, and are
+named."""
 
 import os
 import re
@@ -20,7 +21,11 @@ from mgd_timm.watchdog import CODE
 def launched(words: list[str], processes: int, checkpoints: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A launch that has saved a checkpoint, and its ranks."""
     launch = subprocess.Popen(
-        command(*words, processes=processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        command(*words, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     deadline = time.monotonic() + 150
     while not list(checkpoints.glob("0*")):
@@ -28,7 +33,9 @@ def launched(words: list[str], processes: int, checkpoints: Path) -> tuple[subpr
         assert time.monotonic() < deadline
         time.sleep(0.05)
     children = psutil.Process(launch.pid).children()
-    return launch, sorted((child for child in children if "RANK" in child.environ()), key=lambda c: int(c.environ()["RANK"]))
+    return launch, sorted(
+        (child for child in children if "RANK" in child.environ()), key=lambda c: int(c.environ()["RANK"])
+    )
 
 
 @pytest.mark.parametrize(("processes", "who", "kind"), [(2, 1, signal.SIGSTOP), (3, 1, signal.SIGKILL)])
@@ -51,7 +58,9 @@ def test_a_launch_ends_within_a_minute(
     seconds = time.monotonic() - began
     assert launch.returncode != 0
     assert seconds < 60, errors
-    named = re.findall(rf"mgd-timm: error: rank {who} \(\S+, pid {ranks[who].pid}\) (is gone|has given no sign)", errors)
+    named = re.findall(
+        rf"mgd-timm: error: rank {who} \(\S+, pid {ranks[who].pid}\) (is gone|has given no sign)", errors
+    )
     assert named, errors
     assert len(named) <= processes - 1
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("0*"):
@@ -60,7 +69,9 @@ def test_a_launch_ends_within_a_minute(
     report(f"ranks: {kind.name} of rank {who} of {processes}: the launch ended after {seconds:.0f} s, and named it")
 
 
-@pytest.mark.parametrize(("processes", "who", "kind"), [(2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL), (3, 2, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("processes", "who", "kind"), [(2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL), (3, 2, signal.SIGSTOP)]
+)
 def test_ranks_end_without_a_launcher(
     tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None], processes: int, who: int, kind: signal.Signals
 ) -> None:
@@ -79,7 +90,8 @@ def test_ranks_end_without_a_launcher(
         assert f"error: rank {who} (" in ranks.said(rank)
         assert "Traceback" not in ranks.said(rank)
     report(
-        f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, and named it"
+        f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, "
+        f"and named it"
     )
 
 

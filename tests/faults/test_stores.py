@@ -1,4 +1,5 @@
-"""Two runs on one teacher store and one cache at the same moment: one writes, the other waits, and both train the same student."""
+"""Two runs on one teacher store and one cache at the same moment: one writes, the other waits, and both train the same
+student."""
 
 import copy
 import re
@@ -27,20 +28,45 @@ VIEWS = 40  # a shard of 60 images each
 
 @pytest.fixture
 def words(tiny_data: Path, tmp_path: Path) -> list[str]:
-    flags = ["distill", "--student", "cifar_resnet8x05", "--data-dir", str(tiny_data), "--method", "mag", "--batch-size", "10"]
-    flags += ["--epochs", "2", "--drop", "0.2", "--heads-epochs", "2", "--heads-views", "2", "--validation-batch-size", "10"]
+    flags = [
+        "distill",
+        "--student",
+        "cifar_resnet8x05",
+        "--data-dir",
+        str(tiny_data),
+        "--method",
+        "mag",
+        "--batch-size",
+        "10",
+    ]
+    flags += [
+        "--epochs",
+        "2",
+        "--drop",
+        "0.2",
+        "--heads-epochs",
+        "2",
+        "--heads-views",
+        "2",
+        "--validation-batch-size",
+        "10",
+    ]
     return [*flags, "--teacher-store", str(tmp_path / "store"), "--teacher-views", str(VIEWS)]
 
 
 def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Ranks:
     place = {"MGD_TIMM_CACHE": str(folder / "cache"), "MGD_TIMM_SILENCE": "20"}
     return Ranks(
-        [*words, "--output", str(folder / name), "--resume"], folder / f"log {name}", processes=processes, environment=place
+        [*words, "--output", str(folder / name), "--resume"],
+        folder / f"log {name}",
+        processes=processes,
+        environment=place,
     )
 
 
 def wait_and_show(folder: Path, data: Path) -> int:
-    """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single image."""
+    """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single
+    image."""
     locking.SLICE = 1.0
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
     with locking.held_by_main(locking.Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
