@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mgd_timm.export import versions
-from mgd_timm.report import machine
+from report import machine
+
+from mgd_timm.export.timm_folder import versions
 
 RESULTS = Path(__file__).parent / "results" / "allocator.json"
 TEACHER, STUDENT, SIDE, BATCH = "tf_efficientnet_lite2", "mobilenetv4_conv_small_050", 128, 64
@@ -29,7 +30,7 @@ def measure(keep: bool, steps: int) -> dict[str, float]:
     import timm
     import torch
 
-    from mgd_timm.allocator import keep_freed_memory
+    from mgd_timm.distributed.allocator import keep_freed_memory
 
     torch.set_num_threads(1)
     if keep and not keep_freed_memory():

@@ -29,21 +29,21 @@ from typing import Any
 
 import timm
 import torch
-from families import ENCODERS, FAMILIES, SLIM  # type: ignore[import-not-found]  # beside this script
+from families import ENCODERS, FAMILIES, SLIM
+from report import machine, markdown
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mgd_timm.build import build_named, build_tap, check_classifier
 from mgd_timm.criteria import Objective
+from mgd_timm.criteria.terms import build_objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.export import versions
+from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, show_as_many
-from mgd_timm.folding import folded
 from mgd_timm.granularity import MAG, GranularityHeads
-from mgd_timm.recipe import make_recipe
-from mgd_timm.report import machine, markdown
-from mgd_timm.terms import build_objective
+from mgd_timm.models.build import build_named, build_tap, check_classifier
+from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.recipe.recipe import make_recipe
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "any_timm.json", HERE.parent / "docs" / "any_timm.md"

@@ -23,25 +23,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from report import machine, markdown, read_metrics
 from torch import Tensor, nn
 
-from mgd_timm import cifar
-from mgd_timm.accelerator import build_accelerator
-from mgd_timm.build import build_teacher, defaults_of
-from mgd_timm.data import Source, load_images
+from mgd_timm.criteria.terms import needs
+from mgd_timm.data.dataset import Source, load_images
 from mgd_timm.distiller import Teacher
-from mgd_timm.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
-from mgd_timm.export import versions
+from mgd_timm.distributed.launch import build_accelerator
+from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.fit import fit
-from mgd_timm.head_fitting import fit_heads
-from mgd_timm.networks import build_networks
-from mgd_timm.optimizer_state import module_digest
-from mgd_timm.options import as_dict, digest
-from mgd_timm.recipe import Recipe, make_recipe
-from mgd_timm.report import machine, markdown, read_metrics
-from mgd_timm.terms import needs
-from mgd_timm.upkeep import Upkeep
+from mgd_timm.models.build import build_teacher, defaults_of
+from mgd_timm.pipeline import cifar_stages as cifar
+from mgd_timm.pipeline.connect import build_networks
+from mgd_timm.recipe.options import as_dict, digest
+from mgd_timm.recipe.recipe import Recipe, make_recipe
+from mgd_timm.teachers.heads import fit_heads
+from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
+from mgd_timm.training.loop import fit
+from mgd_timm.training.optimizer_state import module_digest
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
@@ -307,7 +307,7 @@ def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    from mgd_timm.recipe import flatten
+    from mgd_timm.recipe.recipe import flatten
 
     return flatten(as_dict(recipe))
 

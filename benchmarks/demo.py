@@ -46,9 +46,10 @@ def main() -> None:
     args = parse()
     start = time.monotonic()
     print("mgd_timm demo: Fashion-MNIST (10,000 training and 4,000 test images, in the package), no network needed")
-    from mgd_timm.recipe import make_recipe
-    from mgd_timm.report import draw_curves
-    from mgd_timm.run import Result, run
+    from report import draw_curves
+
+    from mgd_timm.pipeline.run import Result, run
+    from mgd_timm.recipe.recipe import make_recipe
 
     shutil.rmtree(args.output, ignore_errors=True)
     found: dict[str, list[Result]] = {name: [] for name in ARMS}
@@ -74,8 +75,9 @@ def main() -> None:
 
 
 def table(found: dict[str, list[Any]], teacher: float) -> str:
-    from mgd_timm.build import load_model
-    from mgd_timm.report import macs, markdown
+    from report import macs, markdown
+
+    from mgd_timm.models.build import load_model
 
     student = found["alone"][0].student
     rows = []
@@ -100,7 +102,7 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
     import timm
 
     from mgd_timm.api import evaluate
-    from mgd_timm.export import export_model
+    from mgd_timm.export.timm_folder import export_model
 
     name, index = max(
         ((n, i) for n, rs in found.items() for i in range(len(rs))), key=lambda at: found[at[0]][at[1]].summary["top1"]
@@ -120,8 +122,9 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
 
 
 def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace) -> None:
-    from mgd_timm.export import versions
-    from mgd_timm.report import machine
+    from report import machine
+
+    from mgd_timm.export.timm_folder import versions
 
     arms = {
         name: {

@@ -18,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from report import machine, markdown
+
 from mgd_timm.criteria import CRITERIA
-from mgd_timm.export import versions
-from mgd_timm.recipe import make_recipe
-from mgd_timm.report import machine, markdown
-from mgd_timm.run import run
-from mgd_timm.upkeep import NonFiniteError
+from mgd_timm.export.timm_folder import versions
+from mgd_timm.pipeline.run import run
+from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.training.checkpointer import NonFiniteError
 
 RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}

@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hosts as each  # type: ignore[import-not-found]  # beside this script
+import hosts as each
+from report import machine, markdown
 
-from mgd_timm.export import versions
-from mgd_timm.report import machine, markdown
+from mgd_timm.export.timm_folder import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "imagenette.jsonl"

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import any_timm as sweep  # type: ignore[import-not-found]  # beside this script
-import cifar as grid  # type: ignore[import-not-found]
-import criteria as methods  # type: ignore[import-not-found]
-import hosts as each  # type: ignore[import-not-found]
-import imagenette as nette  # type: ignore[import-not-found]
-
-from mgd_timm.report import markdown
+import any_timm as sweep
+import cifar as grid
+import criteria as methods
+import hosts as each
+import imagenette as nette
+from report import markdown
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

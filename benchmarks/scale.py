@@ -26,15 +26,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import scale_check  # type: ignore[import-not-found]  # beside this script
-import scale_memory  # type: ignore[import-not-found]
-import scale_several  # type: ignore[import-not-found]
-from scale_counts import PHASES, Case, Counts, Op, as_values, count  # type: ignore[import-not-found]
+import scale_check
+import scale_memory
+import scale_several
+from report import machine
+from scale_counts import PHASES, Case, Counts, Op, as_values, count
 
-from mgd_timm.export import versions
-from mgd_timm.recipe import Heads
-from mgd_timm.report import machine
-from mgd_timm.store_format import Layout
+from mgd_timm.export.timm_folder import versions
+from mgd_timm.recipe.recipe import Heads
+from mgd_timm.teachers.outputs.layout import Layout
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 CHECKS = ("time", "memory", "several")
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(scale_several.summary(known()["several"]))
         return
     if args.markdown:
-        import scale_docs  # type: ignore[import-not-found]
+        import scale_docs
 
         scale_docs.write()
         return

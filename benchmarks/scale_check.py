@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scale_counts import Case, Counts, Op, Recorder, Step, count  # type: ignore[import-not-found]
-from scale_memory import CHECKED, errors, real  # type: ignore[import-not-found]
+from report import markdown
+from scale_counts import Case, Counts, Op, Recorder, Step, count
+from scale_memory import CHECKED, errors, real
 from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
-
-from mgd_timm.report import markdown
 
 CYCLE = ("vit_tiny_patch16_224", "resnet18", "mobilenetv2_100", "regnety_004")
 Rates = dict[str, tuple[float, float, float]]

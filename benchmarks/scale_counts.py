@@ -23,16 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mgd_timm.build import build_named, build_tap
+from mgd_timm.criteria.terms import build_objective, needs
 from mgd_timm.distiller import Distiller, Teacher
+from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
-from mgd_timm.folding import folded
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.optimizer_state import build_optimizer
-from mgd_timm.recipe import Recipe, make_recipe
-from mgd_timm.sharding import units
-from mgd_timm.teacher_view import TeacherView
-from mgd_timm.terms import build_objective, needs
+from mgd_timm.models.build import build_named, build_tap
+from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.recipe.recipe import Recipe, make_recipe
+from mgd_timm.training.optimizer_state import build_optimizer
 
 aten = torch.ops.aten
 _hooks = torch.autograd.graph.saved_tensors_hooks

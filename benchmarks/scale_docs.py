@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import scale  # type: ignore[import-not-found]  # beside this script
-import scale_check  # type: ignore[import-not-found]
-import scale_memory  # type: ignore[import-not-found]
-import scale_several  # type: ignore[import-not-found]
-from readme import about  # type: ignore[import-not-found]
-from scale_counts import Case  # type: ignore[import-not-found]
+import scale
+import scale_check
+import scale_memory
+import scale_several
+from readme import about
+from report import markdown
+from scale_counts import Case
 from tqdm import tqdm
 
-from mgd_timm.report import markdown
-from mgd_timm.store_format import Layout
+from mgd_timm.teachers.outputs.layout import Layout
 
 DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 SMALL = 1_281_167

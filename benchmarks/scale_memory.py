@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scale_counts import Case, Step, count  # type: ignore[import-not-found]  # beside this script
+from report import markdown
+from scale_counts import Case, Step, count
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from mgd_timm.allocator import keep_freed_memory
-from mgd_timm.report import markdown
+from mgd_timm.distributed.allocator import keep_freed_memory
 
 CHECKED = (
     ("resnet18", "vit_tiny_patch16_224", 224, 4),

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from scale_counts import Case, Step  # type: ignore[import-not-found]  # beside this script
-from scale_memory import CHECKED, allocated, real  # type: ignore[import-not-found]
+from report import markdown
+from scale_counts import Case, Step
+from scale_memory import CHECKED, allocated, real
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
-from mgd_timm.optimizer_state import build_optimizer
-from mgd_timm.report import markdown
-from mgd_timm.sharding import place
+from mgd_timm.distributed.sharding import place
+from mgd_timm.training.optimizer_state import build_optimizer
 
 PROCESSES, STEPS = 2, 3
 WAYS = tuple((fsdp, ema) for fsdp in (False, True) for ema in (False, True))

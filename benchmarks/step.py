@@ -32,24 +32,24 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from report import machine, markdown
 from torch import Tensor, nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.criteria import KD, CrossEntropy, Objective
-from mgd_timm.data import StoreSource
+from mgd_timm.data.dataset import StoreSource
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.export import versions
+from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
-from mgd_timm.fit import fit
-from mgd_timm.folding import folded
 from mgd_timm.granularity import MAS, GranularityHeads
-from mgd_timm.recipe import Data, Optim
-from mgd_timm.report import machine, markdown
-from mgd_timm.store_format import Layout
-from mgd_timm.stored_views import StoredViews
-from mgd_timm.teacher_store import TeacherStore
-from mgd_timm.upkeep import Upkeep
-from mgd_timm.wrapping import compile_mode
+from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.recipe.recipe import Data, Optim
+from mgd_timm.teachers.outputs.layout import Layout
+from mgd_timm.teachers.outputs.store import TeacherStore
+from mgd_timm.teachers.outputs.stored_source import StoredViews
+from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.loop import fit
+from mgd_timm.training.step import compile_mode
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 AGAINST = ("bare", "plain", "alone")

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from mgd_timm.api import distill, evaluate, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-    from mgd_timm.export import export_model
+    from mgd_timm.export.timm_folder import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, Granularity, GranularityHeads, HeadFitting
-    from mgd_timm.recipe import Data, Heads, Optim, Recipe
+    from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
 
 _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
-    "mgd_timm.export": ("export_model",),
+    "mgd_timm.export.timm_folder": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
-    "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
+    "mgd_timm.recipe.recipe": ("Data", "Heads", "Optim", "Recipe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

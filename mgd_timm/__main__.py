@@ -2,7 +2,7 @@
 
 import sys
 
-from mgd_timm.cli import main
+from mgd_timm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

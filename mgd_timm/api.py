@@ -11,17 +11,17 @@ from typing import Any
 from timm.models import get_model_input_config
 from torch import nn
 
-from mgd_timm.accelerator import build_accelerator
-from mgd_timm.build import check_channels, check_class_names, check_module, load_model, shown_by
-from mgd_timm.data import load_images
-from mgd_timm.data_options import OF_TRAINING
-from mgd_timm.evaluation import check_noise, evaluate_model, evaluate_noise
-from mgd_timm.optimizer_state import module_digest
-from mgd_timm.options import as_dict, unknown
-from mgd_timm.processes import local_main_first
-from mgd_timm.recipe import OF_DISTILLING, Data, Recipe, flatten, make_recipe
-from mgd_timm.run import run
-from mgd_timm.run_folder import read_recipe
+from mgd_timm.data.dataset import load_images
+from mgd_timm.distributed.collectives import local_main_first
+from mgd_timm.distributed.launch import build_accelerator
+from mgd_timm.models.build import check_channels, check_class_names, check_module, load_model, shown_by
+from mgd_timm.pipeline.run import run
+from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.recipe.data import OF_TRAINING
+from mgd_timm.recipe.options import as_dict, unknown
+from mgd_timm.recipe.recipe import OF_DISTILLING, Data, Recipe, flatten, make_recipe
+from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise
+from mgd_timm.training.optimizer_state import module_digest
 
 Model = str | PathLike[str] | nn.Module
 """As the command line names a model, its folder, or a module."""

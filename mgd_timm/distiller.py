@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Objective
+from mgd_timm.distributed.sharding import cut, units
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
-from mgd_timm.optimizer_state import module_digest
-from mgd_timm.several import SeveralTeachers
-from mgd_timm.sharding import cut, units
-from mgd_timm.teacher_view import TeacherView
+from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.objective import SeveralTeachers
+from mgd_timm.training.optimizer_state import module_digest
 
 AnyFeatures = Features | tuple[Features, ...]
 """Of a teacher, or of several."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from mgd_timm.maps import choose_maps, resolve_indices
+from mgd_timm.maps_tmp import choose_maps, resolve_indices
 
 
 class Batch(NamedTuple):

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgd_timm import cifar
-from mgd_timm.build import build_named
-from mgd_timm.cli import guarded
-from mgd_timm.data import Images
-from mgd_timm.methods import Connection
-from mgd_timm.parsing import given_options, run_parser
-from mgd_timm.processes import join
-from mgd_timm.recipe import Recipe, make_recipe
-from mgd_timm.terms import build_criterion, criterion_names, parse_terms
+from mgd_timm.cli.list_criteria import Connection
+from mgd_timm.cli.main import guarded
+from mgd_timm.cli.parser import given_options, run_parser
+from mgd_timm.criteria.terms import build_criterion, criterion_names, parse_terms
+from mgd_timm.data.dataset import Images
+from mgd_timm.distributed.collectives import join
+from mgd_timm.models.build import build_named
+from mgd_timm.pipeline import cifar_stages as cifar
+from mgd_timm.recipe.recipe import Recipe, make_recipe
 
 _WITHOUT = {
     "peer": "these are the paper's pairs of teacher and student; two students that teach each other: mgd-timm distill "

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mgd_timm.cli import guarded
-from mgd_timm.options import unknown
-from mgd_timm.parsing import given_options, run_parser
-from mgd_timm.processes import join
-from mgd_timm.recipe import Recipe, make_recipe
-from mgd_timm.run import run
-from mgd_timm.run_folder import read_recipe
+from mgd_timm.cli.main import guarded
+from mgd_timm.cli.parser import given_options, run_parser
+from mgd_timm.distributed.collectives import join
+from mgd_timm.pipeline.run import run
+from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.recipe import Recipe, make_recipe
 
 LARGEST = 256  # images per process and step, where a pair's batch leaves the choice
 COMMON: dict[str, Any] = {

@@ -26,11 +26,11 @@ from timm.models import get_model_input_config
 from torch import nn
 
 import mgd_timm
-from mgd_timm.build import channel_values, load_model, set_seed
-from mgd_timm.cli import guarded
-from mgd_timm.data import load_images
-from mgd_timm.processes import join, local_main_first
-from mgd_timm.recipe import make_recipe
+from mgd_timm.cli.main import guarded
+from mgd_timm.data.dataset import load_images
+from mgd_timm.distributed.collectives import join, local_main_first
+from mgd_timm.models.build import channel_values, load_model, set_seed
+from mgd_timm.recipe.recipe import make_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"batch_size": 64, "lr": 1.0, "hflip": 0.5},

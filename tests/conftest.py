@@ -13,13 +13,13 @@ import pytest
 
 _LONG = {
     "test_sharding",
-    "test_processes",
+    "test_collectives",
     "test_resume",
-    "test_fitting",
-    "test_cifar",
+    "test_pretraining",
+    "test_cifar_stages",
     "test_watchdog",
-    "test_cli",
-    "test_teacher_store",
+    "test_main",
+    "test_store",
 }
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 

@@ -17,10 +17,10 @@ from torch import nn
 
 import mgd_timm
 from mgd_timm.api import evaluate_named
-from mgd_timm.build import defaults_of, load_model
-from mgd_timm.data import Defaults, load_images
-from mgd_timm.recipe import Data, Recipe
-from mgd_timm.run_folder import read_recipe
+from mgd_timm.data.dataset import Defaults, load_images
+from mgd_timm.models.build import defaults_of, load_model
+from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.recipe.recipe import Data, Recipe
 
 SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
 

@@ -10,11 +10,11 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.mobilenetv5 import MobileNetV5Encoder
 from torch import Tensor, nn
 
-from mgd_timm.build import check_classifier
 from mgd_timm.features import FeatureTap, Shapes
-from mgd_timm.folding import folded
-from mgd_timm.maps import choose_maps
-from mgd_timm.teacher_view import TeacherView
+from mgd_timm.maps_tmp import choose_maps
+from mgd_timm.models.build import check_classifier
+from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.input_adapter import TeacherView
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:

@@ -1,6 +1,6 @@
 """The paper's networks for 32x32 images, registered in timm as cifar_* by importing this package."""
 
-from mgd_timm.models import (
+from mgd_timm.models.cifar import (
     cifar_mobilenetv2,
     cifar_resnet,
     cifar_resnet50,

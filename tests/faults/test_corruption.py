@@ -16,11 +16,11 @@ import torch
 from forked import Ranks
 from small import digest, write_pictures
 
-from mgd_timm.checkpoint import State, load, newest
-from mgd_timm.data import Images, StoreSource, load_images
-from mgd_timm.image_store import FILE
-from mgd_timm.locking import LOCK
-from mgd_timm.recipe import Data
+from mgd_timm.data.dataset import Images, StoreSource, load_images
+from mgd_timm.data.image_cache import FILE
+from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage.checkpoint import State, load, newest
+from mgd_timm.storage.lock import LOCK
 
 FLIPS, TRUNCATIONS, SEED = 200, 100, 5
 CACHE_FLIPS, CACHE_TRUNCATIONS = 12, 4  # of each file

@@ -24,7 +24,7 @@ import pytest
 from forked import Ranks
 from small import digest
 
-from mgd_timm.checkpoint import ASIDE, verify
+from mgd_timm.storage.checkpoint import ASIDE, verify
 
 ROOM = 40_000  # bytes that the limit on files leaves: half of the smallest tensors, more than the small files
 
@@ -44,7 +44,7 @@ def stored_flags(tiny_flags: Sequence[str], place: Path) -> list[str]:
 def full_at(number: int, room: int | None, filler: str, counted: str, *words: str) -> int:
     """The command line; at its write `number` there is no room any more, in files beyond `room` bytes where it is
     given."""
-    from mgd_timm.cli import main
+    from mgd_timm.cli.main import main
 
     sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # the log is a file as well: written by who has no limit
     assert sink.stdin is not None

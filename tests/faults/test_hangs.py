@@ -15,8 +15,8 @@ import pytest
 from forked import Ranks
 from small import command, digest, environment, write_pictures
 
-from mgd_timm.checkpoint import newest, verify
-from mgd_timm.watchdog import CODE
+from mgd_timm.distributed.watchdog import CODE
+from mgd_timm.storage.checkpoint import newest, verify
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:

@@ -17,8 +17,8 @@ import pytest
 from forked import Ranks
 from small import digest
 
-from mgd_timm.checkpoint import ASIDE
-from mgd_timm.watchdog import CODE
+from mgd_timm.distributed.watchdog import CODE
+from mgd_timm.storage.checkpoint import ASIDE
 
 KILLS, PER_RUN = 50, 5
 TASKS = {seed: 2 if seed % 5 in (2, 4) else 1 for seed in range(KILLS // PER_RUN)}

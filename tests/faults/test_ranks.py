@@ -14,8 +14,8 @@ import pytest
 from forked import Ranks
 from small import command, environment, write_pictures
 
-from mgd_timm.checkpoint import newest, verify
-from mgd_timm.watchdog import CODE
+from mgd_timm.distributed.watchdog import CODE
+from mgd_timm.storage.checkpoint import newest, verify
 
 
 def launched(words: list[str], processes: int, checkpoints: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:

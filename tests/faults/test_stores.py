@@ -16,12 +16,12 @@ from forked import Ranks
 from safetensors.torch import load_file, save_file
 from small import digest, holding
 
-from mgd_timm import locking
-from mgd_timm.data import load_images
+from mgd_timm.data.dataset import load_images
+from mgd_timm.distributed.collectives import leave
 from mgd_timm.features import Batch, Features
-from mgd_timm.processes import leave
-from mgd_timm.recipe import Data
-from mgd_timm.stored import StoredOutputs, store_outputs
+from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage import lock as locking
+from mgd_timm.teachers.outputs.memory import StoredOutputs, store_outputs
 
 VIEWS = 40  # a shard of 60 images each
 

@@ -1,0 +1,258 @@
+"""What the criteria are, from their own words: the table of `mgd-timm list criteria`, and docs/methods.md."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import get_model_input_config, get_pretrained_cfg
+from torch import nn
+
+from mgd_timm.criteria import CRITERIA, Criterion
+from mgd_timm.criteria.base import Need
+from mgd_timm.criteria.standardisation import Standardised
+from mgd_timm.criteria.terms import hyper_parameters
+from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.granularity import MAG, MAS
+from mgd_timm.models.build import build_named, build_tap, check_classifier, check_model_name, load_model
+
+
+def paragraphs(kind: type) -> list[str]:
+    """The paragraphs of a class's docstring; lists of arguments and errors keep their lines."""
+    blocks = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
+    return [block if block.startswith(("Args:", "Raises:")) else " ".join(block.split()) for block in blocks]
+
+
+def said(kind: type, word: str) -> str:
+    """What follows "WORD: " at the start of a paragraph; empty without one."""
+    return next((text.removeprefix(f"{word}: ") for text in paragraphs(kind) if text.startswith(f"{word}: ")), "")
+
+
+def paper(kind: type[Criterion]) -> str:
+    """Authors of a method's paper, with its number or where it appeared."""
+    reference = said(kind, "Reference")
+    authors, _, rest = reference.partition(' "')
+    names = [name for name in authors.rstrip(",").split(", ") if name]
+    place = re.search(r"arXiv[: ]\d{4}\.\d{4,5}", rest) or re.search(r"(?<=\" \()[^)]+", rest)
+    who = ", ".join(names) if len(names) < 3 else f"{names[0]} et al."
+    return f"{who} ({place[0]})" if place else who
+
+
+def traits(kind: type[Criterion]) -> list[str]:
+    """What a method needs beside the student's logits, in words."""
+    words = {"maps": "maps before their activation" if kind.preact else "maps", "cams": "class activation maps"}
+    found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
+    found += [f"the student's {part}" for part in sorted(kind.student_needs)]
+    found += {"teacher": ["fitting stage"], "student": ["fitting stage of the student"]}.get(kind.fits or "", [])
+    found += ["local batch"] if kind.relational else []
+    return [*found, "peer"] if kind.peers else found
+
+
+class Connection:
+    """Shapes of a teacher and a student as each criterion would see them.
+
+    Args:
+        teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size
+            sees images in that size, as in a run.
+        input_size: (channels, height, width) of the images.
+        maps: Word for the maps (maps.choose_maps).
+        num_samples: Training images, which size CRD's memory banks.
+
+    Raises:
+        ValueError: A network that cannot be tapped, a student without a classifier, or another word.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, input_size: tuple[int, int, int], maps: str, num_samples: int
+    ) -> None:
+        config = get_model_input_config(teacher)
+        theirs = tuple(config["input_size"]) if config["fixed_input_size"] else input_size
+        self.ends = ((student, input_size), (teacher, theirs))
+        self.maps, self.num_samples = maps, num_samples
+        check_classifier(student)
+        self._seen: dict[Any, FeatureTap] = {}
+        for model, size in self.ends:
+            self._tap(model, size, frozenset({"maps"}), preact=False)
+
+    def _tap(self, model: nn.Module, size: tuple[int, int, int], read: frozenset[Need], *, preact: bool) -> FeatureTap:
+        key = (model, "maps" in read, preact, "cams" in read)
+        if key not in self._seen:
+            self._seen[key] = build_tap(model, size, self.maps if key[1] else None, preact=preact, cam=key[3])
+        return self._seen[key]
+
+    def pair(self, name: str) -> Pair:
+        """What the criterion of that name would know.
+
+        Raises:
+            ValueError: A network that does not show what it reads.
+        """
+        kind = CRITERIA[name]
+        reads = (kind.needs | kind.student_needs, kind.needs)
+        taps = [self._tap(*end, read, preact=kind.preact) for end, read in zip(self.ends, reads, strict=True)]
+        show_as_many(self.maps, *taps)
+        student, teacher = (tap.shapes(size[1:]) for tap, (_, size) in zip(taps, self.ends, strict=True))
+        labels = torch.arange(self.num_samples) % student.num_classes
+        return Pair(student, teacher, self.num_samples, labels, taps[1].classifier)
+
+    def build(self, name: str) -> Criterion:
+        """The criterion for this pair.
+
+        Raises:
+            ValueError: Why there is none for this pair.
+        """
+        return CRITERIA[name](self.pair(name))
+
+
+def connect(
+    teacher: str,
+    student: str,
+    *,
+    maps: str,
+    num_samples: int,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    num_classes: int | None = None,
+) -> Connection:
+    """A teacher and a student by name, with random weights, or as a run or export left them.
+
+    What is not given is what trained networks say; else 100 classes, and the student's nominal image.
+
+    Raises:
+        ValueError: Unknown names, a number out of range, or trained networks of other classes.
+    """
+    least_of = {
+        "img_size": (img_size, 1),
+        "in_chans": (in_chans, 1),
+        "num_classes": (num_classes, 2),
+        "num_samples": (num_samples, 1),
+    }
+    for name, (value, least) in least_of.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more.")
+
+    def trained(name: str) -> nn.Module | None:
+        return load_model(name) if name == "embedded" or Path(name).exists() or ":" in name else None
+
+    def nominal(name: str, model: nn.Module | None) -> tuple[tuple[int, int, int], bool]:
+        if model is not None:
+            known = get_model_input_config(model)
+            return known["input_size"], known["fixed_input_size"]
+        check_model_name(name)
+        config = get_pretrained_cfg(name)
+        return (config.input_size, config.fixed_input_size) if config is not None else ((3, 224, 224), False)
+
+    ends = {name: trained(name) for name in (teacher, student)}
+    counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None} - {0}
+    if len(counts | ({num_classes} - {None})) > 1:
+        raise ValueError(
+            f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree."
+        )
+    classes = num_classes or next(iter(counts), 100)
+    (own, _), (theirs, fixed) = nominal(student, ends[student]), nominal(teacher, ends[teacher])
+    channels = in_chans or next(
+        (nominal(name, model)[0][0] for name, model in ends.items() if model is not None), own[0]
+    )
+    size = (channels, img_size or own[1], img_size or own[2])
+    built = [
+        model
+        if model is not None
+        else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
+        for name, model in ends.items()
+    ]
+    return Connection(built[0], built[-1], size, maps, num_samples)
+
+
+def table(connection: Connection) -> Iterator[str]:
+    """Lines of `mgd-timm list criteria`: one per criterion, its remark beneath it; then the reasons for what is
+    refused."""
+    width = max(map(len, CRITERIA))
+    needed = max(len(", ".join(traits(kind))) for kind in CRITERIA.values())
+    yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
+    reasons: dict[str, int] = {}
+    for name, kind in CRITERIA.items():
+        remark = None
+        try:
+            built = connection.build(name)
+            count, remark = f"{sum(p.numel() for p in built.parameters()):,}", built.remark()
+        except ValueError as error:
+            first, _, rest = str(error).partition(" ")
+            same = "".join(filter(str.isalnum, first)).lower() == name.replace("_", "")
+            count = f"refused [{reasons.setdefault(rest if same else str(error), len(reasons) + 1)}]"
+        needs = ", ".join(traits(kind))
+        yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {needs:{needed}}  {paper(kind)}".rstrip()
+        if remark is not None:
+            yield f"{'':{width}} {remark}"
+    for reason, number in reasons.items():
+        yield textwrap.fill(f"[{number}] {reason}", 128, subsequent_indent="    ")
+
+
+_HEAD = """# Methods
+
+Generated from the docstrings by `mgd-timm list criteria --markdown > docs/methods.md`; a test keeps it current.
+What each one needs for a pair of yours, and why one is refused: `mgd-timm list criteria --teacher NAME --student NAME`.
+
+Several at once, each with its weight, and a warm-up over which the weight rises from 0 (here 20 epochs); options by
+name:
+
+```
+mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 \\
+    --criterion-options crd.queue=65536 dkd.beta=2
+```
+
+Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer
+NAME`), with `none` and `mag`. The task's loss is always there (`--task-weight`); `mag` and `mas` add logit KD of
+weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Another
+weight that is not given is the one below. Only what is asked for warms up.
+
+"Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only.
+"Fitting stage": `--fitting-epochs` before the run, kept by a digest; of `ab` and `fsp`, which fit the student's
+backbone, nothing else is left in the run. Maps: `--maps stages | last | mid | all | N`; RepDistiller's pairing on
+`cifar_*` networks is `mid`, which `recipes/cifar.py` uses, while `stages` shows the stem's map too where it has a
+resolution of its own.
+
+| name | method | paper | weight | needs |
+|---|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The text of docs/methods.md."""
+    rows = "".join(
+        f"| [`{name}`](#{name}) | {paragraphs(kind)[0].split(':')[0]} | {paper(kind)} | "
+        f"{kind.weight:g} | {', '.join(traits(kind))} |\n"
+        for name, kind in CRITERIA.items()
+    )
+    parts = [_HEAD + rows]
+    parts += [f"## {name}\n\n{_section(kind)}" for name, kind in CRITERIA.items()]
+    parts.append(f"## Standardised logits: `--standardise-logits`\n\n{_section(Standardised)}")
+    parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
+    return "\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    """Markdown that shows a formula as it is: neither emphasis nor HTML."""
+    return re.sub(r"(?<!\w)_|_(?!\w)|\*", r"\\\g<0>", text).replace("<", "&lt;")
+
+
+def _section(kind: type) -> str:
+    shown = []
+    for text in map(_plain, paragraphs(kind)):
+        if not text.startswith(("Args:", "Raises:")):
+            word = re.match(r"(Reference|Weight|Differs): ", text)
+            shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
+    if issubclass(kind, Criterion) and hyper_parameters(kind):
+        shown.append("Options:\n\n" + "\n".join(_options(kind)))
+    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in shown) + "\n"
+
+
+def _options(kind: type[Criterion]) -> Iterator[str]:
+    """A line per hyper-parameter: its name, default and words."""
+    words: dict[str, str] = {}
+    block = next((text for text in paragraphs(kind) if text.startswith("Args:")), "")
+    for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", block, re.MULTILINE):
+        words |= {name.strip(): " ".join(about.split()) for name in names.split(",")}
+    for name, parameter in hyper_parameters(kind).items():
+        yield f"- `{name}` ({parameter.default}): {_plain(words.get(name, ''))}"

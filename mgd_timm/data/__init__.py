@@ -1,0 +1,1 @@
+"""Files and data sets as batches: readers, decoding, sources, transforms, order."""

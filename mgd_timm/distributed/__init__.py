@@ -1,0 +1,1 @@
+"""Several processes: launch, collectives, sharding, BatchNorm statistics."""

@@ -1,0 +1,1 @@
+"""What leaves a run: a folder that timm.create_model loads."""

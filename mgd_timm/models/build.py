@@ -1,0 +1,446 @@
+"""Networks from a recipe, with every check that bad input deserves before the first update."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
+from torch import Tensor, nn
+
+import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
+from mgd_timm.data.dataset import EMBEDDED, Defaults, Images
+from mgd_timm.features import FeatureTap
+from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.recipe.options import as_dict, unknown
+from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.training.optimizer_state import module_digest
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError with the nearest names unless timm knows the architecture, and the tag where there is one."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        place = name.removeprefix("local-dir:").removeprefix("hf-hub:")
+        if name == "embedded" or place != name or Path(place).exists():
+            raise ValueError(
+                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student starts "
+                f"from "
+                "weights of its own by --student-checkpoint FILE.safetensors."
+            )
+        if "/" in name:
+            raise ValueError(f"unknown model {name!r}: there is no such folder, and timm has no such name.")
+        raise unknown("model", name, timm.list_models())
+    if tag and name not in get_arch_pretrained_cfgs(architecture):
+        known = [found for found in timm.list_pretrained(f"{architecture}*") if found.split(".")[0] == architecture]
+        if known:
+            raise unknown("pretrained weights", name, known)
+        raise ValueError(
+            f"unknown pretrained weights {name!r}: none are published; the architecture alone is {architecture!r}."
+        )
+
+
+def load_weights(model: nn.Module, name: str, path: str) -> None:
+    """Load a safetensors file strictly.
+
+    Raises:
+        ValueError: The file is not readable, or its keys or shapes differ; the first ones are named.
+    """
+    try:
+        state = load_file(path)
+    except Exception as error:  # safetensors and the file system raise several kinds
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
+    load_state(model, name, path, state)
+
+
+def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str, Tensor]) -> None:
+    """Load weights strictly; only BatchNorm's counters of batches may be missing, which old files lack and nothing here
+    reads.
+
+    Raises:
+        ValueError: Other names, shapes or kinds of numbers than the model's; the first ones are given.
+    """
+    expected = model.state_dict()
+    state = {**{key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}, **state}
+    lacking, foreign = (
+        [key for key in one if key not in other] for one, other in ((expected, state), (state, expected))
+    )
+    both = [key for key in expected if key in state]
+    unlike = [key for key in both if expected[key].shape != state[key].shape]
+    kinds = [key for key in both if expected[key].is_floating_point() != state[key].is_floating_point()]
+    if lacking or foreign or unlike or kinds:
+        shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in unlike[:3]]
+        types = [f"{key} {state[key].dtype} instead of {expected[key].dtype}" for key in kinds[:3]]
+        parts = {"missing": lacking[:3], "foreign": foreign[:3], "of another shape": shapes, "of another type": types}
+        said = ", ".join(f"{word} {values}" for word, values in parts.items() if values)
+        raise ValueError(
+            f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the "
+            f"architecture "
+            "that the file was written from."
+        )
+    model.load_state_dict(state)
+
+
+def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
+    """A teacher with its weights, its classifier as trained: timm is never asked for another number of classes.
+
+    Args:
+        recipe: Of the run.
+        spec: Which of the recipe's teachers; by default the first.
+
+    Raises:
+        ValueError: Unknown name, no weights, or a checkpoint that lacks the classifier.
+    """
+    spec = spec or (recipe.teacher or ("",))[0]
+    place = _weights_folder(spec)
+    if place is not None or spec.startswith("hf-hub:"):
+        check_no_checkpoint(recipe, spec)
+    if place is not None:
+        return _load_folder(place)
+    if spec.startswith("hf-hub:"):
+        return _create_pretrained(spec)
+    check_model_name(spec)
+    if recipe.teacher_checkpoint is None:
+        if not timm.is_model_pretrained(spec):
+            raise ValueError(
+                f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
+                f"local-dir:PATH or a run "
+                "folder; mgd-timm train makes one."
+            )
+        return _create_pretrained(spec)
+    config = get_pretrained_cfg(spec)
+    key = config.classifier if config is not None else None
+    key = key[0] if isinstance(key, tuple | list) else key
+    try:
+        weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
+    except Exception as error:
+        raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
+    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == ("none",)):
+        model = timm.create_model(spec, num_classes=0, in_chans=recipe.data.in_chans)
+        load_weights(model, spec, recipe.teacher_checkpoint)
+        return model
+    if weight is None:
+        raise ValueError(
+            f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
+            f"noise. "
+            "Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have one, or let "
+            "it teach "
+            "without logits (--teacher-classes none)."
+        )
+    model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
+    load_weights(model, spec, recipe.teacher_checkpoint)
+    return model
+
+
+def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
+    """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
+    if recipe.teacher_checkpoint is not None:
+        raise ValueError(
+            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one "
+            f"out, or "
+            "name its architecture beside the file."
+        )
+
+
+def _weights_folder(spec: str) -> Path | None:
+    if spec == "embedded":
+        return EMBEDDED / "teacher"
+    path = Path(spec.removeprefix("local-dir:"))
+    for folder in (path / "export", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if (path / "recipe.yaml").is_file():
+        raise ValueError(f"{path} is a run that has not finished: it holds no export yet. Continue it with --resume.")
+    if spec.startswith("local-dir:") or path.is_dir():
+        raise ValueError(f"{path}: no export in it (config.json and model.safetensors); mgd-timm export writes one.")
+    return None
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """A model from a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(
+            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another "
+            f"file."
+        )
+    _check_config(folder / "config.json")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception as error:  # an architecture may raise anything at arguments from outside
+        raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
+    load_weights(model, str(getattr(model, "pretrained_cfg", {}).get("architecture")), str(weights))
+    return model
+
+
+# Arguments of timm's factory, not of an architecture: they name files, or wrap the model.
+_FACTORY = {
+    "features_only",
+    "feature_cfg",
+    "checkpoint_path",
+    "cache_dir",
+    "kwargs_filter",
+    "scriptable",
+    "exportable",
+    "no_jit",
+}
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a config.json that is not one, or whose model_args reach past the architecture: it may come from
+    anywhere."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}): write it anew with mgd-timm export.") from error
+    kinds = {"architecture": str, "pretrained_cfg": dict, "model_args": dict}
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(
+            f"{path}: expected an object with the name of an 'architecture': write it anew with mgd-timm export."
+        )
+    for key, kind in kinds.items():
+        if key in config and not isinstance(config[key], kind):
+            expected = "a name" if kind is str else "an object"
+            raise ValueError(
+                f"{path}: {key!r} is {config[key]!r}, expected {expected}: write it anew with mgd-timm export."
+            )
+    for key in config.get("model_args", {}):
+        if key in _FACTORY or key.startswith("pretrained"):
+            raise ValueError(f"{path}: model_args has {key!r}, which is no argument of an architecture: remove it.")
+
+
+def load_model(spec: str) -> nn.Module:
+    """A model with weights: a run folder, an exported folder, 'embedded', hf-hub:ID or a timm name with published
+    weights.
+
+    Raises:
+        ValueError: No such model, or no weights.
+    """
+    return build_teacher(Recipe(teacher=(spec,)))
+
+
+def _create_pretrained(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        raise ValueError(
+            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH or "
+            f"a file."
+        ) from error
+
+
+def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
+    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal
+    size."""
+    config: Mapping[str, Any] = {}
+    if student is not None:
+        config = getattr(student, "pretrained_cfg", {})
+    else:
+        check_model_name(recipe.student)
+        found = get_pretrained_cfg(recipe.student)
+        config = found.to_dict() if found is not None else {}
+    weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
+    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
+    fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
+    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
+
+
+def shown_by(config: Mapping[str, Any]) -> Defaults:
+    """How a pretrained_cfg says that images are shown to the model."""
+    return Defaults(
+        mean=channel_values(config, "mean"),
+        std=channel_values(config, "std"),
+        img_size=int((config.get("input_size") or (3, 224, 224))[-1]),
+        interpolation=str(config.get("interpolation") or "bicubic"),
+        crop_pct=float(config.get("crop_pct") or 0.875),
+    )
+
+
+def channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    """Mean or std of a pretrained_cfg, which may come from outside; None where it is no list of numbers."""
+    values = config.get(name)
+    if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
+        return None
+    return tuple(float(v) for v in values)
+
+
+def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, **options: Any) -> nn.Module:
+    """A timm model for an image size and a number of classes.
+
+    Raises:
+        ValueError: Unknown name, or an argument that the architecture does not take.
+    """
+    check_model_name(name)
+    inputs = {"in_chans": input_size[0], "img_size": input_size[1:]}
+    try:
+        return timm.create_model(**resolve_model_input_args(name, inputs, num_classes=num_classes, **options))
+    except Exception as error:
+        weights = " from its pretrained weights" if options.get("pretrained") else ""
+        raise ValueError(
+            f"{name!r} cannot be built for {input_size} images and {num_classes} classes{weights}: {error}"
+        ) from error
+
+
+def build_student(recipe: Recipe, images: Images) -> nn.Module:
+    """The student for the data's classes and image size, from the seed or from given weights.
+
+    Raises:
+        ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that
+            does not fit.
+    """
+    options: dict[str, Any] = {"pretrained": recipe.student_pretrained}
+    if recipe.drop:
+        options["drop_rate"] = recipe.drop
+    if recipe.drop_path is not None:
+        options["drop_path_rate"] = recipe.drop_path
+    model = build_named(recipe.student, images.input_size, images.num_classes, **options)
+    check_classifier(model)
+    if recipe.student_checkpoint is not None:
+        load_weights(model, recipe.student, recipe.student_checkpoint)
+    return model
+
+
+def check_classifier(student: nn.Module) -> None:
+    """Raise ValueError for a model that is to be trained and has no classifier: its export could not be loaded back."""
+    if not getattr(student, "num_classes", 0):
+        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
+        raise ValueError(
+            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
+            f"timm's "
+            "encoders (*_enc) take none: choose an architecture that does."
+        )
+
+
+def check_module(module: nn.Module, role: str) -> None:
+    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
+    if not hasattr(module, "num_classes"):
+        raise ValueError(
+            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
+            f"built."
+        )
+    for name, weight in module.named_parameters():
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True."
+            )
+
+
+def check_channels(model: nn.Module, role: str, images: Images) -> None:
+    """Raise ValueError unless a model takes the images' channels."""
+    channels, given = get_model_input_config(model)["input_size"][0], images.input_size[0]
+    if channels != given:
+        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
+        raise ValueError(f"the {role} takes {channels} channels, the images have {given}: {way_out}")
+
+
+def check_student(student: nn.Module, images: Images) -> None:
+    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be
+    trained."""
+    check_classifier(student)
+    check_channels(student, "student", images)
+    count = getattr(student, "num_classes", 0)
+    if count != images.num_classes:
+        raise ValueError(f"the model has {count} classes, the data {images.num_classes}: build it with as many.")
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
+
+
+def check_class_names(model: nn.Module, role: str, images: Images) -> None:
+    """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same
+    order."""
+    conflict = class_conflict(model, role, images)
+    if conflict is not None:
+        raise ValueError(
+            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
+            f"it was "
+            "trained on; a teacher's are put in the data's order by --teacher-classes auto."
+        )
+
+
+def class_conflict(model: nn.Module, role: str, images: Images) -> str | None:
+    """In which class the names of the weights and of the data differ; None where they do not, or one of both has no
+    names."""
+    names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
+    numbers = [str(i) for i in range(images.num_classes)]
+    if not isinstance(names, list | tuple) or numbers in (list(names), list(images.class_names)):
+        return None
+    if len(names) != images.num_classes:
+        return f"the {role} names {len(names)} classes, the data {images.num_classes}"
+    for index, (known, given) in enumerate(zip(names, images.class_names, strict=True)):
+        if known != given:
+            return f"class {index} is {known!r} to the {role} and {given!r} in the data"
+    return None
+
+
+def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) -> TeacherView:
+    """The student's images in the teacher's normalisation, resized to `side` pixels or to what the teacher is fixed
+    to."""
+    config = getattr(teacher, "pretrained_cfg", {}) or {}
+    mean, std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
+    if len(mean) != len(images.mean) or len(std) != len(images.std):
+        mean, std = images.mean, images.std
+    inputs = get_model_input_config(teacher)
+    fixed = tuple(inputs["input_size"][1:]) if inputs["fixed_input_size"] else None
+    size = fixed or ((side, side) if side is not None else images.input_size[1:])
+    return TeacherView(
+        images.mean, images.std, mean, std, (size[0], size[1]) if size != images.input_size[1:] else None
+    )
+
+
+def build_tap(
+    model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
+) -> FeatureTap:
+    """The features of a model that a recipe's word for maps stands for (maps.choose_maps); None for none.
+
+    Raises:
+        ValueError: As FeatureTap and maps.choose_maps.
+    """
+    return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
+
+
+def lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
+
+    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process
+    (BasicBlock).
+    """
+    safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
+    if recipe.channels_last if recipe.channels_last is not None else safe:
+        module.to(memory_format=torch.channels_last)
+
+
+def set_seed(*key: int) -> None:
+    """Seed torch for what is drawn next (initial weights)."""
+    from mgd_timm.data.sampler import mix
+
+    torch.manual_seed(mix(*key))
+
+
+def identity(
+    recipe: Recipe,
+    images: Images,
+    accelerator: Accelerator,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    peer: nn.Module | None = None,
+) -> dict[str, Any]:
+    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and
+    precision.
+
+    Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them.
+    """
+    return {
+        **as_dict(recipe, digest_only=True),
+        "images": images.train.digest,
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "student_sha256": module_digest(student),
+        "teacher_sha256": [module_digest(teacher) for teacher in teachers],
+        "peer_sha256": module_digest(peer) if peer is not None else None,
+        "precision": str(accelerator.mixed_precision),
+    }

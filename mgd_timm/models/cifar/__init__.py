@@ -1,0 +1,1 @@
+"""The networks of the paper for 32x32 images."""

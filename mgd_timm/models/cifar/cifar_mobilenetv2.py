@@ -1,0 +1,118 @@
+"""CIFAR MobileNetV2 of half width (Sandler et al., arXiv 1801.04381), as a timm model.
+
+Differs: ReLU instead of ReLU6, one stride fewer than the paper (total stride 16) and 1280 channels before the
+classifier at any width, as in RepDistiller, whose checkpoints have the same keys but for the classifier (`classifier.0`
+there).
+"""
+
+from typing import Any, Literal
+
+from timm.models import register_model
+from timm.models._registry import generate_default_cfgs
+from torch import Tensor, nn
+
+from mgd_timm.models.cifar.base import CifarNet, conv_bn, create, default_cfg
+
+__all__ = ["CifarMobileNetV2"]
+
+# The paper's table 2: channels at full width, blocks, stride of the first. The third stride is 1 here.
+_GROUPS = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise and a linear 1x1 projection, and the input where nothing changes its shape."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        middle = in_chs * expansion
+        self.conv = nn.Sequential(
+            *conv_bn(in_chs, middle, 1),
+            nn.ReLU(inplace=True),
+            *conv_bn(middle, middle, 3, stride, groups=middle),
+            nn.ReLU(inplace=True),
+            *conv_bn(middle, out_chs, 1),
+        )
+        self.same = stride == 1 and in_chs == out_chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.same else self.conv(x)
+
+
+class CifarMobileNetV2(CifarNet):
+    """MobileNetV2 for small images: stride 2 in the stem, total stride 16.
+
+    The maps are those of the stem and of groups 2, 3, 5 and 7 (counted from 1), linear but for the stem's. `preact` is
+    ignored: the groups have no last activation to take back, and the stem's map stays as it is too.
+
+    Args:
+        width: Factor of the paper's channels.
+        expansion: Factor of a block's channels within it, t; 1 in the first group.
+        num_classes: 0 for no classifier.
+        in_chans: Channels of the image.
+        global_pool: "avg", or "" for an unpooled head without a classifier.
+        drop_rate: Dropout before the classifier, in [0, 1).
+    """
+
+    classifier_name = "classifier"
+    stages = (("blocks.0", "blocks.1"), ("blocks.2",), ("blocks.3", "blocks.4"), ("blocks.5", "blocks.6"))
+    shown = ("conv1.2", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
+    tail = ("conv2",)
+    feature_cfg = {"flatten_sequential": True}
+
+    def __init__(
+        self,
+        width: float = 0.5,
+        expansion: int = 6,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: Literal["avg", ""] = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        stem = channels = int(32 * width)
+        self.conv1 = nn.Sequential(*conv_bn(in_chans, channels, 3, 2), nn.ReLU(inplace=True))
+        groups: list[nn.Sequential] = []
+        widths: list[int] = []
+        for index, (full, count, stride) in enumerate(_GROUPS):
+            blocks = []
+            for block in range(count):
+                blocks.append(
+                    InvertedResidual(channels, int(full * width), 1 if block else stride, expansion if index else 1)
+                )
+                channels = int(full * width)
+            groups.append(nn.Sequential(*blocks))
+            widths.append(channels)
+        self.blocks = nn.Sequential(*groups)
+        self.conv2 = nn.Sequential(*conv_bn(channels, 1280, 1), nn.ReLU(inplace=True))
+        self._complete((stem, widths[1], widths[2], widths[4], widths[6]), (2, 2, 4, 8, 16), width=1280)
+        self._init_convs()
+
+    def _init_classifier(self, linear: nn.Linear) -> None:
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups, for layer-wise learning rates."""
+        blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
+        return {"stem": r"^conv1", "blocks": [(blocks, None), (r"^conv2", (99999,))]}
+
+    def _stem(self, x: Tensor, preact: bool) -> tuple[Any, Tensor]:  # noqa: ARG002
+        x = self.conv1(x)
+        return x, x
+
+    def _stage(self, index: int, x: Any, preact: bool) -> tuple[Any, Tensor]:  # noqa: ARG002
+        return super()._stage(index, x, preact=False)
+
+    def _tail(self, x: Any) -> Tensor:
+        return self.conv2(x)
+
+
+default_cfgs = generate_default_cfgs(
+    {"cifar_mobilenetv2": default_cfg(2, first_conv="conv1.0", classifier="classifier")}
+)
+
+
+@register_model
+def cifar_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileNetV2 of half width, expansion 6."""
+    return create(CifarMobileNetV2, "cifar_mobilenetv2", pretrained, **kwargs)

@@ -1,0 +1,1 @@
+"""Make a teacher ready: load, adapt, fit heads and classifiers, store outputs."""

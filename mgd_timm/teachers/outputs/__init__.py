@@ -1,0 +1,1 @@
+"""Stored teacher outputs: layout on disk, writing, reading."""

@@ -1,0 +1,177 @@
+"""An optimizer with its schedule from a recipe, and its state by parameter name: tensors for safetensors, the rest for
+JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from mgd_timm.distributed.sharding import part_of
+from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.recipe import Optim
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+
+
+def check_names(optim: Optim) -> None:
+    """Raise ValueError with the nearest names unless timm has the optimizer, and the scheduler goes by updates."""
+    known = [str(name) for name in list_optimizers()]
+    if optim.opt.lower() not in known:
+        raise unknown("optimizer", optim.opt, known)
+    if optim.sched not in SCHEDULES:
+        raise unknown("scheduler", optim.sched, SCHEDULES)
+
+
+def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) -> Optimizer:
+    """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
+
+    Args:
+        module: Whose parameters.
+        optim: Name and numbers.
+        scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's
+            fused SGD takes memory that nothing was written to as its momentum.
+
+    Raises:
+        ValueError: No optimizer of that name.
+    """
+    check_names(optim)
+    kind = get_optimizer_info(optim.opt.lower()).opt_class
+    devices = {parameter.device.type for parameter in module.parameters()}
+    known = not scaled and kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
+    fused: dict[str, Any] = {"fused": True} if known else {}
+    if known and kind is torch.optim.SGD and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        fused = {"foreach": True}  # torch has no fused SGD for parameters that are cut up between processes
+    return create_optimizer_v2(
+        module,
+        opt=optim.opt,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=optim.filter_bias_and_bn,
+        **fused,
+    )
+
+
+def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:
+    """timm's scheduler of that name, a pure function of the number of updates done.
+
+    Raises:
+        ValueError: No scheduler of that name that goes by updates.
+    """
+    check_names(optim)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.sched,
+        num_epochs=optim.epochs,
+        decay_epochs=optim.decay_epochs if optim.sched == "step" else None,
+        decay_milestones=list(optim.decay_milestones),
+        decay_rate=optim.decay_rate,
+        min_lr=optim.min_lr,
+        warmup_lr=optim.warmup_lr,
+        warmup_epochs=optim.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    assert schedule is not None
+    return schedule
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Names of the optimizer's parameters in the order of its state's indices."""
+    by_id = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State tensors by name, and JSON values with a reference where each tensor stands.
+
+    Raises:
+        ValueError: The optimizer keeps something that is neither a tensor nor a plain value.
+    """
+    state, names = optimizer.state_dict(), _names(optimizer, module)
+    tensors: dict[str, Tensor] = {}
+    by_name = {names[index]: entries for index, entries in state["state"].items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    try:
+        values = {"state": _pack(by_name, "", tensors), "groups": _pack(groups, "group", tensors), "names": names}
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} keeps {error}, which a checkpoint cannot hold: choose another "
+            f"optimizer."
+        ) from None
+    return tensors, values
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]
+) -> None:
+    """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
+    names = _names(optimizer, module)
+    assert names == values["names"], "an optimizer of another module"
+    own = dict(module.named_parameters())
+    state = {
+        names.index(name): {key: part_of(v, own[name]) if isinstance(v, Tensor) else v for key, v in entries.items()}
+        for name, entries in _unpack(values["state"], tensors).items()
+    }
+    groups = _unpack(values["groups"], tensors)
+    for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
+        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under
+        # FSDP.
+        group |= {key: now[key] for key in ("params", "fused", "foreach") if key in now}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            # A fused optimizer goes through memory, not through indices: channels-last weights need channels-last
+            # momentum.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree with its tensors taken out into `tensors`, and what JSON does not have marked."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple | list):
+        items = [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    raise TypeError(f"a {type(value).__name__} at {path}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *_ = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dtype":
+        return getattr(torch, inner)
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in inner)
+    return {key: _unpack(item, tensors) for key, item in inner}
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over a module's state: names, shapes, types and bytes."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

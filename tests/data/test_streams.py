@@ -1,0 +1,146 @@
+"""Streams: an order of (seed, epoch), the folder's images and labels, the same for any readers and from any update
+on."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from small import write_pictures
+from test_tars import class_folders, files, shards
+
+from mgd_timm.data.dataset import DataError, Images, load_images
+from mgd_timm.data.readers.streams import StreamSource, open_streams, shuffled
+from mgd_timm.recipe.recipe import Data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 24, 100)
+
+
+@pytest.fixture(scope="module")
+def parquets(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in four training files and one to test on."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("parquets")
+    for split, count in (("train", 4), ("test", 1)):
+        rows = [
+            {"image": {"bytes": p.read_bytes(), "path": p.name}, "label": "abc".index(p.parent.name)}
+            for p in files(pictures / split)
+        ]
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
+        table = datasets.Dataset.from_list(rows, features=features)
+        for shard in range(count):
+            table.shard(count, shard).to_parquet(folder / f"{split}-{shard:05d}-of-{count:05d}.parquet")
+    return folder
+
+
+def stream(place: Path, seed: int = 1, **options: object) -> Images:
+    values = {"workers": 0, "img_size": 32, "shuffle_buffer": 10, **options}
+    return load_images(Data(data_dir=str(place), streaming=True, **values), seed, say=lambda _: None)  # type: ignore[arg-type]
+
+
+def batches(images: Images, slots: list[torch.Tensor], epoch: int = 1) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(batch) for batch in images.train.batches(slots, epoch, CPU)]
+
+
+def equal(one: list[tuple[torch.Tensor, ...]], two: list[tuple[torch.Tensor, ...]]) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_stream_has_the_folders_images_and_labels(pictures: Path, parquets: Path, tmp_path: Path) -> None:
+    plain = load_images(Data(data_dir=str(pictures), workers=0, img_size=32), 1, say=lambda _: None)
+    assert plain.test is not None
+    expected = next(iter(plain.test.batches([plain.test.ids], 0, CPU)))
+    shards(pictures, tmp_path)
+    numbers = {"num_samples": 24, "num_classes": 3, "target_key": "cls"}
+    for place, options, names in (
+        (pictures, {"num_samples": 24}, "abc"),
+        (parquets, {"num_samples": 24}, "abc"),
+        (tmp_path, numbers, "012"),
+    ):
+        found = stream(place, **options)
+        assert isinstance(found.train, StreamSource)
+        assert (found.class_names, found.num_samples) == (tuple(names), 24)
+        assert found.test is not None
+        assert torch.equal(found.test.labels, expected.labels)
+        parts = list(found.test.batches(list(found.test.ids[1::2].split(2)), 0, CPU))  # what a second process evaluates
+        assert torch.equal(torch.cat([part.images for part in parts]), expected.images[1::2])
+        seen = torch.cat([labels for _, labels, _ in batches(found, [found.train.ids])])
+        assert seen.bincount().tolist() == [8, 8, 8]
+
+
+def test_an_epochs_order_is_shards_and_a_buffer_by_seed_and_epoch(parquets: Path) -> None:
+    rows = open_streams(str(parquets), None)["train"]
+
+    def order(seed: int, epoch: int, buffer: int) -> list[int]:
+        return [hash(row["image"].tobytes()) for row in shuffled(rows, seed, epoch, buffer)]
+
+    every = [hash(row["image"].tobytes()) for row in rows]
+    orders = [order(0, 0, 5), order(0, 1, 5), order(1, 0, 5)]
+    for found in orders:
+        assert sorted(found) == sorted(every)
+        assert found != every
+    assert orders[0] not in orders[1:]
+    assert order(0, 0, 5) == orders[0]
+    blocks = [every[i : i + 6] for i in range(0, 24, 6)]
+    assert order(0, 0, 1) in [list(itertools.chain(*some)) for some in itertools.permutations(blocks)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_for_any_readers_processes_and_start(workers: int, parquets: Path) -> None:
+    images = stream(parquets, num_samples=22)
+    order = images.train.order(1, 1)  # type: ignore[attr-defined]
+    assert order.tolist() == list(range(22))
+    slots = list(order.split(4))
+    torch.manual_seed(workers)
+    before = torch.get_rng_state()
+    whole = batches(images, slots)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not equal(whole, batches(images, slots, epoch=2))
+    other = stream(parquets, num_samples=22, workers=workers)
+    assert equal(batches(other, slots), whole)
+    assert equal(batches(other, slots[1::2]), whole[1::2])  # the second process
+    assert equal(batches(other, slots[3:]), whole[3:])  # after a resume
+
+
+def test_what_a_stream_does_not_say_is_asked_for(pictures: Path, parquets: Path, tmp_path: Path) -> None:
+    shards(pictures, tmp_path)
+    with pytest.raises(DataError, match="does not say how many classes there are: give --num-classes"):
+        stream(tmp_path, target_key="cls", num_samples=24)
+    with pytest.raises(DataError, match="does not say how many images it has: give --num-samples"):
+        stream(tmp_path, target_key="cls", num_classes=3)
+    with pytest.raises(DataError, match="unknown split 'trian': did you mean train"):
+        stream(parquets, train_split="trian", num_samples=24)
+    with pytest.raises(DataError, match=r"nowhere: cannot be streamed"):
+        stream(tmp_path / "nowhere", num_samples=24)
+    images = stream(parquets, num_samples=30)
+    with pytest.raises(DataError, match=r"ended before image 24 of 30 \(24 were read\): give its true number"):
+        batches(images, [images.train.ids])
+    narrow = stream(tmp_path, target_key="cls", num_samples=24, num_classes=3)
+    narrow.train.stream.__dict__["class_names"] = ("0", "1")  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="has the label 2: expected 0 to 1"):
+        batches(narrow, [narrow.train.ids])
+
+
+def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "copy")
+    path = files(tmp_path / "copy" / "train")[3]
+    path.write_bytes(path.read_bytes()[:500])
+    images = stream(tmp_path / "copy", workers=1, num_samples=24)
+    # without --max-bad
+    said = r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"
+    with pytest.raises(DataError, match=said):
+        batches(images, [images.train.ids])
+
+
+def test_class_folders_in_a_streamed_tar_are_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+    class_folders(pictures, tmp_path)
+    with pytest.raises(DataError, match=r"their folders are not seen in a stream: leave --streaming out"):
+        stream(tmp_path, num_samples=24)

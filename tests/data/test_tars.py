@@ -1,0 +1,207 @@
+"""Tar files hold the same images and labels as the folder that they were made of, and say what is wrong with them."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small import write_pictures
+
+from mgd_timm.data.dataset import DataError, FileSource, Images, cache_folder, load_images
+from mgd_timm.data.readers import tars
+from mgd_timm.features import Batch
+from mgd_timm.recipe.recipe import Data
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PNGs in three classes, some of them as JPEG."""
+    folder = write_pictures(tmp_path_factory.mktemp("pictures"), 12, 100)
+    for path in sorted(folder.rglob("*.png"))[::2]:
+        Image.open(path).save(path.with_suffix(".JPEG"))
+        path.unlink()
+    return folder
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def class_folders(source: Path, target: Path) -> None:
+    for split in ("train", "test"):
+        with tarfile.open(target / f"{split}.tar", "w") as tar:
+            for path in reversed(files(source / split)):  # any order
+                tar.add(path, arcname=str(path.relative_to(source)))
+
+
+def class_tars(source: Path, target: Path) -> None:
+    for split in ("train", "test"):
+        (target / split).mkdir()
+        for folder in sorted((source / split).iterdir()):
+            with tarfile.open(target / split / f"{folder.name}.tar", "w") as tar:
+                for path in files(folder):
+                    tar.add(path, arcname=path.name)
+
+
+def tars_in_a_tar(source: Path, target: Path) -> None:
+    inner = target / "inner"
+    inner.mkdir()
+    class_tars(source, inner)
+    for split in ("train", "test"):
+        with tarfile.open(target / f"ILSVRC2012_img_{split}.tar", "w") as tar:
+            for path in files(inner / split):
+                tar.add(path, arcname=path.name)
+    shutil.rmtree(inner)
+
+
+def shards(source: Path, target: Path, kind: str = "cls") -> None:
+    for split in ("train", "test"):
+        every = files(source / split)
+        for shard in range(2):
+            with tarfile.open(target / f"pictures-{split}-{shard:04d}.tar", "w") as tar:
+                for number, path in list(enumerate(every))[shard * len(every) // 2 : (shard + 1) * len(every) // 2]:
+                    label = "abc".index(path.parent.name)
+                    text = {
+                        "cls": str(label),
+                        "json": json.dumps({"label": label, "x": [1]}, indent=1),
+                        "txt": path.parent.name,
+                    }
+                    add(tar, f"{number:05d}{path.suffix}", path.read_bytes())
+                    add(tar, f"{number:05d}.{kind}", text[kind].encode())
+
+
+def read(place: Path, **data: object) -> Images:
+    return load_images(Data(data_dir=str(place), workers=0, img_size=32, **data), 1, say=lambda _: None)  # type: ignore[arg-type]
+
+
+def shown(images: Images) -> list[Batch]:
+    assert images.test is not None
+    return [batch for part in (images.train, images.test) for batch in part.batches([part.ids], 2, torch.device("cpu"))]
+
+
+def same(one: Images, two: Images) -> None:
+    for a, b in zip(shown(one), shown(two), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("made", [class_folders, class_tars, tars_in_a_tar])
+def test_tars_of_classes_are_the_folder(made, pictures: Path, tmp_path: Path) -> None:
+    made(pictures, tmp_path)
+    found = read(tmp_path)
+    assert found.class_names == ("a", "b", "c")
+    same(found, read(pictures))
+
+
+@pytest.mark.parametrize(("kind", "names"), [("cls", "012"), ("json", "012"), ("txt", "abc")])
+def test_webdataset_shards_are_the_folder(kind: str, names: str, pictures: Path, tmp_path: Path) -> None:
+    shards(pictures, tmp_path, kind)
+    found = read(tmp_path)
+    assert found.class_names == tuple(names)
+    same(found, read(pictures))
+
+
+def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Path, tmp_path: Path) -> None:
+    shards(pictures, tmp_path, "cls")
+    for path in tmp_path.glob("*test*.tar"):
+        path.unlink()
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        for name, content in {"1.png": files(pictures / "test" / "c")[0].read_bytes(), "1.cls": b"2"}.items():
+            add(tar, name, content)
+    found = read(tmp_path)
+    assert found.test is not None
+    assert found.test.labels.tolist() == [2]
+
+
+def test_a_damaged_index_is_named_and_made_anew(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    class_folders(pictures, tmp_path / "tars")
+    first = read(tmp_path / "tars")
+    for path in (cache_folder() / "tars").rglob("index.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1  # of an offset, a size or a name
+        path.write_bytes(content)
+    capsys.readouterr()
+    again = read(tmp_path / "tars")
+    assert capsys.readouterr().out.count("index.safetensors does not match its sha256") == 2
+    same(again, first)
+    assert again.train.digest == first.train.digest
+
+
+def test_an_index_is_made_once_and_anew_for_another_file(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    class_folders(pictures, tmp_path / "tars")
+    first = read(tmp_path / "tars")
+    assert len(list((cache_folder() / "tars").iterdir())) == 2
+    with monkeypatch.context() as context:
+        context.setattr(tars, "_scan", None)
+        assert read(tmp_path / "tars").train.digest == first.train.digest
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "tars", moved)
+    assert read(moved).train.digest == first.train.digest
+    with tarfile.open(moved / "train.tar", "a") as tar:
+        tar.add(files(pictures / "train")[0], arcname="train/a/again.png")
+    again = read(moved)
+    assert again.num_samples == first.num_samples + 1
+    assert again.train.digest != first.train.digest
+
+
+def test_errors_name_the_tar_and_the_way_out(pictures: Path, tmp_path: Path) -> None:
+    def refused(said: str, **data: object) -> None:
+        with pytest.raises(DataError, match=said):
+            read(tmp_path, **data)
+
+    class_folders(pictures, tmp_path)
+    whole = (tmp_path / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(whole[:-40_000])
+    refused(r"train\.tar: cannot be read as a tar \(unexpected end of data\)")
+    with tarfile.open(tmp_path / "train.tar", "w:gz") as tar:
+        tar.add(files(pictures)[0], arcname="a/1.png")
+    refused("a compressed one cannot be read from the middle")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "1.png", b"")
+    refused(r"1\.png lies in no class folder and has no label \(\.cls, \.json or \.txt\) beside it")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in {"1.png": b"x", "1.cls": b"0", "2.png": b"x"}.items():
+            add(tar, name, content)
+    refused(r"2\.png has no label beside it")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "1.png", b"x")
+        add(tar, "1.json", b'{"name": 3}')
+    refused("no label under 'label': name it with --target-key")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "1.png", b"x")
+        add(tar, "1.json", b"{")
+    refused(r"train\.tar: 1\.json is not JSON")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "notes.txt", b"x")
+    refused("no image in it")
+    refused("tar files have no image columns", input_key="image")
+
+
+def test_a_damaged_image_in_a_tar_is_named_with_its_place(pictures: Path, tmp_path: Path) -> None:
+    class_folders(pictures, tmp_path)
+    path = files(pictures / "train" / "b")[1]
+    content = (tmp_path / "train.tar").read_bytes()
+    start = content.index(path.read_bytes())
+    (tmp_path / "train.tar").write_bytes(content[:start] + b"\0" * 64 + content[start + 64 :])
+    found = read(tmp_path)
+    assert isinstance(found.train, FileSource)
+    with pytest.raises(DataError, match=rf"train image \d+ \(.*train\.tar: train/b/{path.name}\): not an image"):
+        shown(found)

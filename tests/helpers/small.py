@@ -1,0 +1,147 @@
+"""A small part of the embedded images as parquet, and real processes on it."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from mgd_timm.data.dataset import EMBEDDED
+from mgd_timm.storage.lock import Lock
+
+FAST = [
+    "--student",
+    "cifar_resnet8x05",
+    "--batch-size",
+    "32",
+    "--heads-epochs",
+    "2",
+    "--heads-views",
+    "2",
+    "--log-interval",
+    "5",
+]
+
+
+def write_small(folder: Path, train: int = 320, test: int = 100) -> Path:
+    """The first images of each class, as train.parquet and test.parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        table = datasets.Dataset.from_parquet(
+            str(EMBEDDED / "fashion_mnist" / f"{split}.parquet"), cache_dir=str(folder / "cache")
+        )
+        labels = table.with_format("numpy")["label"][:]
+        rows = sorted(i for label in range(10) for i in (labels == label).nonzero()[0][: count // 10].tolist())
+        table.select(rows).to_parquet(folder / f"{split}.parquet")
+    for stray in (folder / "cache").rglob("*"):
+        if stray.is_file():
+            stray.unlink()
+    return folder
+
+
+def write_pictures(folder: Path, count: int = 48, size: int = 128) -> Path:
+    """Three classes of large pictures in folders: noise around a colour, which a few updates tell apart."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number in range(count if split == "train" else count // 2):
+            place = folder / split / "abc"[number % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 160, (size, size, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 80
+            Image.fromarray(pixels).save(place / f"{number}.png", compress_level=1)
+    return folder
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    return launched("-m", "mgd_timm", *arguments, processes=processes)
+
+
+def launched(*program: str, processes: int = 1) -> list[str]:
+    """A command of Python, such as a script with its arguments, on a number of processes."""
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+        if processes > 1
+        else []
+    )
+    launch += ["--rdzv_endpoint", "localhost:0"] if processes > 1 else []
+    return [sys.executable, *launch, *program]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def call(*arguments: str, processes: int = 1, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
+    )
+
+
+def end_at(
+    number: int, checkpoints: Path, kind: signal.Signals, *arguments: str, processes: int = 1, group: bool = False
+) -> tuple[int, str]:
+    """Start a run and send it (or its whole process group) a signal once checkpoint `number` or a later one is there.
+
+    Gives exit code and stderr.
+    """
+    process = subprocess.Popen(
+        command(*arguments, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
+            if group:
+                os.killpg(process.pid, kind)
+            else:
+                process.send_signal(kind)
+            break
+        time.sleep(0.002)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def _hold(folder: Path, ready: Event) -> None:
+    lock = Lock(folder, "", print)
+    assert lock.attempt(0)
+    ready.set()
+    time.sleep(600)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[ForkProcess]:
+    """A process that holds a store's lock until it is killed."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(folder, ready))
+    process.start()
+    assert ready.wait(10)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

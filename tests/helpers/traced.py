@@ -1,0 +1,98 @@
+"""Runs of mgd_timm with a record of every update: which images it saw, how they were cropped, and at which learning
+rate.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/traced.py JOBS
+
+JOBS is JSON, a list of {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}, done one
+after another by the same processes. Process r writes FILE.r, one line per update of the student. Where a run is to
+stop, the first process sends itself a SIGINT.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from small import environment, launched
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import mgd_timm
+from mgd_timm.distiller import Distiller
+from mgd_timm.distributed.collectives import join, leave
+from mgd_timm.training.loop import _Loop
+from mgd_timm.training.signals import Stopped
+
+seen: dict[int, str] = {}
+
+
+def look(module, inputs) -> None:
+    """Note every image of a training step, as it is shown."""
+    if isinstance(module, Distiller):
+        batch = inputs[0]
+        for sample, image, label in zip(batch.sample_ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
+            shown = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:12]
+            assert seen.setdefault(sample, f"{label} {shown}") == f"{label} {shown}"
+
+
+_settle_sums = _Loop._settle_sums
+
+
+def settle_sums(loop: _Loop) -> None:
+    """Of three or more processes: a pass whose gradients are dropped, so that what it shows is in no update."""
+    _settle_sums(loop)
+    seen.clear()
+
+
+def carry_out(job: dict, rank: int) -> None:
+    lines: list[str] = []
+
+    def note(optimizer, *_) -> None:
+        lines.append(json.dumps({"lr": optimizer.param_groups[0]["lr"], "seen": sorted(seen.items())}))
+        seen.clear()
+        if len(lines) == job.get("stop_after") and rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = register_optimizer_step_post_hook(note)
+    try:
+        mgd_timm.train(**job["options"])
+    except Stopped as stop:
+        print(stop, flush=True)
+    hook.remove()
+    Path(f"{job['record']}.{rank}").write_text("\n".join(lines))
+
+
+def launch(jobs: list[dict], processes: int, timeout: float = 300) -> str:
+    """Carry jobs out on a number of new processes; gives what they say."""
+    words = launched(str(Path(__file__)), json.dumps(jobs), processes=processes)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]:
+    """Of every update its learning rate, and the images that all processes together saw, by sample id."""
+    updates = []
+    ranks = [
+        [json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()] for rank in range(processes)
+    ]
+    for rows in zip(*ranks, strict=True):
+        assert len({row["lr"] for row in rows}) == 1
+        updates.append((rows[0]["lr"], {sample: shown for row in rows for sample, shown in sorted(row["seen"])}))
+    return updates
+
+
+def main() -> None:
+    rank = join().process_index
+    register_module_forward_pre_hook(look)
+    _Loop._settle_sums = settle_sums
+    for job in json.loads(sys.argv[1]):
+        carry_out(job, rank)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
