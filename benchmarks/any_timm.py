@@ -348,8 +348,8 @@ def about(body: dict[str, Any]) -> str:
     where, of = body["machine"], body["versions"]
     commits = ", ".join(sorted({row["commit"] for row in (*body["architectures"], *body["steps"])}))
     return (
-        f"{where['cores']} cores of {where['cpu']}; torch {of['torch']}, timm {of['timm']}; "
-        f"commit {commits}; {body['date']}"
+        f"{where['cores']} cores of {where['cpu']}; torch {of['torch']}, timm {of['timm']}; commit {commits}; "
+        f"{body['date']}"
     )
 
 

@@ -145,11 +145,10 @@ def allocator() -> str:
     given, kept = row["given back"], row["kept"]
     return (
         f"On a CPU with glibc a run keeps the memory that its tensors free. A step of {row['what']}, takes "
-        f"{kept['seconds']:.2f} s "
-        f"of processor time for {given['seconds']:.2f} s, of which {given['system']:.2f} s were the system's "
-        f"({row['ratio_seconds']:.2f}), and {kept['peak_mib']:,.0f} MiB at the peak for {given['peak_mib']:,.0f} "
-        f"({row['ratio_peak_mib']:.2f}); medians of "
-        f"n={row['n']} turns. `benchmarks/allocator.py`; {about(row)}."
+        f"{kept['seconds']:.2f} s of processor time for {given['seconds']:.2f} s, of which {given['system']:.2f} s "
+        f"were the system's ({row['ratio_seconds']:.2f}), and {kept['peak_mib']:,.0f} MiB at the peak for "
+        f"{given['peak_mib']:,.0f} ({row['ratio_peak_mib']:.2f}); medians of n={row['n']} turns. "
+        f"`benchmarks/allocator.py`; {about(row)}."
     )
 
 

@@ -250,31 +250,27 @@ def said(found: dict[str, Any]) -> str:
     share = "read from a store" if case["stored"] else f"{found['teacher_share']:.0%} of the step, which a store saves"
     lines = [
         f"{case['teacher']} -> {case['student']} at {case['img_size']} px, {case['classes']:,} classes, "
-        f"{case['batch_size']} "
-        f"images on each of {plan['gpus']} {found['device']}, {precision}, {mode}. PREDICTED, not measured on a GPU.",
+        f"{case['batch_size']} images on each of {plan['gpus']} {found['device']}, {precision}, {mode}. PREDICTED, "
+        "not measured on a GPU.",
         f"MACs per image: teacher {macs['teacher'] / 1e9:.2f} G, its heads {macs['heads'] / 1e9:.3f} G, student's "
-        f"forward "
-        f"{macs['forward'] / 1e9:.2f} G, backward {macs['backward'] / 1e9:.2f} G",
+        f"forward {macs['forward'] / 1e9:.2f} G, backward {macs['backward'] / 1e9:.2f} G",
         f"parameters: teacher with heads {parameters['teacher'] / 1e6:.1f} M, student "
-        f"{parameters['student'] / 1e6:.1f} M, its "
-        f"encoders and adapters {parameters['beside'] / 1e6:.2f} M",
+        f"{parameters['student'] / 1e6:.1f} M, its encoders and adapters {parameters['beside'] / 1e6:.2f} M",
         f"step: {1000 * seconds['step']:.1f} ms ({parts}); launching kernels takes {1000 * seconds['launching']:.1f} "
-        f"ms of Python",
+        "ms of Python",
         f"memory per GPU: {amount(held['total'])}, of which tensors {amount(held['tensors'])} (kept for the backward "
         f"{amount(bytes_['saved'])}, optimizer {amount(bytes_['optimizer'])}), buckets {amount(held['buckets'])}, "
-        f"average "
-        f"{amount(held['average'])}",
+        f"average {amount(held['average'])}",
         f"time: {low:.1f} to {high:.1f} h for {plan['epochs']} epochs of {plan['images']:,} images "
-        f"({UTILISATION[2]:.0%} to "
-        f"{UTILISATION[0]:.0%} of peak; expected {expected:.1f} h, {expected / plan['epochs'] * 60:.1f} min an epoch)",
+        f"({UTILISATION[2]:.0%} to {UTILISATION[0]:.0%} of peak; expected {expected:.1f} h, "
+        f"{expected / plan['epochs'] * 60:.1f} min an epoch)",
         f"loader: {found['images_per_second']:,.0f} images/s per GPU, {cores}",
         f"teacher: {share}",
         f"store: {plan['views']} views x {plan['images']:,} images, {kept} of {case['classes']:,} logits = "
         f"{amount(found['store_bytes'])}, written in {60 * plan['views'] * found['looking_hours']:.1f} min",
         f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_views} views, "
         f"{amount(found['heads']['process_bytes'])} of memory in each process; with --heads-protocol live none of it, "
-        f"and a look "
-        "at every image in each of --heads-epochs",
+        "and a look at every image in each of --heads-epochs",
         f"checkpoint: {amount(found['checkpoint_bytes'])}",
     ]
     return "\n".join(lines)

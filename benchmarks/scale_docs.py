@@ -157,7 +157,7 @@ def assumptions(_: dict[str, Any]) -> str:
 def published(found: dict[str, Any]) -> str:
     known = found["published"]
     return (
-        f"The one public figure that it can be held against: ResNet-50 alone on one A100 in mixed precision, "
+        "The one public figure that it can be held against: ResNet-50 alone on one A100 in mixed precision, "
         f"{known['images_per_second']:,.0f} images/s as NVIDIA publishes it (DeepLearningExamples, `resnet50v1.5`), "
         f"{known['predicted']:,.0f} predicted here, {known['predicted'] / known['images_per_second']:.2f} of it."
     )
@@ -167,8 +167,8 @@ def checked(_: dict[str, Any]) -> str:
     found = scale.known().get("check")
     if found is None:
         return (
-            "Not measured yet: `benchmarks/scale.py --check time` does, and `benchmarks/scale.py "
-            "--markdown` writes it here."
+            "Not measured yet: `benchmarks/scale.py --check time` does, and `benchmarks/scale.py --markdown` writes "
+            "it here."
         )
     loader = found["loader"]
     size = found["cycle"][0]["img_size"]
@@ -187,8 +187,8 @@ def remembered(_: dict[str, Any]) -> str:
     found = scale.known().get("memory")
     if found is None:
         return (
-            "Not measured yet: `benchmarks/scale.py --check memory` does, and `benchmarks/scale.py "
-            "--markdown` writes it here."
+            "Not measured yet: `benchmarks/scale.py --check memory` does, and `benchmarks/scale.py --markdown` writes "
+            "it here."
         )
     base = statistics.median(row["process"]["base"] for row in found["rows"]) / 2**20
     return (
@@ -206,8 +206,8 @@ def several(_: dict[str, Any]) -> str:
     found = scale.known().get("several")
     if found is None:
         return (
-            "Not measured yet: `benchmarks/scale.py --check several` does, and "
-            "`benchmarks/scale.py --markdown` writes it here."
+            "Not measured yet: `benchmarks/scale.py --check several` does, and `benchmarks/scale.py --markdown` "
+            "writes it here."
         )
     return (
         f"{scale_several.summary(found)}\n\nThe first of {scale_several.PROCESSES} processes over gloo, in bytes of "

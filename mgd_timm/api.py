@@ -173,8 +173,7 @@ def evaluate_named(
     if network.num_classes != images.num_classes:
         raise ValueError(
             f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The "
-            f"accuracy of "
-            "a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
+            "accuracy of a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
         )
     check_class_names(network, "model", images)
     source = images.test if images.test is not None else images.val

@@ -136,7 +136,7 @@ class FeatureTap(nn.Module):
         if lacking:
             raise ValueError(
                 f"{self.name} has no {', '.join(lacking)}: FeatureTap needs a model built by timm.create_model, not "
-                f"another module."
+                "another module."
             )
         self.input_size = tuple(input_size or get_model_input_config(model)["input_size"])
         self.frozen = self.adapts_batchnorm = False
@@ -147,8 +147,7 @@ class FeatureTap(nn.Module):
             if "preact" not in inspect.signature(cast(Any, model).forward_intermediates).parameters:
                 raise ValueError(
                     f"{self.name} does not show its maps before their activation, which AB compares: cifar_* networks "
-                    f"do "
-                    "(mgd-timm list models --filter 'cifar_*')."
+                    "do (mgd-timm list models --filter 'cifar_*')."
                 )
             self.map_options["preact"] = True
         maps = self._probe()
@@ -190,13 +189,13 @@ class FeatureTap(nn.Module):
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 reason = str(error) or type(error).__name__
                 raise ValueError(
-                    f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {reason}. "
-                    "Give input_size=(channels, height, width) that the model accepts."
+                    f"{self.name} cannot be probed with an image of {tuple(self.input_size)}: {reason}. Give "
+                    "input_size=(channels, height, width) that the model accepts."
                 ) from error
             if expected is not None and (not isinstance(expected, Tensor) or expected.ndim != 2):
                 raise ValueError(
                     f"{self.name} returns {_describe(expected)}, not logits [batch, classes]: set global_pool to one "
-                    f"that pools."
+                    "that pools."
                 )
             if not isinstance(embedding, Tensor) or embedding.ndim != 2:
                 raise ValueError(
@@ -243,7 +242,7 @@ class FeatureTap(nn.Module):
         if expected is None:
             raise ValueError(
                 f"{self.name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network, "
-                f"or criterion."
+                "or criterion."
             )
         found = self._class_activation(final)
         same = found is not None and (
@@ -252,9 +251,8 @@ class FeatureTap(nn.Module):
         if not same:
             raise ValueError(
                 f"{self.name}'s logits are not the mean over positions of its classifier on the last map: it has no "
-                f"class "
-                "activation maps (CAT-KD). Choose a network that pools and then classifies, such as a resnet, or "
-                "another criterion."
+                "class activation maps (CAT-KD). Choose a network that pools and then classifies, such as a resnet, "
+                "or another criterion."
             )
 
     def _find_way(self, expected: Tensor, final: Any) -> Classify:

@@ -190,8 +190,8 @@ class MAG(nn.Module):
             if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
                 shown = {name: code.shape[1] for name, code in teacher.codes.items()}
                 raise ValueError(
-                    f"granularity {g.name!r} of {g.dim} dims: the teacher shows codes of {shown or 'no heads'}. "
-                    "Give Teacher(tap, heads) the heads of the same granularities."
+                    f"granularity {g.name!r} of {g.dim} dims: the teacher shows codes of {shown or 'no heads'}. Give "
+                    "Teacher(tap, heads) the heads of the same granularities."
                 )
             terms[g.name] = g.weight * kl_divergence(codes[g.name], teacher.codes[g.name], g.temperature)
         return terms
@@ -214,7 +214,7 @@ class MAS(MAG):
             raise ValueError(
                 "MAS changes the target of logit distillation, and no term with a weight reads the teacher's logits "
                 f"(weights: {objective.weights}): without one MAS is MAG. Give kd a weight (kd_weight=1) or choose "
-                f"method='mag'."
+                "method='mag'."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:

@@ -31,7 +31,7 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
         raise ValueError(
             f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the "
-            f"model has."
+            "model has."
         )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
@@ -46,6 +46,6 @@ def resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int,
     if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):
         raise ValueError(
             f"indices={tuple(indices)}: {name} has {count} maps; give distinct indices from 0 to {count - 1} in "
-            f"ascending order."
+            "ascending order."
         )
     return resolved

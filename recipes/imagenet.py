@@ -72,8 +72,7 @@ PAIRS = {
         256,
         SGD,
         "the pair of most papers since AT (Zagoruyko, Komodakis, arXiv 1612.03928), with the schedule of PyTorch's "
-        "ImageNet "
-        "example, the rate a tenth from epochs 30, 60 and 90 on",
+        "ImageNet example, the rate a tenth from epochs 30, 60 and 90 on",
         "nothing known; some of the papers' codes add colour jitter (--color-jitter 0.4).",
     ),
     "resnet50-mobilenet": Pair(
@@ -111,12 +110,10 @@ PAIRS = {
         },
         "DeiT (Touvron et al., arXiv 2012.12877), its training of 300 epochs",
         "DeiT's best students have a distillation token, whose classifier learns the teacher's hard decision, half of "
-        "the loss, "
-        "and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: their soft "
-        "variant is "
-        "--method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving average (--model-ema), as in "
-        "the "
-        "paper's table. Repeated augmentations of an image lie in one update, not on different GPUs.",
+        "the loss, and both classifiers' mean predicts. Here one classifier learns from labels and soft targets: "
+        "their soft variant is --method none --criterion kd:0.1 --task-weight 0.9 --kd-temperature 3. No moving "
+        "average (--model-ema), as in the paper's table. Repeated augmentations of an image lie in one update, not on "
+        "different GPUs.",
     ),
     "patient": Pair(
         "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k",
@@ -142,14 +139,11 @@ PAIRS = {
             "mixup": 1.0,
         },
         "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform "
-        "coefficient, "
-        "no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle ground "
-        "(--epochs)",
+        "coefficient, no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle "
+        "ground (--epochs)",
         "their weight decay of 0.0003 does not go with the learning rate, as AdamW's does: 0.01 x 0.03 is the same. "
-        "They warm up "
-        "over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of another "
-        "optimizer "
-        "(Shampoo) and of 9600 epochs.",
+        "They warm up over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of "
+        "another optimizer (Shampoo) and of 9600 epochs.",
     ),
 }
 DEFAULT = "resnet34-resnet18"
@@ -177,8 +171,7 @@ def distil(given: dict[str, Any]) -> None:
     options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
         f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs "
-        f"of "
-        f"{options['opt']}, lr {options['lr']:.4g} ({options['sched']})"
+        f"of {options['opt']}, lr {options['lr']:.4g} ({options['sched']})"
     )
     run(make_recipe(**options))
 

@@ -27,8 +27,8 @@ SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
 
 def test_importing_the_package_loads_nothing_heavy():
     script = (
-        "import sys, mgd_timm; print([m for m in ('torch', 'timm', 'accelerate', 'datasets', "
-        "'numpy') if m in sys.modules])"
+        "import sys, mgd_timm; print([m for m in ('torch', 'timm', 'accelerate', 'datasets', 'numpy') if m in "
+        "sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -113,8 +113,8 @@ def _import(arguments: Sequence[str]) -> None:
     )
     for name in ("mean", "std"):
         about = (
-            f"{name} of the images that it was trained on, per channel; default: the architecture's "
-            f"(CIFAR-100's for cifar_*)"
+            f"{name} of the images that it was trained on, per channel; default: the architecture's (CIFAR-100's for "
+            "cifar_*)"
         )
         parser.add_argument(f"--{name}", type=float, nargs="+", default=None, help=about)
     parser.add_argument(
@@ -132,8 +132,7 @@ def _import(arguments: Sequence[str]) -> None:
         config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
         print(
             f"warning: mean {config['mean']}, std {config['std']}, as far as not given, are the architecture's: name "
-            f"those of the "
-            "images that it was trained on (--mean, --std), or lose accuracy."
+            "those of the images that it was trained on (--mean, --std), or lose accuracy."
         )
 
 
@@ -170,7 +169,7 @@ def _list(arguments: Sequence[str]) -> None:
         if of in ("criteria", "models") and of != values.what and getattr(values, action.dest) != action.default:
             parser.error(
                 f"{action.option_strings[0]} is of mgd-timm list {of}, not of mgd-timm list {values.what}: leave it "
-                f"out."
+                "out."
             )
     if values.what == "criteria":
         _list_criteria(values)
@@ -268,8 +267,8 @@ def guarded(name: str, action: Callable[[], None]) -> int:
             which = str(error).splitlines()[0].strip()
             print(
                 f"{name}: error: {rank}a reader of images was ended from outside, as a machine does that is short of "
-                f"memory "
-                f"({which}). Give fewer --workers or more memory; --resume continues from the newest checkpoint.",
+                f"memory ({which}). Give fewer --workers or more memory; --resume continues from the newest "
+                "checkpoint.",
                 file=sys.stderr,
             )
             _part(f"a reader of images was ended from outside ({which})")

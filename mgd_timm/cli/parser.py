@@ -98,8 +98,8 @@ class Parser(ArgumentParser):
             self.error(f"--config: no YAML: {' '.join(str(error).split())}; --print_config writes a file of flags.")
         if not isinstance(values, dict):
             self.error(
-                f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes such "
-                f"a file."
+                f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes "
+                "such a file."
             )
         listed = {name: self._listed(name, value) for name, value in values.items()}
         content = content if listed == values else json.dumps(listed)

@@ -23,8 +23,7 @@ def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
         hint = f"maps='last' or maps='{both}'" if both > 1 else "maps='last' or a number"
         raise ValueError(
             f"{method} pairs maps one to one: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-            f"{teacher}. "
-            f"Choose maps that both have: {hint}."
+            f"{teacher}. Choose maps that both have: {hint}."
         )
     return list(zip(student, teacher, strict=True))
 
@@ -36,9 +35,8 @@ def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) ->
         if max(map(min, student[1:], teacher[1:])) == 1:
             raise ValueError(
                 f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have "
-                f"one position "
-                "in common, where every map is alike. Give larger images (--img-size) or other maps (--maps; in Python "
-                "maps=)."
+                "one position in common, where every map is alike. Give larger images (--img-size) or other maps "
+                "(--maps; in Python maps=)."
             )
 
 

@@ -70,8 +70,7 @@ class AFD(Criterion):
         if not student or not teacher:
             raise ValueError(
                 f"AFD compares all maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-                f"{teacher}. "
-                "Tap some of each, such as maps='stages'."
+                f"{teacher}. Tap some of each, such as maps='stages'."
             )
         check_positions("AFD", product(student, teacher))
         if dim < 1:

@@ -127,9 +127,8 @@ class Objective(nn.Module):
             self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
         except KeyError as error:
             raise ValueError(
-                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has no "
-                f"dot, and is "
-                "none of that class's own, such as 'keys'."
+                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has "
+                "no dot, and is none of that class's own, such as 'keys'."
             ) from error
         if self.warmups:
             # A buffer, which a compiled step reads anew. Full weights until a loop says how far it is.

@@ -67,10 +67,8 @@ class CATKD(Criterion):
         if normalise and self.size == (1, 1):
             raise ValueError(
                 f"normalise=True: of the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions "
-                f"one is "
-                f"compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images "
-                f"(--img-size), a "
-                "resolution of 2 or more, or normalise=False."
+                f"one is compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images "
+                "(--img-size), a resolution of 2 or more, or normalise=False."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

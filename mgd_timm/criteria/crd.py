@@ -145,8 +145,7 @@ class CRD(Criterion):
         if check_temperature(temperature) < 0.02:
             raise ValueError(
                 f"temperature={temperature}: expected 0.02 or more, as exp(1 / temperature) and what is made of it "
-                f"overflow "
-                "float32; the paper has 0.07."
+                "overflow float32; the paper has 0.07."
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: expected 0 or more and below 1; the paper has 0.5.")
@@ -184,8 +183,8 @@ class CRD(Criterion):
         rows, dim = self.student_bank.shape
         kind, size = "queues" if self.queued else "banks", 2 * rows * dim * self.student_bank.element_size() / 1e6
         return (
-            f"memory {kind} 2 x {rows:,} x {dim}: {size:.1f} MB, as much again in each step, and 2 "
-            f"x BATCH x {rows:,} products"
+            f"memory {kind} 2 x {rows:,} x {dim}: {size:.1f} MB, as much again in each step, and 2 x BATCH x {rows:,} "
+            "products"
         )
 
     def draw(self, sample_ids: Int[Tensor, " b"]) -> Int[Tensor, "b m"]:
@@ -279,10 +278,9 @@ def _labels(pair: Pair) -> Int[Tensor, " n"]:
     if labels is None or not pair.num_samples or len(labels) != pair.num_samples:
         given = "no labels" if labels is None else f"{len(labels)} labels"
         raise ValueError(
-            f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} and "
-            f"{given}. "
-            "Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a memory, such "
-            "as 'rkd'."
+            f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} "
+            f"and {given}. Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a "
+            "memory, such as 'rkd'."
         )
     known = labels[labels >= 0].unique()
     if len(known) < 2:

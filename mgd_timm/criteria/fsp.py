@@ -54,8 +54,7 @@ class FSP(Criterion):
         if len(shapes) < 2:
             raise ValueError(
                 f"FSP compares how maps follow each other: {len(shapes)} map of each network is tapped, 2 or more are "
-                f"needed. "
-                "Choose maps='stages' or maps='2'."
+                "needed. Choose maps='stages' or maps='2'."
             )
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in shapes)
 

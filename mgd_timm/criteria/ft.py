@@ -122,7 +122,6 @@ def last_maps(method: str, pair: Pair) -> tuple[tuple[int, int, int], tuple[int,
     if not student or not teacher:
         raise ValueError(
             f"{method} reads the deepest maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-            f"{teacher}. "
-            "Tap one of each: maps='last'."
+            f"{teacher}. Tap one of each: maps='last'."
         )
     return student[-1], teacher[-1]

@@ -17,8 +17,7 @@ def check_one_label_space(method: str, pair: Pair) -> None:
     if student != teacher:
         raise ValueError(
             f"{method} needs one label space: the student has {student} classes, the teacher {teacher}. Retrain the "
-            f"teacher's "
-            "classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
+            "teacher's classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
         )
     if student < 2:
         raise ValueError(f"{method} compares classes, and there is {student}: give a data set of 2 classes or more.")

@@ -60,10 +60,8 @@ class SRRL(Criterion):
         if pair.teacher_classifier is None:
             raise ValueError(
                 "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its "
-                "embedding to "
-                "logits: choose one with a linear classifier, such as a resnet or a ViT, or another criterion. A "
-                "peer's classifier "
-                "is not trained yet: give a teacher."
+                "embedding to logits: choose one with a linear classifier, such as a resnet or a ViT, or another "
+                "criterion. A peer's classifier is not trained yet: give a teacher."
             )
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
         self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)

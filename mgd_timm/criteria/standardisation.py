@@ -56,9 +56,8 @@ class Standardised(Criterion):
         if criterion.num_classes < 3:
             raise ValueError(
                 f"{name} of {criterion.num_classes} classes, standardised, teaches nothing: two logits of mean 0 and "
-                f"deviation 1 "
-                "are the same for every image, up to which is larger. Give 3 classes or more, or leave the logits as "
-                "they are."
+                "deviation 1 are the same for every image, up to which is larger. Give 3 classes or more, or leave "
+                "the logits as they are."
             )
         for what in (
             "weight",

@@ -95,7 +95,7 @@ def parse_terms(recipe: Recipe) -> dict[str, Term]:
     if recipe.standardise_logits and not any("logits" in kind.needs for kind in kinds):
         raise ValueError(
             f"standardise_logits: no criterion of {list(recipe.criterion)} reads logits. Give kd a weight "
-            f"(kd_weight=1)."
+            "(kd_weight=1)."
         )
     return terms
 
@@ -116,8 +116,7 @@ def _check_term(term: Term, recipe: Recipe, *, plain: bool) -> None:
     if kind.peers and recipe.peer is None:
         raise ValueError(
             f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen "
-            f"teacher its "
-            "divergence is --criterion kd --kd-temperature 1."
+            "teacher its divergence is --criterion kd --kd-temperature 1."
         )
     if kind.fits is not None and recipe.peer is not None:
         raise ValueError(
@@ -126,8 +125,7 @@ def _check_term(term: Term, recipe: Recipe, *, plain: bool) -> None:
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
             f"{name} fits the student before the run, by its loss alone: a weight or warm-up would change nothing. "
-            f"Give {name} "
-            "plain (its rate: --fitting-lr), or leave it out."
+            f"Give {name} plain (its rate: --fitting-lr), or leave it out."
         )
 
 
@@ -182,7 +180,7 @@ def _options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         if value != default and kept.setdefault(option, value) != value:
             raise ValueError(
                 f"two values of {name}.{option}: {kept[option]} in criterion_options and {value} as an option of its "
-                f"own."
+                "own."
             )
     return found
 

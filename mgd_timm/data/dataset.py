@@ -239,7 +239,7 @@ def _check_left(train: _Part, kept: Tensor) -> None:
         for label in (counts == 0).nonzero().flatten().tolist():
             raise DataError(
                 f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
-                f"replace some."
+                "replace some."
             )
 
 
@@ -249,8 +249,7 @@ def _check_small(data: Data) -> None:
         if getattr(data, name):
             raise DataError(
                 f"{name}={getattr(data, name)}: images of {SMALL} pixels or less are augmented as a batch, by pad, "
-                f"hflip, reprob, "
-                f"mixup and cutmix alone. Leave {name} out, or give --img-size {SMALL + 1} or more."
+                f"hflip, reprob, mixup and cutmix alone. Leave {name} out, or give --img-size {SMALL + 1} or more."
             )
 
 
@@ -289,8 +288,7 @@ def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], 
                 if data.img_size is None:
                     raise DataError(
                         f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
-                        f"{size[0]}x{size[1]}: "
-                        "give --img-size to resize all to one size."
+                        f"{size[0]}x{size[1]}: give --img-size to resize all to one size."
                     )
                 resized = picture(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
                 image = np.asarray(resized).reshape(*size, in_chans)

@@ -41,7 +41,7 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{name}: mode {image.mode!r} has more than 8 bits a channel and no known range: convert it to 8 "
-                    f"bits first."
+                    "bits first."
                 )
             image.load()
             known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image

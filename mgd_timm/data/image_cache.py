@@ -80,7 +80,7 @@ class ImageStore:
             gone = "delete it and" if self.path.exists() else "it is removed:"
             raise DamagedStoreError(
                 f"{error}: {gone} start again, a run that had begun with --resume; then it is written anew from the "
-                f"source."
+                "source."
             ) from error
         self._unchecked[new] = False
 

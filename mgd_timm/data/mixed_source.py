@@ -34,8 +34,7 @@ def check_taught(recipe: Recipe) -> None:
     if recipe.teacher_store is not None:
         raise ValueError(
             f"{said} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs image by "
-            f"image, once a "
-            "view. Leave one of both out."
+            "image, once a view. Leave one of both out."
         )
     if recipe.teacher is None and recipe.peer is None:
         return
@@ -43,7 +42,7 @@ def check_taught(recipe: Recipe) -> None:
     if term is not None and term.weight:
         raise ValueError(
             f"{said} beside criterion 'crd', which keeps one embedding of each image, as of its class: leave one of "
-            f"both out."
+            "both out."
         )
 
 
@@ -56,14 +55,13 @@ def _check_streamed(recipe: Recipe) -> None:
         )
     if recipe.teacher_store is not None:
         raise ValueError(
-            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of both "
-            f"out."
+            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of "
+            "both out."
         )
     if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
         raise ValueError(
             "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give "
-            "--heads-protocol "
-            "live and a few --heads-epochs, each a pass over the stream."
+            "--heads-protocol live and a few --heads-epochs, each a pass over the stream."
         )
     if (
         (recipe.teacher is not None or recipe.peer is not None)

@@ -133,8 +133,7 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
     if global_batch < 2 * processes:
         raise ValueError(
             f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, "
-            f"{2 * processes}. "
-            "Start fewer processes, or choose a larger --global-batch-size."
+            f"{2 * processes}. Start fewer processes, or choose a larger --global-batch-size."
         )
     slots = num_slots(batch_size, processes, global_batch)
     updates = []

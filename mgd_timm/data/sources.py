@@ -261,8 +261,7 @@ def timm_transform(
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise DataError(
             f"aa={data.aa!r}, color_jitter={data.color_jitter}: timm cannot make a transform of them ({error}): "
-            f"expected a policy "
-            "such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
+            "expected a policy such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
         ) from error
 
 

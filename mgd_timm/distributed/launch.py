@@ -67,16 +67,14 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
     if start_steps not in (None, accelerator.gradient_accumulation_steps):
         accelerator.print(
             f"grad_accum_steps={start_steps} is of the run's start: its {recipe.optim.global_batch_size} images per "
-            f"update stay, "
-            f"in {accelerator.gradient_accumulation_steps} steps now."
+            f"update stay, in {accelerator.gradient_accumulation_steps} steps now."
         )
     asked = _asked_processes()
     if asked is not None and asked != accelerator.num_processes:
         accelerator.print(
-            f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate launch "
-            f"needs "
-            f"mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with "
-            f"ACCELERATE_USE_CPU=1 does not."
+            f"warning: {asked} processes were asked for and {accelerator.num_processes} run: on CPUs accelerate "
+            f"launch needs mpirun; python -m torch.distributed.run --nproc_per_node {asked} -m mgd_timm ... with "
+            "ACCELERATE_USE_CPU=1 does not."
         )
     return recipe, accelerator
 
@@ -93,8 +91,8 @@ def _with_batch(recipe: Recipe, accelerator: Accelerator) -> Recipe:
     steps = accelerator.gradient_accumulation_steps = slots // processes
     cut_up = ", sharded (FSDP2)" if sharded() else ""
     accelerator.print(
-        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{cut_up}, "
-        f"precision {accelerator.mixed_precision}, {recipe.optim.global_batch_size} images per update in {steps} "
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{cut_up}, precision "
+        f"{accelerator.mixed_precision}, {recipe.optim.global_batch_size} images per update in {steps} "
         f"step{'s' if steps > 1 else ''}"
     )
     if overridden and fixed and given != steps:

@@ -70,8 +70,7 @@ def check_sharding(accelerator: Accelerator) -> None:
         if given:
             raise ValueError(
                 f"accelerate was configured for FSDP with {name}, which is not supported: expected fsdp_version 2, "
-                f"float32 or "
-                "bf16, and all of it on the devices. Start from recipes/fsdp.yaml."
+                "float32 or bf16, and all of it on the devices. Start from recipes/fsdp.yaml."
             )
 
 

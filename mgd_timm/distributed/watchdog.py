@@ -211,8 +211,8 @@ class Watchdog:
         if self.lost.is_set():
             return
         self.verdict = (
-            f"{self.name(rank)} {why.rstrip('.')}. All processes end; whole checkpoints stay: start "
-            f"again with --resume."
+            f"{self.name(rank)} {why.rstrip('.')}. All processes end; whole checkpoints stay: start again with "
+            "--resume."
         )
         if self.rank == 0:  # the first process tells the others
             self._send(["lost", rank, why, quietly, hung])
@@ -291,8 +291,7 @@ def start(accelerator: Accelerator) -> None:
         for rank in sorted(missing):
             accelerator.print(
                 f"warning: rank {rank} does not reach {place}:{port}: if it hangs, it is noticed late. Open the "
-                f"network between "
-                "the machines, or silence this with MGD_TIMM_SILENCE=0."
+                "network between the machines, or silence this with MGD_TIMM_SILENCE=0."
             )
     _started = True
     if links:

@@ -29,9 +29,8 @@ def check_model_name(name: str) -> None:
         place = name.removeprefix("local-dir:").removeprefix("hf-hub:")
         if name == "embedded" or place != name or Path(place).exists():
             raise ValueError(
-                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student starts "
-                f"from "
-                "weights of its own by --student-checkpoint FILE.safetensors."
+                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student "
+                "starts from weights of its own by --student-checkpoint FILE.safetensors."
             )
         if "/" in name:
             raise ValueError(f"unknown model {name!r}: there is no such folder, and timm has no such name.")
@@ -80,8 +79,7 @@ def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str,
         said = ", ".join(f"{word} {values}" for word, values in parts.items() if values)
         raise ValueError(
             f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the "
-            f"architecture "
-            "that the file was written from."
+            "architecture that the file was written from."
         )
     model.load_state_dict(state)
 
@@ -109,8 +107,7 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
         if not timm.is_model_pretrained(spec):
             raise ValueError(
                 f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
-                f"local-dir:PATH or a run "
-                "folder; mgd-timm train makes one."
+                "local-dir:PATH or a run folder; mgd-timm train makes one."
             )
         return _create_pretrained(spec)
     config = get_pretrained_cfg(spec)
@@ -127,10 +124,8 @@ def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
     if weight is None:
         raise ValueError(
             f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
-            f"noise. "
-            "Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have one, or let "
-            "it teach "
-            "without logits (--teacher-classes none)."
+            "noise. Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have "
+            "one, or let it teach without logits (--teacher-classes none)."
         )
     model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
     load_weights(model, spec, recipe.teacher_checkpoint)
@@ -141,9 +136,8 @@ def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
     """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
     if recipe.teacher_checkpoint is not None:
         raise ValueError(
-            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one "
-            f"out, or "
-            "name its architecture beside the file."
+            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave "
+            "one out, or name its architecture beside the file."
         )
 
 
@@ -166,8 +160,8 @@ def _load_folder(folder: Path) -> nn.Module:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(
-            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from another "
-            f"file."
+            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from "
+            "another file."
         )
     _check_config(folder / "config.json")
     try:
@@ -229,8 +223,8 @@ def _create_pretrained(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises a dozen kinds
         raise ValueError(
-            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH or "
-            f"a file."
+            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH "
+            "or a file."
         ) from error
 
 
@@ -311,8 +305,7 @@ def check_classifier(student: nn.Module) -> None:
         name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
         raise ValueError(
             f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
-            f"timm's "
-            "encoders (*_enc) take none: choose an architecture that does."
+            "timm's encoders (*_enc) take none: choose an architecture that does."
         )
 
 
@@ -321,7 +314,7 @@ def check_module(module: nn.Module, role: str) -> None:
     if not hasattr(module, "num_classes"):
         raise ValueError(
             f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
-            f"built."
+            "built."
         )
     for name, weight in module.named_parameters():
         if weight.dtype != torch.float32:
@@ -357,8 +350,7 @@ def check_class_names(model: nn.Module, role: str, images: Images) -> None:
     if conflict is not None:
         raise ValueError(
             f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
-            f"it was "
-            "trained on; a teacher's are put in the data's order by --teacher-classes auto."
+            "it was trained on; a teacher's are put in the data's order by --teacher-classes auto."
         )
 
 

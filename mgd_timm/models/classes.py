@@ -15,9 +15,8 @@ from mgd_timm.data.readers.tables import few
 
 FORMS = (
     "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or "
-    "index of it "
-    "(a line that begins with # is a remark); "
-    "or a .yaml or .json file, a list in the data's order or a mapping from the data's names"
+    "index of it (a line that begins with # is a remark); or a .yaml or .json file, a list in the data's order or a "
+    "mapping from the data's names"
 )
 
 
@@ -110,10 +109,8 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         if names is None:
             raise ValueError(
                 f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes "
-                f"are called: "
-                f"give a file instead; {FORMS}. Or fit it a classifier of the data's classes (--fit-teacher-head "
-                f"probe), or let it "
-                "teach without its logits (--teacher-classes none)."
+                f"are called: give a file instead; {FORMS}. Or fit it a classifier of the data's classes "
+                "(--fit-teacher-head probe), or let it teach without its logits (--teacher-classes none)."
             )
         wanted: list[str | int] = list(class_names)
     else:
@@ -134,15 +131,14 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         such = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
             f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or "
-            f"fit it a "
-            "classifier of the data's classes with --fit-teacher-head probe."
+            "fit it a classifier of the data's classes with --fit-teacher-head probe."
         )
     for place, name in enumerate(class_names):
         if rows[place] in rows[:place]:
             other = class_names[rows.index(rows[place])]
             raise ValueError(
                 f"teacher_classes={spec!r}: {name!r} is to the teacher the class that {other!r} is: a row stands for "
-                f"one class."
+                "one class."
             )
     return rows
 
@@ -195,8 +191,7 @@ def keep_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str])
         if not linear:
             raise ValueError(
                 f"{name} has no linear layer whose {count} rows are its classes: they cannot be chosen. Fit it a "
-                f"classifier of the "
-                "data's classes (--fit-teacher-head finetune)."
+                "classifier of the data's classes (--fit-teacher-head finetune)."
             )
     before = _logits(model)[:, list(rows)]
     whole = [(layer.weight, layer.bias) for layer in layers]

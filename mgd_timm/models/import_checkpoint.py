@@ -81,17 +81,15 @@ def _read_torch(path: Path) -> Any:
         if type(error).__name__ == "UnpicklingError" and found:
             raise ValueError(
                 f"{path} holds more than tensors: {found[1]}, and loading that may run code. It is refused, and "
-                f"nothing of it was "
-                "run. Where you trust the file, write its weights alone: torch.save(model.state_dict(), FILE), or as "
-                "safetensors."
+                "nothing of it was run. Where you trust the file, write its weights alone: "
+                "torch.save(model.state_dict(), FILE), or as safetensors."
             ) from error
         if "TorchScript" in said:
             raise ValueError(f"{path} is a TorchScript program, not weights: torch.save its state_dict().") from error
         first = said.splitlines()[0] if said else ""
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {first[:200]}). It is cut off, damaged, "
-            f"or was not "
-            "written by torch.save: fetch it again."
+            "or was not written by torch.save: fetch it again."
         ) from error
 
 

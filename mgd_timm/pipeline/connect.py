@@ -109,8 +109,7 @@ def _check_size(models: Sequence[nn.Module], recipe: Recipe) -> None:
     if side is not None and len(sizes) == len(models) and side not in sizes:
         raise ValueError(
             f"teacher_img_size={side}: the teacher is fixed to {sizes[0]} pixels, at which it sees the images. Leave "
-            f"it out, or "
-            "let its position embeddings be resized (--teacher-resize positions)."
+            "it out, or let its position embeddings be resized (--teacher-resize positions)."
         )
 
 
@@ -247,19 +246,16 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images, left_out: bo
         has = f"{count} classes, the data {images.num_classes}" if count else "no classifier"
         has = f"other classes ({conflict})" if conflict is not None else has
         raise ValueError(
-            f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows for "
-            f"the data's "
-            "classes (--teacher-classes auto or FILE); a classifier fitted to it first (--fit-teacher-head probe or "
-            "finetune); "
-            "views of it that are fitted on the labels in place of its logits (--method mas --teacher-classes none); "
-            "or criteria "
-            "that read none (--criterion at --kd-weight 0 --method none or mag)."
+            f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows "
+            "for the data's classes (--teacher-classes auto or FILE); a classifier fitted to it first "
+            "(--fit-teacher-head probe or finetune); views of it that are fitted on the labels in place of its logits "
+            "(--method mas --teacher-classes none); or criteria that read none (--criterion at --kd-weight 0 --method "
+            "none or mag)."
         )
     if recipe.teacher_store is not None:
         raise ValueError(
             f"teacher_store={recipe.teacher_store!r}: the teacher {name} shows no logits of the data's classes, and a "
-            f"store holds "
-            "them: leave --teacher-store out."
+            "store holds them: leave --teacher-store out."
         )
     return False
 

@@ -265,8 +265,7 @@ def _report_teachers(
         if near_chance(row["top1"], images.num_classes):
             accelerator.print(
                 f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of "
-                f"these classes, "
-                "in this order?"
+                "these classes, in this order?"
             )
     if any(top1 is not None for top1 in found):
         summary["teacher_top1"] = found[0] if len(teachers) == 1 else found

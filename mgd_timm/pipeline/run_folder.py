@@ -56,8 +56,7 @@ def continued(folder: Path, recipe: Recipe) -> Recipe:
     if changed:
         raise ValueError(
             f"{folder} is a run of another recipe ({'; '.join(changed[:5])}): resume with the flags of its start, or "
-            f"choose "
-            "another --output."
+            "choose another --output."
         )
     return recipe
 

@@ -102,8 +102,8 @@ class Data:
             raise ValueError(f"std={self.std}: expected positive values.")
         if self.validation_batch_size < 1 or self.workers < 0:
             raise ValueError(
-                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and 0 "
-                f"or more."
+                f"validation_batch_size={self.validation_batch_size}, workers={self.workers}: expected 1 or more and "
+                "0 or more."
             )
         for name in ("scale", "ratio"):
             values = getattr(self, name)
@@ -138,8 +138,7 @@ class Data:
             if self.streaming and getattr(self, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs any image at any time, and a stream gives one after the "
-                    f"other: leave "
-                    "it out, or --streaming."
+                    "other: leave it out, or --streaming."
                 )
 
 

@@ -35,8 +35,7 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
     if whole < 2 * processes:
         raise ValueError(
             f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, "
-            f"{2 * processes}. Start "
-            "fewer processes, or choose a larger one."
+            f"{2 * processes}. Start fewer processes, or choose a larger one."
         )
     needed = -(-whole // (size * processes))
     if optim.grad_accum_steps not in (None, needed):

@@ -40,9 +40,8 @@ class Optim:
     clip_grad: float | None = option(None, "largest gradient norm")
     global_batch_size: int | None = option(
         None,
-        "images per update, of all processes and steps, whatever their number; default: batch size x processes x steps "
-        "per update "
-        "at the run's start",
+        "images per update, of all processes and steps, whatever their number; default: batch size x processes x "
+        "steps per update at the run's start",
     )
     grad_accum_steps: int | None = option(
         None, "steps per update, where no global batch says it (as many as it needs); default: 1", digest=False
@@ -151,8 +150,8 @@ class Recipe:
     )
     peer: str | None = option(
         None,
-        "a second student, from the seed, in place of a teacher: both learn from labels and from each other; --drop is "
-        "for both",
+        "a second student, from the seed, in place of a teacher: both learn from labels and from each other; --drop "
+        "is for both",
     )
     teacher_checkpoint: str | None = option(
         None, "safetensors file with the teacher's weights, for a bare model name", digest=False
@@ -160,8 +159,8 @@ class Recipe:
     teacher_classes: tuple[str, ...] | None = option(
         None,
         "where the teacher has other classes: 'auto' (the data's, found by name), a file that names them "
-        "(docs/teachers.md), or "
-        "'none' (it shows no logits); several teachers: once for all, or again for each in their order",
+        "(docs/teachers.md), or 'none' (it shows no logits); several teachers: once for all, or again for each in "
+        "their order",
         digest=False,
     )
     fit_teacher_head: Literal["none", "probe", "finetune"] = option(
@@ -192,9 +191,8 @@ class Recipe:
     )
     criterion: tuple[str, ...] = option(
         ("kd",),
-        "host methods, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, over which the weight rises from 0 (mgd-timm list "
-        "criteria); "
-        "default: kd, and dml with a peer",
+        "host methods, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, over which the weight rises from 0 (mgd-timm "
+        "list criteria); default: kd, and dml with a peer",
     )
     criterion_options: tuple[str, ...] = option(
         (), "their hyper-parameters, each NAME.OPTION=VALUE, such as kd.divergence=reverse"
@@ -221,8 +219,7 @@ class Recipe:
     maps: str = option(
         "stages",
         "maps for criteria that read them: stages (of two networks as many, the deepest), last, mid (all but the "
-        "first), all, or a "
-        "number of evenly spaced ones",
+        "first), all, or a number of evenly spaced ones",
     )
     drop: float = option(0.0, "dropout before the student's classifier")
     drop_path: float | None = option(None, "stochastic depth of the student")
@@ -290,8 +287,7 @@ class Recipe:
         if self.fitting_epochs < 1 or (self.fitting_lr is not None and not 0 < self.fitting_lr < float("inf")):
             raise ValueError(
                 f"fitting_epochs={self.fitting_epochs}, fitting_lr={self.fitting_lr}: expected 1 or more, and a "
-                f"positive number or "
-                "none."
+                "positive number or none."
             )
 
     def _check_frozen_backbone(self) -> None:
@@ -300,13 +296,12 @@ class Recipe:
             beside = f"teacher {_list(self.teacher)}" if self.teacher is not None else f"peer {self.peer!r}"
             raise ValueError(
                 f"train_only='classifier' beside the {beside}: what it teaches is the backbone. Train alone (mgd-timm "
-                f"train)."
+                "train)."
             )
         if self.train_only == "classifier" and (self.drop or self.drop_path):
             raise ValueError(
                 f"drop={self.drop}, drop_path={self.drop_path}: a frozen backbone (train_only='classifier') has no "
-                f"dropout. Leave "
-                "them out."
+                "dropout. Leave them out."
             )
         if self.adapt_batchnorm and self.train_only == "all":
             raise ValueError(
@@ -318,7 +313,7 @@ class Recipe:
         if self.peer is not None and self.teacher is not None:
             raise ValueError(
                 f"peer={self.peer!r} stands in place of a teacher, and there is one, {_list(self.teacher)}: leave one "
-                f"out."
+                "out."
             )
         if self.peer is not None and self.teacher_checkpoint is not None:
             raise ValueError(
@@ -331,8 +326,7 @@ class Recipe:
         if self.peer is not None and self.method == "mas":
             raise ValueError(
                 f"method='mas' with the peer {self.peer!r}: two students have no fitted heads whose views there could "
-                f"be. Choose "
-                "'mag' (with dml: MGD-DML) or 'none'."
+                "be. Choose 'mag' (with dml: MGD-DML) or 'none'."
             )
 
     def _check_stored(self) -> None:
@@ -373,15 +367,13 @@ class Recipe:
         if names and classes is not None and len(classes) not in (1, len(names)):
             raise ValueError(
                 f"teacher_classes={list(classes)}: {len(classes)} for {len(names)} "
-                f"{'teachers' if len(names) > 1 else 'teacher'} "
-                f"({_list(names)}): give one for all, or one for each in their order ('auto' for one that has the "
-                f"data's classes)."
+                f"{'teachers' if len(names) > 1 else 'teacher'} ({_list(names)}): give one for all, or one for each "
+                "in their order ('auto' for one that has the data's classes)."
             )
         if "none" in (classes or ()) and self.fit_teacher_head != "none":
             raise ValueError(
                 f"teacher_classes='none' beside fit_teacher_head={self.fit_teacher_head!r}: what is fitted would not "
-                f"be shown. "
-                "Leave one of both out."
+                "be shown. Leave one of both out."
             )
         if self.teacher_img_size is not None and self.teacher_img_size < 1:
             raise ValueError(f"teacher_img_size={self.teacher_img_size}: expected pixels, 1 or more.")

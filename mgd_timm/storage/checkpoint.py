@@ -93,7 +93,7 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
             raise OSError(
                 errno.ENOSPC,
                 f"no room to write {target}: nothing was changed there. Free some space and start again; --resume "
-                f"continues a run",
+                "continues a run",
             ) from error
         raise
     finally:

@@ -130,8 +130,7 @@ class Lock:
                 raise OSError(error.errno, why) from error
             self.say(
                 f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile "
-                f"does the "
-                "same work once more; whole files are whole all the same."
+                "does the same work once more; whole files are whole all the same."
             )
             return True
         sweep(self.folder)  # without a lock it might be what another run writes just now

@@ -42,9 +42,8 @@ def new_head(model: nn.Module, images: Images) -> None:
     """
     if not hasattr(model, "reset_classifier"):
         raise ValueError(
-            f"fit_teacher_head: {type(model).__name__} is an encoder that timm gives no classifier: use views of it in "
-            f"place of "
-            "logits (--method mas --teacher-classes none), or criteria that read none."
+            f"fit_teacher_head: {type(model).__name__} is an encoder that timm gives no classifier: use views of it "
+            "in place of logits (--method mas --teacher-classes none), or criteria that read none."
         )
     cast(Any, model).reset_classifier(images.num_classes)
     config = {k: v for k, v in (getattr(model, "pretrained_cfg", {}) or {}).items() if k != "label_descriptions"}

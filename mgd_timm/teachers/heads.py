@@ -88,7 +88,7 @@ def fit_heads(
             accelerator.print(
                 f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
                 f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its "
-                f"dim."
+                "dim."
             )
     return heads
 

@@ -136,8 +136,7 @@ class Keeper:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
                     f"{self.upkeep.stage}: {name} is not finite after update {progress.done} (epoch "
-                    f"{progress.epoch + 1}), which "
-                    f"is not saved. {self.upkeep.advice}"
+                    f"{progress.epoch + 1}), which is not saved. {self.upkeep.advice}"
                 )
         scaler = getattr(self.accelerator, "scaler", None)
         values = asdict(progress) | {"identity": self.upkeep.identity, "optimizer": optimizer}
@@ -182,16 +181,15 @@ class Keeper:
             said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
             raise checkpoint.CheckpointError(
                 f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to "
-                f"see one "
-                "--output folder."
+                "see one --output folder."
             )
 
     def _check_identity(self, state: checkpoint.State) -> None:
         changed = differences(state.values["identity"], self.upkeep.identity)
         if changed:
             raise checkpoint.CheckpointError(
-                f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): "
-                "resume with the flags of the first start, or choose another --output."
+                f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): resume with "
+                "the flags of the first start, or choose another --output."
             )
 
     def _load(self, state: checkpoint.State) -> Progress:

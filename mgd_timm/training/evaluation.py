@@ -116,7 +116,7 @@ def check_noise(noise: float | Sequence[float], seeds: int) -> tuple[float, ...]
         if not isinstance(sigma, int | float) or not 0 <= sigma <= 1:
             raise ValueError(
                 f"noise={sigma!r}: expected standard deviations from 0 to 1, of pixels in [0, 1] (of 0 to 255: divide "
-                f"by 255)."
+                "by 255)."
             )
     if not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"noise_seeds={seeds!r}: expected a whole number, 1 or more.")

@@ -41,7 +41,7 @@ def executable_batch_size(
         if size < 4:
             raise ValueError(
                 f"out of memory with {size} images in a step of a process: choose a smaller student, images "
-                f"(--img-size) or --amp."
+                "(--img-size) or --amp."
             )
         size //= 2
         steps = num_slots(size, processes, whole) // processes

@@ -219,9 +219,8 @@ class _Loop:
         initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
         if self.ema is not None and initial > 0.01 and not optim.model_ema_warmup:
             self.accelerator.print(
-                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: "
-                f"lower "
-                "--model-ema-decay, or give --model-ema-warmup."
+                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial "
+                "ones: lower --model-ema-decay, or give --model-ema-warmup."
             )
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
@@ -361,8 +360,7 @@ class _Loop:
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch "
-                        f"{self.progress.epoch + 1}, "
-                        f"lr {self._lr():.3g}). {self.upkeep.advice}"
+                        f"{self.progress.epoch + 1}, lr {self._lr():.3g}). {self.upkeep.advice}"
                     )
                 self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
                 shown[name] = value / count

@@ -103,7 +103,7 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, 
     except TypeError as error:
         raise ValueError(
             f"optimizer {type(optimizer).__name__} keeps {error}, which a checkpoint cannot hold: choose another "
-            f"optimizer."
+            "optimizer."
         ) from None
     return tensors, values
 

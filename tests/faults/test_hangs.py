@@ -179,5 +179,5 @@ def test_a_launch_ends_within_a_minute(waiting: Launch, report: Callable[[str], 
     assert newest(waiting.checkpoints, pytest.fail) is not None
     report(
         f"hangs: a launch with the limit as it is, a read of rank {who} of 2: it ended after {seconds:.0f} s, and "
-        f"named it"
+        "named it"
     )

@@ -91,7 +91,7 @@ def test_ranks_end_without_a_launcher(
         assert "Traceback" not in ranks.said(rank)
     report(
         f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, "
-        f"and named it"
+        "and named it"
     )
 
 

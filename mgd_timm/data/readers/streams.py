@@ -68,8 +68,8 @@ class Stream:
         found = torch.as_tensor(value, dtype=torch.float32) if isinstance(value, list | np.ndarray) else torch.empty(0)
         if found.shape != (classes,) or not bool((found >= 0).all()) or abs(float(found.sum()) - 1) > 1e-3:
             raise DataError(
-                f"{self.split} image {place} of the stream has the label {str(value)[:60]!r}: expected a class id or a "
-                f"distribution over {classes} classes; choose another column with --target-key."
+                f"{self.split} image {place} of the stream has the label {str(value)[:60]!r}: expected a class id or "
+                f"a distribution over {classes} classes; choose another column with --target-key."
             )
         return found
 
@@ -130,8 +130,8 @@ def read_stream(
     if data.target_key is None and set(rows.features) == {key, "__key__", "__url__"}:
         raise DataError(
             f"the tars of the stream {split!r} have no label beside each image, and their folders are not seen in a "
-            f"stream: leave "
-            "--streaming out, as tars are read where they lie, or give webdataset shards (1.jpg with 1.cls)."
+            "stream: leave --streaming out, as tars are read where they lie, or give webdataset shards (1.jpg with "
+            "1.cls)."
         )
     target = data.target_key or label_column(rows, key, say)
     feature = rows.features[target]
@@ -281,6 +281,5 @@ class _Keys:
             ) from error
         raise DataError(
             f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({self.read} were read): give "
-            f"its true "
-            "number with --num-samples."
+            "its true number with --num-samples."
         )

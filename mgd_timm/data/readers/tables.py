@@ -135,7 +135,7 @@ def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
         if not partner.is_file():
             raise DataError(
                 f"{path}: expected {partner.name} beside it, the images in SPLIT_x.npy and their class ids in "
-                f"SPLIT_y.npy."
+                "SPLIT_y.npy."
             )
         images, labels = (_array(folder / f"{split}_{kind}.npy") for kind in "xy")
         if (
@@ -145,19 +145,17 @@ def _open_arrays(folder: Path) -> dict[str, ArrayRows]:
         ):
             raise DataError(
                 f"{folder / f'{split}_x.npy'}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] "
-                f"or "
-                "[n, height, width, channels] with 1 or 3 channels: convert it."
+                "or [n, height, width, channels] with 1 or 3 channels: convert it."
             )
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
             raise DataError(
                 f"{folder / f'{split}_y.npy'}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids "
-                f"from 0, one "
-                "for each image."
+                "from 0, one for each image."
             )
         if int(labels.max()) >= len(labels):
             raise DataError(
-                f"{folder / f'{split}_y.npy'}: the label {labels.max()} among {len(labels)} images: expected class ids "
-                f"from 0."
+                f"{folder / f'{split}_y.npy'}: the label {labels.max()} among {len(labels)} images: expected class "
+                "ids from 0."
             )
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
         found[split] = ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
@@ -181,8 +179,7 @@ def check_split(split: str, splits: Iterable[str]) -> None:
     if split not in splits:
         raise DataError(
             f"{unknown('split', split, splits)} --train-split and --eval-split name others; those of a folder are "
-            f"folders in "
-            "it (train/CLASS/1.png, test/CLASS/2.png)."
+            "folders in it (train/CLASS/1.png, test/CLASS/2.png)."
         )
 
 
@@ -237,9 +234,8 @@ def check_links(folder: Path) -> None:
             if _holds_files(link):
                 raise DataError(
                     f"{link}: a link to a folder, which is not followed, so that its images would be left out. Put a "
-                    f"real folder "
-                    f"in its place, with links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...), or the "
-                    f"images."
+                    f"real folder in its place, with links to the images (cp -rs {shlex.quote(str(link.resolve()))} "
+                    "...), or the images."
                 )
 
 
@@ -264,8 +260,7 @@ def _check_depths(splits: dict[str, Any]) -> None:
         odd, even = (next(path for path in paths if (len(path.parts) == usual) is same) for same in (False, True))
         raise DataError(
             f"{odd}: not as deep in folders as {even}, so that no folder is taken for a class; expected all images at "
-            f"one depth, "
-            "in class folders (train/cat/1.png). Move or remove it and its like."
+            "one depth, in class folders (train/cat/1.png). Move or remove it and its like."
         )
 
 
@@ -278,8 +273,8 @@ def _holds_files(folder: Path) -> bool:
 def _check_folder(place: Path) -> None:
     """`datasets` does not see a class folder without an image: the class would silently not exist."""
     expected = (
-        "expected a folder of parquet, arrow or npy files, or of images in class folders "
-        "(train/cat/1.png), tar files of these too."
+        "expected a folder of parquet, arrow or npy files, or of images in class folders (train/cat/1.png), tar files "
+        "of these too."
     )
     if not place.is_dir():
         raise DataError(f"{place}: {'a file' if place.exists() else 'no such folder'}; {expected}")
@@ -374,7 +369,7 @@ def label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
         if len(classes) > 1:
             say(
                 f"label column: {finest} of {', '.join(f'{n} ({c} classes)' for n, c in classes.items())}; "
-                f"--target-key to change"
+                "--target-key to change"
             )
         return finest
     found = [
@@ -390,8 +385,7 @@ def label_column(table: Any, image: str, say: Callable[[str], None]) -> str:
         several = f"{len(found)} label columns, {', '.join(found)}," if found else "no label column"
         raise DataError(
             f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it "
-            f"with "
-            "--target-key, or put images into one folder per class, of two classes or more."
+            "with --target-key, or put images into one folder per class, of two classes or more."
         )
     return found[0]
 
@@ -411,14 +405,12 @@ def _labels(table: Any, target: str, split: str, classes: tuple[str, ...] | None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where} holds {feature} (read as {labels.dtype}): expected class ids from 0, none missing, or "
-            f"distributions of equal "
-            "length; choose another with --target-key."
+            "distributions of equal length; choose another with --target-key."
         )
     if labels.min() < 0:
         raise DataError(
             f"{where}: row {int(labels.argmin())} has the label {labels.min()}, expected class ids from 0. A split "
-            f"with hidden "
-            "labels cannot be used: choose another with --train-split or --eval-split."
+            "with hidden labels cannot be used: choose another with --train-split or --eval-split."
         )
     labels = labels.astype(np.int64)
     if isinstance(feature, datasets.ClassLabel):
@@ -436,16 +428,15 @@ def check_classes(train: AnyRows, test: AnyRows | None) -> None:
     names = train.class_names
     if test is not None and test.class_names != names:
         raise DataError(
-            f"split {test.split!r} has the classes {few(test.class_names)}, {train.split!r} has {few(names)}: "
-            "both need the same ones."
+            f"split {test.split!r} has the classes {few(test.class_names)}, {train.split!r} has {few(names)}: both "
+            "need the same ones."
         )
     for rows in (train, test):
         top = int(rows.labels.max()) if rows is not None and rows.labels.ndim == 1 else 0
         if rows is not None and top >= len(names):
             raise DataError(
-                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: expected "
-                f"0 to "
-                f"{len(names) - 1}. Correct the labels or the class names."
+                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: "
+                f"expected 0 to {len(names) - 1}. Correct the labels or the class names."
             )
     if len(names) < 2:
         raise DataError(f"split {train.split!r} has one class only, {names[0]!r}: there is nothing to tell apart.")
@@ -455,7 +446,7 @@ def check_classes(train: AnyRows, test: AnyRows | None) -> None:
         if empty:
             raise DataError(
                 f"split {train.split!r} has no image of class {few(empty)}: add some, or remove the class from the "
-                f"label names."
+                "label names."
             )
 
 

@@ -161,8 +161,7 @@ def _folder(path: Path, name: str) -> str:
     if _split_of(path.stem) is not None:
         raise DataError(
             f"{path}: {name} lies in no class folder and has no label (.cls, .json or .txt) beside it: expected "
-            f"CLASS/{name}, or a "
-            "tar for each class."
+            f"CLASS/{name}, or a tar for each class."
         )
     return path.stem
 
@@ -285,6 +284,5 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as a tar ({error}): expected a whole one that is not compressed, as a compressed "
-            f"one cannot "
-            "be read from the middle."
+            "one cannot be read from the middle."
         ) from error

@@ -17,8 +17,7 @@ def _check_side(x: Tensor, least: int, name: str) -> Tensor:
     if height < least or width < least:
         raise ValueError(
             f"{name} cannot take images of {height}x{width} pixels: each of its strides must have something to halve, "
-            f"so the "
-            f"smallest side is {least} (--img-size {least}); cifar_* networks are made for 32x32."
+            f"so the smallest side is {least} (--img-size {least}); cifar_* networks are made for 32x32."
         )
     return x
 

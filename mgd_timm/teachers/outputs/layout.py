@@ -50,8 +50,7 @@ class Layout:
         if not 0 <= self.top_k < self.num_classes:
             raise ValueError(
                 f"teacher_top_k={self.top_k}: expected 1 to {self.num_classes - 1}, fewer than the {self.num_classes} "
-                f"classes, "
-                "or 0 for all logits."
+                "classes, or 0 for all logits."
             )
 
     def parts(self, rows: int) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -104,8 +103,7 @@ def _half(name: str, values: Tensor) -> Tensor:
     if not half.isfinite().all():
         raise StoreError(
             f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, up to 65,504: leave "
-            f"--teacher-store out "
-            "for this teacher."
+            "--teacher-store out for this teacher."
         )
     return half
 
@@ -140,7 +138,7 @@ def damaged_shard(path: Path, why: str) -> StoreError:
     """What is said of a damaged shard."""
     return StoreError(
         f"{path} is damaged ({why}): delete this file and start again, a run that had begun with --resume; then it is "
-        f"written anew."
+        "written anew."
     )
 
 

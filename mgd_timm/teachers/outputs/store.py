@@ -112,9 +112,8 @@ class TeacherStore:
             if changed:
                 raise StoreError(
                     f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
-                    f"--teacher-store "
-                    "for these, or the teacher, the images and their transform, and the precision that it was written "
-                    "with."
+                    "--teacher-store for these, or the teacher, the images and their transform, and the precision "
+                    "that it was written with."
                 )
             self.identity = found
         self.rows, self.digest = self.identity["rows_per_shard"], digest(self.identity)
@@ -132,8 +131,7 @@ class TeacherStore:
             raise OSError(
                 errno.ENOSPC,
                 f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: "
-                f"choose fewer "
-                "--teacher-views, a --teacher-top-k, or a larger disk",
+                "choose fewer --teacher-views, a --teacher-top-k, or a larger disk",
             )
         return self.rows, self.missing
 

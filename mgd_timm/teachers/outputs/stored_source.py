@@ -28,8 +28,7 @@ def check_storable(recipe: Recipe) -> None:
         if lacking:
             raise ValueError(
                 f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits "
-                f"and embedding "
-                "only: leave --teacher-store out."
+                "and embedding only: leave --teacher-store out."
             )
 
 
