@@ -18,7 +18,7 @@ from typing import Any
 
 from report import machine
 
-from mgd_timm.export.timm_folder import versions
+from mgd_timm.storage.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "allocator.json"
 TEACHER, STUDENT, SIDE, BATCH = "tf_efficientnet_lite2", "mobilenetv4_conv_small_050", 128, 64

@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mgd_timm.criteria import Objective
-from mgd_timm.criteria.terms import build_objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.models.build import build_named, build_tap, check_classifier
 from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.objective import build_objective
 from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.storage.versions import versions
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "any_timm.json", HERE.parent / "docs" / "any_timm.md"

@@ -30,18 +30,18 @@ from mgd_timm.criteria.terms import needs
 from mgd_timm.data.dataset import Source, load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_teacher, defaults_of
+from mgd_timm.models.build import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
-from mgd_timm.pipeline.connect import build_networks
+from mgd_timm.pipeline.connect import build_networks, defaults_of
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
+from mgd_timm.storage.digests import module_digest
+from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.training.loop import fit
-from mgd_timm.training.optimizer_state import module_digest
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
@@ -175,7 +175,7 @@ def run_pass(
     running = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
     first, accelerator = build_accelerator(first)
-    network = build_teacher(make_recipe(teacher=teacher))
+    network = load_model(teacher)
     images = load_images(first.data, seed, defaults_of(first, network, None), say=accelerator.print)
     taps: dict[str, nn.Module] = {}
     distillers: dict[str, nn.Module] = {}
@@ -215,7 +215,7 @@ def run_pass(
     def teach(batch: Batch) -> Features:
         return frozen(batch.images)
 
-    upkeep = Upkeep(folder=folder, identity={"group": group}, resume=True, stage="cohort")
+    upkeep = Upkeep(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
     fitted = fit(
         cohort,
         images.train,
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network, student = ("embedded", "") if args.quick else cifar.pair(name)
         student = args.student or student
         teacher = teacher_of(args, network, classes)
-        module = build_teacher(make_recipe(teacher=teacher))
+        module = load_model(teacher)
         architecture, weights = FeatureTap(module).name, module_digest(module)
         for seed in args.seeds:
             recipes = {

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Pair
 from mgd_timm.models.build import build_named, build_tap
 from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.storage.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = {"cnn": ("cifar_resnet32x4", "cifar_resnet8x4", 32), "vit": ("vit_tiny_patch16_224", "resnet18", 96)}

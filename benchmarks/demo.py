@@ -124,7 +124,7 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
 def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace) -> None:
     from report import machine
 
-    from mgd_timm.export.timm_folder import versions
+    from mgd_timm.storage.versions import versions
 
     arms = {
         name: {

@@ -21,9 +21,9 @@ from typing import Any
 from report import machine, markdown
 
 from mgd_timm.criteria import CRITERIA
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.storage.versions import versions
 from mgd_timm.training.checkpointer import NonFiniteError
 
 RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"

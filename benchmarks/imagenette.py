@@ -21,7 +21,7 @@ from typing import Any
 import hosts as each
 from report import machine, markdown
 
-from mgd_timm.export.timm_folder import versions
+from mgd_timm.storage.versions import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "imagenette.jsonl"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from report import machine
 
-from mgd_timm.export.timm_folder import versions
-from mgd_timm.storage.checkpoint import sha256
+from mgd_timm.storage.digests import sha256
+from mgd_timm.storage.versions import versions
 
 PUBLISHED = {"resnet20_cifar10.pt": ("cifar_resnet20", 92.40), "resnet56_cifar10.pt": ("cifar_resnet56", 93.39)}
 STATISTICS = ["--mean", "0.4914", "0.4822", "0.4465", "--std", "0.2023", "0.1994", "0.2010"]

@@ -23,14 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mgd_timm.criteria.terms import build_objective, needs
+from mgd_timm.criteria.terms import needs
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.build import build_named, build_tap
 from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.models.input_adapter import InputAdapter
+from mgd_timm.objective import build_objective
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.training.optimizer_state import build_optimizer
 
@@ -104,7 +105,7 @@ class Step:
         heads = GranularityHeads(seen.embed_dim, case.classes) if case.method != "none" else None
         half = (0.5, 0.5, 0.5)
         with torch.device("cpu"):  # it compares values
-            view = TeacherView(half, half, half, half, seen_size[1:]) if seen_size != size else None
+            view = InputAdapter(half, half, half, half, seen_size[1:]) if seen_size != size else None
         self.teacher = Teacher(folded(seen) or seen, heads, view=view, digest="not needed")
         self.trainee = Distiller(tap, build_objective(recipe, pair)).train()
         for module, name in ((self.teacher, case.teacher), (self.trainee, case.student)):

@@ -17,9 +17,9 @@ from typing import Any
 
 from report import machine, markdown
 
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.storage.versions import versions
 
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 8, "lr": 0.1, "pad": 2}
 ARMS: dict[str, dict[str, Any]] = {

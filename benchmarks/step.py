@@ -39,11 +39,11 @@ from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.criteria import KD, CrossEntropy, Objective
 from mgd_timm.data.dataset import StoreSource
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.models.fold_batchnorm import folded
 from mgd_timm.recipe.recipe import Data, Optim
+from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.outputs.stored_source import StoredViews

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.export.timm_folder import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
-    from mgd_timm.granularity import MAG, MAS, Granularity, GranularityHeads, HeadFitting
+    from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
+    from mgd_timm.recipe.granularity import Granularity
     from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
 
 _HOMES = {

@@ -20,8 +20,8 @@ from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.data import OF_TRAINING
 from mgd_timm.recipe.options import as_dict, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Data, Recipe, flatten, make_recipe
+from mgd_timm.storage.digests import module_digest
 from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise
-from mgd_timm.training.optimizer_state import module_digest
 
 Model = str | PathLike[str] | nn.Module
 """As the command line names a model, its folder, or a module."""
@@ -169,13 +169,13 @@ def evaluate_named(
     images = load_images(
         recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator)
     )
-    check_channels(network, "model", images)
+    check_channels(network, "model", images.input_size[0])
     if network.num_classes != images.num_classes:
         raise ValueError(
             f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The "
             "accuracy of a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
         )
-    check_class_names(network, "model", images)
+    check_class_names(network, "model", images.class_names)
     source = images.test if images.test is not None else images.val
     if source is None:
         raise ValueError(

@@ -12,9 +12,9 @@ from mgd_timm.criteria.base import Objective
 from mgd_timm.distributed.sharding import cut, units
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
-from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.objective import SeveralTeachers
-from mgd_timm.training.optimizer_state import module_digest
+from mgd_timm.storage.digests import module_digest
 
 AnyFeatures = Features | tuple[Features, ...]
 """Of a teacher, or of several."""
@@ -27,7 +27,7 @@ class Teacher(nn.Module):
         tap: The teacher's features.
         heads: Fitted heads with decoders; None shows no codes and no views.
         view: What to do with the student's normalised images first (another mean, std or size); see
-            teacher_view.TeacherView.
+            teacher_view.InputAdapter.
         digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default
             computed.
         logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
@@ -71,7 +71,7 @@ class Teacher(nn.Module):
 
     def size(self, image_size: tuple[int, ...]) -> tuple[int, int]:
         """(height, width) at which the teacher sees images of a size."""
-        fixed = self.view.size if isinstance(self.view, TeacherView) else None
+        fixed = self.view.size if isinstance(self.view, InputAdapter) else None
         return fixed or (image_size[0], image_size[1])
 
     @torch.no_grad()  # not inference_mode: adapters that read teacher maps save them for backward

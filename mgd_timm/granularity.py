@@ -9,7 +9,6 @@ excitation.
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Need, Objective, at_least_float32, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
-
-
-@dataclass(frozen=True)
-class Granularity:
-    """One level of detail.
-
-    Args:
-        name: Its name in codes, views and logs.
-        dim: Width of the code, 1 or more.
-        temperature: T > 0, of the head's fitting and of the code loss.
-        weight: Of the code loss in the student's objective, 0 or more; 1 in the paper.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-
-    name: str
-    dim: int
-    temperature: float
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.dim < 1:
-            raise ValueError(f"granularity {self.name!r}: dim={self.dim}, expected 1 or more.")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"granularity {self.name!r}: weight={self.weight}, expected a finite number, 0 or more.")
-
-
-DEFAULT = (Granularity("abstract", 64, 2.0), Granularity("detailed", 256, 8.0))
+from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -75,7 +45,9 @@ class GranularityHeads(nn.Module):
         ValueError: No granularity, or two of one name.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int | None, granularities: Sequence[Granularity] = DEFAULT) -> None:
+    def __init__(
+        self, embed_dim: int, num_classes: int | None, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
+    ) -> None:
         super().__init__()
         names = [g.name for g in granularities]
         if not names or len(set(names)) != len(names):
@@ -154,7 +126,9 @@ class MAG(nn.Module):
         ValueError: No granularity with a weight, or one with the name of a term.
     """
 
-    def __init__(self, pair: Pair, objective: Objective | None, granularities: Sequence[Granularity] = DEFAULT) -> None:
+    def __init__(
+        self, pair: Pair, objective: Objective | None, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
+    ) -> None:
         super().__init__()
         self.granularities = tuple(g for g in granularities if g.weight)
         taken = sorted({g.name for g in self.granularities} & set(objective.weights if objective is not None else ()))
@@ -208,7 +182,9 @@ class MAS(MAG):
         ValueError: No term of the objective reads the teacher's logits, so that MAS would be MAG.
     """
 
-    def __init__(self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT) -> None:
+    def __init__(
+        self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
+    ) -> None:
         super().__init__(pair, objective, granularities)
         if "logits" not in objective.needs:
             raise ValueError(

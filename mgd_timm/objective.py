@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32
-from mgd_timm.criteria.terms import build_objective, parse_terms
+from mgd_timm.criteria import CRITERIA, Criterion, CrossEntropy, Objective
+from mgd_timm.criteria.base import Need, at_least_float32
+from mgd_timm.criteria.terms import build_criterion, parse_terms
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.recipe.recipe import Recipe
@@ -106,3 +107,26 @@ def build_several(recipe: Recipe, pairs: Sequence[Pair]) -> SeveralTeachers:
         )
     codes = [MAG(pair, None, recipe.heads.granularities) if recipe.method != "none" else None for pair in pairs[1:]]
     return SeveralTeachers([first, *codes], weights, mean=recipe.teachers_as == "mean")
+
+
+def build_objective(recipe: Recipe, pair: Pair, *, task: bool = True) -> Objective | MAG:
+    """The recipe's terms, and MAG or MAS around them.
+
+    Args:
+        recipe: Of the run.
+        pair: Both networks.
+        task: With the labels' loss; without it for a second teacher.
+
+    Raises:
+        ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
+    """
+    if recipe.teacher is None and recipe.peer is None:
+        return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
+    terms: dict[str, tuple[float, Criterion, float]] = {}
+    for name, term in parse_terms(recipe).items():
+        if term.weight and CRITERIA[term.criterion].fits != "student" and (task or name != "task"):
+            terms[name] = (term.weight, build_criterion(term, pair, recipe), term.warmup)
+    objective = Objective(**terms)
+    if recipe.method == "none":
+        return objective
+    return {"mag": MAG, "mas": MAS}[recipe.method](pair, objective, recipe.heads.granularities)

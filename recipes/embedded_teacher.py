@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from mgd_timm import evaluate, export_model
-from mgd_timm.data.dataset import EMBEDDED
 from mgd_timm.models.build import load_model
+from mgd_timm.recipe.data import EMBEDDED
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from torch import nn
 import mgd_timm
 from mgd_timm.cli.main import guarded
 from mgd_timm.data.dataset import load_images
+from mgd_timm.data.rng import set_seed
 from mgd_timm.distributed.collectives import join, local_main_first
-from mgd_timm.models.build import channel_values, load_model, set_seed
+from mgd_timm.models.build import channel_values, load_model
 from mgd_timm.recipe.recipe import make_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {

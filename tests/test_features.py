@@ -10,11 +10,10 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.mobilenetv5 import MobileNetV5Encoder
 from torch import Tensor, nn
 
-from mgd_timm.features import FeatureTap, Shapes
-from mgd_timm.maps_tmp import choose_maps
+from mgd_timm.features import FeatureTap, Shapes, choose_maps
 from mgd_timm.models.build import check_classifier
 from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.models.input_adapter import InputAdapter
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:
@@ -133,7 +132,7 @@ def test_dropout_that_would_be_drawn_twice_is_refused(name):
 )
 @pytest.mark.parametrize("frozen", [False, True])
 def test_batchnorm_of_the_head_is_not_skipped_when_it_is_new(name, frozen):
-    """A new BatchNorm is the identity in eval mode: the probe must not be deceived by it."""
+    """A new BatchNorm is the fingerprint in eval mode: the probe must not be deceived by it."""
     model = build(name, 32).requires_grad_(not frozen)
     tap = FeatureTap(model, input_size=(3, 32, 32))
     assert all(parameter.requires_grad is not frozen for parameter in model.parameters())
@@ -351,16 +350,16 @@ def test_teacher_view(size):
     expected = (pixels - column[2]) / column[3]
     if size:
         expected = torch.einsum("ih,bchw,jw->bcij", triangle(8, size[0]), expected, triangle(8, size[1]))
-    view = TeacherView(mean, std, its_mean, its_std, size)
+    view = InputAdapter(mean, std, its_mean, its_std, size)
     torch.testing.assert_close(view(((pixels - column[0]) / column[1]).float()).double(), expected, rtol=0, atol=3e-6)
     assert not view.state_dict()
 
 
 def test_teacher_view_of_the_same_kind_changes_nothing():
     x = images(8)
-    assert TeacherView((0.5,) * 3, (0.2,) * 3, (0.5,) * 3, (0.2,) * 3)(x) is x
+    assert InputAdapter((0.5,) * 3, (0.2,) * 3, (0.5,) * 3, (0.2,) * 3)(x) is x
 
 
 def test_teacher_view_refuses_another_number_of_channels():
     with pytest.raises(ValueError, match="one value per channel"):
-        TeacherView((0.5,), (0.2,), (0.5,) * 3, (0.2,) * 3)
+        InputAdapter((0.5,), (0.2,), (0.5,) * 3, (0.2,) * 3)

@@ -13,7 +13,8 @@ import mgd_timm.models  # noqa: F401 - registers cifar_*
 from mgd_timm.criteria import CRITERIA, KD, CrossEntropy, Objective, kl_divergence
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
-from mgd_timm.granularity import DEFAULT, MAG, MAS, Granularity, GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
 SMALL = (Granularity("abstract", 4, 2.0), Granularity("detailed", 24, 8.0))
 CLASSES = 10
@@ -85,13 +86,13 @@ def test_parameter_counts(width, total, encoders):
     with torch.device("meta"):
         heads, student_heads = GranularityHeads(width, 100), GranularityHeads(width, None)
     assert (count(heads), count(heads.encoders), count(student_heads)) == (total, encoders, encoders)
-    for g in DEFAULT:
+    for g in DEFAULT_GRANULARITIES:
         assert count(heads.encoders[g.name]) == width**2 + width + width * g.dim + g.dim
         assert count(heads.decoders[g.name]) == g.dim * width + width + width * 100 + 100
 
 
 def test_defaults_are_the_papers():
-    assert [(g.name, g.dim, g.temperature, g.weight) for g in DEFAULT] == [
+    assert [(g.name, g.dim, g.temperature, g.weight) for g in DEFAULT_GRANULARITIES] == [
         ("abstract", 64, 2, 1),
         ("detailed", 256, 8, 1),
     ]

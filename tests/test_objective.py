@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from mgd_timm.criteria.terms import build_objective
 from mgd_timm.features import Batch, Features, Pair, Shapes
 from mgd_timm.granularity import MAG, MAS, stable_excitation
-from mgd_timm.objective import build_several, mean_of_probabilities
+from mgd_timm.objective import build_objective, build_several, mean_of_probabilities
 from mgd_timm.recipe.recipe import make_recipe
 
 STUDENT, ONE, TWO = Shapes(5, 12, ((4, 6, 6),)), Shapes(5, 20, ((8, 6, 6),)), Shapes(5, 16, ((3, 6, 6),))

@@ -123,7 +123,7 @@ def _import(arguments: Sequence[str]) -> None:
     parser.add_argument("--license", type=str, default="other", help="licence of the weights")
     parser.add_argument("--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="replace the folder")
     values = options_of(parser.parse_args(list(arguments)))
-    from mgd_timm.models.import_checkpoint import import_checkpoint
+    from mgd_timm.cli.import_checkpoint import import_checkpoint
 
     file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
     written = import_checkpoint(file, model, folder, **values)

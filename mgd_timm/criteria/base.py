@@ -40,13 +40,6 @@ def kl_divergence(
     return per_sample.mean() * temperature**2
 
 
-def check_temperature(temperature: float) -> float:
-    """The temperature itself; ValueError unless it is positive and finite."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected a positive, finite number.")
-    return temperature
-
-
 class Criterion(nn.Module):
     """One distillation method: a scalar from the features of student and teacher.
 

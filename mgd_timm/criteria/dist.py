@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.criteria.dkd import check_parts
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.recipe.granularity import check_temperature
 
 
 def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: float = 1e-8) -> Float[Tensor, ""]:

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, kl_divergence
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.recipe.granularity import check_temperature
 
 
 def target_classes(labels: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, " b"]:

@@ -5,8 +5,9 @@ from typing import ClassVar, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, check_temperature, kl_divergence
+from mgd_timm.criteria.base import Criterion, Need, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.recipe.granularity import check_temperature
 
 Divergence = Literal["forward", "reverse", "balanced"]
 

@@ -9,11 +9,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import MapShape
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.criteria.dkd import target_classes
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.criteria.standardisation import standardise
 from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.recipe.granularity import check_temperature
 
 
 def enhanced_divergence(

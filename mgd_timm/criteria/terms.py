@@ -7,11 +7,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from mgd_timm.criteria import CRITERIA, Criterion, CrossEntropy, Objective
+from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.features import Pair
-from mgd_timm.granularity import MAG, MAS
 from mgd_timm.recipe.options import typed, unknown
 from mgd_timm.recipe.recipe import Recipe
 
@@ -228,29 +227,6 @@ def fitted_first(recipe: Recipe, what: Literal["teacher", "student"]) -> dict[st
         for name, term in parse_terms(recipe).items()
         if term.weight and CRITERIA[term.criterion].fits == what
     }
-
-
-def build_objective(recipe: Recipe, pair: Pair, *, task: bool = True) -> Objective | MAG:
-    """The recipe's terms, and MAG or MAS around them.
-
-    Args:
-        recipe: Of the run.
-        pair: Both networks.
-        task: With the labels' loss; without it for a second teacher.
-
-    Raises:
-        ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
-    """
-    if recipe.teacher is None and recipe.peer is None:
-        return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
-    terms: dict[str, tuple[float, Criterion, float]] = {}
-    for name, term in parse_terms(recipe).items():
-        if term.weight and CRITERIA[term.criterion].fits != "student" and (task or name != "task"):
-            terms[name] = (term.weight, build_criterion(term, pair, recipe), term.warmup)
-    objective = Objective(**terms)
-    if recipe.method == "none":
-        return objective
-    return {"mag": MAG, "mas": MAS}[recipe.method](pair, objective, recipe.heads.granularities)
 
 
 def build_criterion(term: Term, pair: Pair, recipe: Recipe) -> Criterion:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,9 @@ from mgd_timm.data.decode import EVAL_SPLITS, DataError, cache_folder, decode
 from mgd_timm.data.image_cache import ImageStore, stored_images
 from mgd_timm.data.readers.streams import StreamSource, open_streams, read_stream
 from mgd_timm.data.readers.tables import AnyRows, check_classes, open_splits, read_split
-from mgd_timm.data.sampler import mix
+from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import (
     WAY_OUT,
-    Defaults,
     FileSource,
     Source,
     StoreSource,
@@ -34,6 +32,8 @@ from mgd_timm.data.sources import (
     timm_transform,
     weights_statistics,
 )
+from mgd_timm.features import Defaults
+from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.recipe import Data
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "load_images",
 ]
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"
 SMALL = 96  # pixels: up to here an image costs less to keep than to decode again
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor
 import mgd_timm.data.loader  # noqa: F401  # readers are forked safely
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers.tables import AnyRows
-from mgd_timm.data.sampler import augment, epoch_order, mix, normalise, seeded
-from mgd_timm.data.transforms import erase
-from mgd_timm.features import Batch
+from mgd_timm.data.rng import mix, seeded
+from mgd_timm.data.sampler import epoch_order
+from mgd_timm.data.transforms import augment, erase, normalise
+from mgd_timm.features import Batch, Defaults
 from mgd_timm.recipe.recipe import Data
 
 WAY_OUT = "Or leave it and its like out: --max-bad."
@@ -49,17 +50,6 @@ def epoch_ids(source: Source, seed: int, epoch: int) -> Tensor:
     """What an epoch asks a source for, in order: the source's own (`order`), or a permutation of its ids."""
     order = getattr(source, "order", None)
     return order(seed, epoch) if order is not None else source.ids[epoch_order(len(source.ids), seed, epoch)]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a recipe leaves open and the models know: mean and std of weights, and a model's nominal input."""
-
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    img_size: int = 224
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
 
 
 def per_channel(defaults: Defaults, in_chans: int) -> Defaults:

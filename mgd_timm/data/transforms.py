@@ -9,10 +9,10 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mgd_timm.data.sampler import mix, normal, seeded, uniform
+from mgd_timm.data.rng import mix, normal, seeded, uniform
 from mgd_timm.recipe.recipe import Data
 
 _TRIES = 10  # for a box that fits, as timm has it
@@ -122,3 +122,32 @@ def mixed(
 def distributions(labels: Int[Tensor, " b"] | Float[Tensor, "b k"], num_classes: int) -> Float[Tensor, "b k"]:
     """Labels as distributions over classes, float32."""
     return labels.float() if labels.is_floating_point() else F.one_hot(labels.long(), num_classes).float()
+
+
+def augment(
+    images: UInt8[Tensor, "b c h w"],
+    sample_ids: Int[Tensor, " b"],
+    seed: int,
+    epoch: int,
+    *,
+    pad: int,
+    hflip: float,
+) -> UInt8[Tensor, "b c h w"]:
+    """Zero-pad by `pad` pixels, crop at random to the former size, flip left-right with probability `hflip`: as one
+    gather."""
+    draws = uniform(sample_ids, seed, epoch, 3)
+    _, channels, height, width = images.shape
+    top = (draws[:, 0] * (2 * pad + 1)).long()
+    left = (draws[:, 1] * (2 * pad + 1)).long()
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    columns = torch.arange(width, device=images.device).expand(len(images), width)
+    columns = torch.where((draws[:, 2] < hflip)[:, None], columns.flip(1), columns) + left[:, None]
+    padded_width = width + 2 * pad
+    window = (rows[:, :, None] * padded_width + columns[:, None, :]).flatten(1)
+    flat = F.pad(images, (pad, pad, pad, pad)).flatten(2)
+    return flat.gather(2, window[:, None].expand(-1, channels, -1)).reshape(images.shape)
+
+
+def normalise(images: UInt8[Tensor, "b c h w"], mean: Tensor, std: Tensor) -> Float[Tensor, "b c h w"]:
+    """(pixels / 255 - mean) / std in float32; mean and std [c, 1, 1] of pixels in [0, 1]."""
+    return images.float().sub_(mean * 255).div_(std * 255)

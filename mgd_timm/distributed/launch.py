@@ -8,12 +8,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from mgd_timm.data.sampler import num_slots
 from mgd_timm.distributed import watchdog
 from mgd_timm.distributed.allocator import keep_freed_memory
 from mgd_timm.distributed.collectives import PATIENCE
 from mgd_timm.distributed.sharding import check_sharding, sharded
-from mgd_timm.recipe.derived import with_global_batch
+from mgd_timm.recipe.derived import num_slots, with_global_batch
 from mgd_timm.recipe.options import unknown
 from mgd_timm.recipe.recipe import Recipe
 

@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +11,9 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mgd_timm.storage.checkpoint import sha256, write_whole
-
-_PACKAGES = ("mgd-timm", "torch", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a run, and the commit where this package is a git checkout."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    here = Path(__file__).parents[1]
-    if (here.parent / ".git").exists():
-        git = shutil.which("git")
-        head = (
-            subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None  # noqa: S603
-        )
-        found["commit"] = head.stdout.strip() or None if head else None
-    return found
-
-
-def describe(
-    model: nn.Module,
-    *,
-    input_size: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    class_names: tuple[str, ...],
-    license: str,
-    tag: str,
-    shown: Mapping[str, Any] | None = None,
-) -> None:
-    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true
-    here.
-
-    Args:
-        model: Described in place.
-        input_size: Channels, height, width.
-        mean, std: Per channel, of pixels in [0, 1].
-        class_names: In the order of the classifier.
-        license: Of the weights.
-        tag: timm's word for the weights.
-        shown: crop_pct, crop_mode and interpolation of an evaluation, as far as they are not the architecture's.
-    """
-    config = dict(getattr(model, "pretrained_cfg", {}) or {})
-    for key in (
-        "url",
-        "hf_hub_id",
-        "hf_hub_filename",
-        "file",
-        "source",
-        "origin_url",
-        "paper_name",
-        "paper_ids",
-        "notes",
-        "state_dict",
-    ):
-        config.pop(key, None)
-    for key in (
-        "label_names",
-        "label_descriptions",
-        "label_offset",
-        "test_input_size",
-        "test_crop_pct",
-        "pool_size",
-        "custom_load",
-    ):
-        config.pop(key, None)
-    config |= {"tag": tag, "license": license, "input_size": input_size, "mean": mean, "std": std}
-    config |= {"num_classes": len(class_names), "label_names": list(class_names), **(shown or {})}
-    model.pretrained_cfg = config  # type: ignore[assignment]
-    model.default_cfg = config  # type: ignore[assignment]
+from mgd_timm.storage.checkpoint import write_whole
+from mgd_timm.storage.digests import sha256
+from mgd_timm.storage.versions import versions
 
 
 def export_model(

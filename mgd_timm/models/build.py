@@ -2,24 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
-from mgd_timm.data.dataset import EMBEDDED, Defaults, Images
-from mgd_timm.features import FeatureTap
-from mgd_timm.models.input_adapter import TeacherView
-from mgd_timm.recipe.options import as_dict, unknown
-from mgd_timm.recipe.recipe import Recipe
-from mgd_timm.training.optimizer_state import module_digest
+from mgd_timm.features import Defaults, FeatureTap
+from mgd_timm.recipe.data import EMBEDDED
+from mgd_timm.recipe.options import unknown
 
 
 def check_model_name(name: str) -> None:
@@ -44,17 +39,25 @@ def check_model_name(name: str) -> None:
         )
 
 
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors and the file system raise several kinds
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
+
+
 def load_weights(model: nn.Module, name: str, path: str) -> None:
     """Load a safetensors file strictly.
 
     Raises:
         ValueError: The file is not readable, or its keys or shapes differ; the first ones are named.
     """
-    try:
-        state = load_file(path)
-    except Exception as error:  # safetensors and the file system raise several kinds
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
-    load_state(model, name, path, state)
+    load_state(model, name, path, read_safetensors(path))
 
 
 def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str, Tensor]) -> None:
@@ -84,60 +87,62 @@ def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str,
     model.load_state_dict(state)
 
 
-def build_teacher(recipe: Recipe, spec: str | None = None) -> nn.Module:
-    """A teacher with its weights, its classifier as trained: timm is never asked for another number of classes.
+def load_model(
+    spec: str, checkpoint: str | None = None, *, in_chans: int = 3, classifier_required: bool = True
+) -> nn.Module:
+    """A model with its weights and the classifier that it was trained with: timm is never asked for another one.
 
     Args:
-        recipe: Of the run.
-        spec: Which of the recipe's teachers; by default the first.
+        spec: A run folder, an exported folder (`local-dir:PATH`), "embedded", `hf-hub:ID`, a timm name with published
+            weights, or an architecture of timm beside `checkpoint`.
+        checkpoint: A safetensors file of the architecture's weights.
+        in_chans: Channels that the weights of `checkpoint` take.
+        classifier_required: Refuse a `checkpoint` that lacks the classifier; otherwise the model has none either.
 
     Raises:
-        ValueError: Unknown name, no weights, or a checkpoint that lacks the classifier.
+        ValueError: Unknown name, no weights, weights given twice, or a checkpoint that does not fit.
     """
-    spec = spec or (recipe.teacher or ("",))[0]
-    place = _weights_folder(spec)
-    if place is not None or spec.startswith("hf-hub:"):
-        check_no_checkpoint(recipe, spec)
-    if place is not None:
-        return _load_folder(place)
+    folder = _weights_folder(spec)
+    if folder is not None or spec.startswith("hf-hub:"):
+        check_no_checkpoint(checkpoint, spec)
+    if folder is not None:
+        return _load_folder(folder)
     if spec.startswith("hf-hub:"):
         return _create_pretrained(spec)
     check_model_name(spec)
-    if recipe.teacher_checkpoint is None:
+    if checkpoint is None:
         if not timm.is_model_pretrained(spec):
             raise ValueError(
                 f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
                 "local-dir:PATH or a run folder; mgd-timm train makes one."
             )
         return _create_pretrained(spec)
-    config = get_pretrained_cfg(spec)
+    return _load_checkpoint(spec, checkpoint, in_chans, classifier_required)
+
+
+def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_required: bool) -> nn.Module:
+    """An architecture with as many classes as the classifier in a safetensors file has."""
+    config = get_pretrained_cfg(name)
     key = config.classifier if config is not None else None
     key = key[0] if isinstance(key, tuple | list) else key
-    try:
-        weight = dict(load_file(recipe.teacher_checkpoint)).get(f"{key}.weight")
-    except Exception as error:
-        raise ValueError(f"{recipe.teacher_checkpoint}: cannot be read as safetensors ({error}).") from error
-    if weight is None and (recipe.fit_teacher_head != "none" or recipe.teacher_classes == ("none",)):
-        model = timm.create_model(spec, num_classes=0, in_chans=recipe.data.in_chans)
-        load_weights(model, spec, recipe.teacher_checkpoint)
-        return model
-    if weight is None:
+    weight = read_safetensors(checkpoint).get(f"{key}.weight")
+    if weight is None and classifier_required:
         raise ValueError(
-            f"{recipe.teacher_checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
+            f"{checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
             "noise. Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have "
             "one, or let it teach without logits (--teacher-classes none)."
         )
-    model = timm.create_model(spec, num_classes=weight.shape[0], in_chans=recipe.data.in_chans)
-    load_weights(model, spec, recipe.teacher_checkpoint)
+    model = timm.create_model(name, num_classes=0 if weight is None else weight.shape[0], in_chans=in_chans)
+    load_weights(model, name, checkpoint)
     return model
 
 
-def check_no_checkpoint(recipe: Recipe, spec: str) -> None:
-    """Raise ValueError for weights in a file beside a teacher that has its own, of which one would be left aside."""
-    if recipe.teacher_checkpoint is not None:
+def check_no_checkpoint(checkpoint: str | None, spec: str) -> None:
+    """Raise ValueError for a checkpoint beside a teacher that has its own weights, of which one would be ignored."""
+    if checkpoint is not None:
         raise ValueError(
-            f"teacher_checkpoint={recipe.teacher_checkpoint!r}: the teacher {spec!r} has weights of its own. Leave "
-            "one out, or name its architecture beside the file."
+            f"teacher_checkpoint={checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or name "
+            "its architecture beside the file."
         )
 
 
@@ -208,16 +213,6 @@ def _check_config(path: Path) -> None:
             raise ValueError(f"{path}: model_args has {key!r}, which is no argument of an architecture: remove it.")
 
 
-def load_model(spec: str) -> nn.Module:
-    """A model with weights: a run folder, an exported folder, 'embedded', hf-hub:ID or a timm name with published
-    weights.
-
-    Raises:
-        ValueError: No such model, or no weights.
-    """
-    return build_teacher(Recipe(teacher=(spec,)))
-
-
 def _create_pretrained(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
@@ -226,22 +221,6 @@ def _create_pretrained(name: str) -> nn.Module:
             f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH "
             "or a file."
         ) from error
-
-
-def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
-    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal
-    size."""
-    config: Mapping[str, Any] = {}
-    if student is not None:
-        config = getattr(student, "pretrained_cfg", {})
-    else:
-        check_model_name(recipe.student)
-        found = get_pretrained_cfg(recipe.student)
-        config = found.to_dict() if found is not None else {}
-    weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
-    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
-    fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
-    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
 
 
 def shown_by(config: Mapping[str, Any]) -> Defaults:
@@ -280,22 +259,40 @@ def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, *
         ) from error
 
 
-def build_student(recipe: Recipe, images: Images) -> nn.Module:
-    """The student for the data's classes and image size, from the seed or from given weights.
+def build_student(
+    name: str,
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    drop: float = 0.0,
+    drop_path: float | None = None,
+) -> nn.Module:
+    """A student for an image size and a number of classes, with random, published or given weights.
+
+    Args:
+        name: Of timm's architecture.
+        input_size: (channels, height, width) of the images.
+        num_classes: Of the data.
+        pretrained: Start from the published weights.
+        checkpoint: A safetensors file to start from.
+        drop: Dropout rate; 0 leaves the architecture's own.
+        drop_path: Stochastic depth rate; None leaves the architecture's own.
 
     Raises:
         ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that
             does not fit.
     """
-    options: dict[str, Any] = {"pretrained": recipe.student_pretrained}
-    if recipe.drop:
-        options["drop_rate"] = recipe.drop
-    if recipe.drop_path is not None:
-        options["drop_path_rate"] = recipe.drop_path
-    model = build_named(recipe.student, images.input_size, images.num_classes, **options)
+    options: dict[str, Any] = {"pretrained": pretrained}
+    if drop:
+        options["drop_rate"] = drop
+    if drop_path is not None:
+        options["drop_path_rate"] = drop_path
+    model = build_named(name, input_size, num_classes, **options)
     check_classifier(model)
-    if recipe.student_checkpoint is not None:
-        load_weights(model, recipe.student, recipe.student_checkpoint)
+    if checkpoint is not None:
+        load_weights(model, name, checkpoint)
     return model
 
 
@@ -323,30 +320,28 @@ def check_module(module: nn.Module, role: str) -> None:
             )
 
 
-def check_channels(model: nn.Module, role: str, images: Images) -> None:
-    """Raise ValueError unless a model takes the images' channels."""
-    channels, given = get_model_input_config(model)["input_size"][0], images.input_size[0]
-    if channels != given:
+def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
+    """Raise ValueError unless a model takes images of `in_chans` channels."""
+    channels = get_model_input_config(model)["input_size"][0]
+    if channels != in_chans:
         way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
-        raise ValueError(f"the {role} takes {channels} channels, the images have {given}: {way_out}")
+        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {way_out}")
 
 
-def check_student(student: nn.Module, images: Images) -> None:
-    """Raise ValueError unless the student takes the images, has a classifier of the data's classes, and can be
-    trained."""
+def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
+    """Raise ValueError unless the student takes the images, has the data's number of classes, and can be trained."""
     check_classifier(student)
-    check_channels(student, "student", images)
+    check_channels(student, "student", in_chans)
     count = getattr(student, "num_classes", 0)
-    if count != images.num_classes:
-        raise ValueError(f"the model has {count} classes, the data {images.num_classes}: build it with as many.")
+    if count != num_classes:
+        raise ValueError(f"the model has {count} classes, the data {num_classes}: build it with as many.")
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
 
 
-def check_class_names(model: nn.Module, role: str, images: Images) -> None:
-    """Raise ValueError where both the weights and the data name their classes, and not the same ones in the same
-    order."""
-    conflict = class_conflict(model, role, images)
+def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -> None:
+    """Raise ValueError where weights and data both name their classes, and differ in a name or in the order."""
+    conflict = class_conflict(model, role, class_names)
     if conflict is not None:
         raise ValueError(
             f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
@@ -354,34 +349,21 @@ def check_class_names(model: nn.Module, role: str, images: Images) -> None:
         )
 
 
-def class_conflict(model: nn.Module, role: str, images: Images) -> str | None:
-    """In which class the names of the weights and of the data differ; None where they do not, or one of both has no
-    names."""
+def class_conflict(model: nn.Module, role: str, class_names: Sequence[str]) -> str | None:
+    """The first class whose name differs between the weights and the data.
+
+    None where none does, or one of both has no names.
+    """
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
-    numbers = [str(i) for i in range(images.num_classes)]
-    if not isinstance(names, list | tuple) or numbers in (list(names), list(images.class_names)):
+    numbers = [str(i) for i in range(len(class_names))]
+    if not isinstance(names, list | tuple) or numbers in (list(names), list(class_names)):
         return None
-    if len(names) != images.num_classes:
-        return f"the {role} names {len(names)} classes, the data {images.num_classes}"
-    for index, (known, given) in enumerate(zip(names, images.class_names, strict=True)):
+    if len(names) != len(class_names):
+        return f"the {role} names {len(names)} classes, the data {len(class_names)}"
+    for index, (known, given) in enumerate(zip(names, class_names, strict=True)):
         if known != given:
             return f"class {index} is {known!r} to the {role} and {given!r} in the data"
     return None
-
-
-def teacher_view(teacher: nn.Module, images: Images, side: int | None = None) -> TeacherView:
-    """The student's images in the teacher's normalisation, resized to `side` pixels or to what the teacher is fixed
-    to."""
-    config = getattr(teacher, "pretrained_cfg", {}) or {}
-    mean, std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
-    if len(mean) != len(images.mean) or len(std) != len(images.std):
-        mean, std = images.mean, images.std
-    inputs = get_model_input_config(teacher)
-    fixed = tuple(inputs["input_size"][1:]) if inputs["fixed_input_size"] else None
-    size = fixed or ((side, side) if side is not None else images.input_size[1:])
-    return TeacherView(
-        images.mean, images.std, mean, std, (size[0], size[1]) if size != images.input_size[1:] else None
-    )
 
 
 def build_tap(
@@ -395,44 +377,18 @@ def build_tap(
     return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 
 
-def lay_out(module: nn.Module, tap: FeatureTap, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Channels-last where the recipe asks for it, or says nothing and it is known to be safe.
+def set_memory_format(module: nn.Module, name: str, channels_last: bool | None, device: torch.device) -> None:
+    """Convert a module to channels-last where that is asked for, or left open and known to be safe.
 
-    Not any network on any CPU: oneDNN's backward of a strided 1x1 convolution with few channels ends the process
-    (BasicBlock).
+    It is safe on GPUs and for cifar_* networks. On CPUs, oneDNN's backward of a strided 1x1 convolution with few
+    channels ends the process (BasicBlock).
+
+    Args:
+        module: Converted in place.
+        name: The architecture in it.
+        channels_last: None leaves it open.
+        device: Where it runs.
     """
-    safe = accelerator.device.type == "cuda" or tap.name.startswith("cifar_")
-    if recipe.channels_last if recipe.channels_last is not None else safe:
+    safe = device.type == "cuda" or name.startswith("cifar_")
+    if channels_last if channels_last is not None else safe:
         module.to(memory_format=torch.channels_last)
-
-
-def set_seed(*key: int) -> None:
-    """Seed torch for what is drawn next (initial weights)."""
-    from mgd_timm.data.sampler import mix
-
-    torch.manual_seed(mix(*key))
-
-
-def identity(
-    recipe: Recipe,
-    images: Images,
-    accelerator: Accelerator,
-    student: nn.Module,
-    teachers: Sequence[nn.Module],
-    peer: nn.Module | None = None,
-) -> dict[str, Any]:
-    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and
-    precision.
-
-    Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them.
-    """
-    return {
-        **as_dict(recipe, digest_only=True),
-        "images": images.train.digest,
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "student_sha256": module_digest(student),
-        "teacher_sha256": [module_digest(teacher) for teacher in teachers],
-        "peer_sha256": module_digest(peer) if peer is not None else None,
-        "precision": str(accelerator.mixed_precision),
-    }

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from mgd_timm.data.readers.tables import few
+from mgd_timm.recipe.options import few
 
 FORMS = (
     "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or "

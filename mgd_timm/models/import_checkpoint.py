@@ -16,11 +16,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
-from mgd_timm.export.timm_folder import describe, export_model
 from mgd_timm.models.build import channel_values, check_model_name, load_state
-from mgd_timm.storage.checkpoint import sha256
+from mgd_timm.models.describe import describe
 
 # Where weights stand in a training script's checkpoint, in this order: averaged ones first, as timm's own loader takes
 # them.
@@ -123,10 +122,9 @@ def _weights(path: Path, content: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in content.items()}
 
 
-def import_checkpoint(
+def load_public(
     path: str | os.PathLike[str],
     architecture: str,
-    folder: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -134,9 +132,8 @@ def import_checkpoint(
     std: Sequence[float] | None = None,
     license: str = "other",
     class_names: Sequence[str] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write a public checkpoint as a folder that teaches, is evaluated and loads in timm as an exported student does.
+) -> nn.Module:
+    """A timm model with the weights of a public checkpoint, described so that it teaches and exports as a student does.
 
     Every weight must be there and fit. Only BatchNorm's counters of batches may be missing: old files have none, and
     nothing that is computed here depends on them.
@@ -144,19 +141,16 @@ def import_checkpoint(
     Args:
         path: The file, as `read_public` takes it.
         architecture: timm's name, cifar_* among them. What public files of a cifar_* family name otherwise is renamed.
-        folder: Where; must not exist unless `overwrite`.
         num_classes: What the classifier must have; by default what it has.
         in_chans: Channels of the image; by default those of the first convolution's weights.
         mean, std: Of the images that the weights were trained on, one value per channel of pixels in [0, 1]. By default
             the architecture's: of CIFAR-100 for cifar_*.
         license: Of the weights.
         class_names: In the order of the classifier; by default numbers, which fit any data of as many classes.
-        overwrite: Replace the folder.
 
     Raises:
         ValueError: What `read_public` refuses, an unknown architecture, weights of another one (the first names and
             shapes that differ are given), or values that do not fit the weights.
-        FileExistsError: The folder exists.
     """
     path = Path(path)
     check_model_name(architecture)
@@ -184,8 +178,7 @@ def import_checkpoint(
     mean, std = _per_channel("mean", mean, config, channels), _per_channel("std", std, config, channels)
     size = (channels, *(config.get("input_size") or (3, 224, 224))[1:])
     describe(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
-    origin = {"imported": {"file": path.name, "sha256": sha256(path)}, "architecture": architecture}
-    return export_model(model, Path(folder), provenance=origin, overwrite=overwrite)
+    return model
 
 
 def _renamed(name: str, renames: Mapping[str, str]) -> str:

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from mgd_timm.models.build import channel_values
 
-class TeacherView(nn.Module):
+
+class InputAdapter(nn.Module):
     """The same picture as the teacher expects it: re-normalised, and resized where the teacher's input size is fixed.
 
     Args:
@@ -49,3 +52,28 @@ class TeacherView(nn.Module):
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
         return images
+
+
+def build_input_adapter(
+    teacher: nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    input_size: tuple[int, int, int],
+    side: int | None = None,
+) -> InputAdapter:
+    """The adapter from the student's images to a teacher's normalisation and size.
+
+    Args:
+        teacher: Its pretrained_cfg says how it was trained to see images.
+        mean, std: Normalisation of the student's images, per channel, of pixels in [0, 1].
+        input_size: (channels, height, width) of the student's images.
+        side: Height and width in pixels for a teacher whose input size is not fixed; None leaves the size alone.
+    """
+    config = getattr(teacher, "pretrained_cfg", {}) or {}
+    its_mean, its_std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
+    if len(its_mean) != len(mean) or len(its_std) != len(std):
+        its_mean, its_std = tuple(mean), tuple(std)
+    inputs = get_model_input_config(teacher)
+    fixed = tuple(inputs["input_size"][1:]) if inputs["fixed_input_size"] else None
+    size = fixed or ((side, side) if side is not None else input_size[1:])
+    return InputAdapter(mean, std, its_mean, its_std, (size[0], size[1]) if size != input_size[1:] else None)

@@ -11,13 +11,13 @@ from typing import Any
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distributed.collectives import decided, join, local_main_first
-from mgd_timm.models.build import build_teacher
+from mgd_timm.pipeline.connect import load_named_teacher
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.derived import with_global_batch
 from mgd_timm.recipe.options import as_dict, digest, unknown
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage import checkpoint
-from mgd_timm.training.optimizer_state import module_digest
+from mgd_timm.storage.digests import module_digest
 
 PAIRS: dict[str, tuple[str, str]] = {
     "wrn_40_2-wrn_16_2": ("cifar_wrn_40_2", "cifar_wrn_16_2"),
@@ -121,7 +121,7 @@ def images_of(recipe: Recipe) -> Images:
 def made_from(recipe: Recipe) -> dict[str, Any]:
     """What decides a student's weights beside its recipe: those of its teachers, and which rows of their classifiers
     are read."""
-    digests = [module_digest(build_teacher(recipe, name)) for name in recipe.teacher or ()]
+    digests = [module_digest(load_named_teacher(recipe, name)) for name in recipe.teacher or ()]
     found: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests}
     if recipe.teacher_classes is not None:
         found["classes"] = [

@@ -3,43 +3,46 @@ trained."""
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
-from timm.models import get_model_input_config
+from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
-from mgd_timm.criteria.terms import build_objective, criterion_names, needs, parse_terms
-from mgd_timm.data.dataset import Images, StoreSource
+from mgd_timm.criteria.terms import criterion_names, needs, parse_terms
+from mgd_timm.data.dataset import Defaults, Images, StoreSource
+from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-from mgd_timm.export.timm_folder import describe
 from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import (
     build_student,
     build_tap,
-    build_teacher,
+    channel_values,
     check_channels,
+    check_model_name,
     check_no_checkpoint,
     check_student,
     class_conflict,
-    identity,
-    lay_out,
-    set_seed,
-    teacher_view,
+    load_model,
+    set_memory_format,
+    shown_by,
 )
 from mgd_timm.models.classes import fit_classes
+from mgd_timm.models.describe import describe
 from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.objective import SeveralTeachers, build_several
+from mgd_timm.models.input_adapter import build_input_adapter
+from mgd_timm.objective import SeveralTeachers, build_objective, build_several
+from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.classifier import check_probe, needs_new_head, new_head
 from mgd_timm.teachers.outputs.stored_source import StoredViews, open_store
 from mgd_timm.teachers.pretraining import Stage, criterion_stages, student_stages
-from mgd_timm.training.optimizer_state import module_digest
 
 AnyObjective = Objective | MAG | SeveralTeachers
 
@@ -54,7 +57,7 @@ class Networks:
     peer: FeatureTap | None
     peer_objective: Objective | MAG | None
     stages: list[Stage]
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     stored: StoredViews | None
 
     def trainee(self) -> Distiller | MutualLearning:
@@ -71,12 +74,18 @@ def load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.
     modules = list(given) or [None] * len(names)
     for name, module in zip(names, modules, strict=True):
         if module is not None:
-            check_no_checkpoint(recipe, name)
+            check_no_checkpoint(recipe.teacher_checkpoint, name)
     # What is given is the caller's, and the run may give its teachers other classes, other weights or another size.
     return [
-        copy.deepcopy(module) if module is not None else build_teacher(recipe, name)
+        copy.deepcopy(module) if module is not None else load_named_teacher(recipe, name)
         for name, module in zip(names, modules, strict=True)
     ]
+
+
+def load_named_teacher(recipe: Recipe, name: str) -> nn.Module:
+    """One of the recipe's teachers with its weights."""
+    silent = recipe.fit_teacher_head != "none" or recipe.teacher_classes == ("none",)
+    return load_model(name, recipe.teacher_checkpoint, in_chans=recipe.data.in_chans, classifier_required=not silent)
 
 
 def suit_teachers(models: Sequence[nn.Module], recipe: Recipe, images: Images) -> None:
@@ -168,7 +177,7 @@ def build_networks(
         alone._replace(teacher=_shapes_of(teacher, images), teacher_classifier=classifier)
         for teacher, classifier in whole
     ] or [alone]
-    own = identity(recipe, images, accelerator, tap.model, teachers, other.model if other is not None else None)
+    own = fingerprint(recipe, images, accelerator, tap.model, teachers, other.model if other is not None else None)
     own["teacher_logits"] = [
         teacher.shows_logits for teacher, _ in whole
     ]  # the recipe's word is a file's name, or "none"
@@ -191,12 +200,24 @@ def build_networks(
     return Networks(tap, objective, tuple(teacher for teacher, _ in whole), other, peers, stages, own, stored)
 
 
+def _build_student(recipe: Recipe, images: Images) -> nn.Module:
+    return build_student(
+        recipe.student,
+        images.input_size,
+        images.num_classes,
+        pretrained=recipe.student_pretrained,
+        checkpoint=recipe.student_checkpoint,
+        drop=recipe.drop,
+        drop_path=recipe.drop_path,
+    )
+
+
 def _connect_student(recipe: Recipe, images: Images, accelerator: Accelerator, student: nn.Module | None) -> FeatureTap:
     drawn = student is None and not recipe.student_pretrained and recipe.student_checkpoint is None
     if student is None:
         set_seed(recipe.seed, 3)
-        student = build_student(recipe, images)
-    check_student(student, images)
+        student = _build_student(recipe, images)
+    check_student(student, images.input_size[0], images.num_classes)
     _describe(student, images, recipe)
     maps = recipe.maps if needs(recipe, "maps", student=True) else None
     tap = build_tap(student, images.input_size, maps, cam=needs(recipe, "cams"))
@@ -213,9 +234,9 @@ def _connect_teacher(
     recipe: Recipe, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> tuple[Teacher, nn.Module | None]:
     """A frozen teacher as yet without heads, and the classifier of its network; one that is silent shows no logits."""
-    check_channels(model, "teacher", images)
+    check_channels(model, "teacher", images.input_size[0])
     logits = _shows_logits(recipe, model, images, silent)
-    view = teacher_view(model, images, recipe.teacher_img_size)
+    view = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
     size = view.size or (images.input_size[1], images.input_size[2])
     maps = recipe.maps if needs(recipe, "maps") else None
     tap = build_tap(model, (images.input_size[0], *size), maps, cam=needs(recipe, "cams"))
@@ -224,7 +245,7 @@ def _connect_teacher(
     if recipe.fold_teacher:
         tap = folded(tap) or tap
     teacher = Teacher(tap, view=view, digest=own_digest, logits=logits).to(accelerator.device)
-    lay_out(teacher, tap, recipe, accelerator)
+    set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
     return teacher, classifier
 
 
@@ -235,7 +256,7 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images, left_out: bo
     """
     count = int(getattr(model, "num_classes", 0) or 0)
     name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
-    conflict = class_conflict(model, "teacher", images) if count == images.num_classes else None
+    conflict = class_conflict(model, "teacher", images.class_names) if count == images.num_classes else None
     if count == images.num_classes and conflict is None and not left_out:
         return True
     kinds = {term.criterion: CRITERIA[term.criterion] for term in parse_terms(recipe).values() if term.weight}
@@ -273,7 +294,7 @@ def _connect_peer(recipe: Recipe, images: Images) -> FeatureTap:
     set_seed(recipe.seed, 6)
     drawn = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
     try:
-        peer = build_student(drawn, images)
+        peer = _build_student(drawn, images)
     except ValueError as error:
         raise ValueError(f"peer: {error}") from error
     _describe(peer, images, recipe)
@@ -322,3 +343,44 @@ def weights_tag(recipe: Recipe) -> str:
     if recipe.teacher is not None or recipe.peer is not None:
         words = [*([recipe.method] if recipe.method != "none" else []), *criterion_names(recipe), place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
+
+
+def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
+    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal
+    size."""
+    config: Mapping[str, Any] = {}
+    if student is not None:
+        config = getattr(student, "pretrained_cfg", {})
+    else:
+        check_model_name(recipe.student)
+        found = get_pretrained_cfg(recipe.student)
+        config = found.to_dict() if found is not None else {}
+    weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
+    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
+    fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
+    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
+
+
+def fingerprint(
+    recipe: Recipe,
+    images: Images,
+    accelerator: Accelerator,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    peer: nn.Module | None = None,
+) -> dict[str, Any]:
+    """What decides the weights: the recipe's values with the global batch, images and networks by digest, and
+    precision.
+
+    Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them.
+    """
+    return {
+        **as_dict(recipe, digest_only=True),
+        "images": images.train.digest,
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "student_sha256": module_digest(student),
+        "teacher_sha256": [module_digest(teacher) for teacher in teachers],
+        "peer_sha256": module_digest(peer) if peer is not None else None,
+        "precision": str(accelerator.mixed_precision),
+    }

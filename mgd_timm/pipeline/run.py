@@ -12,21 +12,22 @@ from torch import nn
 
 from mgd_timm.criteria.terms import parse_terms
 from mgd_timm.data.dataset import Images, Source, load_images
-from mgd_timm.data.mixed_source import check_taught, taught
+from mgd_timm.data.mixed_source import taught
 from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
-from mgd_timm.export.timm_folder import export_model, versions
-from mgd_timm.models.build import check_model_name, defaults_of, lay_out
-from mgd_timm.pipeline.connect import Networks, build_networks, load_teachers, suit_teachers
+from mgd_timm.export.timm_folder import export_model
+from mgd_timm.models.build import check_model_name, set_memory_format
+from mgd_timm.pipeline.checks import check_storable, check_taught
+from mgd_timm.pipeline.connect import Networks, build_networks, defaults_of, load_teachers, suit_teachers
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
 from mgd_timm.recipe.derived import resolved
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
+from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_teacher_heads
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.teachers.outputs.stored_source import check_storable
 from mgd_timm.teachers.pretraining import fit_stages
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
@@ -77,7 +78,9 @@ def run(
         summary["teacher_head"] = fit_teacher_heads(teachers, images, recipe, accelerator, quiet=quiet)
         # Connected anew, as BatchNorm was folded and classifiers copied before. What the run is known by stays: how
         # they were made.
-        networks = replace(build_networks(recipe, images, accelerator, teachers, student), identity=networks.identity)
+        networks = replace(
+            build_networks(recipe, images, accelerator, teachers, student), fingerprint=networks.fingerprint
+        )
     _report_teachers(networks.teachers, images, accelerator, recipe, summary)
     fitted, trained = _train_student(recipe, images, networks, accelerator, summary, quiet)
     summary = {"top1": fitted.last.get("top1"), "best_top1": fitted.best if fitted.best_epoch else None} | summary
@@ -178,10 +181,10 @@ def _train_student(
         teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
     trainee = networks.trainee().to(accelerator.device)
     if networks.peer is None:
-        lay_out(trainee, tap, recipe, accelerator)
+        set_memory_format(trainee, tap.name, recipe.channels_last, accelerator.device)
     for role, shown in {"student": tap, "peer": networks.peer}.items():
         if shown is not None:
-            lay_out(shown, shown, recipe, accelerator)
+            set_memory_format(shown, shown.name, recipe.channels_last, accelerator.device)
             count = sum(p.numel() for p in shown.parameters())
             accelerator.print(
                 f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images"
@@ -197,7 +200,7 @@ def _train_student(
         teach = Live(*teachers)
     upkeep = Upkeep(
         folder=Path(recipe.output),
-        identity=networks.identity,
+        fingerprint=networks.fingerprint,
         stage="train" if not teachers and networks.peer is None else "distil",
         resume=recipe.resume,
         checkpoint_interval=recipe.checkpoint_interval,

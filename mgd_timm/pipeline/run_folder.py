@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from mgd_timm.data.dataset import Images
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.recipe.options import as_dict, differences
 from mgd_timm.recipe.recipe import PARTS, Recipe, flatten, make_recipe
 from mgd_timm.storage import checkpoint
+from mgd_timm.storage.versions import versions
 
 
 def fresh(folder: Path, recipe: Recipe) -> Recipe:

@@ -1,6 +1,7 @@
 """The part of a recipe that says which images a run sees, and how they are shown."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mgd_timm.recipe.options import check_choices, option
@@ -148,3 +149,6 @@ OF_TRAINING = frozenset(
 OF_TRAINING |= {"reprob", "remode", "recount", "aug_repeats"}
 OF_TRAINING |= {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch"}
 """Options of Data that say nothing about how images are evaluated."""
+
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"

@@ -1,6 +1,7 @@
 """What a recipe leaves open, filled in: by its other options, and by the processes that carry it out."""
 
 import dataclasses
+import math
 
 from mgd_timm.recipe.recipe import Recipe
 
@@ -50,3 +51,13 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
+
+
+def num_slots(batch_size: int, processes: int, global_batch: int) -> int:
+    """The slots of a whole update: those of as few steps of all processes as hold the global batch."""
+    return processes * math.ceil(global_batch / (batch_size * processes))
+
+
+def slot_size(batch_size: int, processes: int, global_batch: int) -> int:
+    """Samples in the largest slot of a whole update; the others hold as many, or one fewer."""
+    return math.ceil(global_batch / min(num_slots(batch_size, processes, global_batch), global_batch // 2))

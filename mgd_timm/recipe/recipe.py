@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mgd_timm.granularity import Granularity
-from mgd_timm.maps_tmp import WORDS as MAPS
 from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.granularity import Granularity
 from mgd_timm.recipe.options import check_choices, option, typed, unknown
 
 __all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
@@ -278,8 +277,8 @@ class Recipe:
                 f"log_interval={self.log_interval}, checkpoint_interval={self.checkpoint_interval}, "
                 f"checkpoint_hist={self.checkpoint_hist}: expected 1, 0 and 1 or more."
             )
-        if self.maps not in MAPS and not (self.maps.isdecimal() and int(self.maps)):
-            raise ValueError(f"maps={self.maps!r}: expected {', '.join(MAPS)} or a number of maps, 1 or more.")
+        if self.maps not in MAP_WORDS and not (self.maps.isdecimal() and int(self.maps)):
+            raise ValueError(f"maps={self.maps!r}: expected {', '.join(MAP_WORDS)} or a number of maps, 1 or more.")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop}: expected 0 <= drop < 1.")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
@@ -460,3 +459,6 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= value if name in PARTS else {name: value}
     return flat
+
+
+MAP_WORDS = ("stages", "last", "mid", "all")

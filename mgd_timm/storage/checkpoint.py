@@ -6,7 +6,6 @@ manifest is resumed. No pickle is written or read.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mgd_timm.storage.digests import sha256
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"
@@ -43,12 +44,6 @@ def file_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -11,16 +11,14 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import psutil
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mgd_timm.distributed.collectives import of_main
 from mgd_timm.storage.checkpoint import State, newest, save, sweep
 
 LOCK, HOLDER = ".lock", ".holder.json"
@@ -151,18 +149,6 @@ class Lock:
         ):  # one that was killed: its follower has not said so yet
             return "another run"
         return f"another run ({host}, pid {pid})"
-
-
-@contextlib.contextmanager
-def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
-    """The main process holds the lock while all go through the body, whose last step has to be one of all of them
-    together."""
-    try:
-        while not of_main(accelerator, lambda: lock.attempt(SLICE)):
-            pass
-        yield
-    finally:
-        lock.release()
 
 
 def kept(place: Path, what: str, make: Callable[[], State], say: Callable[[str], None]) -> State:

@@ -15,7 +15,8 @@ from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_tap, class_conflict, lay_out, teacher_view
+from mgd_timm.models.build import build_tap, class_conflict, set_memory_format
+from mgd_timm.models.input_adapter import build_input_adapter
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Optim, Recipe
 from mgd_timm.teachers.outputs.memory import store_outputs
@@ -30,7 +31,8 @@ PROBE_LR = 1e-3
 def needs_new_head(model: nn.Module, images: Images) -> bool:
     """Whether a model's classifier is not of the data's classes, by their number or by their names."""
     return (
-        getattr(model, "num_classes", 0) != images.num_classes or class_conflict(model, "teacher", images) is not None
+        getattr(model, "num_classes", 0) != images.num_classes
+        or class_conflict(model, "teacher", images.class_names) is not None
     )
 
 
@@ -99,20 +101,12 @@ def fit_teacher_heads(
     found = []
     for number, model in enumerate(models, start=1):
         name = "teacher_head" if len(models) == 1 else f"teacher_head_{number}"
-        view = teacher_view(model, images, recipe.teacher_img_size)
+        view = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
         tap = build_tap(model, (images.input_size[0], *(view.size or images.input_size[1:])), None)
         teacher = Teacher(tap, view=view).to(accelerator.device)
-        lay_out(teacher, tap, recipe, accelerator)
+        set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
         found.append(_fit_one(name, teacher, images, recipe, accelerator, quiet))
     return found
-
-
-def check_probe(tap: FeatureTap, recipe: Recipe) -> None:
-    """Raise ValueError where the recipe asks for a probe, and logits do not follow from the embedding by one module."""
-    if recipe.fit_teacher_head == "probe" and tap.classifier is None:
-        raise ValueError(
-            f"fit_teacher_head='probe': no single module maps the embedding of {tap.name} to logits: choose 'finetune'."
-        )
 
 
 def _fit_one(
@@ -142,7 +136,7 @@ def _fit_one(
         on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
         upkeep = Upkeep(
             folder=folder,
-            identity=made_of,
+            fingerprint=made_of,
             stage=name,
             resume=recipe.resume,
             log_interval=recipe.log_interval,
@@ -181,3 +175,11 @@ def _fit_one(
         f"teacher {teacher.tap.name}: {recipe.fit_teacher_head}, {said}; last loss of the labels {losses['task']:.4g}"
     )
     return losses
+
+
+def check_probe(tap: FeatureTap, recipe: Recipe) -> None:
+    """Raise ValueError where the recipe asks for a probe, and logits do not follow from the embedding by one module."""
+    if recipe.fit_teacher_head == "probe" and tap.classifier is None:
+        raise ValueError(
+            f"fit_teacher_head='probe': no single module maps the embedding of {tap.name} to logits: choose 'finetune'."
+        )

@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm.data.dataset import Images
+from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Live, Teacher
 from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
-from mgd_timm.models.build import set_seed
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Optim, Recipe
 from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
@@ -157,7 +157,7 @@ def _fit_fresh_heads(
         watch=watch if held is not None else None,
         upkeep=Upkeep(
             folder=folder,
-            identity=made_of,
+            fingerprint=made_of,
             stage="heads",
             resume=recipe.resume,
             log_interval=recipe.log_interval,

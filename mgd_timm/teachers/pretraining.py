@@ -17,21 +17,22 @@ from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.terms import Term, build_criterion, fitted_first, hyper_parameters
 from mgd_timm.data.dataset import Images, cache_folder
 from mgd_timm.data.mixed_source import MIXED
+from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, Live, Teacher
-from mgd_timm.distributed.collectives import of_main, on_main, share
+from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
 from mgd_timm.features import FeatureTap, Pair, show_as_many
 from mgd_timm.granularity import MAG
-from mgd_timm.models.build import build_tap, lay_out, set_seed
+from mgd_timm.models.build import build_tap, set_memory_format
 from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
-from mgd_timm.storage.lock import Lock, held_by_main
+from mgd_timm.storage.digests import module_digest
+from mgd_timm.storage.lock import Lock
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.loop import fit
-from mgd_timm.training.optimizer_state import module_digest
 
 
 def found_or_fitted(
@@ -96,7 +97,7 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
         "folded": recipe.fold_teacher,
         "compiled": recipe.compile,
         "channels_last": recipe.channels_last,
-        "view": teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view),
+        "view": teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
         "shown": {k: v for k, v in as_dict(recipe.data, digest_only=True).items() if k not in MIXED},
         "seed": recipe.seed,
@@ -182,7 +183,8 @@ def fit_stages(
         stage.trainee.to(accelerator.device)
         stage.teacher.to(accelerator.device)
         for module in (stage.trainee, stage.teacher):
-            lay_out(module, module.student if isinstance(module, Distiller) else stage.teacher.tap, recipe, accelerator)
+            shown = module.student if isinstance(module, Distiller) else stage.teacher.tap
+            set_memory_format(module, shown.name, recipe.channels_last, accelerator.device)
         before = {parameter: parameter.requires_grad for parameter in stage.trainee.parameters()}
         try:
             stage.trainee.requires_grad_(True)
@@ -234,7 +236,7 @@ def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accele
             compile=recipe.compile,
             upkeep=Upkeep(
                 folder=folder,
-                identity=made_of,
+                fingerprint=made_of,
                 stage=stage.name,
                 resume=recipe.resume,
                 log_interval=recipe.log_interval,

@@ -27,7 +27,7 @@ class Upkeep:
 
     Args:
         folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
-        identity: The recipe's values that decide the weights; a checkpoint of others is refused.
+        fingerprint: The recipe's values that decide the weights; a checkpoint of others is refused.
         stage: Name of the stage in metrics, and key of its randomness.
         resume: Continue from the newest whole checkpoint, where there is one.
         checkpoint_interval: Updates between checkpoints; 0 for the epochs' ends only.
@@ -40,7 +40,7 @@ class Upkeep:
     """
 
     folder: Path | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     stage: str = "distil"
     resume: bool = False
     checkpoint_interval: int = 0
@@ -139,7 +139,7 @@ class Keeper:
                     f"{progress.epoch + 1}), which is not saved. {self.upkeep.advice}"
                 )
         scaler = getattr(self.accelerator, "scaler", None)
-        values = asdict(progress) | {"identity": self.upkeep.identity, "optimizer": optimizer}
+        values = asdict(progress) | {"fingerprint": self.upkeep.fingerprint, "optimizer": optimizer}
         values["scaler"] = scaler.state_dict() if scaler is not None else None
         checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
 
@@ -158,7 +158,7 @@ class Keeper:
         if state is None:
             self.accelerator.print(f"{stage}: no checkpoint in {folder}, starting at the beginning")
         else:
-            self._check_identity(state)
+            self._check_fingerprint(state)
         return state
 
     def go_on(self, state: checkpoint.State | None) -> Progress:
@@ -184,8 +184,8 @@ class Keeper:
                 "see one --output folder."
             )
 
-    def _check_identity(self, state: checkpoint.State) -> None:
-        changed = differences(state.values["identity"], self.upkeep.identity)
+    def _check_fingerprint(self, state: checkpoint.State) -> None:
+        changed = differences(state.values["fingerprint"], self.upkeep.fingerprint)
         if changed:
             raise checkpoint.CheckpointError(
                 f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): resume with "

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, find_executable_batch_size, should_reduce_batch_size
 from torch import nn
 
-from mgd_timm.data.sampler import num_slots
 from mgd_timm.distributed.collectives import any_process
+from mgd_timm.recipe.derived import num_slots
 from mgd_timm.recipe.recipe import Optim
 
 

@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data.dataset import Source, epoch_ids
-from mgd_timm.data.sampler import cut_updates, mix, slot_size
+from mgd_timm.data.rng import mix
+from mgd_timm.data.sampler import cut_updates
 from mgd_timm.distiller import AnyFeatures, Live
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import any_process, share
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.distributed.sharding import place
 from mgd_timm.features import Batch
+from mgd_timm.recipe.derived import slot_size
 from mgd_timm.recipe.recipe import Optim
 from mgd_timm.training.checkpointer import Keeper, NonFiniteError, Progress, Upkeep
 from mgd_timm.training.evaluation import Metrics

@@ -163,15 +163,3 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unpack(item, tensors) for item in inner)
     return {key: _unpack(item, tensors) for key, item in inner}
-
-
-def module_digest(module: nn.Module) -> str:
-    """sha256 over a module's state: names, shapes, types and bytes."""
-    import hashlib
-
-    total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

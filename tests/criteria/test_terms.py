@@ -7,7 +7,8 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.criteria.kd import KD
-from mgd_timm.criteria.terms import build_objective, criterion_names, fitted_first, needs, parse_terms
+from mgd_timm.criteria.terms import criterion_names, fitted_first, needs, parse_terms
+from mgd_timm.objective import build_objective
 from mgd_timm.recipe.recipe import make_recipe
 
 

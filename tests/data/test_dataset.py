@@ -27,7 +27,6 @@ from PIL import Image, ImageOps
 
 from mgd_timm.data import decode as decoding
 from mgd_timm.data.dataset import (
-    EMBEDDED,
     DataError,
     Defaults,
     FileSource,
@@ -38,8 +37,10 @@ from mgd_timm.data.dataset import (
     decode,
     load_images,
 )
-from mgd_timm.data.sampler import augment, mix, normalise
+from mgd_timm.data.rng import mix
+from mgd_timm.data.transforms import augment, normalise
 from mgd_timm.features import Batch
+from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.recipe import Data
 from mgd_timm.storage.checkpoint import file_mode
 from mgd_timm.storage.lock import LOCK

@@ -5,17 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mgd_timm.data.sampler import (
-    augment,
-    cut_updates,
-    epoch_order,
-    mix,
-    normal,
-    normalise,
-    num_slots,
-    slot_size,
-    uniform,
-)
+from mgd_timm.data.rng import mix, normal, uniform
+from mgd_timm.data.sampler import cut_updates, epoch_order
+from mgd_timm.data.transforms import augment, normalise
+from mgd_timm.recipe.derived import num_slots, slot_size
 
 MEAN, STD = torch.tensor([0.5071, 0.4867, 0.4408])[:, None, None], torch.tensor([0.2675, 0.2565, 0.2761])[:, None, None]
 

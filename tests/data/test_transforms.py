@@ -10,9 +10,11 @@ import torch
 from small import write_pictures
 
 from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.data.mixed_source import Taught, check_taught, taught
-from mgd_timm.data.sampler import cut_updates, mix, repeated_order
+from mgd_timm.data.mixed_source import Taught, taught
+from mgd_timm.data.rng import mix
+from mgd_timm.data.sampler import cut_updates, repeated_order
 from mgd_timm.data.transforms import distributions, erase, mixed
+from mgd_timm.pipeline.checks import check_taught
 from mgd_timm.recipe.recipe import Data, make_recipe
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
-from mgd_timm.export.timm_folder import describe, export_model
+from mgd_timm.export.timm_folder import export_model
+from mgd_timm.models.describe import describe
 
 ABOUT = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "mit", "tag": "mas_distilled"}
 

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from mgd_timm.data.dataset import EMBEDDED
+from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.storage.lock import Lock
 
 FAST = [

@@ -11,7 +11,7 @@ from mgd_timm.models.fold_batchnorm import folded
 
 
 def network(name: str) -> nn.Module:
-    """An untrained network's BatchNorm is nearly the identity: here with statistics of a trained one."""
+    """An untrained network's BatchNorm is nearly the fingerprint: here with statistics of a trained one."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
     for module in model.modules():

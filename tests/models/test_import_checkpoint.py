@@ -17,10 +17,11 @@ from small import call
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
+from mgd_timm.cli.import_checkpoint import import_checkpoint
 from mgd_timm.cli.main import main
 from mgd_timm.models.build import load_model
-from mgd_timm.models.import_checkpoint import import_checkpoint, read_public
-from mgd_timm.storage.checkpoint import sha256
+from mgd_timm.models.import_checkpoint import read_public
+from mgd_timm.storage.digests import sha256
 
 NAME = "cifar_resnet8x05"
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}

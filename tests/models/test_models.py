@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mgd_timm.models  # noqa: F401 - registers cifar_*
-from mgd_timm.export.timm_folder import describe, export_model
+from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.cifar.base import CifarNet
+from mgd_timm.models.describe import describe
 
 # The specification's table for 100 classes: parameters, billions of multiply-adds, width of the embedding, channels and
 # sides.

@@ -15,7 +15,7 @@ from mgd_timm.models.build import load_model
 from mgd_timm.pipeline.connect import build_networks, load_teachers, suit_teachers
 from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe
-from mgd_timm.training.optimizer_state import module_digest
+from mgd_timm.storage.digests import module_digest
 
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
@@ -126,10 +126,10 @@ def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path)
     recipe = make_recipe(data_dir=str(small_data))
     images = load_images(recipe.data, 0, say=lambda _: None)
     batch = next(images.train.batches([images.train.ids[:3]], 0, torch.device("cpu")))
-    from mgd_timm.models.build import teacher_view
+    from mgd_timm.models.input_adapter import build_input_adapter
 
     model = load_model("embedded")
-    view = teacher_view(model, images, 56)
+    view = build_input_adapter(model, images.mean, images.std, images.input_size, 56)
     assert view(batch.images).shape[2:] == (56, 56)
     teacher = Teacher(FeatureTap(model), view=view)
     expected = torch.nn.functional.interpolate(
@@ -234,7 +234,7 @@ def test_one_of_several_teachers_may_be_silent(small_data):
 
 def test_whether_a_teacher_shows_its_logits_is_part_of_what_a_run_is(small_data):
     one, two = (
-        networks_of(load_model("embedded"), small_data, teacher_classes=word).identity for word in (None, "none")
+        networks_of(load_model("embedded"), small_data, teacher_classes=word).fingerprint for word in (None, "none")
     )
     assert one != two
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import mgd_timm
-from mgd_timm.data.dataset import EMBEDDED
-from mgd_timm.storage.checkpoint import sha256
+from mgd_timm.recipe.data import EMBEDDED
+from mgd_timm.storage.digests import sha256
 
 TEACHER = EMBEDDED / "teacher"
 

@@ -13,7 +13,8 @@ import yaml
 from small import environment, write_pictures
 
 import mgd_timm.models  # noqa: F401  # registers cifar_*
-from mgd_timm.export.timm_folder import describe, export_model
+from mgd_timm.export.timm_folder import export_model
+from mgd_timm.models.describe import describe
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import make_recipe
 

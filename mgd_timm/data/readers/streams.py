@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mgd_timm.data.decode import DataError, decode
 from mgd_timm.data.readers.tables import check_links, check_split, image_column, label_column
-from mgd_timm.data.sampler import mix, seeded
+from mgd_timm.data.rng import mix, seeded
 from mgd_timm.data.sources import picture, read_ahead
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.features import Batch

@@ -10,7 +10,7 @@ import os
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 
 from mgd_timm.data.decode import ENDINGS, DataError, decode, spaced_digest
 from mgd_timm.data.readers.tars import TarRows, Tars, find_tars, read_tars
-from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.options import few, unknown
 from mgd_timm.recipe.recipe import Data
 
 _HUB = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
@@ -448,8 +448,3 @@ def check_classes(train: AnyRows, test: AnyRows | None) -> None:
                 f"split {train.split!r} has no image of class {few(empty)}: add some, or remove the class from the "
                 "label names."
             )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

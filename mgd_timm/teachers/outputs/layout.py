@@ -114,7 +114,7 @@ def listed(values: dict[str, Any]) -> str:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The identity in store.json.
+    """The fingerprint in store.json.
 
     Raises:
         StoreError: It cannot be read, or does not match its digest.
@@ -123,15 +123,15 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         values = json.loads(text)
-        identity, same = (
-            dict(values["identity"]),
+        fingerprint, same = (
+            dict(values["fingerprint"]),
             text == listed({name: values[name] for name in values if name != "sha256"}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error}): {way_out}.") from error
     if not same:
         raise StoreError(f"{path} does not match its sha256: {way_out}.")
-    return identity
+    return fingerprint
 
 
 def damaged_shard(path: Path, why: str) -> StoreError:

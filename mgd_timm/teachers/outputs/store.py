@@ -7,7 +7,7 @@ view number, sample id), so a store grows by views and what is there stays. Its 
 split, a validation cut's among them: another seed cuts off others.
 
 A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the
-digest of the identity in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
+digest of the fingerprint in store.json and the sha256 of its numbers. One run writes at a time; to read takes no lock.
 """
 
 import errno
@@ -27,14 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm.data.dataset import Source
-from mgd_timm.distributed.collectives import decided, of_main, on_main
+from mgd_timm.distributed.collectives import decided, held_by_main, of_main, on_main
 from mgd_timm.distributed.headway import Steps
-from mgd_timm.export.timm_folder import versions
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.options import differences, digest
 from mgd_timm.storage import checkpoint
-from mgd_timm.storage.lock import Lock, held_by_main
+from mgd_timm.storage.lock import Lock
 from mgd_timm.storage.safetensors_header import checked_header
+from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import (
     DTYPES,
     INDEX,
@@ -79,7 +79,7 @@ class TeacherStore:
     ) -> None:
         self.folder, self.layout, self.num_samples, self.views = folder, layout, num_samples, views
         self.rows, self.missing, self.digest = 0, list[tuple[int, int]](), ""
-        self.identity = {
+        self.fingerprint = {
             **made_of,
             "num_samples": num_samples,
             "embed_dim": layout.embed_dim,
@@ -98,8 +98,8 @@ class TeacherStore:
     def _survey(self, accelerator: Accelerator) -> None:
         """Let the main process look at what is there, for all of them."""
         self.rows, self.missing = of_main(accelerator, self._look)
-        self.identity["rows_per_shard"] = self.rows
-        self.digest = digest(self.identity)
+        self.fingerprint["rows_per_shard"] = self.rows
+        self.digest = digest(self.fingerprint)
 
     def _look(self) -> tuple[int, list[tuple[int, int]]]:
         """Rows per shard, and the (view, shard) pairs that lack."""
@@ -108,15 +108,15 @@ class TeacherStore:
         index = self.folder / INDEX
         if index.exists():
             found = read_index(index)
-            changed = differences(found, {**self.identity, "rows_per_shard": found.get("rows_per_shard")})
+            changed = differences(found, {**self.fingerprint, "rows_per_shard": found.get("rows_per_shard")})
             if changed:
                 raise StoreError(
                     f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
                     "--teacher-store for these, or the teacher, the images and their transform, and the precision "
                     "that it was written with."
                 )
-            self.identity = found
-        self.rows, self.digest = self.identity["rows_per_shard"], digest(self.identity)
+            self.fingerprint = found
+        self.rows, self.digest = self.fingerprint["rows_per_shard"], digest(self.fingerprint)
         self.missing = []
         for view in range(self.views):
             for shard in range(self.shards):
@@ -227,7 +227,9 @@ class TeacherStore:
     def _begin(self) -> None:
         """Write store.json where it lacks."""
         if not (self.folder / INDEX).exists():
-            checkpoint.write_text(self.folder / INDEX, listed({"identity": self.identity, "written_by": versions()}))
+            checkpoint.write_text(
+                self.folder / INDEX, listed({"fingerprint": self.fingerprint, "written_by": versions()})
+            )
 
     def _write_missing(
         self, teach: Callable[[Batch], Features], source: Source, accelerator: Accelerator, batch_size: int, quiet: bool

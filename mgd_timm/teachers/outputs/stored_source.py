@@ -9,27 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mgd_timm.criteria import CRITERIA
-from mgd_timm.criteria.terms import parse_terms
 from mgd_timm.data.dataset import FileSource, Images, Source, StoreSource
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.input_adapter import TeacherView
+from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.outputs.layout import FORMAT, Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
-
-
-def check_storable(recipe: Recipe) -> None:
-    """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
-    for name, term in parse_terms(recipe).items():
-        lacking = sorted(CRITERIA[term.criterion].needs - {"logits", "embedding"}) if term.weight else []
-        if lacking:
-            raise ValueError(
-                f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits "
-                "and embedding only: leave --teacher-store out."
-            )
 
 
 class StoredViews:
@@ -86,7 +73,7 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
     assert recipe.teacher_views is not None
     assert recipe.teacher_view_seed is not None
     assert isinstance(images.train, StoreSource | FileSource)
-    view = teacher.view.values() if isinstance(teacher.view, TeacherView) else repr(teacher.view)
+    view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
     made_of = {
         "format": FORMAT,
         "teacher": teacher.digest,

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-WORDS = ("stages", "last", "mid", "all")
-
 
 def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
     """Indices of the maps that a recipe's word stands for.

@@ -8,62 +8,15 @@ at construction.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from mgd_timm.maps_tmp import choose_maps, resolve_indices
-
-
-class Batch(NamedTuple):
-    """What a loader yields: normalised images, labels (class ids, or a distribution over classes) and sample ids."""
-
-    images: Float[Tensor, "b c h w"]
-    labels: Int[Tensor, " b"] | Float[Tensor, "b k"]
-    sample_ids: Int[Tensor, " b"]
-
-
-class Features(NamedTuple):
-    """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them.
-
-    `logits` of a network without a classifier have no columns. `cam`: class activation maps, the classifier at every
-    position of the last map; their mean is the logits. None unless tapped.
-    """
-
-    logits: Float[Tensor, "b k"]
-    embedding: Float[Tensor, "b d"]
-    maps: tuple[Float[Tensor, "b c h w"], ...] = ()
-    codes: dict[str, Float[Tensor, "b g"]] = {}
-    views: dict[str, Float[Tensor, "b k"]] = {}
-    cam: Float[Tensor, "b k h w"] | None = None
-
-
-class Shapes(NamedTuple):
-    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation
-    maps.
-
-    `num_classes` is 0 without a classifier.
-    """
-
-    num_classes: int
-    embed_dim: int
-    maps: tuple[tuple[int, int, int], ...]
-    cam: tuple[int, int] | None = None
-
-
-class Pair(NamedTuple):
-    """All that a criterion may know when it is built; `labels` are class ids by sample id, -1 for samples held out of
-    training."""
-
-    student: Shapes
-    teacher: Shapes
-    num_samples: int = 0
-    labels: Int[Tensor, " n"] | None = None
-    teacher_classifier: nn.Module | None = None
-
+from mgd_timm.features.contract import Features, Shapes
+from mgd_timm.features.maps import choose_maps, resolve_indices
 
 # `final` is what forward_features returns: a tensor, or a list of them (crossvit, efficientvim).
 Classify = Callable[[nn.Module, Any, Tensor], Tensor]

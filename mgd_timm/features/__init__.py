@@ -1,0 +1,17 @@
+"""The contract between networks and criteria: any timm model as `Features` of a `Batch`."""
+
+from mgd_timm.features.contract import Batch, Defaults, Features, Pair, Shapes
+from mgd_timm.features.maps import choose_maps, resolve_indices
+from mgd_timm.features.tap import FeatureTap, show_as_many
+
+__all__ = [
+    "Batch",
+    "Defaults",
+    "FeatureTap",
+    "Features",
+    "Pair",
+    "Shapes",
+    "choose_maps",
+    "resolve_indices",
+    "show_as_many",
+]
