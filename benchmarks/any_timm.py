@@ -42,6 +42,7 @@ from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.models.build import build_named, build_tap, check_classifier
 from mgd_timm.models.fold_batchnorm import folded
 from mgd_timm.objective import build_objective
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.versions import versions
 
@@ -84,7 +85,8 @@ def objective_of(student: Shapes, teacher: Shapes) -> Objective | MAG:
     """MAS + KD + AT; from a teacher without logits MAG + AT."""
     options: dict[str, Any] = {"method": "mas"} if teacher.num_classes else {"method": "mag", "kd_weight": 0.0}
     recipe = make_recipe(teacher="any", student="any", criterion=("at",), **options)
-    return build_objective(recipe, Pair(student, teacher, 1000, torch.arange(1000, device="cpu") % CLASSES))
+    pair = Pair(student, teacher, 1000, torch.arange(1000, device="cpu") % CLASSES)
+    return build_objective(terms_of(recipe), pair, recipe.method, recipe.heads.granularities)
 
 
 def shown(shapes: Shapes) -> Features:

@@ -26,14 +26,14 @@ from accelerate import Accelerator
 from report import machine, markdown, read_metrics
 from torch import Tensor, nn
 
-from mgd_timm.criteria.terms import needs
 from mgd_timm.data.dataset import Source, load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.build import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
-from mgd_timm.pipeline.connect import build_networks, defaults_of
+from mgd_timm.pipeline.connect import connect, defaults_of, finish_teachers
+from mgd_timm.pipeline.plan import context_of, terms_of
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
@@ -181,11 +181,11 @@ def run_pass(
     distillers: dict[str, nn.Module] = {}
     frozen: Teacher | None = None
     for arm, recipe in cells.items():
-        networks = build_networks(recipe, images, accelerator, [network], None)
+        terms = terms_of(recipe)
+        networks = connect(recipe, terms, images, accelerator, [network])
+        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
         taps[arm], distillers[arm] = networks.student, networks.trainee()
-        if frozen is None or needs(
-            recipe, "maps"
-        ):  # all arms read the maps of one teacher, whichever of them read maps
+        if frozen is None or terms.needs("maps"):  # all arms read the maps of one teacher, whichever of them read maps
             (frozen,) = networks.teachers
     assert frozen is not None
     weights = frozen.digest
@@ -203,8 +203,9 @@ def run_pass(
         (folder / "for_heads").mkdir(exist_ok=True)
         with_heads = next(r for r in cells.values() if r.method != "none")
         of_heads = make_recipe(**{**flat(with_heads), "output": str(folder / "for_heads"), "resume": True})
-        heads = fit_heads(frozen, images, of_heads, accelerator, summary)
-        frozen = frozen.with_heads(heads)
+        fitted_heads = fit_heads(frozen, of_heads.heads, context_of(of_heads, images, accelerator))
+        summary["heads"] = fitted_heads.metrics
+        frozen = frozen.with_heads(fitted_heads.heads)
     cohort = Cohort(distillers).to(accelerator.device)
     cohort.to(memory_format=torch.channels_last)
 

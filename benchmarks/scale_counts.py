@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from mgd_timm.criteria.terms import needs
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
@@ -31,7 +30,7 @@ from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.build import build_named, build_tap
 from mgd_timm.models.fold_batchnorm import folded
 from mgd_timm.models.input_adapter import InputAdapter
-from mgd_timm.objective import build_objective
+from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.training.optimizer_state import build_optimizer
 
@@ -94,7 +93,8 @@ class Step:
         self.case, recipe = case, case.recipe
         size = (3, case.img_size, case.img_size)
         seen_size = _seen_by(case.teacher, size)
-        words = (recipe.maps if needs(recipe, "maps", student=student) else None for student in (True, False))
+        terms = terms_of(recipe)
+        words = (recipe.maps if terms.needs("maps", student=student) else None for student in (True, False))
         sides = ((case.student, size), (case.teacher, seen_size))
         tap, seen = (
             build_tap(build_named(name, side, case.classes), side, word)
@@ -107,7 +107,7 @@ class Step:
         with torch.device("cpu"):  # it compares values
             view = InputAdapter(half, half, half, half, seen_size[1:]) if seen_size != size else None
         self.teacher = Teacher(folded(seen) or seen, heads, view=view, digest="not needed")
-        self.trainee = Distiller(tap, build_objective(recipe, pair)).train()
+        self.trainee = Distiller(tap, objective_of(recipe, terms, [pair])).train()
         for module, name in ((self.teacher, case.teacher), (self.trainee, case.student)):
             if name.startswith("cifar_"):  # as a run on a CPU
                 module.to(memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ from mgd_timm.recipe.recipe import Data, Optim
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
-from mgd_timm.teachers.outputs.stored_source import StoredViews
+from mgd_timm.teachers.outputs.stored_source import StoredSource, stored_teacher
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.loop import fit
 from mgd_timm.training.step import compile_mode
@@ -204,9 +204,9 @@ def ours(
     if taught and args.stored:
         layout = Layout(teacher_tap.embed_dim, args.classes)
         store = TeacherStore(Path(args.folder) / "store", {"random": True}, layout, len(images), 1, accelerator)
-        source = StoredViews(source, store)
+        source = StoredSource(source, store)
         source.fill(frozen, accelerator, 256, quiet=True)
-        teach = source.teacher(frozen.heads)
+        teach = stored_teacher(frozen.heads)
 
     def loop() -> None:
         optim, upkeep = Optim(epochs=1, lr=0.05), Upkeep(quiet=True)

@@ -1,8 +1,10 @@
-"""Several teachers of one student: one target, the mean of their probabilities, or the sum of the losses of each.
+"""The objective of a run: criteria from parsed terms, MAG or MAS around them, and several teachers of one student.
+
+Several teachers give one target, the mean of their probabilities, or the sum of the losses of each.
 
 References: You, Xu, Xu, Tao, "Learning from Multiple Teacher Networks" (KDD 2017): the mean of softened probabilities.
-Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (Interspeech 2017): losses of each,
-weighted.
+Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (Interspeech 2017): weighted losses of
+each.
 """
 
 from collections.abc import Sequence
@@ -11,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria import CRITERIA, Criterion, CrossEntropy, Objective
+from mgd_timm.criteria import Objective
 from mgd_timm.criteria.base import Need, at_least_float32
-from mgd_timm.criteria.terms import build_criterion, parse_terms
+from mgd_timm.criteria.terms import Terms, build_criterion
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.recipe.granularity import Granularity
 
 
 def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Sequence[float]) -> Float[Tensor, "b k"]:
@@ -92,41 +94,63 @@ class SeveralTeachers(nn.Module):
         return terms
 
 
-def build_several(recipe: Recipe, pairs: Sequence[Pair]) -> SeveralTeachers:
-    """The objective of a recipe with several teachers, a Pair for each.
-
-    Raises:
-        ValueError: What criteria refuse about a pair.
-    """
-    weights = recipe.teacher_weights or (1 / len(pairs),) * len(pairs)
-    first = build_objective(recipe, pairs[0])
-    reads = any(term.weight for name, term in parse_terms(recipe).items() if name != "task")
-    if recipe.teachers_as == "sum" and reads:
-        return SeveralTeachers(
-            [first, *(build_objective(recipe, pair, task=False) for pair in pairs[1:])], weights, mean=False
-        )
-    codes = [MAG(pair, None, recipe.heads.granularities) if recipe.method != "none" else None for pair in pairs[1:]]
-    return SeveralTeachers([first, *codes], weights, mean=recipe.teachers_as == "mean")
-
-
-def build_objective(recipe: Recipe, pair: Pair, *, task: bool = True) -> Objective | MAG:
-    """The recipe's terms, and MAG or MAS around them.
+def build_objective(
+    terms: Terms, pair: Pair, method: str = "none", granularities: Sequence[Granularity] = (), *, task: bool = True
+) -> Objective | MAG:
+    """The criteria of the terms, and MAG or MAS around them.
 
     Args:
-        recipe: Of the run.
+        terms: Which criteria, of which weight.
         pair: Both networks.
+        method: "none", "mag" or "mas"; nothing is wrapped where there is no teacher.
+        granularities: Of MAG and MAS.
         task: With the labels' loss; without it for a second teacher.
 
     Raises:
         ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
     """
-    if recipe.teacher is None and recipe.peer is None:
-        return Objective(task=(1.0, CrossEntropy(pair, smoothing=recipe.smoothing)))
-    terms: dict[str, tuple[float, Criterion, float]] = {}
-    for name, term in parse_terms(recipe).items():
-        if term.weight and CRITERIA[term.criterion].fits != "student" and (task or name != "task"):
-            terms[name] = (term.weight, build_criterion(term, pair, recipe), term.warmup)
-    objective = Objective(**terms)
-    if recipe.method == "none":
+    criteria = {
+        name: (
+            term.weight,
+            build_criterion(term, pair, standardise_logits=terms.standardise_logits),
+            term.warmup,
+        )
+        for name, term in terms.in_run.items()
+        if task or name != "task"
+    }
+    objective = Objective(**criteria)
+    if method == "none" or not terms.teaches:
         return objective
-    return {"mag": MAG, "mas": MAS}[recipe.method](pair, objective, recipe.heads.granularities)
+    return {"mag": MAG, "mas": MAS}[method](pair, objective, granularities)
+
+
+def build_several(
+    terms: Terms,
+    pairs: Sequence[Pair],
+    method: str,
+    granularities: Sequence[Granularity],
+    *,
+    weights: Sequence[float] | None = None,
+    mean: bool,
+) -> SeveralTeachers:
+    """The objective of a student of several teachers, a Pair for each.
+
+    Args:
+        terms: Which criteria, of which weight.
+        pairs: The student with each teacher.
+        method: "none", "mag" or "mas".
+        granularities: Of MAG and MAS.
+        weights: Of each teacher; by default equal ones that add up to 1.
+        mean: One target, the mean of the teachers' probabilities, instead of the sum of each one's losses.
+
+    Raises:
+        ValueError: What criteria refuse about a pair.
+    """
+    weights = weights or (1 / len(pairs),) * len(pairs)
+    first = build_objective(terms, pairs[0], method, granularities)
+    reads = any(name != "task" for name in terms.active)
+    if not mean and reads:
+        others = [build_objective(terms, pair, method, granularities, task=False) for pair in pairs[1:]]
+        return SeveralTeachers([first, *others], weights, mean=False)
+    codes = [MAG(pair, None, granularities) if method != "none" else None for pair in pairs[1:]]
+    return SeveralTeachers([first, *codes], weights, mean=mean)

@@ -20,11 +20,12 @@ from typing import Any
 from mgd_timm.cli.list_criteria import Connection
 from mgd_timm.cli.main import guarded
 from mgd_timm.cli.parser import given_options, run_parser
-from mgd_timm.criteria.terms import build_criterion, criterion_names, parse_terms
+from mgd_timm.criteria.terms import build_criterion
 from mgd_timm.data.dataset import Images
 from mgd_timm.distributed.collectives import join
 from mgd_timm.models.build import build_named
 from mgd_timm.pipeline import cifar_stages as cifar
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 
 _WITHOUT = {
@@ -95,7 +96,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
         # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
         protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
     recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
-    title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
+    title = "-".join([student, recipe.method, *terms_of(recipe).criterion_names(), str(recipe.seed)])
     return name, cifar.stage(root, title, recipe, cifar.made_from(recipe)), folder
 
 
@@ -103,9 +104,9 @@ def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
     """What criteria refuse about the pair is said before the teacher is trained."""
     teacher, student = (build_named(name, images.input_size, images.num_classes) for name in (network, recipe.student))
     connection = Connection(teacher, student, images.input_size, recipe.maps, images.num_samples)
-    for term in parse_terms(recipe).values():
-        if term.weight:
-            build_criterion(term, connection.pair(term.criterion), recipe)
+    terms = terms_of(recipe)
+    for term in terms.active.values():
+        build_criterion(term, connection.pair(term.criterion), standardise_logits=terms.standardise_logits)
 
 
 def print_result(name: str, student: Path, teacher: Path | None) -> None:

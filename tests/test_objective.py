@@ -8,7 +8,8 @@ import torch
 
 from mgd_timm.features import Batch, Features, Pair, Shapes
 from mgd_timm.granularity import MAG, MAS, stable_excitation
-from mgd_timm.objective import build_objective, build_several, mean_of_probabilities
+from mgd_timm.objective import mean_of_probabilities
+from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import make_recipe
 
 STUDENT, ONE, TWO = Shapes(5, 12, ((4, 6, 6),)), Shapes(5, 20, ((8, 6, 6),)), Shapes(5, 16, ((3, 6, 6),))
@@ -34,7 +35,7 @@ def batch() -> Batch:
 def objective(**options):
     recipe = make_recipe(teacher=("a", "b"), **options)
     torch.manual_seed(0)
-    return recipe, build_several(recipe, [Pair(STUDENT, ONE), Pair(STUDENT, TWO)])
+    return recipe, objective_of(recipe, terms_of(recipe), [Pair(STUDENT, ONE), Pair(STUDENT, TWO)])
 
 
 def test_the_mean_is_of_probabilities():
@@ -55,10 +56,11 @@ def test_two_equal_teachers_are_one(method, batch):
     recipe, _ = objective(method=method)
     student, teacher = features(STUDENT, 1), features(ONE, 2, heads=True)
     torch.manual_seed(0)
-    alone = build_objective(recipe, Pair(STUDENT, ONE))(student, teacher, batch)
+    alone = objective_of(recipe, terms_of(recipe), [Pair(STUDENT, ONE)])(student, teacher, batch)
     for way in ("mean", "sum"):
         torch.manual_seed(0)
-        both = build_several(make_recipe(teacher=("a", "b"), method=method, teachers_as=way), [Pair(STUDENT, ONE)] * 2)
+        recipe = make_recipe(teacher=("a", "b"), method=method, teachers_as=way)
+        both = objective_of(recipe, terms_of(recipe), [Pair(STUDENT, ONE)] * 2)
         terms = both(student, (teacher, teacher), batch)
         assert terms["task"].item() == pytest.approx(alone["task"].item())
         kd = terms["kd"] if way == "mean" else terms["kd_1"] + terms["kd_2"]

@@ -86,6 +86,10 @@ class Criterion(nn.Module):
         """What `fits="teacher"` fits: a module whose forward(batch, teacher) gives losses by name, and logits."""
         return None
 
+    def reload_teacher_classifier(self) -> None:
+        """Copy the weights of the pair's teacher classifier anew, after they were fitted; a criterion without a copy of
+        them does nothing."""
+
     def remark(self) -> str | None:
         """What a user should know before the run, such as the size of a memory bank."""
         return None

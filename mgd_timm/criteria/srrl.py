@@ -67,6 +67,11 @@ class SRRL(Criterion):
         self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)
         # A copy, as this criterion's device and dtype are not the teacher's affair; in float32, as the connector is.
         self.classifier = copy.deepcopy(pair.teacher_classifier).float().requires_grad_(False).eval()
+        self._original = [pair.teacher_classifier]  # in a list: it is no module of this criterion
+
+    def reload_teacher_classifier(self) -> None:
+        """Copy the weights of the teacher's classifier anew, after they were fitted."""
+        self.classifier.load_state_dict(self._original[0].state_dict())
 
     # "SRRL", not Self, which beartype refuses in a class that it does not decorate as a whole.
     def train(self, mode: bool = True) -> "SRRL":

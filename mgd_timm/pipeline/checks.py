@@ -1,38 +1,50 @@
-"""Refuse recipes whose parts contradict each other, before anything is read or written."""
+"""Refuse recipes and networks that contradict each other, before anything is written."""
 
-from mgd_timm.criteria import CRITERIA
-from mgd_timm.criteria.terms import parse_terms
+from collections.abc import Sequence
+
+from torch import nn
+
+from mgd_timm.criteria.terms import Terms
+from mgd_timm.models.build import check_model_name, class_conflict
 from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.training.optimizer_state import check_names
 
 
-def check_taught(recipe: Recipe) -> None:
-    """Raise ValueError where what reads images one by one stands beside what mixes, repeats or streams them."""
+def check_recipe(recipe: Recipe, terms: Terms) -> None:
+    """Refuse what can be refused without data and networks.
+
+    Raises:
+        ValueError: An unknown name, or options that contradict each other.
+    """
+    check_names(recipe.optim)
+    check_mixed_images(recipe, terms)
+    if recipe.data.streaming:
+        check_streaming(recipe, terms)
+    if recipe.peer is not None:
+        check_model_name(recipe.peer)
+    if recipe.teacher is not None and recipe.teacher_store is not None:
+        check_storable(terms)
+
+
+def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
+    """Raise ValueError where what reads images one by one stands beside what mixes or repeats them."""
     data = recipe.data
-    if data.streaming:
-        check_streamed(recipe)
-    names = [name for name in ("mixup", "cutmix") if getattr(data, name)] + (
-        ["aug_repeats"] if data.aug_repeats > 1 else []
-    )
-    if not names:
-        return
-    said = ", ".join(f"{name}={getattr(data, name)}" for name in names)
-    if recipe.teacher_store is not None:
+    mixing = [f"{name}={getattr(data, name)}" for name in ("mixup", "cutmix") if getattr(data, name)]
+    mixing += [f"aug_repeats={data.aug_repeats}"] if data.aug_repeats > 1 else []
+    if mixing and recipe.teacher_store is not None:
         raise ValueError(
-            f"{said} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs image by "
-            "image, once a view. Leave one of both out."
+            f"{', '.join(mixing)} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs "
+            "image by image, once for each pass. Leave one of both out."
         )
-    if recipe.teacher is None and recipe.peer is None:
-        return
-    term = parse_terms(recipe).get("crd")
-    if term is not None and term.weight:
+    if mixing and "crd" in terms.active:
         raise ValueError(
-            f"{said} beside criterion 'crd', which keeps one embedding of each image, as of its class: leave one of "
-            "both out."
+            f"{', '.join(mixing)} beside criterion 'crd', which keeps one embedding of each image, as of its class: "
+            "leave one of both out."
         )
 
 
-def check_streamed(recipe: Recipe) -> None:
-    """A stream's images have no number by which they are known again in the next epoch."""
+def check_streaming(recipe: Recipe, terms: Terms) -> None:
+    """Raise ValueError where something has to know an image of a stream again in the next epoch."""
     if recipe.fit_teacher_head == "probe":
         raise ValueError(
             "streaming beside fit_teacher_head='probe', which keeps the teacher's embedding of every image: choose "
@@ -48,22 +60,78 @@ def check_streamed(recipe: Recipe) -> None:
             "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give "
             "--heads-protocol live and a few --heads-epochs, each a pass over the stream."
         )
-    if (
-        (recipe.teacher is not None or recipe.peer is not None)
-        and "crd" in (terms := parse_terms(recipe))
-        and terms["crd"].weight
-    ):
+    if "crd" in terms.active:
         raise ValueError(
             "streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion."
         )
 
 
-def check_storable(recipe: Recipe) -> None:
+def check_storable(terms: Terms) -> None:
     """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
-    for name, term in parse_terms(recipe).items():
-        lacking = sorted(CRITERIA[term.criterion].needs - {"logits", "embedding"}) if term.weight else []
+    for name, term in terms.active.items():
+        lacking = sorted(term.kind.needs - {"logits", "embedding"})
         if lacking:
             raise ValueError(
                 f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits "
                 "and embedding only: leave --teacher-store out."
             )
+
+
+def check_several_teachers(terms: Terms, count: int, *, mean: bool) -> None:
+    """Raise ValueError for criteria that several teachers cannot serve together."""
+    for term in terms.active.values():
+        name, kind = term.criterion, term.kind
+        if kind.fits is not None:
+            raise ValueError(f"{name} is fitted on one teacher before the run, and there are {count}: leave it out.")
+        beyond = ", ".join(sorted(kind.needs - {"logits"}))
+        if beyond and mean:
+            raise ValueError(
+                f"{name} reads a teacher's {beyond}, of which several have no mean: give --teachers-as sum."
+            )
+
+
+def logits_conflict(model: nn.Module, class_names: Sequence[str]) -> str | None:
+    """What a teacher has instead of logits of the data's classes; None where it has them."""
+    count = int(getattr(model, "num_classes", 0) or 0)
+    if not count:
+        return "no classifier"
+    if count != len(class_names):
+        return f"{count} classes, the data {len(class_names)}"
+    conflict = class_conflict(model, "teacher", class_names)
+    return f"other classes ({conflict})" if conflict is not None else None
+
+
+def check_teaches_without_logits(
+    model: nn.Module, terms: Terms, recipe: Recipe, conflict: str, *, silent: bool
+) -> None:
+    """Raise ValueError where something reads the logits of a teacher that shows none of the data's classes.
+
+    Under mas the views of a teacher without a classifier, or of one that is silent, are fitted on the labels and stand
+    for its logits.
+
+    Args:
+        model: The teacher.
+        terms: Of the run.
+        recipe: Of the run.
+        conflict: As `logits_conflict` has it; empty where its logits would be of the data's classes.
+        silent: Its logits are left out on purpose (--teacher-classes none).
+    """
+    name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
+    views_stand_in = recipe.method == "mas" and (silent or not getattr(model, "num_classes", 0))
+    reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs]
+    if not views_stand_in:
+        reading += [term.criterion for term in terms.active.values() if "logits" in term.kind.needs]
+    if reading or (recipe.method == "mas" and not views_stand_in):
+        has = conflict or "logits that --teacher-classes none leaves out"
+        raise ValueError(
+            f"the teacher {name} has {has}, and {', '.join(reading) or 'mas'} reads its logits. Ways out: its rows "
+            "for the data's classes (--teacher-classes auto or FILE); a classifier fitted to it first "
+            "(--fit-teacher-head probe or finetune); views of it that are fitted on the labels in place of its logits "
+            "(--method mas --teacher-classes none); or criteria that read none (--criterion at --kd-weight 0 --method "
+            "none or mag)."
+        )
+    if recipe.teacher_store is not None:
+        raise ValueError(
+            f"teacher_store={recipe.teacher_store!r}: the teacher {name} shows no logits of the data's classes, and a "
+            "store holds them: leave --teacher-store out."
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distributed.collectives import decided, join, local_main_first
-from mgd_timm.pipeline.connect import load_named_teacher
+from mgd_timm.pipeline.load_teachers import load_named_teacher
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.derived import with_global_batch
 from mgd_timm.recipe.options import as_dict, digest, unknown

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,31 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from mgd_timm.criteria.terms import parse_terms
 from mgd_timm.data.dataset import Images, Source, load_images
 from mgd_timm.data.mixed_source import taught
 from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
-from mgd_timm.models.build import check_model_name, set_memory_format
-from mgd_timm.pipeline.checks import check_storable, check_taught
-from mgd_timm.pipeline.connect import Networks, build_networks, defaults_of, load_teachers, suit_teachers
+from mgd_timm.models.build import set_memory_format
+from mgd_timm.pipeline.checks import check_recipe
+from mgd_timm.pipeline.connect import Networks, connect, defaults_of, finish_teachers, log_remarks
+from mgd_timm.pipeline.fit_criteria import fit_criteria
+from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
+from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
 from mgd_timm.recipe.derived import resolved
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.versions import versions
-from mgd_timm.teachers.classifier import fit_teacher_heads
+from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.teachers.pretraining import fit_stages
+from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
+from mgd_timm.teachers.pretraining import RunContext
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
 from mgd_timm.training.loop import Fitted, Teach, Watch, fit
-from mgd_timm.training.optimizer_state import check_names
 
 
 @dataclass(frozen=True)
@@ -55,214 +57,70 @@ def run(
     All that can be refused is refused before the output folder is made.
 
     Raises:
-        ValueError: What build, data, criteria and fit refuse.
+        ValueError: What models, data, criteria and training refuse.
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
     recipe = resolved(recipe)
-    folder = Path(recipe.output)
-    steps = recipe.optim.grad_accum_steps
+    folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
-    check_names(recipe.optim)
-    recipe, accelerator = build_accelerator(recipe, steps)
-    teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
-    defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
-    in_turn = partial(local_main_first, accelerator)
-    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=in_turn)
-    suit_teachers(teachers, recipe, images)
-    networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
-    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps))
+    terms = terms_of(recipe)
+    check_recipe(recipe, terms)
+    recipe, accelerator = build_accelerator(recipe, steps_per_update)
+
+    models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
+    defaults = defaults_of(recipe, models[0] if models else None, student)
+    main_first = partial(local_main_first, accelerator)
+    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=main_first)
+    adapt_teachers_to_data(models, recipe, images)
+    networks = connect(recipe, terms, images, accelerator, models, student)
+    context = context_of(recipe, images, accelerator, quiet=quiet)
+    classifier_fit = classifier_fit_of(recipe)
+    if classifier_fit is None:  # else the store is of weights that are not there yet
+        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
+        stored = _open_store(recipe, networks, images, accelerator)
+
+    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps_per_update))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
-    summary: dict[str, Any] = {}
-    if teachers and recipe.fit_teacher_head != "none":
-        summary["teacher_head"] = fit_teacher_heads(teachers, images, recipe, accelerator, quiet=quiet)
-        # Connected anew, as BatchNorm was folded and classifiers copied before. What the run is known by stays: how
-        # they were made.
-        networks = replace(
-            build_networks(recipe, images, accelerator, teachers, student), fingerprint=networks.fingerprint
-        )
-    _report_teachers(networks.teachers, images, accelerator, recipe, summary)
-    fitted, trained = _train_student(recipe, images, networks, accelerator, summary, quiet)
-    summary = {"top1": fitted.last.get("top1"), "best_top1": fitted.best if fitted.best_epoch else None} | summary
-    summary |= {
-        "best_epoch": fitted.best_epoch,
-        "last": fitted.last,
-        "updates": fitted.updates,
-        "seconds": round(fitted.seconds, 2),
-    }
-    if images.val is not None and images.test is not None:
-        summary["test"] = evaluate_model(trained, images.test, accelerator, recipe.data.validation_batch_size)
-        summary["val_top1"], summary["top1"] = summary["top1"], summary["test"]["top1"]
-    summary["parameters"] = sum(p.numel() for p in trained.parameters())
+    before: dict[str, Any] = {}
+    if classifier_fit is not None:
+        before["teacher_head"] = fit_classifiers(networks.teachers, classifier_fit, context)
+        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
+        stored = _open_store(recipe, networks, images, accelerator)
+    log_remarks(networks, accelerator)
+    before |= _evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
+    teachers, pretrained = _pretrain(recipe, networks, stored, context)
+    fitted = _train_student(recipe, networks, teachers, stored, context)
+    trained = _final_model(networks, fitted)
+
+    summary = _summary(fitted, trained, before | pretrained, images, recipe, accelerator)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
-    if networks.teachers:
-        digests = [one.digest for one in networks.teachers]
-        provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
-
-    def leave() -> None:
-        export_model(trained, folder / "export", provenance=provenance, overwrite=True)
-        if networks.peer is not None:
-            own = {**provenance, "metrics": summary["peer"]}
-            export_model(networks.peer.model, folder / "export_peer", provenance=own, overwrite=True)
-        checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
-
-    on_main(accelerator, leave)
+    on_main(accelerator, lambda: _write_results(recipe, networks, trained, summary, images))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
-    _say_headline(summary, folder, accelerator.print)
-    first = "import mgd_timm.models; " if networks.student.name.startswith("cifar_") else ""
-    accelerator.print(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
+    _log_results(summary, folder, networks.student.name, accelerator.print)
     return Result(trained.to("cpu").eval(), summary)
 
 
-def _say_headline(summary: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
-    top1 = summary["top1"]
-    if top1 is not None:
-        best = (
-            f"; best {summary['best_top1']:.2f} % in epoch {summary['best_epoch']}"
-            if summary["best_top1"] is not None
-            else ""
-        )
-        say(f"top-1 {top1:.2f} % after the last epoch{best}")
-    if summary.get("peer", {}).get("top1") is not None:
-        say(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
-    say(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
+def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
+    """The recipe's store of teacher outputs, as yet perhaps not filled."""
+    options = store_options_of(recipe)
+    return None if options is None else open_store(options, networks.teachers[0], images, accelerator)
 
 
-def _peer_summary(
-    model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator
+def _evaluate_teachers(
+    teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, batch_size: int
 ) -> dict[str, Any]:
-    """The peer's numbers, named as the student's in the summary."""
-    last = {name.removeprefix("peer_"): value for name, value in fitted.last.items() if name.startswith("peer_")}
-    found: dict[str, Any] = {
-        "top1": last.get("top1"),
-        "last": last,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if images.val is not None and images.test is not None:
-        found["test"] = evaluate_model(model, images.test, accelerator, recipe.data.validation_batch_size)
-        found["val_top1"], found["top1"] = found["top1"], found["test"]["top1"]
-    return found
-
-
-def _load_teachers(recipe: Recipe, given: Sequence[nn.Module | None]) -> list[nn.Module]:
-    """The teachers with their weights, after what can be refused without them."""
-    if recipe.teacher is not None or recipe.peer is not None:
-        parse_terms(recipe)  # a wrong word is said before the first image is read
-    check_taught(recipe)
-    if recipe.peer is not None:
-        check_model_name(recipe.peer)
-    if recipe.teacher is not None and recipe.teacher_store is not None:
-        check_storable(recipe)
-    return load_teachers(recipe, given)
-
-
-def _train_student(
-    recipe: Recipe, images: Images, networks: Networks, accelerator: Accelerator, summary: dict[str, Any], quiet: bool
-) -> tuple[Fitted, nn.Module]:
-    """Fit heads where the method needs them, then the student; gives the trained model, its moving average where there
-    is one."""
-    tap, teachers, stored = networks.student, list(networks.teachers), networks.stored
-    if stored is not None:
-        stored.fill(teachers[0], accelerator, recipe.data.validation_batch_size, quiet=quiet)
-    if recipe.method != "none":
-        for place, teacher in enumerate(teachers):
-            name = "heads" if len(teachers) == 1 else f"heads_{place + 1}"
-            heads = fit_heads(teacher, images, recipe, accelerator, summary, stored=stored, name=name, quiet=quiet)
-            teachers[place] = teacher.with_heads(heads)
-    networks.objective.to(accelerator.device)
-    if networks.stages:
-        summary["fitted"] = fit_stages(networks.stages, images, recipe, accelerator, quiet=quiet)
-    if recipe.shard_teacher:
-        teachers = [shard_teacher(teacher, accelerator) for teacher in teachers]
-    if stored is not None:
-        teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
-    trainee = networks.trainee().to(accelerator.device)
-    if networks.peer is None:
-        set_memory_format(trainee, tap.name, recipe.channels_last, accelerator.device)
-    for role, shown in {"student": tap, "peer": networks.peer}.items():
-        if shown is not None:
-            set_memory_format(shown, shown.name, recipe.channels_last, accelerator.device)
-            count = sum(p.numel() for p in shown.parameters())
-            accelerator.print(
-                f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images"
-            )
-    watched = images.watched
-    if watched is None:
-        accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
-
-    teach: Teach | None = None
-    if stored is not None:
-        teach = stored.teacher(teachers[0].heads)
-    elif teachers and networks.objective.needs:
-        teach = Live(*teachers)
-    upkeep = Upkeep(
-        folder=Path(recipe.output),
-        fingerprint=networks.fingerprint,
-        stage="train" if not teachers and networks.peer is None else "distil",
-        resume=recipe.resume,
-        checkpoint_interval=recipe.checkpoint_interval,
-        checkpoint_hist=recipe.checkpoint_hist,
-        log_interval=recipe.log_interval,
-        quiet=quiet,
-    )
-    fitted = fit(
-        trainee,
-        taught(images, recipe) if stored is None else stored,
-        recipe.optim,
-        accelerator,
-        seed=recipe.seed,
-        batch_size=recipe.data.batch_size,
-        teach=teach,
-        watch=_watcher(networks, watched, recipe, accelerator) if watched is not None else None,
-        averaged=tap,
-        compile=recipe.compile,
-        upkeep=upkeep,
-    )
-    tap.thaw()
-    final = (fitted.averaged or tap).model
-    assert isinstance(final, nn.Module)
-    return fitted, final
-
-
-def _watcher(networks: Networks, watched: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
-    """Evaluates the student after an epoch (the averaged one where there is one) and what stands beside it, under its
-    role."""
-
-    def watch(averaged: nn.Module | None) -> Metrics:
-        taps: dict[str, nn.Module] = {"student": networks.student}
-        if averaged is not None:
-            taps = {"student": averaged, "raw": networks.student}
-        if networks.peer is not None:
-            taps["peer"] = networks.peer
-        found = evaluate_taps(taps, watched, accelerator, recipe.data.validation_batch_size)
-        student = found.pop("student")
-        return {
-            **student,
-            **{f"{role}_{name}": row[name] for role, row in found.items() for name in row if name != "n"},
-        }
-
-    return watch
-
-
-def _report_teachers(
-    teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, recipe: Recipe, summary: dict[str, Any]
-) -> None:
-    """Each teacher's accuracy on the data, before the first epoch."""
+    """Log each teacher's accuracy on the data, before the first epoch; `teacher_top1` of the summary."""
     found: list[float | None] = []
     for teacher in teachers if images.watched is not None else ():
         assert images.watched is not None
         if not teacher.shows_logits:
-            accelerator.print(
-                f"teacher {teacher.tap.name}: shows no logits of these classes, so that it has no accuracy"
-            )
+            accelerator.print(f"teacher {teacher.tap.name}: no accuracy, as it shows no logits of these classes")
             found.append(None)
             continue
-        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)[
-            "teacher"
-        ]
+        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, batch_size)["teacher"]
         found.append(row["top1"])
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
@@ -270,8 +128,179 @@ def _report_teachers(
                 f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of "
                 "these classes, in this order?"
             )
-    if any(top1 is not None for top1 in found):
-        summary["teacher_top1"] = found[0] if len(teachers) == 1 else found
+    if all(top1 is None for top1 in found):
+        return {}
+    return {"teacher_top1": found[0] if len(teachers) == 1 else found}
+
+
+def _pretrain(
+    recipe: Recipe, networks: Networks, stored: StoredSource | None, context: RunContext
+) -> tuple[list[Teacher], dict[str, Any]]:
+    """Fill the store, fit heads where the method needs them, and what criteria fit first.
+
+    Returns:
+        The teachers with their heads, and what of it belongs into the summary.
+    """
+    teachers, metrics = list(networks.teachers), dict[str, Any]()
+    if stored is not None:
+        stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
+    if recipe.method != "none":
+        for position, teacher in enumerate(teachers):
+            name = "heads" if len(teachers) == 1 else f"heads_{position + 1}"
+            store = stored.store if stored is not None else None
+            fitted = fit_heads(teacher, recipe.heads, context, store=store, name=name)
+            teachers[position], metrics[name] = teacher.with_heads(fitted.heads), fitted.metrics
+    networks.objective.to(context.accelerator.device)
+    if networks.criterion_fits:
+        metrics["fitted"] = fit_criteria(networks.criterion_fits, recipe.optim, recipe.fitting_epochs, context)
+    if recipe.shard_teacher:
+        teachers = [shard_teacher(teacher, context.accelerator) for teacher in teachers]
+    if stored is not None:
+        teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
+    return teachers, metrics
+
+
+def _train_student(
+    recipe: Recipe,
+    networks: Networks,
+    teachers: Sequence[Teacher],
+    stored: StoredSource | None,
+    context: RunContext,
+) -> Fitted:
+    images, accelerator = context.images, context.accelerator
+    trainee = networks.trainee().to(accelerator.device)
+    if networks.peer is None:
+        set_memory_format(trainee, networks.student.name, recipe.channels_last, accelerator.device)
+    for role, tap in networks.students().items():
+        set_memory_format(tap, tap.name, recipe.channels_last, accelerator.device)
+        count = sum(p.numel() for p in tap.parameters())
+        size = "x".join(map(str, images.input_size))
+        accelerator.print(f"{role} {tap.name}: {count:,} parameters, {size} images")
+    if images.watched is None:
+        accelerator.print("no evaluation split: use --val-split 0.1 to hold one out")
+    teach: Teach | None = None
+    if stored is not None:
+        teach = stored_teacher(teachers[0].heads)
+    elif teachers and networks.objective.needs:
+        teach = Live(*teachers)
+    return fit(
+        trainee,
+        taught(images, recipe) if stored is None else stored,
+        recipe.optim,
+        accelerator,
+        seed=recipe.seed,
+        batch_size=recipe.data.batch_size,
+        teach=teach,
+        watch=_evaluation_of(networks, images.watched, recipe, accelerator) if images.watched is not None else None,
+        averaged=networks.student,
+        compile=recipe.compile,
+        upkeep=Upkeep(
+            folder=context.folder,
+            fingerprint=networks.fingerprint,
+            stage="train" if not teachers and networks.peer is None else "distil",
+            resume=recipe.resume,
+            checkpoint_interval=recipe.checkpoint_interval,
+            checkpoint_hist=recipe.checkpoint_hist,
+            log_interval=recipe.log_interval,
+            quiet=context.quiet,
+        ),
+    )
+
+
+def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
+    """Evaluation after an epoch: of the student (its average where there is one) and, by role, of what stands beside
+    it."""
+
+    def evaluate_students(averaged: nn.Module | None) -> Metrics:
+        taps: dict[str, nn.Module] = dict(networks.students())
+        if averaged is not None:
+            taps |= {"student": averaged, "raw": networks.student}
+        found = evaluate_taps(taps, source, accelerator, recipe.data.validation_batch_size)
+        student = found.pop("student")
+        return {
+            **student,
+            **{f"{role}_{name}": row[name] for role, row in found.items() for name in row if name != "n"},
+        }
+
+    return evaluate_students
+
+
+def _final_model(networks: Networks, fitted: Fitted) -> nn.Module:
+    """The trained student: its moving average where there is one."""
+    networks.student.thaw()
+    model = (fitted.averaged or networks.student).model
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _summary(
+    fitted: Fitted,
+    trained: nn.Module,
+    before: dict[str, Any],
+    images: Images,
+    recipe: Recipe,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The numbers of summary.json: the test split's where a validation split was evaluated while training."""
+    summary = {
+        "top1": fitted.last.get("top1"),
+        "best_top1": fitted.best if fitted.best_epoch else None,
+        **before,
+        "best_epoch": fitted.best_epoch,
+        "last": fitted.last,
+        "updates": fitted.updates,
+        "seconds": round(fitted.seconds, 2),
+    }
+    summary |= _test_metrics(trained, summary["top1"], images, recipe, accelerator)
+    return {**summary, "parameters": sum(p.numel() for p in trained.parameters())}
+
+
+def _test_metrics(
+    model: nn.Module, val_top1: float | None, images: Images, recipe: Recipe, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The test split's metrics, which become the model's, where another split was evaluated while training."""
+    if images.val is None or images.test is None:
+        return {}
+    test = evaluate_model(model, images.test, accelerator, recipe.data.validation_batch_size)
+    return {"test": test, "val_top1": val_top1, "top1": test["top1"]}
+
+
+def _peer_summary(
+    model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator
+) -> dict[str, Any]:
+    """The peer's numbers, named as the student's in the summary."""
+    last = {name.removeprefix("peer_"): value for name, value in fitted.last.items() if name.startswith("peer_")}
+    found = {"top1": last.get("top1"), "last": last, "parameters": sum(p.numel() for p in model.parameters())}
+    return found | _test_metrics(model, last.get("top1"), images, recipe, accelerator)
+
+
+def _write_results(
+    recipe: Recipe, networks: Networks, trained: nn.Module, summary: dict[str, Any], images: Images
+) -> None:
+    """Write the exports and summary.json."""
+    folder = Path(recipe.output)
+    provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
+    if networks.teachers:
+        digests = [one.digest for one in networks.teachers]
+        provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
+    export_model(trained, folder / "export", provenance=provenance, overwrite=True)
+    if networks.peer is not None:
+        of_peer = {**provenance, "metrics": summary["peer"]}
+        export_model(networks.peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
+    checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
+
+
+def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable[[str], None]) -> None:
+    top1 = summary["top1"]
+    if top1 is not None:
+        best = summary["best_top1"]
+        of_best = f"; best {best:.2f} % in epoch {summary['best_epoch']}" if best is not None else ""
+        log(f"top-1 {top1:.2f} % after the last epoch{of_best}")
+    if summary.get("peer", {}).get("top1") is not None:
+        log(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
+    log(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
+    first = "import mgd_timm.models; " if name.startswith("cifar_") else ""
+    log(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
 
 
 def near_chance(top1: float, num_classes: int) -> bool:

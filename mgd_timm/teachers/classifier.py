@@ -2,25 +2,21 @@
 fine-tuning."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_tap, class_conflict, set_memory_format
-from mgd_timm.models.input_adapter import build_input_adapter
+from mgd_timm.models.build import build_tap, class_conflict
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Optim, Recipe
+from mgd_timm.recipe.recipe import Optim
 from mgd_timm.teachers.outputs.memory import store_outputs
-from mgd_timm.teachers.pretraining import found_or_fitted, shown_by_teacher
+from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.loop import fit
@@ -28,15 +24,15 @@ from mgd_timm.training.loop import fit
 PROBE_LR = 1e-3
 
 
-def needs_new_head(model: nn.Module, images: Images) -> bool:
-    """Whether a model's classifier is not of the data's classes, by their number or by their names."""
+def needs_new_classifier(model: nn.Module, images: Images) -> bool:
+    """True unless a model's classifier is of the data's classes, by their number and by their names."""
     return (
         getattr(model, "num_classes", 0) != images.num_classes
         or class_conflict(model, "teacher", images.class_names) is not None
     )
 
 
-def new_head(model: nn.Module, images: Images) -> None:
+def reset_classifier(model: nn.Module, images: Images) -> None:
     """Give a model a fresh classifier of the data's classes, in place.
 
     Raises:
@@ -82,15 +78,42 @@ class _FineTuning(nn.Module):
         return {"task": F.cross_entropy(logits, batch.labels)}, logits
 
 
-def fit_teacher_heads(
-    models: Sequence[nn.Module], images: Images, recipe: Recipe, accelerator: Accelerator, *, quiet: bool = False
-) -> list[Metrics]:
-    """Fit teachers to the labels, in place: found again by a digest of all that makes them, as everything that is
-    fitted first.
+@dataclass(frozen=True)
+class ClassifierFit:
+    """How teachers' classifiers are fitted to the data's labels.
 
-    "probe" trains the classifier on the embeddings of `heads_views` stored views of each image, with AdamW; "finetune"
-    trains the whole network on the images by the run's rule. Both for `fitting_epochs` passes over the images, at
-    `fitting_lr`.
+    Args:
+        how: "probe" or "finetune".
+        epochs: Passes over the images.
+        lr: None leaves it to the default: 1e-3 for a probe, a tenth of the run's for fine-tuning.
+        augmentations: Stored augmentations of each image that a probe is trained on.
+        batch_size: Of a probe, over all processes.
+        optim: The run's rule, which fine-tuning follows.
+    """
+
+    how: Literal["probe", "finetune"]
+    epochs: int
+    lr: float | None
+    augmentations: int
+    batch_size: int
+    optim: Optim
+
+    def rule(self) -> Optim:
+        """Optimizer and schedule of the fit."""
+        if self.how == "probe":
+            passes = -(-self.epochs // self.augmentations)
+            optim = Optim(epochs=passes, opt="adamw", lr=self.lr or PROBE_LR, weight_decay=1e-4)
+            return replace(optim, global_batch_size=self.batch_size)
+        warmup = min(self.optim.warmup_epochs, self.epochs)
+        lr = self.lr or self.optim.lr / 10
+        return replace(self.optim, epochs=self.epochs, model_ema=False, warmup_epochs=warmup, lr=lr)
+
+
+def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context: RunContext) -> list[Metrics]:
+    """Fit teachers to the labels, in place, or load them from the cache.
+
+    "probe" trains the classifier on the embeddings of stored augmentations of each image, with AdamW; "finetune" trains
+    the whole network on the images by the run's rule.
 
     Returns:
         The training loss of each.
@@ -99,87 +122,75 @@ def fit_teacher_heads(
         ValueError: A probe of a network whose classifier is no one module on its embedding.
     """
     found = []
-    for number, model in enumerate(models, start=1):
-        name = "teacher_head" if len(models) == 1 else f"teacher_head_{number}"
-        view = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
-        tap = build_tap(model, (images.input_size[0], *(view.size or images.input_size[1:])), None)
-        teacher = Teacher(tap, view=view).to(accelerator.device)
-        set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
-        found.append(_fit_one(name, teacher, images, recipe, accelerator, quiet))
+    input_size = context.images.input_size
+    for number, teacher in enumerate(teachers, start=1):
+        name = "teacher_head" if len(teachers) == 1 else f"teacher_head_{number}"
+        tap = build_tap(teacher.tap.model, (input_size[0], *teacher.size(input_size[1:])), None)  # no maps are needed
+        found.append(_fit_one(name, Teacher(tap, view=teacher.view, digest=teacher.digest), options, context))
     return found
 
 
-def _fit_one(
-    name: str, teacher: Teacher, images: Images, recipe: Recipe, accelerator: Accelerator, quiet: bool
-) -> Metrics:
-    probe, model = recipe.fit_teacher_head == "probe", teacher.tap.model
-    check_probe(teacher.tap, recipe)
-    if probe:
-        passes = -(-recipe.fitting_epochs // recipe.heads.heads_views)
-        optim = Optim(epochs=passes, opt="adamw", lr=recipe.fitting_lr or PROBE_LR, weight_decay=1e-4)
-        optim = replace(optim, global_batch_size=recipe.heads.heads_batch_size)
-    else:
-        epochs = recipe.fitting_epochs
-        optim = replace(
-            recipe.optim, epochs=epochs, model_ema=False, warmup_epochs=min(recipe.optim.warmup_epochs, epochs)
-        )
-        optim = replace(optim, lr=recipe.fitting_lr or recipe.optim.lr / 10)
+def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunContext) -> Metrics:
+    optim = options.rule()
     made_of = {
-        **shown_by_teacher(teacher, images, recipe, accelerator),
-        "head": recipe.fit_teacher_head,
+        **context.teacher_fingerprint(teacher),
+        "head": options.how,
         "optim": as_dict(optim, digest_only=True),
+        "views": options.augmentations if options.how == "probe" else None,
     }
-    made_of["views"] = recipe.heads.heads_views if probe else None
-    folder = Path(recipe.output) / name
 
-    def fit_fresh() -> Metrics:
-        on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
-        upkeep = Upkeep(
-            folder=folder,
-            fingerprint=made_of,
-            stage=name,
-            resume=recipe.resume,
-            log_interval=recipe.log_interval,
-            quiet=quiet,
-            track=False,
-            advice="Lower --fitting-lr, or clip gradients (--clip-grad 1).",
-        )
-        if probe:
-            upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
-        trainee: nn.Module = (
-            _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
-        )
-        trainee.requires_grad_(True)
+    def fit_module() -> Metrics:
         try:
-            options: dict[str, Any] = {"seed": recipe.seed, "upkeep": upkeep}
-            if probe:
-                views, size = recipe.heads.heads_views, recipe.data.validation_batch_size
-                stored = store_outputs(
-                    lambda batch: teacher(batch.images), images.train, views, accelerator, size, quiet
-                )
-                batch_size = max(
-                    2, -(-recipe.heads.heads_batch_size // accelerator.num_processes)
-                )  # one step of all processes
-                return fit(
-                    trainee, stored, optim, accelerator, batch_size=batch_size, teach=stored.features, **options
-                ).losses
-            size = recipe.data.batch_size
-            return fit(trainee, images.train, optim, accelerator, batch_size=size, **options).losses
+            if options.how == "probe":
+                return _fit_probe(teacher, optim, options, context.upkeep(name, made_of), context)
+            trainee = _FineTuning(teacher.tap, teacher.view).requires_grad_(True)
+            return fit(
+                trainee,
+                context.images.train,
+                optim,
+                context.accelerator,
+                seed=context.seed,
+                batch_size=context.data.batch_size,
+                upkeep=context.upkeep(name, made_of),
+            ).losses
         finally:
             teacher.requires_grad_(False)
             teacher.eval()
 
-    losses, found = found_or_fitted(name, model, made_of, accelerator, fit_fresh)
-    said = "from the cache" if found else f"{recipe.fitting_epochs} epoch{'s' if recipe.fitting_epochs > 1 else ''}"
-    accelerator.print(
-        f"teacher {teacher.tap.name}: {recipe.fit_teacher_head}, {said}; last loss of the labels {losses['task']:.4g}"
+    fitted = load_or_fit(name, teacher.tap.model, made_of, context.accelerator, fit_module)
+    context.accelerator.print(
+        f"teacher {teacher.tap.name}: {options.how}, {epochs_text(fitted, options.epochs)}; last loss of the labels "
+        f"{fitted.metrics['task']:.4g}"
     )
-    return losses
+    return fitted.metrics
 
 
-def check_probe(tap: FeatureTap, recipe: Recipe) -> None:
-    """Raise ValueError where the recipe asks for a probe, and logits do not follow from the embedding by one module."""
-    if recipe.fit_teacher_head == "probe" and tap.classifier is None:
+def _fit_probe(teacher: Teacher, optim: Optim, options: ClassifierFit, upkeep: Upkeep, context: RunContext) -> Metrics:
+    """Train the classifier on stored embeddings."""
+    accelerator = context.accelerator
+    stored = store_outputs(
+        lambda batch: teacher(batch.images),
+        context.images.train,
+        options.augmentations,
+        accelerator,
+        context.data.validation_batch_size,
+        context.quiet,
+    )
+    return fit(
+        _Probe(cast(nn.Module, teacher.tap.classifier)).requires_grad_(True),
+        stored,
+        optim,
+        accelerator,
+        seed=context.seed,
+        batch_size=max(2, -(-options.batch_size // accelerator.num_processes)),  # one step of all processes
+        teach=stored.features,
+        upkeep=replace(upkeep, memory_advice="give a smaller --heads-batch-size."),
+    ).losses
+
+
+def check_probe(tap: FeatureTap) -> None:
+    """Raise ValueError unless a single module maps the embedding to logits, as a probe needs."""
+    if tap.classifier is None:
         raise ValueError(
             f"fit_teacher_head='probe': no single module maps the embedding of {tap.name} to logits: choose 'finetune'."
         )

@@ -1,23 +1,18 @@
-"""The granularity heads of a teacher: fitted once, kept by a digest of all that made them, and measured."""
+"""The granularity heads of a teacher: fitted once, cached by a digest of all that made them, and measured."""
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Live, Teacher
-from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Optim, Recipe
+from mgd_timm.recipe.recipe import Heads, Optim
 from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
-from mgd_timm.teachers.outputs.stored_source import StoredViews
-from mgd_timm.teachers.pretraining import found_or_fitted, shown_by_teacher
+from mgd_timm.teachers.outputs.store import TeacherStore
+from mgd_timm.teachers.pretraining import RunContext, load_or_fit
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics, evaluate
 from mgd_timm.training.loop import fit
@@ -25,113 +20,86 @@ from mgd_timm.training.loop import fit
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
 
 
+@dataclass(frozen=True)
+class FittedHeads:
+    """Heads, and their top-1 accuracies: "teacher", each granularity's, and "top1" of the stable logits."""
+
+    heads: GranularityHeads
+    metrics: Metrics
+
+
 def fit_heads(
-    teacher: Teacher,
-    images: Images,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    summary: dict[str, Any],
-    *,
-    stored: StoredViews | None = None,
-    name: str = "heads",
-    quiet: bool = False,
-) -> GranularityHeads:
-    """Fitted heads of a teacher: from the cache where a digest of all that makes them matches, else fitted and kept
-    there.
+    teacher: Teacher, options: Heads, context: RunContext, *, store: TeacherStore | None = None, name: str = "heads"
+) -> FittedHeads:
+    """Fit a teacher's heads, or load them from the cache where a digest of all that makes them matches.
 
-    `name` is what a second teacher's are called in the run folder and in `summary`.
+    Their accuracy is logged, with a warning where a head is far below the teacher.
 
-    Their accuracy is said and put into `summary`; a head far below the teacher is warned of. A filled store of the
-    teacher's outputs is read instead of showing it images again, where the protocol is "stored" and it holds enough
-    views and all logits.
+    Args:
+        teacher: Without heads.
+        options: Of the heads and of their fit.
+        context: Of the run.
+        store: A filled store of the teacher's outputs. It is read instead of showing the teacher images again where the
+            protocol is "stored" and it holds enough augmentations and all logits.
+        name: What they are called in the run's folder.
     """
-    if stored is not None and not (
-        recipe.heads.heads_protocol == "stored"
-        and recipe.heads.heads_views <= stored.store.views
-        and not stored.store.layout.top_k  # the heads' targets at T=8 are what the other logits say
-    ):
-        stored = None
-    heads_recipe = replace(
-        recipe.heads, abstract_weight=1.0, detailed_weight=1.0
-    )  # weights belong to the student's objective
-    made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
-    made_of["logits"] = teacher.shows_logits
-    made_of["watched"] = (
-        images.watched.digest if images.watched is not None else None
-    )  # as their accuracy is kept with them
-    if stored is not None:
-        made_of["store"] = stored.store.digest
-    set_seed(recipe.seed, 5)
-    heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, recipe.heads.granularities).to(
-        accelerator.device
-    )
-    metrics, found = found_or_fitted(
-        "heads",
-        heads,
-        made_of,
-        accelerator,
-        lambda: _fit_fresh_heads(heads, teacher, images, recipe, accelerator, made_of, stored, name, quiet),
-    )
-    if found:
-        accelerator.print("granularity heads: fitted before, from the cache")
-    summary[name] = metrics
-    shown = {
-        name: value
-        for name, value in metrics.items()
-        if name in ("teacher", "top1", *(g.name for g in heads.granularities))
+    images, accelerator = context.images, context.accelerator
+    if store is not None and not _store_serves(store, options):
+        store = None
+    made_of = {
+        # The weights of the code losses belong to the student's objective.
+        "heads": as_dict(replace(options, abstract_weight=1.0, detailed_weight=1.0)),
+        **context.teacher_fingerprint(teacher),
+        "logits": teacher.shows_logits,
+        "watched": images.watched.digest if images.watched is not None else None,  # as metrics are cached with them
     }
+    if store is not None:
+        made_of["store"] = store.digest
+    set_seed(context.seed, 5)
+    heads = GranularityHeads(teacher.tap.embed_dim, images.num_classes, options.granularities)
+    heads = heads.to(accelerator.device)
+
+    def fit_module() -> Metrics:
+        return _fit_fresh(heads, teacher, options, context, store, context.upkeep(name, made_of, stage="heads"))
+
+    fitted = load_or_fit("heads", heads, made_of, accelerator, fit_module)
+    if fitted.from_cache:
+        accelerator.print("granularity heads: loaded from the cache")
+    _log_accuracy(heads, fitted.metrics, context)
+    return FittedHeads(heads, fitted.metrics)
+
+
+def _store_serves(store: TeacherStore, options: Heads) -> bool:
+    """True if the heads can be fitted on a store: their targets at T=8 are what the smaller logits say."""
+    stored = options.heads_protocol == "stored"
+    return stored and options.heads_views <= store.views and not store.layout.top_k
+
+
+def _log_accuracy(heads: GranularityHeads, metrics: Metrics, context: RunContext) -> None:
+    names = {"teacher": "teacher", **{g.name: g.name for g in heads.granularities}, "top1": "stable"}
+    shown = {key: value for key, value in metrics.items() if key in names}
     if shown:
-        said = ", ".join(f"{'stable' if name == 'top1' else name} {value:.2f} %" for name, value in shown.items())
-        accelerator.print(f"granularity heads, top-1: {said}")
+        values = ", ".join(f"{names[key]} {value:.2f} %" for key, value in shown.items())
+        context.accelerator.print(f"granularity heads, top-1: {values}")
     for key, value in shown.items():
         if value < shown.get("teacher", value) - FAR_BELOW:
-            accelerator.print(
+            context.accelerator.print(
                 f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
                 f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its "
                 "dim."
             )
-    return heads
 
 
-def _fit_fresh_heads(
+def _fit_fresh(
     heads: GranularityHeads,
     teacher: Teacher,
-    images: Images,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    made_of: dict[str, Any],
-    views: StoredViews | None,
-    name: str,
-    quiet: bool,
+    options: Heads,
+    context: RunContext,
+    store: TeacherStore | None,
+    upkeep: Upkeep,
 ) -> Metrics:
-    options = recipe.heads
-
-    def look(batch: Batch) -> Features:
-        return teacher(batch.images)
-
-    stored: StoredOutputs | None = None
-    if views is not None:
-        stored = read_outputs(views.store, images.train, options.heads_views, accelerator)
-    elif options.heads_protocol == "stored":
-        stored = store_outputs(
-            look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet
-        )
-    held = None
-    if images.watched is not None:
-        held = store_outputs(look, images.watched, 1, accelerator, recipe.data.validation_batch_size, quiet)
-    names = (*(("teacher",) if teacher.shows_logits else ()), *(g.name for g in heads.granularities), "stable")
-
-    def watch(_: nn.Module | None) -> Metrics:
-        assert held is not None
-
-        def predict(batch: Batch) -> dict[str, Tensor]:
-            shown = held.features(batch)
-            views = heads.decode(heads.encode(shown.embedding))
-            return {"teacher": shown.logits, **views, "stable": stable_excitation(shown.logits, views)}
-
-        found = evaluate(predict, names, held, accelerator, recipe.data.validation_batch_size)
-        return {"top1" if name == "stable" else name: found[name]["top1"] for name in names}
-
+    images, accelerator = context.images, context.accelerator
+    stored = _stored_outputs(teacher, options, context, store)
     passes = options.heads_epochs
     optim = Optim(
         epochs=-(-passes // options.heads_views) if stored is not None else passes,
@@ -142,29 +110,65 @@ def _fit_fresh_heads(
         clip_grad=options.heads_clip_grad,
         global_batch_size=options.heads_batch_size,
     )
-    folder = Path(recipe.output) / name
-    on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
-    batch_size = max(2, -(-options.heads_batch_size // accelerator.num_processes))  # one step of all processes
-    fitted = fit(
+    return fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,
         optim,
         accelerator,
-        seed=recipe.seed,
-        batch_size=batch_size,
+        seed=context.seed,
+        batch_size=max(2, -(-options.heads_batch_size // accelerator.num_processes)),  # one step of all processes
         teach=stored.features if stored is not None else Live(teacher),
-        compile=recipe.compile,
-        watch=watch if held is not None else None,
-        upkeep=Upkeep(
-            folder=folder,
-            fingerprint=made_of,
-            stage="heads",
-            resume=recipe.resume,
-            log_interval=recipe.log_interval,
-            quiet=quiet,
-            track=False,
+        compile=context.compile,
+        watch=_HeadsEvaluation(heads, teacher, context) if images.watched is not None else None,
+        upkeep=replace(
+            upkeep,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
             memory_advice="give a smaller --heads-batch-size.",
         ),
+    ).last
+
+
+def _stored_outputs(
+    teacher: Teacher, options: Heads, context: RunContext, store: TeacherStore | None
+) -> StoredOutputs | None:
+    """The outputs that heads are fitted on; None where they are fitted on live images."""
+    if store is not None:
+        return read_outputs(store, context.images.train, options.heads_views, context.accelerator)
+    if options.heads_protocol != "stored":
+        return None
+    return store_outputs(
+        lambda batch: teacher(batch.images),
+        context.images.train,
+        options.heads_views,
+        context.accelerator,
+        context.data.validation_batch_size,
+        context.quiet,
     )
-    return fitted.last
+
+
+class _HeadsEvaluation:
+    """Top-1 of the teacher, of each head and of the stable logits, on teacher outputs that are computed once."""
+
+    def __init__(self, heads: GranularityHeads, teacher: Teacher, context: RunContext) -> None:
+        assert context.images.watched is not None
+        self.heads, self.accelerator = heads, context.accelerator
+        self.batch_size = context.data.validation_batch_size
+        names = [g.name for g in heads.granularities]
+        self.names = (*(["teacher"] if teacher.shows_logits else []), *names, "stable")
+        self.stored = store_outputs(
+            lambda batch: teacher(batch.images),
+            context.images.watched,
+            1,
+            context.accelerator,
+            self.batch_size,
+            context.quiet,
+        )
+
+    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+        shown: Features = self.stored.features(batch)
+        views = self.heads.decode(self.heads.encode(shown.embedding))
+        return {"teacher": shown.logits, **views, "stable": stable_excitation(shown.logits, views)}
+
+    def __call__(self, averaged: nn.Module | None) -> Metrics:  # noqa: ARG002 - heads have no moving average
+        found = evaluate(self._predict, self.names, self.stored, self.accelerator, self.batch_size)
+        return {"top1" if name == "stable" else name: found[name]["top1"] for name in self.names}

@@ -312,7 +312,7 @@ class _Loop:
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The terms, the student's logits, and the sum of the terms."""
-        terms, logits = model(batch, self._shown(batch))
+        terms, logits = model(Batch(*batch), self._shown(batch))  # a plain Batch, whatever else travels with it
         return terms, logits, torch.stack([at_least_float32(term) for term in terms.values()]).sum()
 
     def try_update(self) -> None:

@@ -7,9 +7,13 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.criteria.kd import KD
-from mgd_timm.criteria.terms import criterion_names, fitted_first, needs, parse_terms
-from mgd_timm.objective import build_objective
+from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import make_recipe
+
+
+def built(**options):
+    recipe = make_recipe(**options)
+    return objective_of(recipe, terms_of(recipe), [PAIR])
 
 
 @pytest.mark.parametrize(
@@ -28,13 +32,13 @@ from mgd_timm.recipe.recipe import make_recipe
     ],
 )
 def test_weights(options, weights):
-    assert {name: term.weight for name, term in parse_terms(make_recipe(**options)).items()} == weights
+    assert {name: term.weight for name, term in terms_of(make_recipe(**options)).by_name.items()} == weights
 
 
 def test_warm_up_and_options():
     options = ("dkd.beta=2", "kd.divergence=reverse", "crd.queue=64")
     recipe = make_recipe(criterion=("dkd:1:20,at::5", "crd", "kd:0.5"), criterion_options=options, kd_temperature=2.0)
-    terms = parse_terms(recipe)
+    terms = terms_of(recipe).by_name
     assert {name: (t.weight, t.warmup) for name, t in terms.items()} == {
         "task": (1, 0),
         "kd": (0.5, 0),
@@ -45,9 +49,7 @@ def test_warm_up_and_options():
     assert terms["dkd"].options == {"beta": 2.0}
     assert terms["kd"].options == {"divergence": "reverse", "temperature": 2.0}
     assert terms["crd"].options == {"queue": 64}
-    objective = build_objective(
-        make_recipe(criterion=("dkd:1:20", "kd"), criterion_options=("dkd.beta=2",), method="none"), PAIR
-    )
+    objective = built(criterion=("dkd:1:20", "kd"), criterion_options=("dkd.beta=2",), method="none")
     assert objective.warmups == {"dkd": 20.0}
     assert objective.criteria["dkd"].beta == 2
 
@@ -89,7 +91,7 @@ def test_warm_up_and_options():
 )
 def test_wrong_words(options, message):
     with pytest.raises(ValueError, match=message):
-        parse_terms(make_recipe(**options))
+        terms_of(make_recipe(**options))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_wrong_words(options, message):
 )
 def test_what_does_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
-        build_objective(make_recipe(**options), PAIR)
+        built(**options)
 
 
 @pytest.mark.parametrize(
@@ -123,24 +125,24 @@ def test_recipes_that_cannot_be(options, message):
 
 def test_options_take_numbers_as_people_write_them():
     words = ("crd.temperature=7e-2", "crd.queue=none", "ofa.eps=[1, 1.5, 2]", "masked_generative.mask=positions")
-    terms = parse_terms(make_recipe(criterion=("crd,ofa,masked_generative",), criterion_options=words))
+    terms = terms_of(make_recipe(criterion=("crd,ofa,masked_generative",), criterion_options=words)).by_name
     assert terms["crd"].options == {"temperature": 0.07, "queue": None}
     assert terms["ofa"].options == {"eps": (1.0, 1.5, 2.0)}
     assert terms["masked_generative"].options == {"mask": "positions"}
 
 
 def test_a_criterion_that_fits_the_student_is_left_out_of_the_run():
-    recipe = make_recipe(criterion=("ab,ft,at",), method="none")
-    assert list(fitted_first(recipe, "student")) == ["ab"]
-    assert list(fitted_first(recipe, "teacher")) == ["ft"]
-    assert list(build_objective(recipe, PAIR).criteria) == ["task", "ft", "at"]
-    assert not needs(make_recipe(criterion=("ab",), method="none"), "maps")
-    assert needs(recipe, "maps")
-    assert not needs(make_recipe(teacher=None, criterion=("at",)), "maps")
+    terms = terms_of(make_recipe(criterion=("ab,ft,at",), method="none"))
+    assert list(terms.fitted_first("student")) == ["ab"]
+    assert list(terms.fitted_first("teacher")) == ["ft"]
+    assert list(built(criterion=("ab,ft,at",), method="none").criteria) == ["task", "ft", "at"]
+    assert not terms_of(make_recipe(criterion=("ab",), method="none")).needs("maps")
+    assert terms.needs("maps")
+    assert not terms_of(make_recipe(teacher=None, criterion=("at",))).needs("maps")
 
 
 def test_standardised_logits_wrap_what_reads_logits():
-    objective = build_objective(make_recipe(criterion=("dkd,at,kd",), standardise_logits=True, method="none"), PAIR)
+    objective = built(criterion=("dkd,at,kd",), standardise_logits=True, method="none")
     kinds = {name: type(criterion).__name__ for name, criterion in objective.criteria.items()}
     assert kinds == {"task": "CrossEntropy", "kd": "Standardised", "dkd": "Standardised", "at": "AT"}
     student, teacher = features(PAIR.student, 1), features(PAIR.teacher, 2)
@@ -170,7 +172,7 @@ def test_every_criterion_is_built_by_its_word():
     for name, kind in CRITERIA.items():
         if kind.peers or name == "ce":
             continue
-        objective = build_objective(make_recipe(criterion=(name,), method="mag"), PAIR)
+        objective = built(criterion=(name,), method="mag")
         assert isinstance(objective, nn.Module)
         assert (name in objective.objective.criteria) is (kind.fits != "student")
 
@@ -193,10 +195,10 @@ def test_every_criterion_is_built_by_its_word():
 )
 def test_what_would_do_nothing_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        parse_terms(make_recipe(**options))
+        terms_of(make_recipe(**options))
 
 
 def test_names_in_tags_are_those_with_a_weight():
-    assert criterion_names(make_recipe(criterion=("dkd, at:0", "kd"))) == ["dkd", "kd"]
-    terms = parse_terms(make_recipe(criterion=("crd",), criterion_options=("crd.queue=1e5", "crd.dim=16.0")))
+    assert terms_of(make_recipe(criterion=("dkd, at:0", "kd"))).criterion_names() == ["dkd", "kd"]
+    terms = terms_of(make_recipe(criterion=("crd",), criterion_options=("crd.queue=1e5", "crd.dim=16.0"))).by_name
     assert terms["crd"].options == {"queue": 100_000, "dim": 16}

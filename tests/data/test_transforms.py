@@ -14,7 +14,8 @@ from mgd_timm.data.mixed_source import Taught, taught
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import cut_updates, repeated_order
 from mgd_timm.data.transforms import distributions, erase, mixed
-from mgd_timm.pipeline.checks import check_taught
+from mgd_timm.pipeline.checks import check_recipe
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import Data, make_recipe
 
 CPU = torch.device("cpu")
@@ -219,6 +220,9 @@ def test_large_images_are_erased_as_timm_does(mode: str, pictures: Path) -> None
 
 
 def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
+    def refuse(recipe):
+        check_recipe(recipe, terms_of(recipe))
+
     for options, said in (
         ({"mixup": 0.2, "teacher_store": "store"}, "mixup=0.2 beside teacher_store='store'"),
         ({"aug_repeats": 3, "teacher_store": "store"}, "aug_repeats=3 beside teacher_store"),
@@ -228,8 +232,8 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
         ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming beside teacher_store"),
     ):
         with pytest.raises(ValueError, match=said):
-            check_taught(make_recipe(**options))  # type: ignore[arg-type]
-    check_taught(make_recipe(mixup=0.2, criterion=("dkd",)))
+            refuse(make_recipe(**options))  # type: ignore[arg-type]
+    refuse(make_recipe(mixup=0.2, criterion=("dkd",)))
 
 
 @pytest.mark.parametrize(

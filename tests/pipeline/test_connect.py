@@ -12,7 +12,9 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import load_model
-from mgd_timm.pipeline.connect import build_networks, load_teachers, suit_teachers
+from mgd_timm.pipeline.connect import connect, finish_teachers
+from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
@@ -146,13 +148,13 @@ def test_a_fixed_teachers_position_embeddings_are_resized_where_that_is_asked(sm
     images = load_images(make_recipe(data_dir=str(small_data), img_size=32).data, 0, say=lambda _: None)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
-    suit_teachers([model], make_recipe(teacher_resize="positions"), images)
+    adapt_teachers_to_data([model], make_recipe(teacher_resize="positions"), images)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     fixed = timm.create_model("levit_128s", num_classes=10)
     with pytest.raises(
         ValueError, match="cannot be set to another input size: let the images be resized to its 224 pixels"
     ):
-        suit_teachers([fixed], make_recipe(teacher_resize="positions"), images)
+        adapt_teachers_to_data([fixed], make_recipe(teacher_resize="positions"), images)
 
 
 def test_two_teachers_with_heads_of_their_own(small_data, tmp_path):
@@ -204,12 +206,17 @@ def of_other_classes() -> torch.nn.Module:
     return model
 
 
+def finished(recipe, images, teachers):
+    networks = connect(recipe, terms_of(recipe), images, Accelerator(), teachers)
+    return finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
+
+
 def networks_of(model, small_data, **options):
     recipe = make_recipe(data_dir=str(small_data), **options)
     images = load_images(recipe.data, 0, say=lambda _: None)
     teachers = load_teachers(recipe, [model])
-    suit_teachers(teachers, recipe, images)
-    return build_networks(recipe, images, Accelerator(), teachers, None)
+    adapt_teachers_to_data(teachers, recipe, images)
+    return finished(recipe, images, teachers)
 
 
 def test_as_many_other_classes_are_other_classes(small_data):
@@ -227,8 +234,8 @@ def test_one_of_several_teachers_may_be_silent(small_data):
     recipe = make_recipe(teacher=["embedded"] * 2, teacher_classes=["none", "auto"], data_dir=str(small_data))
     images = load_images(recipe.data, 0, say=lambda _: None)
     teachers = load_teachers(recipe, ())
-    suit_teachers(teachers, recipe, images)
-    networks = build_networks(recipe, images, Accelerator(), teachers, None)
+    adapt_teachers_to_data(teachers, recipe, images)
+    networks = finished(recipe, images, teachers)
     assert [teacher.shows_logits for teacher in networks.teachers] == [False, True]
 
 

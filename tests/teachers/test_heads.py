@@ -12,8 +12,9 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import load_model
+from mgd_timm.pipeline.plan import classifier_fit_of, context_of
 from mgd_timm.recipe.recipe import make_recipe
-from mgd_timm.teachers.classifier import fit_teacher_heads
+from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.memory import store_outputs
 
@@ -58,7 +59,7 @@ def test_an_error_of_memory_names_the_flag_of_this_stage(parts):
         recipe, heads=replace(recipe.heads, heads_protocol="live"), data=replace(recipe.data, validation_batch_size=16)
     )
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
-        fit_heads(Greedy(teacher.tap), images, recipe, accelerator, {}, quiet=True)
+        fit_heads(Greedy(teacher.tap), recipe.heads, context_of(recipe, images, accelerator, quiet=True))
     assert caught.value.__notes__ == ["heads: give a smaller --heads-batch-size."]
 
 
@@ -76,8 +77,10 @@ def test_an_error_of_memory_in_a_probe_names_the_same_flag(parts):
     recipe = replace(recipe, fit_teacher_head="probe", data=replace(recipe.data, validation_batch_size=16))
     model = load_model("embedded")
     model.fc = GreedyLinear(model.fc.in_features, model.fc.out_features)
+    teacher = Teacher(FeatureTap(model, input_size=images.input_size))
+    context = context_of(recipe, images, accelerator, quiet=True)
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
-        fit_teacher_heads([model], images, recipe, accelerator, quiet=True)
+        fit_classifiers([teacher], classifier_fit_of(recipe), context)
     assert caught.value.__notes__ == ["teacher_head: give a smaller --heads-batch-size."]
 
 
@@ -86,9 +89,8 @@ def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, pr
     recipe, accelerator, images, teacher = parts
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     recipe = replace(recipe, heads=replace(recipe.heads, heads_protocol=protocol, heads_epochs=40))
-    summary = {}
-    heads = fit_heads(teacher, images, recipe, accelerator, summary, quiet=True)
-    found = summary["heads"]
+    fitted = fit_heads(teacher, recipe.heads, context_of(recipe, images, accelerator, quiet=True))
+    heads, found = fitted.heads, fitted.metrics
     assert set(found) == {"teacher", "abstract", "detailed", "top1"}
     assert min(found.values()) > found["teacher"] - 8
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
@@ -103,8 +105,8 @@ def test_heads_are_found_again_only_where_all_that_made_them_is_the_same(parts, 
 
     def fitted(recipe, teacher=teacher) -> tuple[dict, bool]:
         capsys.readouterr()
-        heads = fit_heads(teacher, images, recipe, accelerator, {}, quiet=True)
-        return heads.state_dict(), "fitted before" in capsys.readouterr().out
+        heads = fit_heads(teacher, recipe.heads, context_of(recipe, images, accelerator, quiet=True)).heads
+        return heads.state_dict(), "loaded from the cache" in capsys.readouterr().out
 
     first, again = fitted(recipe)
     assert not again
@@ -123,7 +125,7 @@ def test_heads_are_found_again_only_where_all_that_made_them_is_the_same(parts, 
 def test_a_head_far_below_the_teacher_is_warned_of(parts, capsys):
     recipe, accelerator, images, teacher = parts
     hopeless = replace(recipe, heads=replace(recipe.heads, heads_lr=1e-9, heads_epochs=1))
-    fit_heads(teacher, images, hopeless, accelerator, {}, quiet=True)
+    fit_heads(teacher, hopeless.heads, context_of(hopeless, images, accelerator, quiet=True))
     out = capsys.readouterr().out
     assert "warning: the head 'abstract' is" in out
     assert "points below the teacher: raise --heads-epochs, --heads-views or its dim" in out

@@ -26,12 +26,13 @@ from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.build import load_model
+from mgd_timm.pipeline.plan import context_of, store_options_of
 from mgd_timm.recipe.derived import resolved
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs import store as teacher_store
 from mgd_timm.teachers.outputs.layout import Layout, StoreError
-from mgd_timm.teachers.outputs.stored_source import open_store
+from mgd_timm.teachers.outputs.stored_source import open_store, stored_teacher
 
 CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "log_interval": 5}
@@ -52,7 +53,7 @@ def bench(small_data):
             images = default if "pad" not in options else load_images(recipe.data, 0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(teacher_store, "SHARD_ROWS", 100)
-            return open_store(recipe, teacher, images, accelerator)
+            return open_store(store_options_of(recipe), teacher, images, accelerator)
 
     def filled(folder, views=2, **options):
         stored = opened(folder, views, **options)
@@ -93,7 +94,7 @@ def test_rows_are_what_the_teacher_shows_of_each_view(bench, written):
     assert not stored.store.missing
     for epoch in range(4):
         slots = list(torch.randperm(320, generator=torch.Generator().manual_seed(epoch)).split(130))
-        teach = stored.teacher(None)
+        teach = stored_teacher(None)
         for batch in stored.batches(slots, epoch, CPU):
             live, shown = teacher(batch.images), teach(batch)
             for one, two in ((live.logits, shown.logits), (live.embedding, shown.embedding)):
@@ -116,7 +117,7 @@ def test_heads_add_codes_and_views_as_a_live_teacher_does(bench, written):
     heads = GranularityHeads(64, 10)
     live = Teacher(teacher.tap, heads)
     batch = next(stored.batches([torch.arange(60)], 1, CPU))
-    expected, shown = live(batch.images), stored.teacher(live.heads)(batch)
+    expected, shown = live(batch.images), stored_teacher(live.heads)(batch)
     for one, two in ((expected.codes, shown.codes), (expected.views, shown.views)):
         assert set(one) == set(two) == {"abstract", "detailed"}
         for name in one:
@@ -142,13 +143,13 @@ def test_large_pictures_and_a_validation_cut_of_another_seed(bench, tmp_path):
     for seed in (1, 2):
         images = load_images(recipe.data, seed)
         teacher = Teacher(FeatureTap(network, input_size=(3, 112, 112)))
-        stored = open_store(recipe, teacher, images, accelerator)
+        stored = open_store(store_options_of(recipe), teacher, images, accelerator)
         assert bool(stored.store.missing) == (seed == 1)  # the second seed finds all that it needs
         stored.fill(teacher, accelerator, 7, quiet=True)
         batch = next(stored.batches([images.train.ids[:6]], 3, CPU))
         seen.append(set(images.train.ids.tolist()))
         torch.testing.assert_close(
-            stored.teacher(None)(batch).logits, teacher(batch.images).logits, rtol=2e-3, atol=2e-3
+            stored_teacher(None)(batch).logits, teacher(batch.images).logits, rtol=2e-3, atol=2e-3
         )
     assert seen[0] != seen[1]
     assert len(seen[0]) == 18
@@ -219,17 +220,16 @@ def test_heads_read_the_store_without_the_teacher(bench, written, tmp_path, monk
         (tmp_path / name).mkdir()
         shown.clear()
         # Seed 0 is the store's view seed too: the same views.
-        summary = {}
-        fit_heads(
-            teacher, images, recipe, accelerator, summary, stored=stored if name == "stored" else None, quiet=True
-        )
+        context = context_of(recipe, images, accelerator, quiet=True)
+        fit_heads(teacher, recipe.heads, context, store=stored.store if name == "stored" else None)
         rows = [json.loads(line) for line in (tmp_path / name / "heads" / "metrics.jsonl").read_text().splitlines()]
         found[name] = rows[-1]["train"], len(shown)
     assert found["stored"][1] == 1  # the watched images alone
     assert found["live"][1] > 2
     largest = opened(tmp_path / "largest", teacher_top_k=3)
     shown.clear()
-    fit_heads(teacher, images, replace(recipe, seed=1), accelerator, {}, stored=largest, quiet=True)
+    context = context_of(replace(recipe, seed=1), images, accelerator, quiet=True)
+    fit_heads(teacher, recipe.heads, context, store=largest.store)
     handle.remove()
     assert len(shown) > 2  # all logits are wanted
     for name in ("abstract", "detailed"):

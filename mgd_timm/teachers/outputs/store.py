@@ -78,7 +78,7 @@ class TeacherStore:
         accelerator: Accelerator,
     ) -> None:
         self.folder, self.layout, self.num_samples, self.views = folder, layout, num_samples, views
-        self.rows, self.missing, self.digest = 0, list[tuple[int, int]](), ""
+        self.missing, self.digest = list[tuple[int, int]](), ""
         self.fingerprint = {
             **made_of,
             "num_samples": num_samples,
@@ -96,44 +96,53 @@ class TeacherStore:
     # ----------------------------------------------------------------------------------------------------------
 
     def _survey(self, accelerator: Accelerator) -> None:
-        """Let the main process look at what is there, for all of them."""
-        self.rows, self.missing = of_main(accelerator, self._look)
-        self.fingerprint["rows_per_shard"] = self.rows
+        """Let the main process look at what is there, and all take what it found."""
+        self.fingerprint = of_main(accelerator, self._fingerprint_on_disk)
         self.digest = digest(self.fingerprint)
+        self.missing = of_main(accelerator, self._find_missing)
 
-    def _look(self) -> tuple[int, list[tuple[int, int]]]:
-        """Rows per shard, and the (view, shard) pairs that lack."""
+    def _fingerprint_on_disk(self) -> dict[str, Any]:
+        """The fingerprint in store.json, which must be this one's but for the rows of a shard; this one's where it
+        lacks."""
         if self.folder.exists() and not self.folder.is_dir():
             raise StoreError(f"{self.folder} is a file: --teacher-store takes a folder.")
         index = self.folder / INDEX
-        if index.exists():
-            found = read_index(index)
-            changed = differences(found, {**self.fingerprint, "rows_per_shard": found.get("rows_per_shard")})
-            if changed:
-                raise StoreError(
-                    f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
-                    "--teacher-store for these, or the teacher, the images and their transform, and the precision "
-                    "that it was written with."
-                )
-            self.fingerprint = found
-        self.rows, self.digest = self.fingerprint["rows_per_shard"], digest(self.fingerprint)
-        self.missing = []
+        if not index.exists():
+            return self.fingerprint
+        found = read_index(index)
+        changed = differences(found, {**self.fingerprint, "rows_per_shard": found.get("rows_per_shard")})
+        if changed:
+            raise StoreError(
+                f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
+                "--teacher-store for these, or the teacher, the images and their transform, and the precision "
+                "that it was written with."
+            )
+        return found
+
+    def _find_missing(self) -> list[tuple[int, int]]:
+        """The (view, shard) pairs that lack, for which the disk must have room."""
+        missing = []
         for view in range(self.views):
             for shard in range(self.shards):
                 if self.path(view, shard).exists():
                     self._recorded(view, shard)
                 else:
-                    self.missing.append((view, shard))
-        lacking = sum(self.layout.size(self._count(shard)) for _, shard in self.missing)
-        place = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(place).free
-        if lacking > free:
+                    missing.append((view, shard))
+        needed = sum(self.layout.size(self._count(shard)) for _, shard in missing)
+        there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: "
+                f"the teacher store {self.folder} needs {in_bytes(needed)} more, and {in_bytes(free)} are free: "
                 "choose fewer --teacher-views, a --teacher-top-k, or a larger disk",
             )
-        return self.rows, self.missing
+        return missing
+
+    @property
+    def rows(self) -> int:
+        """Rows of a shard."""
+        return int(self.fingerprint["rows_per_shard"])
 
     @property
     def shards(self) -> int:

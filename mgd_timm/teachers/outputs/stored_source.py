@@ -1,9 +1,10 @@
-"""A filled store of teacher outputs in place of the teacher: its views as a Source, and what answers for the teacher on
-them."""
+"""A filled store of teacher outputs in place of the teacher: a Source whose batches carry what the teacher showed."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,67 +15,88 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.input_adapter import InputAdapter
-from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.outputs.layout import FORMAT, Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 
 
-class StoredViews:
-    """A Source that shows, in epoch e, view e modulo their number, and the teacher that answers from the store.
+class StoredBatch(Batch):
+    """A Batch together with the logits and embedding that the teacher showed of its images."""
+
+    teacher: Features
+
+    @classmethod
+    def of(cls, batch: Batch, teacher: Features) -> "StoredBatch":
+        """The batch with what the teacher showed of it."""
+        stored = cls(*batch)
+        stored.teacher = teacher
+        return stored
+
+
+class StoredSource:
+    """A Source that shows, in epoch e, pass e modulo the number of stored passes, with the teacher's outputs.
 
     Args:
-        source: Images under the store's view seed; view v is what it shows in epoch v.
+        source: Images under the store's seed; pass p is what it shows in epoch p.
         store: The teacher's outputs on them.
     """
 
     def __init__(self, source: Source, store: TeacherStore) -> None:
         self.source, self.store = source, store
         self.ids, self.labels, self.digest = source.ids, source.labels, source.digest
-        self._last: tuple[Tensor, Tensor, int] | None = None
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Batches of the epoch's view."""
-        view = epoch % self.store.views
-        for ids, batch in zip(slots, self.source.batches(slots, view, device), strict=True):
-            self._last = batch.sample_ids, ids, view
-            yield batch
+        """Batches of the epoch's pass, each with the teacher's logits and embedding of its images."""
+        stored_pass = epoch % self.store.views
+        for ids, batch in zip(slots, self.source.batches(slots, stored_pass, device), strict=True):
+            # By the ids that were asked for, which lie on the CPU: to fetch the batch's would wait for the device.
+            yield StoredBatch.of(batch, self.store.features(ids, stored_pass, batch.labels.device))
 
     def fill(self, teacher: Teacher, accelerator: Accelerator, batch_size: int, *, quiet: bool = False) -> None:
         """Let the teacher write what the store lacks; see `TeacherStore.fill`."""
         self.store.fill(lambda batch: teacher(batch.images), self.source, accelerator, batch_size, quiet)
 
-    def teacher(self, heads: GranularityHeads | None) -> Callable[[Batch], Features]:
-        """The teacher of the batch that was read last, with the codes and views of its heads."""
 
-        @torch.no_grad()
-        def teach(batch: Batch) -> Features:
-            # The ids that were asked for lie on the CPU: to fetch the batch's from the device would wait for all that
-            # it has to do.
-            assert self._last is not None, "no batch was read"
-            there, ids, view = self._last
-            assert batch.sample_ids is there, "another batch than the one that was read last"
-            shown = self.store.features(ids, view, there.device)
-            if heads is None:
-                return shown
-            codes = heads.encode(shown.embedding)
-            return shown._replace(codes=codes, views=heads.decode(codes))
+def stored_teacher(heads: GranularityHeads | None) -> Callable[[Batch], Features]:
+    """The teacher of batches that carry its outputs, with the codes and views of its heads."""
 
-        return teach
+    @torch.no_grad()
+    def teach(batch: Batch) -> Features:
+        assert isinstance(batch, StoredBatch), "a batch of another source than a StoredSource"
+        if heads is None:
+            return batch.teacher
+        codes = heads.encode(batch.teacher.embedding)
+        return batch.teacher._replace(codes=codes, views=heads.decode(codes))
+
+    return teach
 
 
-def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Accelerator) -> StoredViews:
-    """The store that a resolved recipe names, as yet perhaps not filled, and the training images under its view seed.
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where and what a store of teacher outputs holds.
+
+    Args:
+        folder: Where it lies.
+        passes: Passes over the images, each under augmentations of its own.
+        seed: Of the augmentations.
+        top_k: Logits kept for an image; 0 keeps all.
+    """
+
+    folder: Path
+    passes: int
+    seed: int
+    top_k: int
+
+
+def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelerator: Accelerator) -> StoredSource:
+    """Open a store, as yet perhaps not filled, and the training images under its seed.
 
     Raises:
         StoreError: The folder holds a store of other outputs, or a damaged file.
         OSError: The disk has no room for what lacks.
     """
-    assert recipe.teacher_store is not None
-    assert recipe.teacher_views is not None
-    assert recipe.teacher_view_seed is not None
     assert isinstance(images.train, StoreSource | FileSource)
     view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
-    made_of = {
+    made_of: dict[str, Any] = {
         "format": FORMAT,
         "teacher": teacher.digest,
         "architecture": teacher.tap.name,  # timm has several that compute other things from the same weights
@@ -84,10 +106,9 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
         "std": list(images.std),
         "input_size": list(images.input_size),
         "transform": images.train.shown,
-        "view_seed": recipe.teacher_view_seed,
+        "view_seed": options.seed,
         "precision": str(accelerator.mixed_precision),
     }
-    layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, recipe.teacher_top_k or 0)
-    folder = Path(recipe.teacher_store)
-    store = TeacherStore(folder, made_of, layout, images.num_samples, recipe.teacher_views, accelerator)
-    return StoredViews(images.train.seeded(recipe.teacher_view_seed), store)
+    layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, options.top_k)
+    store = TeacherStore(options.folder, made_of, layout, images.num_samples, options.passes, accelerator)
+    return StoredSource(images.train.seeded(options.seed), store)

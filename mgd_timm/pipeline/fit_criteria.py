@@ -1,0 +1,178 @@
+"""What criteria fit before the run: modules of their own on the frozen teacher (FT's paraphraser), or the student's
+backbone by one criterion alone (AB, FSP)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mgd_timm.criteria import Criterion, Objective
+from mgd_timm.criteria.terms import Term, Terms, build_criterion, hyper_parameters
+from mgd_timm.data.dataset import Images
+from mgd_timm.data.rng import set_seed
+from mgd_timm.distiller import Distiller, Live, Teacher
+from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.granularity import MAG
+from mgd_timm.models.build import build_tap, set_memory_format
+from mgd_timm.recipe.options import as_dict
+from mgd_timm.recipe.recipe import Optim, Recipe
+from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
+from mgd_timm.training.evaluation import Metrics
+from mgd_timm.training.loop import fit
+
+
+@dataclass(frozen=True)
+class CriterionFit:
+    """One fit of a criterion before the run.
+
+    Args:
+        name: The term's.
+        term: As the recipe asks for it.
+        trainee: What `fit` trains.
+        kept: The part of it that the run goes on with.
+        teacher: The teacher as the criterion sees it.
+        lr: Learning rate.
+        student_options: What else decides the student, where it is what is fitted.
+    """
+
+    name: str
+    term: Term
+    trainee: nn.Module
+    kept: nn.Module
+    teacher: Teacher
+    lr: float
+    student_options: list[Any] | None = None
+
+
+def fits_of_criteria(recipe: Recipe, terms: Terms, objective: Objective | MAG, teacher: Teacher) -> list[CriterionFit]:
+    """The fits of modules of the objective's own criteria on the teacher."""
+    plain = objective.objective if isinstance(objective, MAG) else objective
+    # RepDistiller's rate for its paraphraser, which it keeps from rising with the run's.
+    lr = min(0.01, recipe.optim.lr) if recipe.fitting_lr is None else recipe.fitting_lr
+    fits = []
+    for name, term in terms.fitted_first("teacher").items():
+        trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
+        assert trainee is not None
+        trainee.requires_grad_(False)  # until its fit begins
+        fits.append(CriterionFit(name, term, trainee, trainee, teacher, lr))
+    return fits
+
+
+def fits_of_student(
+    recipe: Recipe, terms: Terms, student: FeatureTap, teacher: Teacher, images: Images, pair: Pair
+) -> list[CriterionFit]:
+    """The fits of the student's backbone by one criterion alone, whose maps may be other ones than the run's.
+
+    Args:
+        recipe: Of the run.
+        terms: Of the run.
+        student: Of the run; its model is fitted in place.
+        teacher: Of the run, its BatchNorm as yet not folded: folding is checked on the maps that are tapped.
+        images: Of the run.
+        pair: Of the run.
+
+    Raises:
+        ValueError: Networks without the maps that a criterion compares.
+    """
+    lr = recipe.optim.lr if recipe.fitting_lr is None else recipe.fitting_lr
+    fits = []
+    for name, term in terms.fitted_first("student").items():
+        preact = term.kind.preact
+        teacher_input = (images.input_size[0], *teacher.size(images.input_size[1:]))
+        tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
+        teacher_tap = build_tap(teacher.tap.model, teacher_input, recipe.maps, preact=preact)
+        show_as_many(recipe.maps, tap, teacher_tap)
+        set_seed(recipe.seed, 7)
+        own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=teacher_tap.shapes(teacher_input[1:]))
+        criterion = build_criterion(term, own, standardise_logits=terms.standardise_logits)
+        trainee = Distiller(tap, Objective(**{name: (1.0, criterion)}))
+        frozen = Teacher(teacher_tap, view=teacher.view, digest=teacher.digest)
+        options = [tap.name, recipe.drop, recipe.drop_path]
+        fits.append(CriterionFit(name, term, trainee, tap, frozen, lr, options))
+    return fits
+
+
+def fit_criteria(fits: Sequence[CriterionFit], optim: Optim, epochs: int, context: RunContext) -> dict[str, Metrics]:
+    """Carry out the fits, in place, and log each one's last losses.
+
+    Args:
+        fits: In this order.
+        optim: The run's rule; their own learning rates are constant.
+        epochs: Of each fit.
+        context: Of the run.
+
+    Returns:
+        The losses of each one's last epoch, by term.
+    """
+    found = {}
+    device = context.accelerator.device
+    for one in fits:
+        one.trainee.to(device)
+        one.teacher.to(device)
+        for module in (one.trainee, one.teacher):
+            tap = module.student if isinstance(module, Distiller) else one.teacher.tap
+            set_memory_format(module, tap.name, context.channels_last, device)
+        before = {parameter: parameter.requires_grad for parameter in one.trainee.parameters()}
+        try:
+            one.trainee.requires_grad_(True)
+            if isinstance(one.trainee, Distiller):
+                _freeze_unreached(one, context)
+            rule = replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
+            found[one.name] = _fit_one(one, rule, context)
+        finally:
+            for parameter, value in before.items():
+                parameter.requires_grad_(value)
+    return found
+
+
+def _fit_one(one: CriterionFit, optim: Optim, context: RunContext) -> Metrics:
+    term, trainee = one.term, one.trainee
+    defaults = {name: parameter.default for name, parameter in hyper_parameters(term.kind).items()}
+    trained_shapes = [list(p.shape) for p in trainee.parameters() if p.requires_grad]
+    made_of = {
+        **context.teacher_fingerprint(one.teacher),
+        "criterion": [term.criterion, defaults | dict(term.options)],
+        "trainee": [module_digest(trainee), trained_shapes],
+        "student": one.student_options,
+        "maps": [
+            list(one.teacher.tap.indices),
+            list(trainee.student.indices) if isinstance(trainee, Distiller) else [],
+        ],
+        "optim": as_dict(optim, digest_only=True),
+    }
+
+    def fit_module() -> Metrics:
+        return fit(
+            trainee,
+            context.images.train,
+            optim,
+            context.accelerator,
+            seed=context.seed,
+            batch_size=context.data.batch_size,
+            teach=Live(one.teacher),
+            compile=context.compile,
+            upkeep=context.upkeep(f"fitting/{one.name}", made_of),
+        ).losses
+
+    fitted = load_or_fit(one.name, one.kept, made_of, context.accelerator, fit_module)
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in fitted.metrics.items())
+    context.accelerator.print(
+        f"{one.name}: fitted before the run, {epochs_text(fitted, optim.epochs)}; last loss: {losses}"
+    )
+    return fitted.metrics
+
+
+def _freeze_unreached(one: CriterionFit, context: RunContext) -> None:
+    """Freeze what the criterion's loss gives no gradient, such as the classifier, which must neither decay nor be
+    waited for."""
+    train = context.images.train
+    batch = next(train.batches([train.ids[:2]], 0, context.accelerator.device))
+    parameters = list(one.trainee.parameters())
+    one.trainee.eval()  # BatchNorm's statistics stay as they are
+    terms, _ = one.trainee(batch, one.teacher(batch.images))
+    grads = torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.requires_grad_(grad is not None)
