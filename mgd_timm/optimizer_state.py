@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mgd_timm.features import FeatureTap
 from mgd_timm.options import unknown
 from mgd_timm.recipe import Optim
 from mgd_timm.sharding import part_of
@@ -32,7 +33,7 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
 
     Args:
-        module: Whose parameters.
+        module: Whose parameters. Those that a timm model in it exempts from weight decay are not decayed.
         optim: Name and numbers.
         scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's
             fused SGD takes memory that nothing was written to as its momentum.
@@ -47,15 +48,17 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     fused: dict[str, Any] = {"fused": True} if known else {}
     if known and kind is torch.optim.SGD and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         fused = {"foreach": True}  # torch has no fused SGD for parameters that are cut up between processes
-    return create_optimizer_v2(
-        module,
-        opt=optim.opt,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=optim.filter_bias_and_bn,
-        **fused,
+    # timm asks only the module that it is given for `no_weight_decay()`, and its models lie deeper in ours.
+    exempt = {
+        f"{path}.{name}" if path else name
+        for path, tap in module.named_modules()
+        if isinstance(tap, FeatureTap)
+        for name in tap.no_weight_decay()
+    }
+    groups = param_groups_weight_decay(
+        module, optim.weight_decay, weight_decay_exclude_1d=optim.filter_bias_and_bn, no_weight_decay_list=exempt
     )
+    return create_optimizer_v2(groups, opt=optim.opt, lr=optim.lr, momentum=optim.momentum, **fused)
 
 
 def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:
