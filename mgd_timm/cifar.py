@@ -95,11 +95,12 @@ def distillation_options() -> dict[str, Any]:
 
 def heads_options(epochs: int = HEADS_EPOCHS) -> dict[str, Any]:
     """Options of `make_recipe` to fit the granularity heads as the authors do: on live images, batch 64, lr 0.01,
-    decayed twice."""
+    decayed twice, gradients not clipped."""
     return {
         "heads_protocol": "live",
         "heads_epochs": epochs,
         "heads_lr": 0.01,
+        "heads_clip_grad": None,
         "heads_batch_size": 64,
         "heads_sched": "multistep",
         "heads_decay_milestones": shrunk(HEADS_MILESTONES, epochs, HEADS_EPOCHS),

@@ -24,6 +24,7 @@ from mgd_timm.data import Source, epoch_ids
 from mgd_timm.distiller import AnyFeatures, Live
 from mgd_timm.evaluation import Metrics
 from mgd_timm.features import Batch
+from mgd_timm.granularity import HeadFitting
 from mgd_timm.headway import Steps
 from mgd_timm.memory import executable_batch_size
 from mgd_timm.optimizer_state import build_optimizer, build_schedule
@@ -140,7 +141,7 @@ class _Loop:
         self.stage_key = mix(*upkeep.stage.encode())
         processes = accelerator.num_processes
         self.global_batch = _global_batch(batch_size, optim, accelerator)
-        self.parameters = [p for p in trainee.parameters() if p.requires_grad]
+        self.clip_groups = trainee.clip_groups() if isinstance(trainee, HeadFitting) else [list(trainee.parameters())]
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
         self.updates_per_epoch = len(self._updates(0))
@@ -280,13 +281,18 @@ class _Loop:
                 numbers = self._train_step(slots, step, next(batches))
             row = numbers if row is None else row + numbers
         if self.optim.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.optim.clip_grad)
+            self._clip_gradients(self.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.averaged, step=self.progress.done)
         assert row is not None
         self.pending.append(row)
+
+    def _clip_gradients(self, largest: float) -> None:
+        self.accelerator.unscale_gradients()  # once: a second call, as by accelerate's own clipping, is an error in fp16
+        for parameters in self.clip_groups:
+            nn.utils.clip_grad_norm_(parameters, largest)
 
     def _train_step(self, slots: list[Tensor], step: int, batch: Batch) -> Tensor:
         """Add up the gradients of this process's slot of a step; gives its numbers, zeros where it is empty."""

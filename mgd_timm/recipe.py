@@ -27,7 +27,7 @@ class Optim:
     lr: float = option(0.05, "peak learning rate")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
-    filter_bias_and_bn: bool = option(False, "spare biases and normalisation from weight decay")
+    filter_bias_and_bn: bool = option(False, "no weight decay for biases and normalisation, as timm")
     sched: str = option("cosine", "timm scheduler (cosine, multistep, step, tanh, poly, ...), stepped by update")
     min_lr: float = option(0.0, "learning rate at the end of a cosine")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
@@ -99,7 +99,9 @@ class Heads:
     heads_epochs: int = option(24, "passes over the training images while the heads are fitted")
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
-    heads_clip_grad: float | None = option(1.0, "largest gradient norm of the heads; T^2 makes early gradients large")
+    heads_clip_grad: float | None = option(
+        1.0, "largest gradient norm of each head, as T^2 makes early gradients large (the authors: none)"
+    )
     heads_batch_size: int = option(256, "images per update, of all processes, while the heads are fitted")
     heads_weight_decay: float = option(5e-4, "weight decay of the heads")
     heads_sched: Literal["cosine", "multistep"] = option("cosine", "schedule of the heads (the authors: multistep)")

@@ -72,6 +72,7 @@ def test_the_papers_numbers(name: str, lr: float) -> None:
         60,
         (30, 45),
     )
+    assert found.heads.heads_clip_grad is None
 
 
 def test_a_stage_is_known_by_all_its_teachers_and_by_what_chooses_their_rows(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from mgd_timm.evaluation import evaluate
-from mgd_timm.features import Batch
+from mgd_timm.features import Batch, Features
 from mgd_timm.fit import fit
+from mgd_timm.granularity import Granularity, GranularityHeads, HeadFitting
 from mgd_timm.optimizer_state import build_optimizer
 from mgd_timm.recipe import Optim
 from mgd_timm.upkeep import NonFiniteError, Upkeep
@@ -151,6 +152,30 @@ def test_clipping_bounds_the_step(accelerator):
     after, _, done = train(accelerator(), optim)
     moved = sum((a - b).square().sum() for a, b in zip(after.parameters(), before.parameters(), strict=True)).sqrt()
     assert 0 < moved <= 1e-3 * done.updates * 1.001
+
+
+def test_heads_fitted_together_are_those_fitted_alone(accelerator):
+    """Also where gradients are clipped, as they are here in every update."""
+    granularities = (Granularity("abstract", 2, 2.0), Granularity("detailed", 6, 8.0))
+
+    def teach(batch):
+        embedding = batch.images.flatten(1)
+        return Features(5 * embedding[:, :3], embedding)
+
+    def fitted(clip, *chosen):
+        torch.manual_seed(2)
+        whole, heads = GranularityHeads(4, 3, granularities), GranularityHeads(4, 3, chosen)
+        heads.load_state_dict({name: whole.state_dict()[name] for name in heads.state_dict()})
+        train(accelerator(), replace(OPTIM, clip_grad=clip), module=HeadFitting(heads), teach=teach)
+        return heads.state_dict()
+
+    together = fitted(0.1, *granularities)
+    for granularity in granularities:
+        alone = fitted(0.1, granularity)
+        unclipped = fitted(None, granularity)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(unclipped[name], tensor, rtol=1e-2)
 
 
 def test_accumulation_steps_from_the_environment_do_not_change_the_sum(accelerator, monkeypatch):
