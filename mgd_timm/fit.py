@@ -216,13 +216,17 @@ class _Loop:
             self.optimizer.zero_grad()
 
     def _check_average(self) -> None:
-        optim = self.optim
-        initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
-        if self.ema is not None and initial > 0.01 and not optim.model_ema_warmup:
+        """Warn of a moving average that is to end with more than 1 % of the weights after the first update."""
+        total = self.updates_per_epoch * self.optim.epochs
+        if self.ema is None or total == 1:
+            return
+        # The first update's weights replace the initial ones: timm's decay is 0 there.
+        first = math.prod(self.ema.get_decay(step) for step in range(2, total + 1))
+        if first > 0.01:
             self.accelerator.print(
-                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial ones: "
-                f"lower "
-                "--model-ema-decay, or give --model-ema-warmup."
+                f"warning: {100 * first:.0f} % of the moving average after {total} updates will be the weights after "
+                f"the first one: lower --model-ema-decay ({self.optim.model_ema_decay})"
+                f"{'' if self.optim.model_ema_warmup else ', or give --model-ema-warmup'}."
             )
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
@@ -285,7 +289,7 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.averaged, step=self.progress.done)
+            self.ema.update(self.averaged, step=self.progress.done + 1)  # timm counts updates from 1
         assert row is not None
         self.pending.append(row)
 
