@@ -294,7 +294,8 @@ class _Loop:
         self.pending.append(row)
 
     def _clip_gradients(self, largest: float) -> None:
-        self.accelerator.unscale_gradients()  # once: a second call, as by accelerate's own clipping, is an error in fp16
+        # Unscale once: accelerate's own clipping does it on each call, and the second one is an error in fp16.
+        self.accelerator.unscale_gradients()
         for parameters in self.clip_groups:
             nn.utils.clip_grad_norm_(parameters, largest)
 

@@ -134,14 +134,16 @@ def _fit_fresh_heads(
 
     passes = options.heads_epochs
     optim = Optim(
-        epochs=-(-passes // options.heads_views) if stored is not None else passes,
+        epochs=passes,
         lr=options.heads_lr,
         weight_decay=options.heads_weight_decay,
         sched=options.heads_sched,
-        decay_milestones=options.heads_decay_milestones,
+        decay_milestones=options.milestones,
         clip_grad=options.heads_clip_grad,
         global_batch_size=options.heads_batch_size,
     )
+    if stored is not None:  # an epoch of all views is as many passes
+        optim = optim.with_epochs(-(-passes // options.heads_views))
     folder = Path(recipe.output) / name
     on_main(accelerator, lambda: folder.mkdir(exist_ok=True))
     batch_size = max(2, -(-options.heads_batch_size // accelerator.num_processes))  # one step of all processes

@@ -73,8 +73,8 @@ def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -
         sched=optim.sched,
         num_epochs=optim.epochs,
         decay_epochs=optim.decay_epochs if optim.sched == "step" else None,
-        decay_milestones=list(optim.decay_milestones),
-        decay_rate=optim.decay_rate,
+        decay_milestones=list[Any](optim.milestones),
+        decay_rate=optim.poly_power if optim.sched == "poly" else optim.decay_rate,  # timm: one argument for both
         min_lr=optim.min_lr,
         warmup_lr=optim.warmup_lr,
         warmup_epochs=optim.warmup_epochs,

@@ -126,11 +126,8 @@ def _fit_one(
         optim = Optim(epochs=passes, opt="adamw", lr=recipe.fitting_lr or PROBE_LR, weight_decay=1e-4)
         optim = replace(optim, global_batch_size=recipe.heads.heads_batch_size)
     else:
-        epochs = recipe.fitting_epochs
-        optim = replace(
-            recipe.optim, epochs=epochs, model_ema=False, warmup_epochs=min(recipe.optim.warmup_epochs, epochs)
-        )
-        optim = replace(optim, lr=recipe.fitting_lr or recipe.optim.lr / 10)
+        optim = recipe.optim.with_epochs(recipe.fitting_epochs)
+        optim = replace(optim, lr=recipe.fitting_lr or recipe.optim.lr / 10, model_ema=False)
     made_of = {
         **shown_by_teacher(teacher, images, recipe, accelerator),
         "head": recipe.fit_teacher_head,

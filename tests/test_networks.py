@@ -16,6 +16,7 @@ from mgd_timm.networks import build_networks, load_teachers, suit_teachers
 from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import make_recipe
 from mgd_timm.run import near_chance
+from mgd_timm.teacher_head import fit_teacher_heads
 
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
@@ -120,6 +121,18 @@ def test_a_teachers_head_is_fitted_first_and_found_again(small_data, tmp_path, c
         digests.append(json.loads((tmp_path / name / "export" / "recipe.json").read_text())["teacher_sha256"])
         assert ("from the cache" in capsys.readouterr().out) == (name == "two")
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("given", [{}, {"decay_milestones": (5, 6, 7)}])
+def test_the_schedule_of_fine_tuning_follows_its_length(small_data, tmp_path, given):
+    """8 epochs with decays at 5, 6 and 7, so 4 epochs with decays at 2.5, 3 and 3.5."""
+    options = {"fit_teacher_head": "finetune", "fitting_epochs": 4, "epochs": 8, "sched": "multistep", "batch_size": 32}
+    recipe = make_recipe(data_dir=str(small_data), output=str(tmp_path), **options, **given)
+    images = load_images(recipe.data, recipe.seed, say=lambda _: None)
+    fit_teacher_heads([load_model("embedded")], images, recipe, Accelerator(), quiet=True)
+    rows = (tmp_path / "teacher_head" / "metrics.jsonl").read_text().splitlines()
+    # A row has the rate of its epoch's last update, which timm lowers one early.
+    assert [json.loads(row)["lr"] for row in rows] == pytest.approx([5e-3, 5e-3, 5e-5, 5e-6])
 
 
 def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path):

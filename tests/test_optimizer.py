@@ -13,7 +13,7 @@ from mgd_timm.criteria import CRITERIA, Objective
 from mgd_timm.distiller import Distiller, MutualLearning
 from mgd_timm.features import FeatureTap, Pair
 from mgd_timm.granularity import MAG
-from mgd_timm.optimizer_state import build_optimizer
+from mgd_timm.optimizer_state import SCHEDULES, build_optimizer, build_schedule
 from mgd_timm.recipe import Optim
 
 FAMILIES = {
@@ -75,3 +75,57 @@ def test_a_peer_is_grouped_as_well_and_criteria_by_their_dimensions():
     assert {decays[name] for name in others} == {0.0, 0.05}
     for name, parameter in others.items():
         assert (decays[name] == 0) is (parameter.ndim == 1)
+
+
+def rates(optim: Optim, updates_per_epoch: int = 10) -> list[float]:
+    """The learning rate of every update."""
+    optimizer = build_optimizer(nn.Linear(2, 2), optim)
+    schedule, found = build_schedule(optimizer, optim, updates_per_epoch), []
+    for update in range(optim.epochs * updates_per_epoch):
+        schedule.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("sched", [name for name in SCHEDULES if name not in ("step", "constant")])
+def test_every_schedule_that_decays_falls_by_default(sched):
+    """At the end of the default number of epochs; the last update is one before the end."""
+    found = rates(Optim(sched=sched, lr=1.0, warmup_epochs=1, min_lr=0.01))
+    assert max(found) == pytest.approx(1, abs=0.1)
+    assert found[-1] < 0.16  # wsd falls as 1 - sqrt(share)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, 2.0])
+def test_poly_is_torchs(power):
+    """PolynomialLR's default power is 1, and so is ours; the factor of a decay is not read."""
+    options = {} if power == 1 else {"poly_power": power}
+    found = rates(Optim(sched="poly", lr=0.4, epochs=3, decay_rate=0.3, **options))
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.4)
+    reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=30, power=power)
+    for rate in found:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        reference.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+def falls(found: list[float]) -> list[int]:
+    return [update for update in range(1, len(found)) if found[update] < found[update - 1]]
+
+
+@pytest.mark.parametrize("epochs", [1, 20, 240])
+def test_default_milestones_are_the_papers_shares_of_any_length(epochs):
+    found = rates(Optim(sched="multistep", epochs=epochs), 80)
+    assert falls(found) == [share * epochs - 1 for share in (50, 60, 70)]  # timm's falls one update before
+    assert found[-1] == pytest.approx(0.05e-3)
+
+
+def test_given_milestones_move_with_the_length():
+    whole = Optim(sched="multistep", epochs=24, decay_milestones=(12, 18), decay_epochs=8.0, warmup_epochs=5)
+    assert falls(rates(whole)[50:]) == [69, 129]
+    third = whole.with_epochs(8)
+    assert (third.milestones, third.warmup_epochs) == ((4.0, 6.0), 5)
+    assert falls(rates(replace(third, warmup_epochs=0))) == [39, 59]
+    assert falls(rates(replace(third, warmup_epochs=0, sched="step"))) == [27, 54]  # 8/3 epochs each, rounded up
+    assert whole.with_epochs(1).milestones == (0.5, 0.75)
+    assert whole.with_epochs(24) == whole
