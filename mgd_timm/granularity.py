@@ -110,6 +110,12 @@ class HeadFitting(nn.Module):
                 terms[g.name] = terms[g.name] + kl_divergence(views[g.name], teacher.logits, g.temperature)
         return terms, stable_excitation(teacher.logits, views)
 
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each head, whose gradients are clipped apart so that no head depends on another."""
+        heads = self.heads
+        parts = [(heads.encoders[g.name], heads.decoders[g.name]) for g in heads.granularities]
+        return [[*encoder.parameters(), *decoder.parameters()] for encoder, decoder in parts]
+
 
 class MAG(nn.Module):
     """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).

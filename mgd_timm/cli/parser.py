@@ -112,11 +112,9 @@ class Parser(ArgumentParser):
         if kind is None or value is None:
             return value
         if not all(fits(one, kind) for one in values):
-            word, example = ("word", "[a, b]") if kind is str else ("number", "[1, 2]" if kind is int else "[0.5, 0.5]")
-            whole = "whole " if kind is int else ""
+            word, example = ("word", "[a, b]") if kind is str else ("number", "[0.5, 0.5]")
             self.error(
-                f"{name}: {value!r} in --config: expected a {whole}{word} or a list of {whole}{word}s, as in {name}: "
-                f"{example}."
+                f"{name}: {value!r} in --config: expected a {word} or a list of {word}s, as in {name}: {example}."
             )
         return values
 

@@ -315,6 +315,11 @@ class FeatureTap(nn.Module):
         self.frozen, self.adapts_batchnorm = True, adapt_batchnorm
         self.train(self.training)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that the model's own `no_weight_decay()` exempts from weight decay."""
+        names = cast(Any, self.model).no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in names}
+
     def thaw(self) -> None:
         """Undo `freeze_backbone`: every parameter takes gradients again."""
         if self.frozen:

@@ -37,7 +37,6 @@ PAIRS: dict[str, tuple[str, str]] = {
 """Teacher and student by name: the paper's seven of one family, and the six across families that its scripts hold."""
 
 EPOCHS, HEADS_EPOCHS = 240, 60
-MILESTONES, HEADS_MILESTONES = (150, 180, 210), (30, 45)
 STATISTICS: dict[str, dict[str, tuple[float, ...]]] = {
     "cifar100": {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)},
     "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
@@ -56,16 +55,10 @@ def pair(name: str) -> tuple[str, str]:
     return PAIRS[name]
 
 
-def shrunk(milestones: tuple[int, ...], epochs: int, whole: int) -> tuple[int, ...]:
-    """Milestones of a schedule of `whole` epochs in one of `epochs`, at the same shares of its length, each once.
-
-    Rounded down, 1 or more; where two would coincide, which decays twice at once, one of them is left out.
-    """
-    return tuple(dict.fromkeys(max(1, milestone * epochs // whole) for milestone in milestones))
-
-
 def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) -> dict[str, Any]:
     """Options of `make_recipe` to train a network, alone or from a teacher, for a number of epochs.
+
+    The learning rate decays at the default milestones, which are the paper's shares of the epochs.
 
     Differs: the authors decay their teachers at 60, 120 and 180; RepDistiller's, whose accuracies the paper reports,
     decay as here.
@@ -78,7 +71,6 @@ def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) 
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "sched": "multistep",
-        "decay_milestones": shrunk(MILESTONES, epochs, EPOCHS),
         "decay_rate": 0.1,
         "batch_size": 64,
         "pad": 4,
@@ -95,14 +87,14 @@ def distillation_options() -> dict[str, Any]:
 
 def heads_options(epochs: int = HEADS_EPOCHS) -> dict[str, Any]:
     """Options of `make_recipe` to fit the granularity heads as the authors do: on live images, batch 64, lr 0.01,
-    decayed twice."""
+    decayed twice, gradients not clipped."""
     return {
         "heads_protocol": "live",
         "heads_epochs": epochs,
         "heads_lr": 0.01,
+        "heads_clip_grad": None,
         "heads_batch_size": 64,
         "heads_sched": "multistep",
-        "heads_decay_milestones": shrunk(HEADS_MILESTONES, epochs, HEADS_EPOCHS),
     }
 
 

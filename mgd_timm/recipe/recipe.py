@@ -26,16 +26,17 @@ class Optim:
     lr: float = option(0.05, "peak learning rate")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay")
-    filter_bias_and_bn: bool = option(False, "spare biases and normalisation from weight decay")
+    filter_bias_and_bn: bool = option(False, "no weight decay for biases and normalisation, as timm")
     sched: str = option("cosine", "timm scheduler (cosine, multistep, step, tanh, poly, ...), stepped by update")
-    min_lr: float = option(0.0, "learning rate at the end of a cosine")
+    min_lr: float = option(0.0, "learning rate at the end of cosine, tanh, poly, wsd and rsqrt")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     warmup_lr: float = option(1e-5, "learning rate at the start of the warm-up")
-    decay_milestones: tuple[int, ...] = option(
-        (150, 180, 210), "epochs at which multistep multiplies by the decay rate"
+    decay_milestones: tuple[float, ...] | None = option(
+        None, "epochs at which multistep multiplies by the decay rate; default: 5/8, 3/4 and 7/8 of all, as the paper"
     )
     decay_epochs: float = option(30.0, "epochs between decays of the step scheduler")
-    decay_rate: float = option(0.1, "factor of a decay")
+    decay_rate: float = option(0.1, "factor of a decay (step, multistep)")
+    poly_power: float = option(1.0, "power of poly; 1 is linear")
     clip_grad: float | None = option(None, "largest gradient norm")
     global_batch_size: int | None = option(
         None,
@@ -72,11 +73,58 @@ class Optim:
         for name in ("weight_decay", "min_lr", "warmup_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("decay_epochs", "decay_rate"):
+        for name in ("decay_epochs", "decay_rate", "poly_power"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: expected 0 to {self.epochs}, a part of the epochs.")
+        if self.sched == "rsqrt" and not self.warmup_epochs:
+            raise ValueError(
+                "sched='rsqrt' without a warm-up, whose length is its time scale: give --warmup-epochs 1 or more."
+            )
+        if self.sched in ("wsd", "rsqrt") and self.warmup_epochs == self.epochs:
+            raise ValueError(
+                f"sched={self.sched!r}: warmup_epochs={self.warmup_epochs} of epochs={self.epochs} leave no epoch in "
+                f"which the learning rate decays. Lower --warmup-epochs, or raise --epochs."
+            )
+        _check_milestones("decay_milestones", self.decay_milestones, self.sched, "epochs", self.epochs)
+
+    @property
+    def milestones(self) -> tuple[float, ...]:
+        """Epochs at which multistep decays, in order."""
+        if self.decay_milestones is None:
+            return (self.epochs * 5 / 8, self.epochs * 3 / 4, self.epochs * 7 / 8)
+        return tuple(sorted(self.decay_milestones))
+
+    def with_epochs(self, epochs: int) -> "Optim":
+        """Return the same rule for another number of epochs, with decays at the same shares of it.
+
+        A warm-up keeps its length, or takes all epochs where they are fewer.
+        """
+        given = self.decay_milestones
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=min(self.warmup_epochs, epochs),
+            decay_epochs=self.decay_epochs * epochs / self.epochs,
+            decay_milestones=tuple(m * epochs / self.epochs for m in given) if given is not None else None,
+        )
+
+
+def _check_milestones(
+    name: str, milestones: tuple[float, ...] | None, sched: str, length_name: str, length: int
+) -> None:
+    """Raise ValueError for a milestone that is no positive number, and where multistep reaches none of them."""
+    if milestones is None:
+        return
+    if not all(0 < milestone < float("inf") for milestone in milestones):
+        raise ValueError(f"{name}={milestones}: expected positive numbers of epochs.")
+    if sched == "multistep" and not any(milestone <= length for milestone in milestones):
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(
+            f"{name}={milestones}: none is reached in {length_name}={length}, so the learning rate would never decay. "
+            f"Give smaller ones, or leave {flag} out: the default follows the length."
+        )
 
 
 @dataclass(frozen=True)
@@ -97,12 +145,16 @@ class Heads:
     heads_epochs: int = option(24, "passes over the training images while the heads are fitted")
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
-    heads_clip_grad: float | None = option(1.0, "largest gradient norm of the heads; T^2 makes early gradients large")
+    heads_clip_grad: float | None = option(
+        1.0, "largest gradient norm of each head, as T^2 makes early gradients large (the authors: none)"
+    )
     heads_batch_size: int = option(256, "images per update, of all processes, while the heads are fitted")
     heads_weight_decay: float = option(5e-4, "weight decay of the heads")
     heads_sched: Literal["cosine", "multistep"] = option("cosine", "schedule of the heads (the authors: multistep)")
-    heads_decay_milestones: tuple[int, ...] = option(
-        (30, 45), "epochs at which multistep divides the heads' learning rate by 10"
+    heads_decay_milestones: tuple[float, ...] | None = option(
+        None,
+        "passes (of --heads-epochs) after which multistep divides the heads' learning rate by 10; default: 1/2 and 3/4 "
+        "of all, as the paper",
     )
 
     def __post_init__(self) -> None:
@@ -119,7 +171,17 @@ class Heads:
             raise ValueError(f"heads_clip_grad={self.heads_clip_grad}: expected a positive norm, or none.")
         if not 0 < self.heads_lr < float("inf"):
             raise ValueError(f"heads_lr={self.heads_lr}: expected a positive number.")
+        _check_milestones(
+            "heads_decay_milestones", self.heads_decay_milestones, self.heads_sched, "heads_epochs", self.heads_epochs
+        )
         _ = self.granularities  # its ranges
+
+    @property
+    def milestones(self) -> tuple[float, ...]:
+        """Passes over the images after which multistep decays."""
+        if self.heads_decay_milestones is None:
+            return (self.heads_epochs / 2, self.heads_epochs * 3 / 4)
+        return self.heads_decay_milestones
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:

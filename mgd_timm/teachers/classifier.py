@@ -104,9 +104,8 @@ class ClassifierFit:
             passes = -(-self.epochs // self.augmentations)
             optim = Optim(epochs=passes, opt="adamw", lr=self.lr or PROBE_LR, weight_decay=1e-4)
             return replace(optim, global_batch_size=self.batch_size)
-        warmup = min(self.optim.warmup_epochs, self.epochs)
-        lr = self.lr or self.optim.lr / 10
-        return replace(self.optim, epochs=self.epochs, model_ema=False, warmup_epochs=warmup, lr=lr)
+        optim = self.optim.with_epochs(self.epochs)
+        return replace(optim, lr=self.lr or self.optim.lr / 10, model_ema=False)
 
 
 def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context: RunContext) -> list[Metrics]:

@@ -102,14 +102,16 @@ def _fit_fresh(
     stored = _stored_outputs(teacher, options, context, store)
     passes = options.heads_epochs
     optim = Optim(
-        epochs=-(-passes // options.heads_views) if stored is not None else passes,
+        epochs=passes,
         lr=options.heads_lr,
         weight_decay=options.heads_weight_decay,
         sched=options.heads_sched,
-        decay_milestones=options.heads_decay_milestones,
+        decay_milestones=options.milestones,
         clip_grad=options.heads_clip_grad,
         global_batch_size=options.heads_batch_size,
     )
+    if stored is not None:  # an epoch of all augmentations is as many passes
+        optim = optim.with_epochs(-(-passes // options.heads_views))
     return fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,

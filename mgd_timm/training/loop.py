@@ -29,6 +29,7 @@ from mgd_timm.distributed.collectives import any_process, share
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.distributed.sharding import place
 from mgd_timm.features import Batch
+from mgd_timm.granularity import HeadFitting
 from mgd_timm.recipe.derived import slot_size
 from mgd_timm.recipe.recipe import Optim
 from mgd_timm.training.checkpointer import Keeper, NonFiniteError, Progress, Upkeep
@@ -142,7 +143,7 @@ class _Loop:
         self.stage_key = mix(*upkeep.stage.encode())
         processes = accelerator.num_processes
         self.global_batch = _global_batch(batch_size, optim, accelerator)
-        self.parameters = [p for p in trainee.parameters() if p.requires_grad]
+        self.clip_groups = trainee.clip_groups() if isinstance(trainee, HeadFitting) else [list(trainee.parameters())]
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         optimizer = build_optimizer(trainee, optim, scaled=getattr(accelerator, "scaler", None) is not None)
         self.updates_per_epoch = len(self._updates(0))
@@ -217,12 +218,17 @@ class _Loop:
             self.optimizer.zero_grad()
 
     def _check_average(self) -> None:
-        optim = self.optim
-        initial = optim.model_ema_decay ** (self.updates_per_epoch * optim.epochs)
-        if self.ema is not None and initial > 0.01 and not optim.model_ema_warmup:
+        """Warn of a moving average that is to end with more than 1 % of the weights after the first update."""
+        total = self.updates_per_epoch * self.optim.epochs
+        if self.ema is None or total == 1:
+            return
+        # The first update's weights replace the initial ones: timm's decay is 0 there.
+        first = math.prod(self.ema.get_decay(step) for step in range(2, total + 1))
+        if first > 0.01:
             self.accelerator.print(
-                f"warning: after all updates {100 * initial:.0f} % of the averaged weights are still the initial "
-                "ones: lower --model-ema-decay, or give --model-ema-warmup."
+                f"warning: {100 * first:.0f} % of the moving average after {total} updates will be the weights after "
+                f"the first one: lower --model-ema-decay ({self.optim.model_ema_decay})"
+                f"{'' if self.optim.model_ema_warmup else ', or give --model-ema-warmup'}."
             )
 
     def _updates(self, epoch: int) -> list[list[Tensor]]:
@@ -281,13 +287,19 @@ class _Loop:
                 numbers = self._train_step(slots, step, next(batches))
             row = numbers if row is None else row + numbers
         if self.optim.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.optim.clip_grad)
+            self._clip_gradients(self.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.averaged, step=self.progress.done)
+            self.ema.update(self.averaged, step=self.progress.done + 1)  # timm counts updates from 1
         assert row is not None
         self.pending.append(row)
+
+    def _clip_gradients(self, largest: float) -> None:
+        # Unscale once: accelerate's own clipping does it on each call, and the second one is an error in fp16.
+        self.accelerator.unscale_gradients()
+        for parameters in self.clip_groups:
+            nn.utils.clip_grad_norm_(parameters, largest)
 
     def _train_step(self, slots: list[Tensor], step: int, batch: Batch) -> Tensor:
         """Add up the gradients of this process's slot of a step; gives its numbers, zeros where it is empty."""

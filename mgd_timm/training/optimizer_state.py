@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mgd_timm.distributed.sharding import part_of
+from mgd_timm.features import FeatureTap
 from mgd_timm.recipe.options import unknown
 from mgd_timm.recipe.recipe import Optim
 
@@ -32,7 +33,7 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
 
     Args:
-        module: Whose parameters.
+        module: Whose parameters. Those that a timm model in it exempts from weight decay are not decayed.
         optim: Name and numbers.
         scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's
             fused SGD takes memory that nothing was written to as its momentum.
@@ -47,15 +48,17 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     fused: dict[str, Any] = {"fused": True} if known else {}
     if known and kind is torch.optim.SGD and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         fused = {"foreach": True}  # torch has no fused SGD for parameters that are cut up between processes
-    return create_optimizer_v2(
-        module,
-        opt=optim.opt,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=optim.filter_bias_and_bn,
-        **fused,
+    # timm asks only the module that it is given for `no_weight_decay()`, and its models lie deeper in ours.
+    exempt = {
+        f"{path}.{name}" if path else name
+        for path, tap in module.named_modules()
+        if isinstance(tap, FeatureTap)
+        for name in tap.no_weight_decay()
+    }
+    groups = param_groups_weight_decay(
+        module, optim.weight_decay, weight_decay_exclude_1d=optim.filter_bias_and_bn, no_weight_decay_list=exempt
     )
+    return create_optimizer_v2(groups, opt=optim.opt, lr=optim.lr, momentum=optim.momentum, **fused)
 
 
 def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:
@@ -70,8 +73,8 @@ def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -
         sched=optim.sched,
         num_epochs=optim.epochs,
         decay_epochs=optim.decay_epochs if optim.sched == "step" else None,
-        decay_milestones=list(optim.decay_milestones),
-        decay_rate=optim.decay_rate,
+        decay_milestones=list[Any](optim.milestones),
+        decay_rate=optim.poly_power if optim.sched == "poly" else optim.decay_rate,  # timm: one argument for both
         min_lr=optim.min_lr,
         warmup_lr=optim.warmup_lr,
         warmup_epochs=optim.warmup_epochs,

@@ -158,8 +158,8 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
             "mean: '0.5 0.5 0.5' in --config: expected a number or a list of numbers, as in mean: [0.5, 0.5].",
         ),
         (
-            "decay_milestones: [1, 2.5]",
-            "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
+            "decay_milestones: [1, a]",
+            "decay_milestones: [1, 'a'] in --config: expected a number or a list of numbers",
         ),
         ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
         (

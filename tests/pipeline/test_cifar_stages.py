@@ -47,12 +47,11 @@ def test_an_unknown_pair_shows_all() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "expected"),
-    [(240, (150, 180, 210)), (24, (15, 18, 21)), (15, (9, 11, 13)), (4, (2, 3)), (2, (1,)), (1, (1,))],
+    [(240, (150, 180, 210)), (24, (15, 18, 21)), (30, (18.75, 22.5, 26.25)), (1, (0.625, 0.75, 0.875))],
 )
 def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, ...]) -> None:
-    options = cifar.training_options("cifar_resnet20", epochs)
-    assert options["decay_milestones"] == expected
-    assert make_recipe(student="cifar_resnet20", **options).optim.epochs == epochs
+    optim = make_recipe(student="cifar_resnet20", **cifar.training_options("cifar_resnet20", epochs)).optim
+    assert (optim.epochs, optim.sched, optim.milestones) == (epochs, "multistep", expected)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +66,12 @@ def test_the_papers_numbers(name: str, lr: float) -> None:
         5e-4,
         64,
     )
-    assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.heads_decay_milestones) == (
+    assert (found.heads.heads_protocol, found.heads.heads_epochs, found.heads.milestones) == (
         "live",
         60,
         (30, 45),
     )
+    assert found.heads.heads_clip_grad is None
 
 
 def test_a_stage_is_known_by_all_its_teachers_and_by_what_chooses_their_rows(tmp_path: Path) -> None:

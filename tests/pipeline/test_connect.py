@@ -14,10 +14,11 @@ from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import load_model
 from mgd_timm.pipeline.connect import connect, finish_teachers
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
-from mgd_timm.pipeline.plan import terms_of
+from mgd_timm.pipeline.plan import classifier_fit_of, context_of, terms_of
 from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.classifier import fit_classifiers
 
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
@@ -122,6 +123,19 @@ def test_a_teachers_head_is_fitted_first_and_found_again(small_data, tmp_path, c
         digests.append(json.loads((tmp_path / name / "export" / "recipe.json").read_text())["teacher_sha256"])
         assert ("from the cache" in capsys.readouterr().out) == (name == "two")
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("given", [{}, {"decay_milestones": (5, 6, 7)}])
+def test_the_schedule_of_fine_tuning_follows_its_length(small_data, tmp_path, given):
+    """8 epochs with decays at 5, 6 and 7, so 4 epochs with decays at 2.5, 3 and 3.5."""
+    options = {"fit_teacher_head": "finetune", "fitting_epochs": 4, "epochs": 8, "sched": "multistep", "batch_size": 32}
+    recipe = make_recipe(data_dir=str(small_data), output=str(tmp_path), **options, **given)
+    images = load_images(recipe.data, recipe.seed, say=lambda _: None)
+    teacher = Teacher(FeatureTap(load_model("embedded"), input_size=images.input_size))
+    fit_classifiers([teacher], classifier_fit_of(recipe), context_of(recipe, images, Accelerator(), quiet=True))
+    rows = (tmp_path / "teacher_head" / "metrics.jsonl").read_text().splitlines()
+    # A row has the rate of its epoch's last update, which timm lowers one early.
+    assert [json.loads(row)["lr"] for row in rows] == pytest.approx([5e-3, 5e-3, 5e-5, 5e-6])
 
 
 def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path):

@@ -44,10 +44,29 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
         ({"warmup_lr": -5.0}, "warmup_lr=-5.0: expected 0 or more"),
         ({"min_lr": float("inf")}, "min_lr=inf: expected 0 or more"),
         ({"drop_path": 2.0}, "drop_path=2.0: expected 0 <= drop_path < 1"),
-        ({"decay_milestones": 1.5}, "decay_milestones=1.5: expected tuple[int, ...], not float"),
+        ({"decay_milestones": "a"}, "decay_milestones='a': expected tuple[float, ...] | None, not str"),
+        ({"decay_milestones": (0, 3)}, "decay_milestones=(0.0, 3.0): expected positive numbers of epochs"),
+        ({"heads_decay_milestones": -1}, "heads_decay_milestones=(-1.0,): expected positive numbers of epochs"),
+        (
+            {"sched": "multistep", "decay_milestones": (150, 180)},
+            "decay_milestones=(150.0, 180.0): none is reached in epochs=20, so the learning rate would never decay. "
+            "Give smaller ones, or leave --decay-milestones out: the default follows the length",
+        ),
+        (
+            {"heads_sched": "multistep", "heads_decay_milestones": (30, 45)},
+            "heads_decay_milestones=(30.0, 45.0): none is reached in heads_epochs=24, so the learning rate would never "
+            "decay. Give smaller ones, or leave --heads-decay-milestones out",
+        ),
+        ({"sched": "rsqrt"}, "sched='rsqrt' without a warm-up, whose length is its time scale: give --warmup-epochs 1"),
+        (
+            {"sched": "wsd", "epochs": 2, "warmup_epochs": 2},
+            "sched='wsd': warmup_epochs=2 of epochs=2 leave no epoch in which the learning rate decays. Lower "
+            "--warmup-epochs, or raise --epochs",
+        ),
+        ({"poly_power": 0.0}, "poly_power=0.0: expected a positive number"),
         ({"criterion": 3}, "criterion=3: expected tuple[str, ...], not int"),
-        ({"decay_milestones": True}, "decay_milestones=True: expected tuple[int, ...], not bool"),
-        ({"decay_milestones": ("a", "b")}, "decay_milestones=('a', 'b'): expected tuple[int, ...], not tuple"),
+        ({"decay_milestones": True}, "decay_milestones=True: expected tuple[float, ...] | None, not bool"),
+        ({"decay_milestones": ("a", "b")}, "decay_milestones=('a', 'b'): expected tuple[float, ...] | None, not tuple"),
         ({"method": None}, "method=None: expected Literal['none', 'mag', 'mas'], not NoneType"),
     ],
 )
@@ -58,12 +77,12 @@ def test_wrong_values_are_named_with_what_was_expected(options, message):
 
 def test_one_value_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
     recipe = make_recipe(
-        criterion="at", log_with="tensorboard", decay_milestones=[1, 2], lr=1, clip_grad=2, data_dir=Path("a") / "b"
+        criterion="at", log_with="tensorboard", decay_milestones=[1, 2.5], lr=1, clip_grad=2, data_dir=Path("a") / "b"
     )
     assert (recipe.criterion, recipe.log_with) == (("at",), ("tensorboard",))
-    assert (recipe.optim.decay_milestones, recipe.data.data_dir) == ((1, 2), "a/b")
+    assert (recipe.optim.decay_milestones, recipe.data.data_dir) == ((1.0, 2.5), "a/b")
     grey = make_recipe(in_chans=1, mean=0.5, std=1, decay_milestones=3)
-    assert (grey.data.mean, grey.data.std, grey.optim.decay_milestones) == ((0.5,), (1.0,), (3,))
+    assert (grey.data.mean, grey.data.std, grey.optim.decay_milestones) == ((0.5,), (1.0,), (3.0,))
     assert (repr(recipe.optim.lr), repr(recipe.optim.clip_grad)) == ("1.0", "2.0")
     for given, each in ((None, [None, None]), ("auto", ["auto", "auto"]), (["f", "none"], ["f", "none"])):
         several = make_recipe(teacher=["a", "b"], teacher_classes=given)

@@ -1,6 +1,7 @@
 """Heads on stored teacher outputs and live, found again by what made them, and warned of when they are bad."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,20 @@ def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, pr
     rows = [json.loads(line) for line in Path(recipe.output, "heads", "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == (20 if protocol == "stored" else 40)
     assert rows[-1]["train"]["abstract"] < rows[0]["train"]["abstract"]
+
+
+@pytest.mark.parametrize(("views", "rows"), [(1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize("milestones", [None, (4, 6)])
+def test_multistep_decays_at_the_same_shares_whatever_the_augmentations(parts, views, rows, milestones):
+    """8 passes, at half and three quarters: the last epoch of all is beyond both."""
+    recipe, accelerator, images, teacher = parts
+    heads = replace(recipe.heads, heads_sched="multistep", heads_views=views, heads_decay_milestones=milestones)
+    fit_heads(teacher, heads, context_of(recipe, images, accelerator, quiet=True))
+    found = [json.loads(line)["lr"] for line in Path(recipe.output, "heads", "metrics.jsonl").read_text().splitlines()]
+    tenths = [round(-math.log10(lr / 0.02)) for lr in found]
+    # A row has the rate of its epoch's last update, which timm lowers one early.
+    assert tenths == {1: [0, 0, 0, 1, 1, 2, 2, 2], 2: [0, 1, 2, 2], 4: [1, 2]}[views]
+    assert len(found) == rows
 
 
 def test_heads_are_found_again_only_where_all_that_made_them_is_the_same(parts, capsys):

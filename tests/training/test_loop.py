@@ -9,9 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.optim import list_optimizers
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from mgd_timm.features import Batch
+from mgd_timm.features import Batch, Features
+from mgd_timm.granularity import GranularityHeads, HeadFitting
+from mgd_timm.recipe.granularity import Granularity
 from mgd_timm.recipe.recipe import Optim
 from mgd_timm.training.checkpointer import NonFiniteError, Upkeep
 from mgd_timm.training.evaluation import evaluate
@@ -153,6 +156,30 @@ def test_clipping_bounds_the_step(accelerator):
     assert 0 < moved <= 1e-3 * done.updates * 1.001
 
 
+def test_heads_fitted_together_are_those_fitted_alone(accelerator):
+    """Also where gradients are clipped, as they are here in every update."""
+    granularities = (Granularity("abstract", 2, 2.0), Granularity("detailed", 6, 8.0))
+
+    def teach(batch):
+        embedding = batch.images.flatten(1)
+        return Features(5 * embedding[:, :3], embedding)
+
+    def fitted(clip, *chosen):
+        torch.manual_seed(2)
+        whole, heads = GranularityHeads(4, 3, granularities), GranularityHeads(4, 3, chosen)
+        heads.load_state_dict({name: whole.state_dict()[name] for name in heads.state_dict()})
+        train(accelerator(), replace(OPTIM, clip_grad=clip), module=HeadFitting(heads), teach=teach)
+        return heads.state_dict()
+
+    together = fitted(0.1, *granularities)
+    for granularity in granularities:
+        alone = fitted(0.1, granularity)
+        unclipped = fitted(None, granularity)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(unclipped[name], tensor, rtol=1e-2)
+
+
 def test_accumulation_steps_from_the_environment_do_not_change_the_sum(accelerator, monkeypatch):
     plain, _, _ = train(accelerator(), OPTIM)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
@@ -170,6 +197,23 @@ def test_average_follows_the_weights(accelerator):
     assert not torch.equal(average, module.layer.weight)
     start = (module.layer.weight - Linear().layer.weight).norm()
     assert (average - module.layer.weight).norm() < start
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_is_timms_after_every_update(accelerator, warmup):
+    optim = Optim(epochs=12, lr=0.1, model_ema=True, model_ema_decay=0.8, model_ema_warmup=warmup)
+    module, seen = Linear(), []
+    reference = ModelEmaV3(Linear().layer, decay=0.8, use_warmup=warmup)
+
+    def watch(average):
+        reference.update(module.layer, step=len(seen) + 1)
+        seen.append((average.weight.clone(), reference.module.weight.clone()))
+        return {"top1": 0.0}
+
+    train(accelerator(), optim, module=module, averaged=module.layer, watch=watch, batch_size=26)
+    assert len(seen) == 12  # one update each
+    for ours, theirs in seen:
+        assert torch.equal(ours, theirs)
 
 
 def test_dropout_is_a_function_of_seed_and_position(accelerator):
@@ -267,8 +311,30 @@ def test_an_average_that_stays_the_initial_weights_is_warned_of(accelerator, cap
     module = Linear()
     train(accelerator(), replace(OPTIM, model_ema=True), module=module, averaged=module.layer)
     assert (
-        "warning: after all updates 100 % of the averaged weights are still the initial ones" in capsys.readouterr().out
+        "warning: 100 % of the moving average after 14 updates will be the weights after the first one: "
+        "lower --model-ema-decay (0.9998), or give --model-ema-warmup.\n" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("decay", [0.1, 0.7, 0.9, 0.9998])
+@pytest.mark.parametrize("epochs", [1, 2, 5, 20])
+def test_the_warning_tells_the_share_of_the_first_weights(accelerator, capsys, warmup, decay, epochs):
+    """Weights of 1 after the first update and of 0 later: timm's average of them is the share."""
+    optim = Optim(epochs=epochs, lr=0.1, model_ema=True, model_ema_decay=decay, model_ema_warmup=warmup)
+    module = Linear()
+    train(accelerator(), optim, source=Rows(26), module=module, averaged=module.layer, batch_size=26)
+    layer = nn.Linear(1, 1).double().requires_grad_(False)
+    average = ModelEmaV3(layer, decay=decay, use_warmup=warmup)
+    for step in range(1, epochs + 1):
+        layer.weight.fill_(step == 1)
+        average.update(layer, step=step)
+    share = average.module.weight.item()
+    said = capsys.readouterr().out
+    assert ("warning" in said) is (epochs > 1 and share > 0.01)
+    if "warning" in said:
+        assert f"warning: {100 * share:.0f} % of the moving average after {epochs} updates" in said
+        assert ("--model-ema-warmup" in said) is not warmup
 
 
 def test_a_last_batch_of_one_sample_is_left_out(accelerator):
