@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mgd_timm.criteria.base import SMALLEST_RMS, at_least_float32
 from mgd_timm.features import Pair
 
 MapShape = tuple[int, int, int]
@@ -51,6 +52,22 @@ def pool_larger(
     return one, two
 
 
+def damp_gradient(outputs: Float[Tensor, "..."], maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "..."]:
+    """Outputs as they are, with a smaller gradient if the maps that they were computed from hardly vary.
+
+    BatchNorm multiplies the gradient of a map without variance by 316 = 1 / sqrt(1e-5), and several in a row by a
+    power of it. The gradient is multiplied by spread / 0.001 where this is below 1.
+
+    Args:
+        outputs: Computed from the maps by layers with BatchNorm.
+        maps: Their spread is the root mean square of their difference from the channel's mean.
+    """
+    values = at_least_float32(maps.detach())  # the square of 300 overflows float16
+    spread = (values - values.mean((0, 2, 3), keepdim=True)).square().mean().sqrt()
+    share = (spread / SMALLEST_RMS).clamp(max=1).to(outputs.dtype)
+    return outputs.detach() + share * (outputs - outputs.detach())
+
+
 class ChannelAdapter(nn.Sequential):
     """1x1 convolution and BatchNorm from the student's channels to the teacher's; nothing at all where they agree."""
 
@@ -59,3 +76,7 @@ class ChannelAdapter(nn.Sequential):
         if student_channels != teacher_channels:
             self.append(nn.Conv2d(student_channels, teacher_channels, 1, bias=False))
             self.append(nn.BatchNorm2d(teacher_channels))
+
+    def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """The student's map with the teacher's channels."""
+        return damp_gradient(super().forward(maps), maps) if len(self) else maps

@@ -11,8 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import check_positions
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
+
+
+def unit_energy(energy: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m n"]:
+    """Energies, flattened over positions and divided by their L2 norm."""
+    return F.normalize(energy.flatten(2), dim=2, eps=SMALLEST_RMS * smallest_norm(energy.shape[2] * energy.shape[3]))
 
 
 def attended_difference(
@@ -26,10 +31,10 @@ def attended_difference(
     pooled = {}
     for size in dict.fromkeys((m.shape[2], m.shape[3]) for m in teacher):
         resized = torch.cat([F.adaptive_avg_pool2d(energy, size) for energy in energies], dim=1)
-        pooled[size] = F.normalize(resized.flatten(2), dim=2)
+        pooled[size] = unit_energy(resized)
     parts = []
     for index, m in enumerate(teacher):
-        target = F.normalize(reduce(m.pow(2), "b c h w -> b 1 h w", "mean").flatten(2), dim=2)
+        target = unit_energy(reduce(m.pow(2), "b c h w -> b 1 h w", "mean"))
         differences = (pooled[m.shape[2], m.shape[3]] - target).pow(2).mean(2)
         parts.append((attention[:, index] * differences).sum(1).mean())
     return torch.stack(parts).sum()

@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def _unit(maps: Tensor) -> Tensor:
     """Every channel divided by its norm over positions."""
-    return maps / (torch.linalg.vector_norm(maps, dim=(2, 3), keepdim=True) + 1e-6)
+    norms = torch.linalg.vector_norm(maps, dim=(2, 3), keepdim=True) + 1e-6
+    return maps / norms.clamp_min(smallest_norm(maps.shape[2] * maps.shape[3]))
 
 
 def attentive_difference(

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
     """Where a map is active: mean over channels of its squares, flattened, of unit L2 norm per sample."""
-    return F.normalize(rearrange(reduce(maps.pow(2), "b c h w -> b h w", "mean"), "b h w -> b (h w)"), dim=1)
+    energy = rearrange(reduce(maps.pow(2), "b c h w -> b h w", "mean"), "b h w -> b (h w)")
+    return F.normalize(energy, dim=1, eps=SMALLEST_RMS * smallest_norm(energy.shape[1]))
 
 
 def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:

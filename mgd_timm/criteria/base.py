@@ -10,11 +10,21 @@ from mgd_timm.features import Batch, Features, Pair
 
 Need = Literal["logits", "embedding", "maps", "cams"]
 
+# Smallest divisors. The gradient of x / |x| is 1 / |x|: students whose classifier starts at zero, dead maps and equal
+# samples would give gradients of 1e5 and more. Ordinary inputs lie above and are divided by their own spread or norm.
+SMALLEST_SPREAD = 0.1  # standard deviation of logits; below it, their softmax is uniform within about 10 %
+SMALLEST_RMS = 0.001  # root mean square of maps and embeddings; float16 does not resolve less beside values of about 1
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision widened, float32 and float64 unchanged: T^2 would magnify the rounding of a half-precision
     softmax."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def smallest_norm(size: int) -> float:
+    """L2 norm of a vector of `size` elements whose root mean square is SMALLEST_RMS."""
+    return SMALLEST_RMS * size**0.5
 
 
 def kl_divergence(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
@@ -17,7 +17,10 @@ def class_attention(
 ) -> Float[Tensor, "b k h2 w2"]:
     """Class activation maps averaged to a size; `normalise` gives every map of every sample unit L2 norm."""
     pooled = F.adaptive_avg_pool2d(at_least_float32(cam), size)
-    return pooled / torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True).clamp_min(1e-12) if normalise else pooled
+    if not normalise:
+        return pooled
+    norms = torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True)
+    return pooled / norms.clamp_min(smallest_norm(size[0] * size[1]))
 
 
 class CATKD(Criterion):

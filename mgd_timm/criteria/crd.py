@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 EPS = 1e-7  # of the authors' code
@@ -204,8 +204,9 @@ class CRD(Criterion):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32; in train mode the memory moves on."""
         with torch.autocast(student.embedding.device.type, enabled=False):
-            one = F.normalize(self.student_embed(at_least_float32(student.embedding)), dim=1)
-            two = F.normalize(self.teacher_embed(at_least_float32(teacher.embedding)), dim=1)
+            one = self.student_embed(at_least_float32(student.embedding))
+            two = self.teacher_embed(at_least_float32(teacher.embedding))
+            one, two = (F.normalize(v, dim=1, eps=smallest_norm(v.shape[1])) for v in (one, two))
             mask, similarities = self._compare(one, two, batch.sample_ids)
             scores = [(s / self.temperature).exp() for s in similarities]
             partition = self._partition(scores, mask)

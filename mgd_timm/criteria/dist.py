@@ -6,17 +6,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, Need, at_least_float32, check_temperature
 from mgd_timm.criteria.dkd import check_parts
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
 
 def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: float = 1e-8) -> Float[Tensor, ""]:
-    """1 - mean over rows of Pearson's correlation of both rows; a row that does not vary counts as uncorrelated."""
-    one, two = (rows - rows.mean(1, keepdim=True) for rows in (one, two))
-    norms = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(two, dim=1)
-    return 1 - ((one * two).sum(1) / (norms + eps)).mean()
+    """1 - mean over rows of Pearson's correlation of both rows of probabilities.
+
+    The standard deviation of a row counts as at least 0.1 of its mean: the correlation of a row that hardly varies
+    falls to 0, and its gradient stays bounded.
+
+    Args:
+        one, two: Probabilities.
+        eps: Added to the product of both norms (official code).
+    """
+    deviations, norms = [], []
+    for rows in (one, two):
+        mean = rows.mean(1, keepdim=True)
+        deviation = rows - mean
+        smallest = SMALLEST_SPREAD * rows.shape[1] ** 0.5 * mean.squeeze(1)
+        deviations.append(deviation)
+        norms.append(torch.maximum(torch.linalg.vector_norm(deviation, dim=1), smallest))
+    return 1 - ((deviations[0] * deviations[1]).sum(1) / (norms[0] * norms[1] + eps)).mean()
 
 
 def relation_distance(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import check_positions, pool_larger
+from mgd_timm.criteria.adapters import check_positions, damp_gradient, pool_larger
 from mgd_timm.criteria.at import attention
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
@@ -109,7 +109,8 @@ class FT(Criterion):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""
-        return factor_transfer(self.translator(student.maps[-1]), self.paraphraser.encoder(teacher.maps[-1]))
+        factor = damp_gradient(self.translator(student.maps[-1]), student.maps[-1])
+        return factor_transfer(factor, self.paraphraser.encoder(teacher.maps[-1]))
 
 
 def last_maps(method: str, pair: Pair) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -7,8 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
+
+
+def bounded_inverse(values: Tensor, smallest: Tensor) -> Tensor:
+    """1 / values, and from there to 0 along a line where |values| is below `smallest`."""
+    return values / torch.maximum(values.abs(), smallest).square()
 
 
 class _RightVectors(torch.autograd.Function):
@@ -31,12 +36,11 @@ class _RightVectors(torch.autograd.Function):
         u, s, vh = ctx.saved_tensors
         grad = torch.zeros_like(vh.mT)
         grad[:, :, : grads[0].shape[2]] = grads[0]
-        tiny = 8 * torch.finfo(s.dtype).eps * s[:, :1]
+        smallest = smallest_norm(u.shape[1] * vh.shape[2])
         gaps = s.square()[:, None, :] - s.square()[:, :, None]
         turned = vh @ grad
-        kept = gaps.abs() > tiny[:, :, None] * s[:, :1, None]
-        within = torch.where(kept, (turned - turned.mT) / torch.where(kept, gaps, 1), 0)
-        inverse = torch.where(s > tiny, 1 / torch.where(s > tiny, s, 1), 0)
+        within = (turned - turned.mT) * bounded_inverse(gaps, smallest * s[:, :1, None].clamp_min(smallest))
+        inverse = bounded_inverse(s, s.new_tensor(smallest))
         beyond = grad.mT - turned.mT @ vh  # what of it lies outside the span of all right vectors
         return u @ (s[:, :, None] * within @ vh + inverse[:, :, None] * beyond), None
 

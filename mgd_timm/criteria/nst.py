@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def selectivity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c n"]:
     """Where each channel is active: its flattened map of unit L2 norm."""
-    return F.normalize(maps.flatten(2), dim=2)
+    flat = maps.flatten(2)
+    return F.normalize(flat, dim=2, eps=smallest_norm(flat.shape[2]))
 
 
 def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
@@ -31,7 +32,8 @@ def neuron_selectivity(student: Float[Tensor, "b c h w"], teacher: Float[Tensor,
             return (one.mT @ one / c_s - two.mT @ two / c_t).pow(2).sum((1, 2)).mean()
         # Products first, norms afterwards: c x c numbers to divide instead of c x h x w.
         one, two = student.flatten(2), teacher.flatten(2)
-        norm_s, norm_t = (torch.linalg.vector_norm(m, dim=2).clamp_min(1e-12) for m in (one, two))
+        smallest = smallest_norm(height * width)
+        norm_s, norm_t = (torch.linalg.vector_norm(m, dim=2).clamp_min(smallest) for m in (one, two))
         return (
             _kernel(two, norm_t, two, norm_t)
             + _kernel(one, norm_s, one, norm_s)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import MapShape
+from mgd_timm.criteria.adapters import MapShape, damp_gradient
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32, check_temperature
 from mgd_timm.criteria.dkd import target_classes
 from mgd_timm.criteria.kd import check_one_label_space
@@ -151,7 +151,7 @@ class OFA(Criterion):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Scalar, at least float32."""
         targets = target_classes(batch.labels)
-        logits = [branch(maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
+        logits = [damp_gradient(branch(maps), maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
         if self.standardised:
             logits = [standardise(own) for own in logits]
         *branches, final = (

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features
 
 EPS = 1e-7  # of the authors' code
@@ -16,7 +16,8 @@ def neighbours(embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     """How likely each sample is to pick each other one, itself among them: cosine similarities in [0, 1], rows of sum
     1."""
     # vector_norm has a gradient at 0 (of 0), which the root of a sum of squares has not.
-    unit = embedding / (torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + EPS)
+    norms = torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + EPS
+    unit = embedding / norms.clamp_min(smallest_norm(embedding.shape[1]))
     similarity = (unit @ unit.T + 1) / 2
     return similarity / similarity.sum(1, keepdim=True)
 

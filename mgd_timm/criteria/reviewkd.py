@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import paired_maps
+from mgd_timm.criteria.adapters import damp_gradient, paired_maps
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -54,7 +54,7 @@ class Fusion(nn.Module):
         self, maps: Float[Tensor, "b c h w"], deeper: Float[Tensor, "b d _ _"] | None, size: tuple[int, int]
     ) -> tuple[Float[Tensor, "b c2 h2 w2"], Float[Tensor, "b d h2 w2"]]:
         """What is compared with the teacher's map, and what is passed on, both at the teacher's size."""
-        fused = self.enter(maps)
+        fused = damp_gradient(self.enter(maps), maps)
         if self.attention is not None:
             assert deeper is not None
             deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")

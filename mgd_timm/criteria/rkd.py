@@ -7,32 +7,39 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
-FLOOR = 1e-12  # of a squared distance, as in RepDistiller
+SMALLEST_SQUARE = 1e-12  # of a distance, as in RepDistiller
+SMALLEST_DIRECTION = 1e-4  # of the length of a difference, in units of the mean distance or of sqrt(dims)
+
+
+def squared_distances(embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
+    """Squared Euclidean distances between all samples.
+
+    |a|^2 + |b|^2 - 2 <a, b>, computed in float64: in float32 the distance of two samples that are 1e-3 of the spread
+    apart is lost in rounding. MPS has no float64.
+    """
+    wide = embedding if embedding.device.type == "mps" else embedding.double()
+    centred = wide - wide.mean(0)
+    norms = centred.square().sum(1)  # not the diagonal, whose gradient inductor gets wrong here (torch 2.15 on CPUs)
+    return (norms[:, None] + norms - 2 * (centred @ centred.T)).to(embedding.dtype)
 
 
 def relations(embedding: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b"], Float[Tensor, "b b b"]]:
-    """Distances in units of their mean over different samples, and cosines of the angle at k between i and j, as [k, i,
-    j].
+    """Distances divided by their mean over different samples, and cosines at k between i and j, as [k, i, j].
 
-    Both follow from inner products, so that nothing of b x b x d is made. The batch's mean is taken off first: it
-    changes neither, and without it the differences of large, similar embeddings would drown in rounding.
+    <e_i - e_k, e_j - e_k> = (|e_k - e_i|^2 + |e_k - e_j|^2 - |e_i - e_j|^2) / 2, so that no b x b x d tensor is needed.
     """
-    centred = embedding - embedding.mean(0)
-    gram = centred @ centred.T
-    norms = centred.square().sum(1)  # not the diagonal, whose gradient inductor gets wrong here (torch 2.15 on CPUs)
-    scale = norms[:, None] + norms
-    different = 1 - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    squares = (scale - 2 * gram).clamp(min=FLOOR)
-    distances = squares.sqrt() * different
-    units = distances.sum() / max(len(gram) * (len(gram) - 1), 1)
-    # <e_i - e_k, e_j - e_k>; what is equal up to rounding has no direction.
-    inner = gram[None] - gram[:, :, None] - gram[:, None, :] + norms[:, None, None]
-    apart = different * (squares > FLOOR + 8 * torch.finfo(gram.dtype).eps * scale)
-    inverse = apart * squares.rsqrt()
-    return distances / units.clamp(min=FLOOR), inner * inverse[:, :, None] * inverse[:, None, :]
+    count, dims = embedding.shape
+    squares = squared_distances(embedding)
+    different = 1 - torch.eye(count, dtype=squares.dtype, device=squares.device)
+    distances = squares.clamp(min=SMALLEST_SQUARE).sqrt() * different
+    mean = distances.sum() / max(count * (count - 1), 1)
+    smallest = SMALLEST_DIRECTION * mean.clamp(min=dims**0.5)
+    inverse = different * torch.maximum(squares, smallest.square()).rsqrt()
+    inner = squares[:, :, None] + squares[:, None, :] - squares
+    return distances / mean.clamp(min=smallest_norm(dims)), inner * (inverse / 2)[:, :, None] * inverse[:, None, :]
 
 
 class RKD(Criterion):

@@ -3,18 +3,21 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def similarity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b b"]:
     """Inner products of all samples' flattened maps, every row of unit L2 norm."""
     flat = maps.flatten(1)
-    return F.normalize(flat @ flat.T, dim=1)
+    products = flat @ flat.T
+    smallest = smallest_norm(flat.shape[1])
+    typical = (flat.square().sum() / len(flat)).clamp_min(smallest**2).sqrt()
+    norms = torch.linalg.vector_norm(products, dim=1, keepdim=True)
+    return products / torch.maximum(norms, smallest * typical)
 
 
 def similarity_preserving(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32
 from mgd_timm.features import Batch, Features
 
 
@@ -18,7 +18,8 @@ def standardise(logits: Float[Tensor, "b k"], eps: float = 1e-7) -> Float[Tensor
         eps: Added to the deviation.
     """
     logits = at_least_float32(logits)
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+    deviation = logits.std(1, keepdim=True) + eps
+    return (logits - logits.mean(1, keepdim=True)) / deviation.clamp_min(SMALLEST_SPREAD)
 
 
 class Standardised(Criterion):
