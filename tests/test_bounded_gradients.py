@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import BATCH, CLASSES, PAIR, batch, features, of_parts, parts, wave
 from cases_relational import loop_rkd
 from test_criteria import CASES, trained
