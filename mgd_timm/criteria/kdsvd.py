@@ -89,10 +89,9 @@ class KDSVD(Criterion):
     convolution and BatchNorm adapt the student's map (there: an error). Maps need not be square. The sign of a singular
     vector is arbitrary: the teacher's is chosen such that the sum of the entries is 0 or more (there: the library's
     choice); after a ReLU all entries of its first vector are then 0 or more. Gradient terms of singular values that are
-    equal or 0 are 0 (the authors' code also drops terms that are not finite, among 5 singular values). Terms are
-    bounded if singular values are nearly 0 or nearly equal: below the largest possible one of a map with a root mean
-    square of 0.001, or closer than that. On GPUs the decomposition synchronises with the device. For RepDistiller's
-    pairing of maps see fitnet.
+    equal or 0 are 0 (the authors' code also drops terms that are not finite, among 5 singular values); those of nearly
+    equal or nearly zero ones are at most 1 / |F|, with |F| the norm of a map with a root mean square of 0.001. On GPUs
+    the decomposition synchronises with the device. For RepDistiller's pairing of maps see fitnet.
 
     Args:
         pair: Shapes of both networks, with the same number of maps, 2 or more. Batches have 2 or more samples if a
