@@ -1,4 +1,4 @@
-"""What bridges two networks' maps: their pairing, their sizes and their channels, built from measured shapes."""
+"""Pairing of two networks' maps, and adapters of their sizes and channels."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mgd_timm.criteria.base import SMALLEST_RMS, at_least_float32
 from mgd_timm.features import Pair
 
 MapShape = tuple[int, int, int]
 
 
 def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
-    """(channels, height, width) of student and teacher, map by map.
+    """Return (channels, height, width) of student and teacher for each pair of maps.
 
     Raises:
-        ValueError: No maps, or a different number on each side: none is left out silently.
+        ValueError: A network has no maps, or the numbers of maps differ.
     """
     student, teacher = pair.student.maps, pair.teacher.maps
     if not teacher or len(student) != len(teacher):
@@ -29,13 +30,16 @@ def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
 
 
 def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) -> None:
-    """For what is normalised over positions: ValueError where a pair of maps has but one left at the smaller of both
-    sizes."""
+    """Check that maps have positions to normalise over.
+
+    Raises:
+        ValueError: A pair of maps has only one position at the smaller of both sizes.
+    """
     for student, teacher in shapes:
         if max(map(min, student[1:], teacher[1:])) == 1:
             raise ValueError(
                 f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have "
-                "one position in common, where every map is alike. Give larger images (--img-size) or other maps "
+                "one position in common, where all maps are equal. Use larger images (--img-size) or other maps "
                 "(--maps; in Python maps=)."
             )
 
@@ -43,17 +47,41 @@ def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) ->
 def pool_larger(
     student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]
 ) -> tuple[Float[Tensor, "b c h3 w3"], Float[Tensor, "b c2 h3 w3"]]:
-    """Both maps at the smaller height and the smaller width of the two, by adaptive average pooling."""
+    """Average-pool both maps to the smaller height and the smaller width of the two."""
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     one, two = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
     return one, two
 
 
+def damp_gradient(outputs: Float[Tensor, "..."], maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "..."]:
+    """Return the outputs unchanged, but scale their gradient down if the maps hardly vary.
+
+    BatchNorm multiplies the gradient of a map without variance by 1 / sqrt(1e-5) = 316, several layers by a power of
+    316. The gradient is multiplied by min(1, spread / 0.001), where the spread is the root mean square of the maps
+    after their channels' means over batch and positions are subtracted.
+
+    Args:
+        outputs: Outputs of layers with BatchNorm.
+        maps: Inputs of these layers.
+    """
+    values = at_least_float32(maps.detach())  # the square of 300 overflows float16
+    spread = (values - values.mean((0, 2, 3), keepdim=True)).square().mean().sqrt()
+    share = (spread / SMALLEST_RMS).clamp(max=1).to(outputs.dtype)
+    return outputs.detach() + share * (outputs - outputs.detach())
+
+
 class ChannelAdapter(nn.Sequential):
-    """1x1 convolution and BatchNorm from the student's channels to the teacher's; nothing at all where they agree."""
+    """1x1 convolution and BatchNorm from the student's channels to the teacher's, empty if they are equal.
+
+    The gradient is scaled down if the maps hardly vary (`damp_gradient`).
+    """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
         if student_channels != teacher_channels:
             self.append(nn.Conv2d(student_channels, teacher_channels, 1, bias=False))
             self.append(nn.BatchNorm2d(teacher_channels))
+
+    def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """Return the student's map with the teacher's channels."""
+        return damp_gradient(super().forward(maps), maps) if len(self) else maps

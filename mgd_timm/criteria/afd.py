@@ -11,8 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import check_positions
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
+
+
+def unit_energy(energy: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m n"]:
+    """Flatten energies over positions and divide them by their L2 norm.
+
+    The root mean square of a map counts as at least 0.001.
+    """
+    return F.normalize(energy.flatten(2), dim=2, eps=SMALLEST_RMS * smallest_norm(energy.shape[2] * energy.shape[3]))
 
 
 def attended_difference(
@@ -20,16 +28,16 @@ def attended_difference(
     teacher: Sequence[Float[Tensor, "b _ _ _"]],
     attention: Float[Tensor, "b t s"],
 ) -> Float[Tensor, ""]:
-    """Sum over teacher maps, weighted over student maps: mean squared difference of normalised energies at the
-    teacher's size."""
+    """Return the mean squared difference of normalised energies at the teacher's size, weighted over student maps and
+    summed over teacher maps."""
     energies = [reduce(m.pow(2), "b c h w -> b 1 h w", "mean") for m in student]
     pooled = {}
     for size in dict.fromkeys((m.shape[2], m.shape[3]) for m in teacher):
         resized = torch.cat([F.adaptive_avg_pool2d(energy, size) for energy in energies], dim=1)
-        pooled[size] = F.normalize(resized.flatten(2), dim=2)
+        pooled[size] = unit_energy(resized)
     parts = []
     for index, m in enumerate(teacher):
-        target = F.normalize(reduce(m.pow(2), "b c h w -> b 1 h w", "mean").flatten(2), dim=2)
+        target = unit_energy(reduce(m.pow(2), "b c h w -> b 1 h w", "mean"))
         differences = (pooled[m.shape[2], m.shape[3]] - target).pow(2).mean(2)
         parts.append((attention[:, index] * differences).sum(1).mean())
     return torch.stack(parts).sum()
@@ -39,26 +47,28 @@ class AFD(Criterion):
     """Attention-based feature distillation: sum_t mean_b sum_s a(t, s) mean_hw (q(F_s) - q(F_t))^2, every map with
     every map.
 
-    q = normalised mean over channels of F^2, the student's average-pooled to the teacher's size. a = softmax over the
-    student's maps of (query_t W_t key_s + p_t p_s) / sqrt(d): which map learns from which is learned, from the channel
-    means of both.
+    q = normalised mean over channels of F^2; the student's is average-pooled to the teacher's size. a = softmax over
+    the student's maps of (query_t W_t key_s + p_t p_s) / sqrt(d), computed from the channel means of both: which map
+    learns from which is learned.
 
     Reference: Ji, Heo, Park, "Show, Attend and Distill: Knowledge Distillation via Attention-based Feature Matching"
     (arXiv 2102.02973); official code clovaai/attention-feature-distillation (distill/AFD.py).
 
-    Weight: 200 beside kd at 0.9 and temperature 4 (official script), d = 128.
+    Weight: 200 with kd at 0.9 and temperature 4 (official script), d = 128.
 
-    Differs: as the official code, which compares the maps of all blocks; here those that are tapped, any number on each
-    side, as no map is paired: maps=all is nearest to it. With one map of the student the attention is 1 everywhere, and
-    AFD is attention transfer (AT) from each of the teacher's maps. The attention is computed outside autocast.
+    Differs: same as the official code, which compares the maps of all blocks. This code compares the tapped maps, any
+    number of each network, as maps are not paired; maps=all is nearest to the official code. If the student has one
+    map, the attention is 1, and AFD is attention transfer (AT) from each of the teacher's maps. The attention is
+    computed outside autocast. A map of a sample with a root mean square below 0.001 is not scaled up to unit norm: q
+    and its gradient tend to 0 with it.
 
     Args:
-        pair: Shapes of both networks; each shows 1 map or more, any two with 2 positions or more in common. Batches of
-            2 or more: there is BatchNorm over samples.
+        pair: Shapes of both networks, each with 1 or more maps. Any two have 2 or more positions at the smaller of both
+            sizes. Batches have 2 or more samples because of BatchNorm.
         dim: d, the width of keys and queries, 1 or more.
 
     Raises:
-        ValueError: A network without maps, a pair of maps of one position, or a width below 1.
+        ValueError: A network has no maps, two maps have only one position in common, or dim is below 1.
     """
 
     weight: ClassVar[float] = 200.0
@@ -85,7 +95,7 @@ class AFD(Criterion):
     def attention(
         self, student: Sequence[Float[Tensor, "b _ _ _"]], teacher: Sequence[Float[Tensor, "b _ _ _"]]
     ) -> Float[Tensor, "b t s"]:
-        """How much each of the student's maps learns from each of the teacher's: sum 1 over the student's."""
+        """Return how much each student map learns from each teacher map; the sum over student maps is 1."""
         keys = torch.stack([key(m.mean((2, 3))) for key, m in zip(self.keys, student, strict=True)], dim=1)
         queries = torch.stack([query(m.mean((2, 3))) for query, m in zip(self.queries, teacher, strict=True)], dim=1)
         keys = rearrange(self.bilinear(keys.flatten(0, 1)), "(b s) (t d) -> b s t d", s=len(student), t=len(teacher))
@@ -93,7 +103,7 @@ class AFD(Criterion):
         return torch.softmax((einsum(keys, queries, "b s t d, b t d -> b t s") + positions) / self.dim**0.5, dim=2)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         ours, theirs = ([at_least_float32(m) for m in f.maps] for f in (student, teacher))
         with torch.autocast(ours[0].device.type, enabled=False):
             return attended_difference(ours, theirs, self.attention(ours, theirs))

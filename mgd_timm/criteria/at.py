@@ -9,17 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-    """Where a map is active: mean over channels of its squares, flattened, of unit L2 norm per sample."""
-    return F.normalize(rearrange(reduce(maps.pow(2), "b c h w -> b h w", "mean"), "b h w -> b (h w)"), dim=1)
+    """Return where a map is active: the mean over channels of its squares, with unit L2 norm per sample.
+
+    The root mean square of a map counts as at least 0.001.
+    """
+    energy = rearrange(reduce(maps.pow(2), "b c h w -> b h w", "mean"), "b h w -> b (h w)")
+    return F.normalize(energy, dim=1, eps=SMALLEST_RMS * smallest_norm(energy.shape[1]))
 
 
 def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
-    """Mean squared difference of both attentions, the larger map average-pooled to the smaller one's size."""
+    """Return the mean squared difference of both attentions. The larger map is average-pooled to the smaller size."""
     student, teacher = pool_larger(at_least_float32(student), at_least_float32(teacher))
     return (attention(student) - attention(teacher)).pow(2).mean()
 
@@ -27,20 +31,21 @@ def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor,
 class AT(Criterion):
     """Attention transfer: sum over map pairs of mean((q(F_s) - q(F_t))^2), q = normalised mean over channels of F^2.
 
-    Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2; the official
-    code squares and averages over all elements where the paper has a norm.
+    Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention" (arXiv 1612.03928), equation 2. The official
+    code averages squares over all elements where the paper has a norm.
 
     Weight: 1000 (RepDistiller; the MGD authors' script).
 
-    Differs: as the official code and RepDistiller. Maps of unequal size are pooled on both axes (there: square maps).
-    RepDistiller's pairing of maps: see fitnet.
+    Differs: same as the official code and RepDistiller, but a map of a sample with a root mean square below 0.001 is
+    not scaled up to unit norm: its attention and gradient tend to 0 with it. Maps of different sizes are pooled on both
+    axes (there: square maps). For RepDistiller's pairing of maps see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1, with 2 positions or more in
-            common.
+        pair: Shapes of both networks, with the same number of maps, 1 or more. Each pair has 2 or more positions at the
+            smaller of both sizes.
 
     Raises:
-        ValueError: No maps, a different number of maps on each side, or a pair of one position.
+        ValueError: A network has no maps, the numbers of maps differ, or a pair has only one position in common.
     """
 
     weight: ClassVar[float] = 1000.0
@@ -51,6 +56,6 @@ class AT(Criterion):
         check_positions("AT", paired_maps("AT", pair))
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         pairs = zip(student.maps, teacher.maps, strict=True)
         return torch.stack([attention_transfer(s, t) for s, t in pairs]).sum()

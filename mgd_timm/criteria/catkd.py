@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
@@ -15,9 +15,18 @@ from mgd_timm.features import Batch, Features, Pair
 def class_attention(
     cam: Float[Tensor, "b k h w"], size: tuple[int, int], normalise: bool
 ) -> Float[Tensor, "b k h2 w2"]:
-    """Class activation maps averaged to a size; `normalise` gives every map of every sample unit L2 norm."""
+    """Return class activation maps, average-pooled to a size.
+
+    Args:
+        cam: Class activation maps.
+        size: (height, width) of the result.
+        normalise: Give each map of each sample unit L2 norm. The root mean square of a map counts as at least 0.001.
+    """
     pooled = F.adaptive_avg_pool2d(at_least_float32(cam), size)
-    return pooled / torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True).clamp_min(1e-12) if normalise else pooled
+    if not normalise:
+        return pooled
+    norms = torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True)
+    return pooled / norms.clamp_min(smallest_norm(size[0] * size[1]))
 
 
 class CATKD(Criterion):
@@ -25,23 +34,25 @@ class CATKD(Criterion):
 
     Reference: Guo et al., "Class Attention Transfer Based Knowledge Distillation" (arXiv 2304.12777), the CAT loss.
 
-    Weight: 15 beside 1 of the task, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4). It
-    goes with the scale of the maps; theirs are 0.7 to 15 within a family; normalised 15 to 40 at 2x2 (to MobileNetV2),
-    80 and 600 at 4x4 (to ShuffleNets); ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2, normalised (ResNet-50 ->
-    MobileNet). Where 15 diverges, as from the embedded teacher at lr 0.1, catkd:1 trains (benchmarks/hosts.py);
-    normalise=True takes the scale away.
+    Weight: 15 with 1 for the task loss, 2x2, not normalised (the authors' configuration of resnet32x4 -> resnet8x4).
+    The right weight depends on the scale of the maps. The authors use 0.7 to 15 within a family; normalised, 15 to 40
+    at 2x2 (to MobileNetV2), 80 and 600 at 4x4 (to ShuffleNets); on ImageNet 0.5 at 4x4 (ResNet-34 -> 18) and 10 at 2x2,
+    normalised (ResNet-50 -> MobileNet). If 15 diverges, as with the embedded teacher at lr 0.1, use catkd:1
+    (benchmarks/hosts.py) or normalise=True, which removes the scale.
 
     Differs: the networks keep their classifier, whose bias is part of the maps (there it becomes a 1x1 convolution
-    without bias). Where a network shows fewer positions than `resolution`, both are pooled to those.
+    without bias). If a network has fewer positions than `resolution`, both networks are pooled to these. With
+    normalise=True, a map with a root mean square below 0.001 is not scaled up to unit norm (there: any map above 1e-12
+    is): the result and its gradient tend to 0 with the map.
 
     Args:
         pair: Shapes of both networks, with class activation maps of the same classes.
         resolution: Side of the pooled maps in positions, 1 or more.
-        normalise: Give every map unit L2 norm, which the authors do between families.
+        normalise: Give each map unit L2 norm, as the authors do between families.
 
     Raises:
-        ValueError: A network without class activation maps, numbers of classes that differ, a resolution below 1, or
-            normalised maps of one position.
+        ValueError: A network has no class activation maps, the numbers of classes differ, resolution is below 1, or
+            normalised maps would have one position.
     """
 
     weight: ClassVar[float] = 15.0
@@ -72,7 +83,7 @@ class CATKD(Criterion):
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         assert student.cam is not None  # the shapes have them
         assert teacher.cam is not None
         one, two = (class_attention(cam, self.size, self.normalise) for cam in (student.cam, teacher.cam))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -21,11 +21,15 @@ def contrast(
     num_samples: int,
     mask: Bool[Tensor, "b k"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Noise-contrastive loss of one side, mean over the batch; every score is meant to be the probability of one of N
-    samples.
+    """Return the noise-contrastive loss of one network, mean over the batch.
 
-    -log(o_0 / (o_0 + K / N)) - sum_k log((K / N) / (o_k + K / N)), with K negatives per sample, those that the mask
-    keeps.
+    -log(o_0 / (o_0 + K / N)) - sum_k log((K / N) / (o_k + K / N)), with K negatives per sample.
+
+    Args:
+        positive: o_0, an estimated probability among N samples.
+        negatives: o_k, likewise.
+        num_samples: N.
+        mask: The negatives that count; None for all.
     """
     count = torch.full_like(positive, negatives.shape[1]) if mask is None else mask.sum(1).to(positive.dtype)
     noise = count / num_samples
@@ -37,15 +41,14 @@ def contrast(
 
 
 def several() -> bool:
-    """Whether other processes train along."""
+    """Return whether there are several processes."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1
 
 
-@torch.compiler.disable  # the number of rows of each process has to be known on the host
+@torch.compiler.disable  # the host needs the number of rows of each process
 def gathered(*tensors: Tensor) -> list[Tensor]:
-    """Rows of all processes, one after another, the same on all of them; processes may have different numbers of
-    rows."""
+    """Gather the rows of all processes on every process. Processes may have different numbers of rows."""
     size, count = torch.distributed.get_world_size(), len(tensors[0])
     counts = [torch.zeros(1, dtype=torch.int64, device=tensors[0].device) for _ in range(size)]
     torch.distributed.all_gather(counts, torch.full_like(counts[0], count))
@@ -62,53 +65,54 @@ def gathered(*tensors: Tensor) -> list[Tensor]:
 
 @torch.compiler.disable
 def first_of_each(sample_ids: Int[Tensor, " b"]) -> Int[Tensor, " m"]:
-    """The first place of every sample id, in ascending order."""
+    """Return the index of the first occurrence of each sample id, in ascending order."""
     here = torch.arange(len(sample_ids), device=sample_ids.device)
     return here[(sample_ids[:, None] == sample_ids).int().argmax(1) == here]
 
 
 @torch.compiler.disable
 def mean_of_processes(tensor: Tensor) -> Tensor:
-    """The same mean on all processes."""
+    """Return the mean over all processes."""
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
 
 
 class CRD(Criterion):
-    """Contrastive representations: -log h(own sample) - sum over K others of log(1 - h), h = o / (o + K / N), from both
-    sides.
+    """Contrastive representations: -log h(own sample) - sum over K others of log(1 - h), h = o / (o + K / N), for both
+    networks.
 
     o = exp(<v, m> / tau) / Z compares a sample's embedding v (a linear map of 128 dims, of unit norm) with entries m of
-    a memory of all N training samples as the other network saw them: its own one, and K of other classes. Z is set
-    once, from the first batch, to N times the mean of exp(<v, m> / tau). Afterwards m becomes the unit vector along 0.5
-    m + 0.5 v.
+    a memory of the other network's embeddings of all N training samples: that of the sample itself, and K of other
+    classes. Z is set once, from the first batch, to N times the mean of exp(<v, m> / tau). After each batch m becomes
+    0.5 m + 0.5 v, divided by its norm.
 
     Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), equation 18.
 
     Weight: 0.8 (RepDistiller, which is the authors' code; the MGD authors' script), with 16384 negatives, tau 0.07 and
     momentum 0.5.
 
-    Differs: negatives are drawn on the device, uniformly and with replacement (there: in the data loader, without where
-    there are enough), and never more than there are samples of other classes. If a sample is in a batch twice, its last
-    place is remembered. Several processes remember each other's samples and average Z, so that their memories are
-    equal. The queue is ours: it has, beside the sample's embedding by the other network, all its entries of other
-    classes as negatives, and its length as N. On GPUs the gradient of drawn entries (the backward pass of a gather) is
-    added up in no fixed order: runs agree up to rounding.
+    Differs: negatives are drawn on the device, uniformly and with replacement (there: in the data loader, without
+    replacement if there are enough), and at most as many as there are samples of other classes. If a sample is twice in
+    a batch, its last embedding is stored. With several processes, each process stores the samples of all and Z is
+    averaged, so that their memories are equal. The queue is not in the paper: its positive is the other network's
+    embedding of the sample, its negatives are all entries of other classes, and N is its length. A linear map of a
+    sample with a root mean square below 0.001 is not scaled up to unit norm. On GPUs the backward pass of a gather adds
+    in no fixed order: runs agree up to rounding.
 
     Args:
-        pair: Shapes of both networks, any embeddings; num_samples, and labels, which sample ids index (below 0: never a
-            negative).
+        pair: Shapes of both networks, with embeddings of any width; num_samples; and labels by sample id (samples with
+            a label below 0 are never negatives).
         dim: Width of the common space, 1 or more.
         negatives: K of the memory banks, 1 or more.
         temperature: tau, 0.02 or more.
-        momentum: Share of an old entry in the new one, 0 or more and below 1.
+        momentum: Share of the old entry in the new one, 0 or more and below 1.
         positives: "exact", the sample's own entry, or "relax", that of a random sample of its class.
-        queue: Instead of N entries remember this many of the latest samples: memory that does not depend on N.
+        queue: Store this many of the latest samples instead of all N: memory does not depend on N.
 
     Raises:
-        ValueError: A pair without num_samples and labels, or whose labels are of one class; a number out of its range;
-            a queue with positives="relax".
+        ValueError: The pair has no num_samples or labels, or labels of only one class; a number is out of range; or
+            there is a queue with positives="relax".
     """
 
     weight: ClassVar[float] = 0.8
@@ -145,8 +149,8 @@ class CRD(Criterion):
                 raise ValueError(f"{name}={number}: expected 1 or more.")
         if check_temperature(temperature) < 0.02:
             raise ValueError(
-                f"temperature={temperature}: expected 0.02 or more, as exp(1 / temperature) and what is made of it "
-                "overflow float32; the paper has 0.07."
+                f"temperature={temperature}: expected 0.02 or more, because exp(1 / temperature) overflows float32; "
+                "the paper has 0.07."
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: expected 0 or more and below 1; the paper has 0.5.")
@@ -172,7 +176,7 @@ class CRD(Criterion):
             self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         else:
             self.num_samples = int(counts.sum())
-            # Sample ids class by class: those of other classes are what is left of one interval.
+            # Sample ids sorted by class: those of other classes are all but one interval.
             self.register_buffer(
                 "order", labels.argsort(stable=True)[len(labels) - self.num_samples :], persistent=False
             )
@@ -180,7 +184,7 @@ class CRD(Criterion):
             self.register_buffer("counts", counts, persistent=False)
 
     def remark(self) -> str:
-        """The size of the memory, and what a step takes beside it."""
+        """Return the size of the memory, and what each step needs in addition."""
         rows, dim = self.student_bank.shape
         kind, size = "queues" if self.queued else "banks", 2 * rows * dim * self.student_bank.element_size() / 1e6
         return (
@@ -189,7 +193,7 @@ class CRD(Criterion):
         )
 
     def draw(self, sample_ids: Int[Tensor, " b"]) -> Int[Tensor, "b m"]:
-        """Sample ids of the positive, in the first column, and of the negatives, from the device's generator."""
+        """Draw sample ids of the positive (first column) and of the negatives, with the device's generator."""
         labels = self.labels[sample_ids]
         starts, counts = self.starts[labels, None], self.counts[labels, None]
 
@@ -202,10 +206,11 @@ class CRD(Criterion):
         return torch.cat([positive, negatives], 1)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32; in train mode the memory moves on."""
+        """Return the loss, at least float32. In training mode, update the memory."""
         with torch.autocast(student.embedding.device.type, enabled=False):
-            one = F.normalize(self.student_embed(at_least_float32(student.embedding)), dim=1)
-            two = F.normalize(self.teacher_embed(at_least_float32(teacher.embedding)), dim=1)
+            one = self.student_embed(at_least_float32(student.embedding))
+            two = self.teacher_embed(at_least_float32(teacher.embedding))
+            one, two = (F.normalize(v, dim=1, eps=smallest_norm(v.shape[1])) for v in (one, two))
             mask, similarities = self._compare(one, two, batch.sample_ids)
             scores = [(s / self.temperature).exp() for s in similarities]
             partition = self._partition(scores, mask)
@@ -218,11 +223,11 @@ class CRD(Criterion):
         return losses[0] + losses[1]
 
     def _compare(self, one: Tensor, two: Tensor, sample_ids: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """Similarities of student and teacher to the positive (first column) and to negatives, of which a mask keeps
-        some."""
-        # Products with all N entries, then a gather. The b x K x 128 numbers of drawn entries, which the authors
-        # multiply, took 510 ms and 610 MB per side with N = 50,000, b = 64 and K = 16384 on one CPU core; this took 35
-        # ms and 150 MB with the copy, which keeps for the gradient what the update overwrites.
+        """Return a mask of valid negatives, and similarities of both networks to the positive (first column) and
+        negatives."""
+        # Products with all N entries, then a gather. The authors multiply b x K x 128 gathered numbers, which took 510
+        # ms and 610 MB per network with N = 50,000, b = 64 and K = 16384 on one CPU core; this took 35 ms and 150 MB
+        # with the copy, which the gradient needs because the update overwrites the memory.
         pairs = ((one, two, self.teacher_bank.clone()), (two, one, self.student_bank.clone()))
         if self.queued:
             mask = self.labels[sample_ids, None] != self.queue_labels
@@ -234,26 +239,26 @@ class CRD(Criterion):
 
     @torch.no_grad()
     def _partition(self, scores: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Z of student and teacher: what is known, else what these scores say."""
+        """Return Z of student and teacher; before it is set, compute it from these scores."""
         if mask is None:
             means = torch.stack([s.mean() for s in scores])
         else:
             kept = F.pad(mask, (1, 0), value=True)
             means = torch.stack([torch.where(kept, s, 0).sum() for s in scores]) / kept.sum()
         if several() and not self.alone:
-            # In every step, though Z is fixed after the first: whether it is known is the value of a tensor, which no
-            # branch on the host may read, and a flag beside it would go wrong wherever the state is loaded or reset. It
-            # is two numbers.
+            # In each step, although Z is fixed after the first: whether it is set is the value of a tensor, which the
+            # host must not wait for, and a separate flag would be wrong after the state is loaded or reset. It is two
+            # numbers.
             means = mean_of_processes(means)
         return torch.where(self.partition < 0, means * self.num_samples, self.partition)
 
     @torch.no_grad()
     def _remember(self, one: Tensor, two: Tensor, sample_ids: Tensor, partition: Tensor) -> None:
-        """Enter a batch, that of all processes, into the memory."""
+        """Store a batch, that of all processes, in the memory."""
         self.partition.copy_(partition)
         if several() and not self.alone:
             one, two, sample_ids = gathered(one, two, sample_ids)
-            if self.queued:  # a process that has no samples in a step is shown those of the first
+            if self.queued:  # a process without samples in a step gets those of the first process
                 fresh = first_of_each(sample_ids)
                 one, two, sample_ids = one[fresh], two[fresh], sample_ids[fresh]
         if self.queued:
@@ -265,7 +270,7 @@ class CRD(Criterion):
             self.student_bank.index_copy_(0, places, one)
             self.teacher_bank.index_copy_(0, places, two)
             return
-        # All places of a sample write what its last one says: the order in which a device writes does not matter.
+        # All occurrences of a sample write the last one's value, so that the device's order of writes does not matter.
         here = torch.arange(len(one), device=one.device)
         last = ((sample_ids[:, None] == sample_ids) * here).amax(1)
         for bank, new in ((self.student_bank, one), (self.teacher_bank, two)):
@@ -274,18 +279,18 @@ class CRD(Criterion):
 
 
 def _labels(pair: Pair) -> Int[Tensor, " n"]:
-    """Classes of all training samples; of two or more classes."""
+    """Return the classes of all training samples. Raise ValueError if there are fewer than two."""
     labels = pair.labels
     if labels is None or not pair.num_samples or len(labels) != pair.num_samples:
         given = "no labels" if labels is None else f"{len(labels)} labels"
         raise ValueError(
-            f"CRD remembers every training sample and needs its class: the pair has num_samples={pair.num_samples} "
-            f"and {given}. Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a "
+            f"CRD stores every training sample and needs its class: the pair has num_samples={pair.num_samples} and "
+            f"{given}. Give both, Pair(..., num_samples=len(labels), labels=labels), or use a criterion without a "
             "memory, such as 'rkd'."
         )
     known = labels[labels >= 0].unique()
     if len(known) < 2:
         raise ValueError(
-            f"CRD's negatives are of other classes, but all samples are of {len(known)} class: choose other data."
+            f"CRD needs negatives of other classes, but the data has {len(known)} class: use data of 2 or more classes."
         )
     return labels.long().clone()

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: the task itself."""
+"""CE: cross-entropy with the labels, the loss of the task."""
 
 from typing import ClassVar
 
@@ -11,19 +11,19 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 class CrossEntropy(Criterion):
-    """The task: cross-entropy of the student's logits with class ids or with a distribution over classes, mean over the
+    """The task: cross-entropy of the student's logits with class ids or distributions over classes, mean over the
     batch.
 
-    -1/B sum_b sum_k y(b, k) log softmax(z_s)(b, k); the teacher is not read.
+    -1/B sum_b sum_k y(b, k) log softmax(z_s)(b, k). The teacher is not used.
 
-    Weight: 1, and 0.2 beside kd alone (the MGD authors' script).
+    Weight: 1, and 0.2 if kd is the only other term (the MGD authors' script).
 
     Args:
         pair: Shapes of both networks.
         smoothing: Label smoothing in [0, 1): y becomes (1 - smoothing) y + smoothing / K.
 
     Raises:
-        ValueError: Smoothing outside [0, 1).
+        ValueError: smoothing is outside [0, 1).
     """
 
     weight: ClassVar[float] = 1.0
@@ -36,7 +36,7 @@ class CrossEntropy(Criterion):
         self.smoothing = smoothing
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar cross-entropy, at least float32."""
+        """Return the loss, at least float32."""
         logits = at_least_float32(student.logits)
         labels = batch.labels.to(logits.dtype) if batch.labels.is_floating_point() else batch.labels
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)

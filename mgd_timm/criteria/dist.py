@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, Need, at_least_float32
 from mgd_timm.criteria.dkd import check_parts
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
@@ -14,10 +14,23 @@ from mgd_timm.recipe.granularity import check_temperature
 
 
 def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: float = 1e-8) -> Float[Tensor, ""]:
-    """1 - mean over rows of Pearson's correlation of both rows; a row that does not vary counts as uncorrelated."""
-    one, two = (rows - rows.mean(1, keepdim=True) for rows in (one, two))
-    norms = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(two, dim=1)
-    return 1 - ((one * two).sum(1) / (norms + eps)).mean()
+    """Return 1 - the mean over rows of Pearson's correlation.
+
+    A row's standard deviation counts as at least 0.1 times its mean: if a row varies less, its correlation tends to 0,
+    and its gradient is bounded.
+
+    Args:
+        one, two: Probabilities, 0 or more.
+        eps: Added to the product of both norms (official code).
+    """
+    deviations, norms = [], []
+    for rows in (one, two):
+        mean = rows.mean(1, keepdim=True)
+        deviation = rows - mean
+        smallest = SMALLEST_SPREAD * rows.shape[1] ** 0.5 * mean.squeeze(1)
+        deviations.append(deviation)
+        norms.append(torch.maximum(torch.linalg.vector_norm(deviation, dim=1), smallest))
+    return 1 - ((deviations[0] * deviations[1]).sum(1) / (norms[0] * norms[1] + eps)).mean()
 
 
 def relation_distance(
@@ -27,37 +40,40 @@ def relation_distance(
     gamma: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 (beta inter + gamma intra): Pearson distances of the softened probabilities, along classes and along the
+    """Return T^2 (beta inter + gamma intra), the Pearson distances of softened probabilities over classes and over the
     batch."""
     student, teacher = (torch.softmax(at_least_float32(z) / temperature, 1) for z in (student_logits, teacher_logits))
     return (beta * pearson_distance(student, teacher) + gamma * pearson_distance(student.T, teacher.T)) * temperature**2
 
 
 class DIST(Criterion):
-    """Relations instead of values: beta inter + gamma intra, each 1 - Pearson's correlation of softened probabilities,
-    times T^2.
+    """Relations instead of values: T^2 (beta inter + gamma intra), each 1 - Pearson's correlation of softened
+    probabilities.
 
     inter = 1 - mean_b r(Y_s[b, :], Y_t[b, :]), intra = 1 - mean_k r(Y_s[:, k], Y_t[:, k]), Y = softmax(z / T).
 
-    Relational: the intra-class term compares the samples of a batch; under several processes each sees its local batch.
+    The intra-class term compares the samples of a batch: with several processes, each process uses its local batch.
 
     Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher" (arXiv 2205.10536), section 4.
 
-    Weight: 2 beside 1 of the task, beta 1, gamma 1 (the authors' configurations), T 1 (their ImageNet ones; 4 on
-    CIFAR-100).
+    Weight: 2 with 1 for the task loss, beta 1, gamma 1 (the authors' configurations), T 1 (their ImageNet
+    configurations; 4 on CIFAR-100).
 
-    Differs: as the official code, which adds 1e-8 to the product of both norms: a class whose probabilities hardly vary
-    over the batch counts less, and where one side is constant the correlation is 0. With 2 classes a sample's inter is
-    0 or 2, without a gradient.
+    Differs: same as the official code, which adds 1e-8 to the product of both norms, except for rows of probabilities
+    (of a sample or of a class) whose standard deviation is below 0.1 of their mean: they are divided by the norm that
+    this deviation gives. Their correlation and gradient are smaller than in the official code, where students whose
+    classifier starts at zero get gradients of 1e6 and diverge. With 2 classes a sample's inter-class term is 0 or 2 and
+    has no gradient, unless both probabilities are nearly equal.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree.
+        pair: Shapes of both networks, with the same number of classes.
         beta: Weight of the inter-class relation, 0 or more.
         gamma: Weight of the intra-class relation, 0 or more.
         temperature: T > 0.
 
     Raises:
-        ValueError: Numbers of classes that differ, a hyper-parameter out of range, or 2 classes without gamma.
+        ValueError: The networks have different numbers of classes, a value is out of range, or gamma is 0 with 2
+            classes.
     """
 
     weight: ClassVar[float] = 2.0
@@ -71,10 +87,10 @@ class DIST(Criterion):
         self.temperature = check_temperature(temperature)
         if self.num_classes < 3 and not gamma:
             raise ValueError(
-                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so inter teaches nothing; raise "
-                "gamma."
+                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so the inter-class term teaches "
+                "nothing; raise gamma."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar distance, at least float32."""
+        """Return the loss, at least float32."""
         return relation_distance(student.logits, teacher.logits, self.beta, self.gamma, self.temperature)

@@ -13,14 +13,15 @@ from mgd_timm.recipe.granularity import check_temperature
 
 
 def target_classes(labels: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, " b"]:
-    """Class ids; of a distribution over classes (mixup, smoothing) its likeliest class, the first where several are."""
+    """Return class ids: of a distribution over classes (mixup, smoothing), the first of the most likely classes."""
     return labels.argmax(1) if labels.is_floating_point() else labels.long()
 
 
 def decoupled(
     logits: Float[Tensor, "b k"], targets: Int[Tensor, " b"], temperature: float
 ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b k2"]]:
-    """Logits over (target, all other classes) at T = 1, and those of the other classes alone, not yet divided by T."""
+    """Return logits over (target, all other classes), already divided by T, and logits of the other classes, not
+    divided by T."""
     logits = at_least_float32(logits)
     target = logits.gather(1, targets[:, None])
     columns = torch.arange(logits.shape[1] - 1, device=logits.device)
@@ -36,8 +37,8 @@ def decoupled_divergence(
     beta: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """T^2 (alpha TCKD + beta NCKD): divergences of target against the rest, and among the other classes; mean over the
-    batch."""
+    """Return T^2 (alpha TCKD + beta NCKD), the divergences of the target against the rest and among the other classes,
+    mean over the batch."""
     (binary_s, others_s), (binary_t, others_t) = (
         decoupled(z, targets, temperature) for z in (student_logits, teacher_logits)
     )
@@ -46,7 +47,8 @@ def decoupled_divergence(
 
 
 def check_parts(**weights: float) -> tuple[float, ...]:
-    """The weights of a criterion's parts; ValueError unless they are finite, none below 0 and one above."""
+    """Return the weights of a criterion's parts. Raise ValueError unless all are finite and 0 or more, and one is not
+    0."""
     if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
         words = ", ".join(f"{name}={weight}" for name, weight in weights.items())
         raise ValueError(f"{words}: expected finite numbers, 0 or more, and not all 0.")
@@ -54,7 +56,7 @@ def check_parts(**weights: float) -> tuple[float, ...]:
 
 
 class DKD(Criterion):
-    """Decoupled KD: alpha TCKD + beta NCKD, both T^2 KL: of the target class against the rest, and among the other
+    """Decoupled KD: T^2 (alpha TCKD + beta NCKD), divergences of the target class against the rest and among the other
     classes.
 
     TCKD = KL(b_t || b_s) with b = (p_y, 1 - p_y), NCKD = KL(q_t || q_s) with q_k = p_k / (1 - p_y), k != y, p =
@@ -62,23 +64,26 @@ class DKD(Criterion):
 
     Reference: Zhao et al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), section 3.3.
 
-    Weight: 1 beside 1 of the task, alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 -> resnet8x4; beta 6 for
-    wrn_40_2 and vgg13 pairs, 2 for resnet56 and resnet110; ImageNet, T 1: beta 0.5 for ResNet-34 -> 18, 2 for ResNet-50
-    -> MobileNet). There it rises over 20 epochs, 1 on ImageNet: give dkd:1:20, there is no warm-up without it. The
-    official one goes by whole epochs, min(1, epoch / 20), ours by updates.
+    Weight: 1 with 1 for the task loss, alpha 1, beta 8, T 4 (mdistiller, CIFAR-100, resnet32x4 to resnet8x4, ShuffleV1
+    and ShuffleV2, wrn_40_2 to ShuffleV1, ResNet-50 to MobileNetV2). Beta 6 for wrn_40_2 to wrn_16_2 and wrn_40_1 and
+    for vgg13 to vgg8 and MobileNetV2, 2 for resnet56 and resnet110; on ImageNet, T 1, beta 0.5 for ResNet-34 to 18 and
+    2 for ResNet-50 to MobileNet. On CIFAR-100 mdistiller multiplies the weight by min(1, epoch / 20), with epochs
+    counted from 1; its ImageNet configurations have a warm-up of 1 epoch, which is none. Use dkd:1:20 for a warm-up
+    over 20 epochs, which rises with each update from 0; without it there is none.
 
-    Differs: as the official code, in logarithms throughout (there probabilities are summed, then log, and the target is
-    taken out by subtracting 1000 from its logit). Labels that are distributions (mixup) count as their likeliest class.
-    With 2 classes NCKD is 0.
+    Differs: same as the official code, but in logarithms throughout (there probabilities are summed before the
+    logarithm, and the target is removed by subtracting 1000 from its logit). Labels that are distributions (mixup)
+    count as their most likely class. With 2 classes NCKD is 0.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree.
+        pair: Shapes of both networks, with the same number of classes.
         alpha: Weight of TCKD, 0 or more.
         beta: Weight of NCKD, 0 or more.
         temperature: T > 0.
 
     Raises:
-        ValueError: Numbers of classes that differ, a hyper-parameter out of range, or 2 classes without alpha.
+        ValueError: The networks have different numbers of classes, a value is out of range, or alpha is 0 with 2
+            classes.
     """
 
     weight: ClassVar[float] = 1.0
@@ -90,9 +95,9 @@ class DKD(Criterion):
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
         self.temperature = check_temperature(temperature)
         if self.num_classes < 3 and not alpha:
-            raise ValueError("alpha=0 with 2 classes: beside the target there is one class, so NCKD is 0; raise alpha.")
+            raise ValueError("alpha=0 with 2 classes: there is only one other class, so NCKD is 0; raise alpha.")
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar divergence, at least float32."""
+        """Return the loss, at least float32."""
         targets = target_classes(batch.labels)
         return decoupled_divergence(student.logits, teacher.logits, targets, self.alpha, self.beta, self.temperature)

@@ -11,23 +11,22 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 class DML(Criterion):
-    """Mutual learning: KL(p_2 || p_1) of a student from the other one, T = 1; the other's logits are a constant.
+    """Mutual learning: KL(p_2 || p_1) of a student from the other one, T = 1. No gradient flows to the other one.
 
     Reference: Zhang et al., "Deep Mutual Learning" (arXiv 1706.00384), the losses of two networks.
 
-    Weight: 1 beside 1 of the task, for each of the two (paper; the MGD authors' script).
+    Weight: 1 with 1 for the task loss, for each of the two (paper; the MGD authors' script).
 
-    Differs: nothing, mean over the batch. The MGD authors' code averages over batch and classes (element_mean), which
-    is K times
-    weaker: 100 on CIFAR-100. element_mean concerns the logits only: the terms of the granularities are means over the
-    batch.
+    Differs: same as the paper, mean over the batch. The MGD authors' code averages over batch and classes
+    (element_mean=True), which is weaker by the number of classes: 100 on CIFAR-100. element_mean concerns only the
+    logits: the losses of the granularities are means over the batch.
 
     Args:
-        pair: Shapes of both students, the other one as teacher; the numbers of classes must agree.
-        element_mean: Divide the logits' divergence by the number of classes as well, as the MGD authors do.
+        pair: Shapes of both students, the other one as teacher, with the same number of classes.
+        element_mean: Also divide the divergence by the number of classes, as the MGD authors do.
 
     Raises:
-        ValueError: Numbers of classes that differ.
+        ValueError: The networks have different numbers of classes.
     """
 
     weight: ClassVar[float] = 1.0
@@ -40,5 +39,5 @@ class DML(Criterion):
         self.share = pair.student.num_classes if element_mean else 1
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar divergence, at least float32."""
+        """Return the loss, at least float32."""
         return kl_divergence(student.logits, teacher.logits.detach(), 1.0) / self.share

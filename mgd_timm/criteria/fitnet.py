@@ -14,14 +14,14 @@ from mgd_timm.features import Batch, Features, Pair
 class HintAdapter(nn.Module):
     """Convolution, BatchNorm and ReLU from the student's map to the teacher's channels and size.
 
-    The convolution is 1x1 where sizes agree, 3x3 of stride 2 where the student's side is double, transposed 4x4 where
-    it is half, a valid one where the student is larger by up to 6 pixels, and else 1x1 after an adaptive average pool
-    (or bilinear upsampling).
+    The convolution is 1x1 if the sizes are equal, 3x3 with stride 2 if the student's sides are double, transposed 4x4
+    if they are half, without padding if the student's sides are larger by up to 6 pixels, and otherwise 1x1 after
+    adaptive average pooling (or bilinear upsampling).
 
     Args:
         student: (channels, height, width) of the student's map.
-        teacher: The same of the teacher's map.
-        relu: End in a ReLU.
+        teacher: (channels, height, width) of the teacher's map.
+        relu: End with a ReLU.
     """
 
     def __init__(self, student: tuple[int, int, int], teacher: tuple[int, int, int], *, relu: bool = True) -> None:
@@ -43,7 +43,7 @@ class HintAdapter(nn.Module):
         self.activation = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        """The student's map in the teacher's shape."""
+        """Return the student's map in the teacher's shape."""
         if self.size is not None:
             shrinks = maps.shape[2] >= self.size[0] and maps.shape[3] >= self.size[1]
             maps = (
@@ -53,28 +53,28 @@ class HintAdapter(nn.Module):
 
 
 class FitNet(Criterion):
-    """Hint learning: mean((r(F_s) - F_t)^2) on one map, r the student's adapter.
+    """Hint learning: mean((r(F_s) - F_t)^2) on one map, where r is the student's adapter.
 
     Reference: Romero et al., "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550), equation 3.
 
     Weight: 100 (RepDistiller; the MGD authors' script).
 
-    Differs: one stage (the paper fits the hint first), adapter as in RepDistiller, which the MGD authors use; its final
-    ReLU cannot reach a teacher's negative values, relu=False lifts that. RepDistiller goes by height alone and has a
-    valid convolution for any larger student's map; here both axes count, a convolution takes off up to 6 pixels, and
-    all else is pooled or upsampled. RepDistiller's pairing of cifar_* networks, for every method that follows it, is
-    maps="mid", which recipes/cifar.py uses; under "stages" the stem's map counts where it has a resolution of its own.
+    Differs: one stage (the paper trains the hint first). The adapter is RepDistiller's, which the MGD authors use; its
+    final ReLU cannot reach a teacher's negative values, for which use relu=False. RepDistiller's adapter depends on the
+    height only, and is a convolution without padding for any larger student's map; here it depends on both axes, such a
+    convolution reduces a side by up to 6 pixels, and other sizes are pooled or upsampled. RepDistiller's pairing of
+    cifar_* networks, for all methods that follow it, is maps="mid", which recipes/cifar.py uses; maps="stages" includes
+    the stem's map if no other map has its resolution.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree. Batches of 2 or more where the teacher's map has
-            one
-            position: there is BatchNorm.
-        hint: Which of the tapped maps, counted from 0; the second one where there are several, which for cifar_*
-            networks is RepDistiller's under maps="mid".
-        relu: End the adapter in a ReLU, as in RepDistiller.
+        pair: Shapes of both networks, with the same number of maps. Batches have 2 or more samples if the teacher's map
+            has one position, because of BatchNorm.
+        hint: Index of the tapped map, from 0. The default is the second one if there are several, which for cifar_*
+            networks with maps="mid" is RepDistiller's.
+        relu: End the adapter with a ReLU, as in RepDistiller.
 
     Raises:
-        ValueError: A different number of maps on each side, or no map of that index.
+        ValueError: The numbers of maps differ, or there is no map of that index.
     """
 
     weight: ClassVar[float] = 100.0
@@ -90,6 +90,6 @@ class FitNet(Criterion):
         self.adapter = HintAdapter(*maps[self.hint], relu=relu)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         adapted = self.adapter(student.maps[self.hint])
         return F.mse_loss(at_least_float32(adapted), at_least_float32(teacher.maps[self.hint]))

@@ -1,4 +1,4 @@
-"""KD: soft targets (Hinton et al. 2015), and the direction of their divergence."""
+"""KD: soft targets (Hinton et al. 2015), with a choice of the direction of the divergence."""
 
 from typing import ClassVar, Literal, get_args
 
@@ -13,15 +13,15 @@ Divergence = Literal["forward", "reverse", "balanced"]
 
 
 def check_one_label_space(method: str, pair: Pair) -> None:
-    """ValueError unless student and teacher have the same number of classes, 2 or more."""
+    """Raise ValueError unless student and teacher have the same number of classes, 2 or more."""
     student, teacher = pair.student.num_classes, pair.teacher.num_classes
     if student != teacher:
         raise ValueError(
-            f"{method} needs one label space: the student has {student} classes, the teacher {teacher}. Retrain the "
+            f"{method} needs the same classes: the student has {student} classes, the teacher {teacher}. Retrain the "
             "teacher's classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
         )
     if student < 2:
-        raise ValueError(f"{method} compares classes, and there is {student}: give a data set of 2 classes or more.")
+        raise ValueError(f"{method} compares classes, and there is {student}: use data of 2 classes or more.")
 
 
 def soft_divergence(
@@ -30,15 +30,15 @@ def soft_divergence(
     temperature: float,
     divergence: Divergence = "forward",
 ) -> Float[Tensor, ""]:
-    """Between the softened distributions p_t and p_s, times T^2, mean over the batch.
+    """Return the divergence of the softened distributions p_t and p_s, times T^2, mean over the batch.
 
-    forward: KL(p_t || p_s), which wants p_s wherever p_t is. reverse: KL(p_s || p_t), which wants p_s nowhere else.
-    balanced: the mean of both.
+    forward: KL(p_t || p_s), large where p_t is large and p_s small. reverse: KL(p_s || p_t), large where p_s is large
+    and p_t small. balanced: the mean of both.
 
     Args:
-        student_logits, teacher_logits: Raw scores; any float dtype, at least float32 inside.
+        student_logits, teacher_logits: Raw scores, in any float dtype; computed in at least float32.
         temperature: T > 0.
-        divergence: Which one.
+        divergence: Direction.
     """
     if divergence == "reverse":
         return kl_divergence(teacher_logits, student_logits, temperature)
@@ -56,18 +56,21 @@ class KD(Criterion):
     divergence ("An invariant form for the prior probability in estimation problems", 1946); in distillation Amara et
     al., "BD-KD: Balancing the Divergences for Online Knowledge Distillation" (arXiv 2212.12965).
 
-    Weight: 0.8 beside 0.2 of the task (the MGD authors' script; RepDistiller: 0.9 and 0.1).
+    Weight: 0.8 with 0.2 for the task loss (the MGD authors' script; RepDistiller: 0.9 and 0.1). The divergence is
+    summed over classes and averaged over the batch. Code that also averages over classes, such as DeiT's for soft
+    distillation, has a loss that is smaller by the number of classes.
 
-    Differs: nothing where divergence is forward. MiniLLM takes its divergence over generated sequences, BD-KD weighs
-    both directions by sample from the gap of the two entropies: here each direction counts one half for every sample.
+    Differs: same as the paper if divergence is forward. MiniLLM's divergence is over generated sequences. BD-KD weights
+    the two directions per sample by the difference of the entropies; here each direction counts one half.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree.
+        pair: Shapes of both networks, with the same number of classes.
         temperature: T > 0; 4 as in RepDistiller and the MGD authors' scripts.
         divergence: forward, reverse or balanced, as `soft_divergence`.
 
     Raises:
-        ValueError: Numbers of classes that differ, a temperature that is not positive, or another divergence.
+        ValueError: The networks have different numbers of classes, the temperature is not positive, or the divergence
+            is unknown.
     """
 
     weight: ClassVar[float] = 0.8
@@ -82,5 +85,5 @@ class KD(Criterion):
         self.divergence: Divergence = divergence
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar divergence, at least float32."""
+        """Return the loss, at least float32."""
         return soft_divergence(student.logits, teacher.logits, self.temperature, self.divergence)

@@ -7,15 +7,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
-class _RightVectors(torch.autograd.Function):
-    """The first right singular vectors, with a gradient that drops the terms of singular values that are equal or 0.
+def bounded_inverse(values: Tensor, smallest: Tensor) -> Tensor:
+    """Return 1 / values where |values| >= smallest, and values / smallest^2 below: bounded, and 0 at 0."""
+    return values / torch.maximum(values.abs(), smallest).square()
 
-    PyTorch's own gradient is 0 / 0 as soon as any two singular values agree, and a map with two dead channels has two
-    zeros.
+
+class _RightVectors(torch.autograd.Function):
+    """The first right singular vectors, with a gradient that is bounded if singular values are (nearly) equal or 0.
+
+    PyTorch's own gradient is 0 / 0 if any two singular values are equal, as the zeros of two dead channels are.
     """
 
     @staticmethod
@@ -31,19 +35,19 @@ class _RightVectors(torch.autograd.Function):
         u, s, vh = ctx.saved_tensors
         grad = torch.zeros_like(vh.mT)
         grad[:, :, : grads[0].shape[2]] = grads[0]
-        tiny = 8 * torch.finfo(s.dtype).eps * s[:, :1]
+        smallest = smallest_norm(u.shape[1] * vh.shape[2])
         gaps = s.square()[:, None, :] - s.square()[:, :, None]
         turned = vh @ grad
-        kept = gaps.abs() > tiny[:, :, None] * s[:, :1, None]
-        within = torch.where(kept, (turned - turned.mT) / torch.where(kept, gaps, 1), 0)
-        inverse = torch.where(s > tiny, 1 / torch.where(s > tiny, s, 1), 0)
-        beyond = grad.mT - turned.mT @ vh  # what of it lies outside the span of all right vectors
+        within = (turned - turned.mT) * bounded_inverse(gaps, smallest * s[:, :1, None].clamp_min(smallest))
+        inverse = bounded_inverse(s, s.new_tensor(smallest))
+        beyond = grad.mT - turned.mT @ vh  # the part outside the span of all right vectors
         return u @ (s[:, :, None] * within @ vh + inverse[:, :, None] * beyond), None
 
 
-@torch.compiler.disable  # the decomposition waits for the device, so it cannot stand in a CUDA graph
+@torch.compiler.disable  # the decomposition synchronises with the device, which a CUDA graph does not allow
 def right_vectors(maps: Float[Tensor, "b c h w"], count: int) -> tuple[Float[Tensor, "b c k"], Float[Tensor, "b k"]]:
-    """The first right singular vectors of every sample's (positions x channels) matrix, and their singular values."""
+    """Return the first right singular vectors of each sample's (positions x channels) matrix, and their singular
+    values."""
     vectors, values = _RightVectors.apply(maps.flatten(2).mT, count)
     return vectors, values
 
@@ -51,10 +55,10 @@ def right_vectors(maps: Float[Tensor, "b c h w"], count: int) -> tuple[Float[Ten
 def aligned(
     student: Float[Tensor, "b c m"], values: Float[Tensor, "b m"], teacher: Float[Tensor, "b c k"]
 ) -> Float[Tensor, "b c k"]:
-    """For each vector of the teacher the student's of largest |cosine|, with the sign that makes the cosine positive.
+    """Return for each teacher vector the student vector of largest |cosine|, with the sign that makes it positive.
 
-    Vectors of singular values that are 0 but for rounding are an arbitrary basis of what the map lacks: none of them is
-    chosen beside one that is not.
+    Vectors whose singular value is 0 up to rounding are an arbitrary basis of the null space: they are only chosen if
+    there are no others.
     """
     cosines = student.mT @ teacher
     real = values > 8 * torch.finfo(values.dtype).eps * values[:, :1]
@@ -64,7 +68,7 @@ def aligned(
 
 
 def vector_relations(after: Float[Tensor, "b c k"], before: Float[Tensor, "b c2 k"]) -> Float[Tensor, "b c c2 k"]:
-    """exp(-(a - b)^2 / 8) between all entries of two maps' vectors."""
+    """Return exp(-(a - b)^2 / 8) for all pairs of entries of two maps' vectors."""
     return torch.exp(-(after[:, :, None] - before[:, None]).square() / 8)
 
 
@@ -72,29 +76,31 @@ class KDSVD(Criterion):
     """Singular vectors: sum over neighbouring maps of sum((R_s - R_t)^2) / b, R = exp(-(v_i - v_(i-1))^2 / 8) for any
     two channels.
 
-    v are the k first right singular vectors of a map as a matrix of positions by channels, scaled by the teacher's
-    singular values of unit norm; the student's are the closest of its k + 3 first.
+    v are the first k right singular vectors of a map as a matrix of positions by channels, scaled by the teacher's
+    singular values, which are divided by their norm. The student's are the closest ones among its first k + 3.
 
     Reference: Lee, Kim, Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition" (arXiv
     1807.06819), section 3, in RepDistiller's form of the authors' code.
 
-    Weight: 1 (the MGD authors' default; no published script trains with it), with k = 1.
+    Weight: 1 with 1 for the task loss, k = 1 (the MGD authors' default; mdistiller's configs/cifar100/kdsvd.yaml, which
+    trains resnet32x4 to resnet8x4; there the matrix is channels x rows by columns of the map).
 
-    Differs: a right singular vector has as many entries as the map has channels, and sizes do not matter: where
-    channels differ the student's map passes a 1x1 convolution and BatchNorm (there: refused), and maps need not be
-    square. A teacher's vector has no sign of its own: we choose a sum of 0 or more (there: what the library gives),
-    which for maps after a ReLU is the vector of entries of one sign. Terms of the gradient between singular values that
-    agree are dropped (the authors' code: likewise what is not finite, with 5 singular values in all). On GPUs the
-    decomposition waits for the device. RepDistiller's pairing of maps: see fitnet.
+    Differs: a right singular vector has one entry per channel, so sizes do not matter. If channels differ, a 1x1
+    convolution and BatchNorm adapt the student's map (there: an error). Maps need not be square. The sign of a singular
+    vector is arbitrary: the teacher's is chosen such that the sum of the entries is 0 or more (there: the library's
+    choice); after a ReLU all entries of its first vector are then 0 or more. Gradient terms of singular values that are
+    equal or 0 are 0 (the authors' code also drops terms that are not finite, among 5 singular values); those of nearly
+    equal or nearly zero ones are at most 1 / |F|, with |F| the norm of a map with a root mean square of 0.001. On GPUs
+    the decomposition synchronises with the device. For RepDistiller's pairing of maps see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 2. Batches of 2 or more where a
-            student's map has one position and other channels: there is BatchNorm.
-        vectors: k, 1 or more, at most the rank that all maps can have.
+        pair: Shapes of both networks, with the same number of maps, 2 or more. Batches have 2 or more samples if a
+            student's map has one position and other channels than the teacher's, because of BatchNorm.
+        vectors: k, 1 or more, at most the smallest of all maps' channels and positions.
 
     Raises:
-        ValueError: Fewer than 2 maps, a different number on each side, or a k that a map's channels or positions do not
-            allow.
+        ValueError: There are fewer than 2 maps, the numbers of maps differ, or k is larger than a map's channels or
+            positions allow.
     """
 
     weight: ClassVar[float] = 1.0
@@ -116,7 +122,7 @@ class KDSVD(Criterion):
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in maps)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         losses, before = [], None
         with torch.autocast(student.maps[0].device.type, enabled=False):
             for adapter, s, t in zip(self.adapters, student.maps, teacher.maps, strict=True):

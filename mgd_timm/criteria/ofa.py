@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import MapShape
+from mgd_timm.criteria.adapters import MapShape, damp_gradient
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.criteria.dkd import target_classes
 from mgd_timm.criteria.kd import check_one_label_space
@@ -24,7 +24,7 @@ def enhanced_divergence(
     eps: float,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with the teacher's distribution whose target class y is raised, mean over the batch.
+    """Return the cross-entropy with the teacher's distribution, its target class y enhanced, mean over the batch.
 
     - sum_k ((p_t(k) + [k = y])^eps - [k = y]) log p_s(k), with p = softmax(z / T).
     """
@@ -35,7 +35,7 @@ def enhanced_divergence(
 
 
 def _separable(inputs: int, outputs: int) -> list[nn.Module]:
-    """Two depthwise-separable 3x3 convolutions with BatchNorm and ReLU; the first one halves the sides."""
+    """Build two depthwise-separable 3x3 convolutions with BatchNorm and ReLU. The first one halves the sides."""
     layers: list[nn.Module] = []
     for stride, width in ((2, inputs), (1, outputs)):
         layers.append(nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False))
@@ -44,8 +44,8 @@ def _separable(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def map_branch(channels: int, deeper: int, width: int, num_classes: int) -> nn.Sequential:
-    """Logits from a convolutional map: one separable halving per stage that follows (else a 1x1 convolution), mean,
-    classifier."""
+    """Build a branch from a convolutional map to logits: `_separable` layers per deeper stage (or a 1x1 convolution),
+    mean, classifier."""
     layers: list[nn.Module] = []
     for left in reversed(range(deeper)):
         layers += _separable(channels, 2 * channels if left else width)
@@ -55,8 +55,8 @@ def map_branch(channels: int, deeper: int, width: int, num_classes: int) -> nn.S
 
 
 class TokenBranch(nn.Module):
-    """Logits from a map of tokens: neighbours merged two by two while 14 a side or more, transformer blocks, mean,
-    classifier."""
+    """Branch from a map of tokens to logits: merging of 2 x 2 tokens while sides are 14 or more, transformer blocks,
+    mean, classifier."""
 
     def __init__(self, shape: MapShape, deeper: int, num_classes: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class TokenBranch(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits."""
+        """Return logits."""
         for merge in self.merging:
             maps = rearrange(merge(rearrange(maps, "b c (h u) (w v) -> b h w (u v c)", u=2, v=2)), "b h w c -> b c h w")
         return self.classifier(self.blocks(rearrange(maps, "b c h w -> b (h w) c")).mean(1))
@@ -87,35 +87,37 @@ def _start(module: nn.Module) -> None:
 
 
 class OFA(Criterion):
-    """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with the
-    target raised.
+    """One-for-all: the student's logits, and a branch's logits from each of its maps, learn the teacher's with an
+    enhanced target.
 
     L = L_eps(z_s, z_t) + branch_weight sum_i L_eps(branch_i(F_s,i), z_t), L_eps = - sum_k ((p_t(k) + [k = y])^eps - [k
-    = y]) log p_s(k). Nothing of the teacher but its logits is read, so any architecture teaches any other.
+    = y]) log p_s(k). Only the teacher's logits are used, so that any architecture can teach any other.
 
     Reference: Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation"
     (arXiv 2310.19444), the loss with adaptive target enhancement.
 
-    Weight: 1 beside 1 of the task, eps 1, T 1, branch_weight 1 (defaults of the official code; its README: eps 1.5 for
-    DeiT-T -> ResNet-18 on ImageNet, eps 1 on CIFAR-100, where the authors' issue threads have branch_weight 0.1).
+    Weight: 1 with 1 for the task loss, eps 1, T 1, branch_weight 1 (defaults of the official code; its README: eps 1.5
+    for DeiT-T -> ResNet-18 on ImageNet, eps 1 on CIFAR-100, where the authors' issue threads have branch_weight 0.1).
 
-    Differs: loss as the official code, which raises every class to eps (paper: the target alone) and has no T^2.
-    Branches as there: separable convolutions for maps that shrink, transformer blocks for maps of one size (ViT,
-    mixers), 4 stages being the maps that are tapped. A single map counts as convolutional, a ViT's too: its shape does
-    not tell. A ViT's maps have no class token here, so their branch averages tokens; merging keeps the width and always
-    ends in GELU. Labels that are distributions (mixup) count as their likeliest class. The smallest possible loss is
-    the teacher's entropy, not 0.
+    Differs: the loss is the official code's, which applies the exponent to all classes (paper: to the target only) and
+    has no T^2. The branches are those of the official code: separable convolutions for maps that shrink, transformer
+    blocks for maps of one size (ViT, mixers); its 4 stages are the tapped maps here. A single map is treated as
+    convolutional, even a ViT's, because its shape is no evidence. A ViT's maps have no class token here, so that their
+    branch averages tokens; merging keeps the width and always ends with GELU. Labels that are distributions (mixup)
+    count as their most likely class. The smallest possible loss is the teacher's entropy, not 0. If a map hardly varies
+    over batch and positions (root mean square below 0.001), the gradient of its branch is scaled down: its BatchNorm
+    layers would multiply it by up to 316 each.
 
     Args:
-        pair: Shapes of both networks; the numbers of classes must agree, the student shows at least one map. Batches of
-            2 or more where convolutions bring a map down to one position: there is BatchNorm.
-        eps: Exponent, 1 or more, the larger the more the target counts; one for all, or one per map and a last one for
-            the logits.
+        pair: Shapes of both networks, with the same number of classes; the student has 1 or more maps. Batches have 2
+            or more samples if convolutions reduce a map to one position, because of BatchNorm.
+        eps: Exponent, 1 or more; the larger it is, the more the target counts. One for all, or one per map and a last
+            one for the logits.
         temperature: T > 0.
-        branch_weight: Weight of the branches' sum, above 0.
+        branch_weight: Weight of the sum over branches, above 0.
 
     Raises:
-        ValueError: Numbers of classes that differ, a student without maps, or a hyper-parameter out of range.
+        ValueError: The networks have different numbers of classes, the student has no maps, or a value is out of range.
     """
 
     weight: ClassVar[float] = 1.0
@@ -150,9 +152,9 @@ class OFA(Criterion):
             self.branches.append(branch.apply(_start))
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         targets = target_classes(batch.labels)
-        logits = [branch(maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
+        logits = [damp_gradient(branch(maps), maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
         if self.standardised:
             logits = [standardise(own) for own in logits]
         *branches, final = (

@@ -3,25 +3,30 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
 def similarity(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b b"]:
-    """Inner products of all samples' flattened maps, every row of unit L2 norm."""
+    """Return the inner products of all samples' flattened maps, each row with unit L2 norm.
+
+    The smallest norm of a row is that of a sample with a root mean square of 0.001 beside samples of typical norm.
+    """
     flat = maps.flatten(1)
-    return F.normalize(flat @ flat.T, dim=1)
+    products = flat @ flat.T
+    smallest = smallest_norm(flat.shape[1])
+    typical = (flat.square().sum() / len(flat)).clamp_min(smallest**2).sqrt()
+    norms = torch.linalg.vector_norm(products, dim=1, keepdim=True)
+    return products / torch.maximum(norms, smallest * typical)
 
 
 def similarity_preserving(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
-    """Mean squared difference of both similarity matrices; channels and sizes may differ."""
-    with torch.autocast(
-        student.device.type, enabled=False
-    ):  # a half-precision Gram matrix overflows, and rounds near-equal rows alike
+    """Return the mean squared difference of both similarity matrices. Channels and sizes may differ."""
+    # In half precision the Gram matrix overflows, and similar rows become equal.
+    with torch.autocast(student.device.type, enabled=False):
         return (similarity(at_least_float32(student)) - similarity(at_least_float32(teacher))).pow(2).mean()
 
 
@@ -29,19 +34,21 @@ class SP(Criterion):
     """Similarity preserving: ||G_t - G_s||_F^2 / b^2 on the last maps, G = Q Q^T with rows of unit norm, Q the
     flattened maps.
 
-    Compares the samples of a batch: under several processes it sees the local batch.
+    It compares the samples of a batch: with several processes, each process uses its local batch.
 
     Reference: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (arXiv 1907.09682), section 3.
 
     Weight: 3000 (RepDistiller; the MGD authors' script).
 
-    Differs: the paper sums over several layers; RepDistiller, the MGD authors and we take the last map of each network.
+    Differs: the paper sums over several layers; RepDistiller, the MGD authors and this code use the last map of each
+    network. A row of G is not scaled up to unit norm if the sample's map is nearly zero (root mean square below 0.001):
+    the row and its gradient tend to 0 with the map.
 
     Args:
-        pair: Shapes of both networks; each shows at least one map, of which the last is read.
+        pair: Shapes of both networks, each with 1 or more maps. The last one is used.
 
     Raises:
-        ValueError: A network that shows no maps.
+        ValueError: A network has no maps.
     """
 
     weight: ClassVar[float] = 3000.0
@@ -57,5 +64,5 @@ class SP(Criterion):
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         return similarity_preserving(student.maps[-1], teacher.maps[-1])

@@ -13,7 +13,7 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 class Connector(nn.Sequential):
-    """Linear layer without bias, BatchNorm and (by default) ReLU, from the student's embedding to the teacher's
+    """Linear layer without bias, BatchNorm and an optional ReLU, from the student's embedding to the teacher's
     width."""
 
     def __init__(self, student_dim: int, teacher_dim: int, *, relu: bool = True) -> None:
@@ -26,30 +26,30 @@ class SRRL(Criterion):
     """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t
     h_t)^2).
 
-    h_s' is the student's embedding through a trained connector; the teacher's classifier is a frozen copy. W_t h_t are
-    the teacher's logits, under MAS too, whose stable excitation no embedding gives.
+    h_s' is the student's embedding after a trained connector; the teacher's classifier is a frozen copy. W_t h_t are
+    the teacher's logits, also under MAS, whose stable excitation cannot be computed from the embedding.
 
     Reference: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021,
     OpenReview ZzwDy_wiWv), L_FM and L_SR.
 
-    Weight: 1 beside 1 of the task, alpha 1, beta 1 (official code).
+    Weight: 1 with 1 for the task loss, alpha 1, beta 1 (official code).
 
-    Differs: the official connector (1x1 convolution, BatchNorm, ReLU) works on the last map before pooling, here the
-    same three work on the embedding, which every pair of networks has (other public code for SRRL does the same). L_SR
-    is the paper's L2 form between logits, as in the official code. The ReLU cannot reach an embedding's negative values
-    (ViT, ConvNeXt): relu=False lifts that. The near relative SimKD (Chen et al., arXiv 2203.14001) is left out on
-    purpose: it puts projector and teacher's classifier inside the student, which then is no plain timm model any more
-    and cannot be exported for timm.create_model; SRRL keeps the student whole.
+    Differs: the official connector (1x1 convolution, BatchNorm, ReLU) is applied to the last map before pooling; here
+    the same three layers are applied to the embedding, which all networks have (other public code for SRRL does the
+    same). L_SR is the paper's L2 form between logits, as in the official code. With ReLU the connector cannot reach
+    negative values of an embedding (ViT, ConvNeXt): use relu=False. SimKD (Chen et al., arXiv 2203.14001) is similar,
+    but it puts the projector and the teacher's classifier inside the student, which is then no timm model and cannot be
+    exported for timm.create_model.
 
     Args:
         pair: Shapes of both networks, and the teacher's classifier as a module on its embedding. Numbers of classes may
-            differ. Batches of 2 or more: there is BatchNorm over samples.
+            differ. Batches have 2 or more samples because of BatchNorm.
         alpha: Weight of the embeddings' part, 0 or more.
         beta: Weight of the logits' part, 0 or more.
         relu: End the connector in a ReLU, as in the official code.
 
     Raises:
-        ValueError: A teacher without such a classifier, a peer, or a weight out of range.
+        ValueError: The teacher has no such classifier or is a peer, or a weight is out of range.
     """
 
     weight: ClassVar[float] = 1.0
@@ -61,11 +61,11 @@ class SRRL(Criterion):
             raise ValueError(
                 "SRRL classifies with the teacher's classifier, and this teacher has no single module that maps its "
                 "embedding to logits: choose one with a linear classifier, such as a resnet or a ViT, or another "
-                "criterion. A peer's classifier is not trained yet: give a teacher."
+                "criterion. A peer's classifier is not trained yet: use a teacher instead of --peer."
             )
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
         self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)
-        # A copy, as this criterion's device and dtype are not the teacher's affair; in float32, as the connector is.
+        # A copy, which follows this criterion's device and dtype, not the teacher's; in float32 as the connector.
         self.classifier = copy.deepcopy(pair.teacher_classifier).float().requires_grad_(False).eval()
         self._original = [pair.teacher_classifier]  # in a list: it is no module of this criterion
 
@@ -75,13 +75,13 @@ class SRRL(Criterion):
 
     # "SRRL", not Self, which beartype refuses in a class that it does not decorate as a whole.
     def train(self, mode: bool = True) -> "SRRL":
-        """As ever, but that the teacher's classifier stays in eval mode."""
+        """Set the mode; the teacher's classifier stays in eval mode."""
         super().train(mode)
         self.classifier.eval()
         return self
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         connected, target = self.connector(student.embedding), at_least_float32(teacher.embedding)
         features = F.mse_loss(at_least_float32(connected), target)
         logits, expected = (at_least_float32(self.classifier(embedding)) for embedding in (connected, target))

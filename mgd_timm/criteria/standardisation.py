@@ -1,46 +1,53 @@
-"""Logit standardisation (Sun et al. 2024): a transform of logits around any criterion that compares them."""
+"""Logit standardisation (Sun et al. 2024): standardise the logits that any logit criterion compares."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32
 from mgd_timm.features import Batch, Features
 
 
 def standardise(logits: Float[Tensor, "b k"], eps: float = 1e-7) -> Float[Tensor, "b k"]:
-    """Every sample's logits at mean 0 and standard deviation 1: (z - mean(z)) / (std(z) + eps), at least float32.
+    """Shift and scale each sample's logits to mean 0 and standard deviation 1: (z - mean(z)) / (std(z) + eps).
 
-    The deviation divides by K - 1 (official code; the paper by K), and eps is the official code's.
+    The standard deviation divides by K - 1 (official code; the paper divides by K), and eps is the official code's. A
+    deviation below 0.1 counts as 0.1, which bounds the gradient.
 
     Args:
-        logits: Raw scores of 3 classes or more: of 2 the result says which is larger, and has no gradient. Where they
-            are all equal it is 0 and its gradient about 1 / eps.
+        logits: Raw scores of 3 or more classes. For 2 classes the result only shows which logit is larger, and has no
+            gradient.
         eps: Added to the deviation.
+
+    Returns:
+        Standardised logits, 0 where all logits of a sample are equal.
     """
     logits = at_least_float32(logits)
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+    deviation = logits.std(1, keepdim=True) + eps
+    return (logits - logits.mean(1, keepdim=True)) / deviation.clamp_min(SMALLEST_SPREAD)
 
 
 class Standardised(Criterion):
     """Any logit criterion on standardised logits: L(Z(z_s), Z(z_t)), Z(z) = (z - mean(z)) / std(z) per sample.
 
-    The temperature becomes a base temperature, in units of each network's own deviation: only the relations among
-    logits are taught. Of 2 classes nothing is: Z is +-0.7 whatever they are.
+    The temperature becomes a base temperature, in units of the standard deviation of each network's logits: the student
+    learns the relations among logits, not their scale. It learns nothing from 2 classes, whose Z is always +-0.7.
 
     Reference: Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427), the Z-score
     pre-process.
 
-    Weight: the criterion's own. Official: KD with weight 9 beside 0.1 of the task, DKD with 9 times its alpha and beta,
-    both at T 2.
+    Weight: the weight of the wrapped criterion. The official code uses 9 for KD with 0.1 for the task loss, and for DKD
+    9 times its alpha and beta; both at T = 2.
 
-    Differs: as the official code for KD and DKD. What a criterion computes itself (the logits of OFA's branches) is
-    standardised as well. Under MAS the stable excitation is standardised after its mean is taken.
+    Differs: same as the official code for KD and DKD, but logits with a standard deviation below 0.1 are divided by 0.1
+    (official: by the deviation + 1e-7). Otherwise students whose classifier starts at zero (timm's resmlp, mixer, gmlp
+    and gmixer) get gradients of 1e6 and diverge. Logits that a criterion computes itself (OFA's branches) are
+    standardised too. Under MAS the stable excitation is averaged first and then standardised.
 
     Args:
-        criterion: Reads the teacher's logits, of 3 classes or more; from now on it belongs to this one.
+        criterion: A criterion that reads the teacher's logits, with 3 or more classes. It must not be used elsewhere.
 
     Raises:
-        ValueError: A criterion that reads no logits of the teacher, or one that is standardised already; fewer than 3
+        ValueError: The criterion does not read the teacher's logits, is already standardised, or has fewer than 3
             classes.
     """
 
@@ -48,16 +55,15 @@ class Standardised(Criterion):
         nn.Module.__init__(self)
         name = type(criterion).__name__
         if criterion.standardised:
-            raise ValueError(f"{name}'s logits are standardised already: once is enough.")
+            raise ValueError(f"{name}'s logits are standardised already: wrap a criterion in Standardised only once.")
         if "logits" not in criterion.needs:
             raise ValueError(
-                f"{name} reads no logits of the teacher: there is nothing to standardise, use it as it is."
+                f"{name} reads no logits of the teacher: there is nothing to standardise. Use it without Standardised."
             )
         if criterion.num_classes < 3:
             raise ValueError(
-                f"{name} of {criterion.num_classes} classes, standardised, teaches nothing: two logits of mean 0 and "
-                "deviation 1 are the same for every image, up to which is larger. Give 3 classes or more, or leave "
-                "the logits as they are."
+                f"{name} of {criterion.num_classes} classes, standardised, teaches nothing: two logits with mean 0 and "
+                "standard deviation 1 only show which one is larger. Use 3 classes or more, or do not standardise."
             )
         for what in (
             "weight",
@@ -75,14 +81,14 @@ class Standardised(Criterion):
         self.criterion = criterion
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """The criterion's scalar of features whose logits are standardised."""
+        """Return the criterion's loss on features with standardised logits."""
         student, teacher = (shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher))
         return self.criterion(student, teacher, batch)
 
     def fitting(self) -> nn.Module | None:
-        """The criterion's own."""
+        """Return what the wrapped criterion fits before the run."""
         return self.criterion.fitting()
 
     def remark(self) -> str | None:
-        """The criterion's own."""
+        """Return the remark of the wrapped criterion."""
         return self.criterion.remark()

@@ -13,20 +13,21 @@ from mgd_timm.criteria.adapters import paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, Need, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
-SMALLEST = 1e-5  # variance below which no channel gets
+SMALLEST = 1e-5  # lower bound of the variance of a channel
 
 
 def variational_loss(
     mean: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"], rho: Float[Tensor, " c"]
 ) -> Float[Tensor, ""]:
-    """Mean of ((target - mean)^2 / s2 + log s2) / 2, with the channel's variance s2 = softplus(rho) + 1e-5."""
+    """Return the mean of ((target - mean)^2 / s2 + log s2) / 2, with the channel's variance s2 = softplus(rho) +
+    1e-5."""
     variance = (F.softplus(at_least_float32(rho)) + SMALLEST)[:, None, None]
     return 0.5 * ((at_least_float32(mean) - at_least_float32(target)).pow(2) / variance + variance.log()).mean()
 
 
 class Conditional(nn.Module):
-    """The Gaussian of a teacher's map given the student's: three 1x1 convolutions to the mean, and `rho` per
-    channel."""
+    """Gaussian of a teacher's map given the student's: three 1x1 convolutions compute the mean, and each channel has a
+    learned `rho`."""
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
         super().__init__()
@@ -39,7 +40,8 @@ class Conditional(nn.Module):
         )  # softplus(rho) is start
 
     def forward(self, student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
-        """Negative log-likelihood of the teacher's map, the larger map average-pooled to the smaller one's size."""
+        """Return the negative log-likelihood of the teacher's map. The larger map is average-pooled to the smaller
+        size."""
         student, teacher = pool_larger(student, teacher)
         return variational_loss(self.mean(student), teacher, self.rho)
 
@@ -47,24 +49,24 @@ class Conditional(nn.Module):
 class VID(Criterion):
     """Variational information distillation: sum over map pairs of mean(((F_t - mu(F_s))^2 / s^2 + log s^2) / 2).
 
-    mu is a small network of 1x1 convolutions, s^2 = softplus(rho) + 1e-5 a learned variance per channel of the teacher:
-    a lower bound of the mutual information of both maps is raised. The value can be negative.
+    mu is a small network of 1x1 convolutions, s^2 = softplus(rho) + 1e-5 is a learned variance per channel of the
+    teacher. The loss is the negative of a lower bound of the mutual information of both maps. It can be negative.
 
     Reference: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge Transfer" (arXiv
     1904.05835), the Gaussian model of the teacher's maps; RepDistiller (distiller_zoo/VID.py).
 
     Weight: 1 (RepDistiller's script; the MGD authors').
 
-    Differs: as RepDistiller, which takes its loss from the authors' code: mu without BatchNorm, hidden width the
-    teacher's, a mean over all elements where the paper (from memory) has a sum. Maps of unequal size are pooled on both
-    axes (there: square maps). RepDistiller's pairing of maps: see fitnet.
+    Differs: same as RepDistiller, whose loss is from the authors' code: mu has no BatchNorm and the teacher's number of
+    hidden channels, and the loss is a mean over all elements where the paper (from memory) has a sum. Maps of different
+    sizes are pooled on both axes (there: square maps). For RepDistiller's pairing of maps see fitnet.
 
     Args:
-        pair: Shapes of both networks; the numbers of maps must agree and be at least 1.
-        variance: What every s^2 is at the start, above 1e-5.
+        pair: Shapes of both networks, with the same number of maps, 1 or more.
+        variance: Initial value of all s^2, above 1e-5.
 
     Raises:
-        ValueError: No maps, a different number of maps on each side, or a variance out of range.
+        ValueError: A network has no maps, the numbers of maps differ, or the variance is out of range.
     """
 
     weight: ClassVar[float] = 1.0
@@ -77,6 +79,6 @@ class VID(Criterion):
         self.conditionals = nn.ModuleList(Conditional(s[0], t[0], variance) for s, t in paired_maps("VID", pair))
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Scalar, at least float32."""
+        """Return the loss, at least float32."""
         pairs = zip(self.conditionals, student.maps, teacher.maps, strict=True)
         return torch.stack([conditional(s, t) for conditional, s, t in pairs]).sum()
