@@ -47,16 +47,18 @@ def real(case: Case) -> Step:
     return step
 
 
-def allocated(run: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes that a call leaves allocated, and the most above its start, as torch's CPU allocator reports them."""
+def allocated(run: Callable[[], Any], at: str | None = None) -> tuple[int, int]:
+    """Bytes that a call leaves allocated, and the most above its start, as torch's CPU allocator reports them; the most
+    at events of the name `at` alone, where one is given."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:  # or 2.10 warns
         kept = run()  # until the end of the profile
     assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+        if event.name() == (at or "[memory]"):
+            peak = max(peak, now)
     del kept
     return now, peak
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from datasets import load_dataset
 from PIL import Image
+from small import ONE_IMAGE
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -52,13 +53,13 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
     folder = mgd_timm.export_model(student, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     images = torch.randn(2, 3, 28, 28)
-    assert torch.equal(loaded.eval()(images), student.to(memory_format=torch.contiguous_format)(images))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), student(images))
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["tag"].startswith("mag_kd_small")
     assert config["label_names"][1] == "Trouser"
-    assert mgd_timm.evaluate(loaded, str(small_data))["top1"] == pytest.approx(
-        json.loads((tmp_path / "run" / "summary.json").read_text())["top1"]
-    )
+    top1 = json.loads((tmp_path / "run" / "summary.json").read_text())["top1"]
+    assert mgd_timm.evaluate(loaded, str(small_data))["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,8 @@ def test_train_and_its_moving_average(small_data, tmp_path):
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["top1"] != last["eval"]["raw_top1"] or last["eval"]["loss"] != last["eval"]["raw_loss"]
     found = mgd_timm.evaluate(str(tmp_path / "run"))  # the exported one is the average
-    assert found["top1"] == json.loads((tmp_path / "run" / "summary.json").read_text())["top1"]
+    top1 = json.loads((tmp_path / "run" / "summary.json").read_text())["top1"]
+    assert found["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
 
 
 def test_a_teacher_of_another_normalisation_sees_the_same_picture(small_data, tmp_path, capsys):
@@ -102,7 +104,8 @@ def test_a_teacher_of_another_normalisation_sees_the_same_picture(small_data, tm
     for number, stats in enumerate(({}, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)})):
         mgd_timm.distill(data=str(small_data), output=tmp_path / str(number), method="none", **SHORT, **stats)
         accuracies.append(json.loads((tmp_path / str(number) / "summary.json").read_text())["teacher_top1"])
-    assert accuracies[0] == accuracies[1] > 80
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=ONE_IMAGE)
+    assert accuracies[0] > 80
 
 
 def test_unknown_options_show_the_nearest(tmp_path):
@@ -214,7 +217,7 @@ def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp
     last = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
     for model in (tmp_path / "run", tmp_path / "run" / "export"):
         found = mgd_timm.evaluate(model)
-        assert (found["n"], found["top1"]) == (80, pytest.approx(last["top1"]))
+        assert (found["n"], found["top1"]) == (80, pytest.approx(last["top1"], abs=100 / 80 + 1e-3))
         assert found["loss"] == pytest.approx(last["loss"], rel=1e-4)
         assert mgd_timm.evaluate(str(model), seed=8)["loss"] != found["loss"]
         assert mgd_timm.evaluate(str(model), val_split=0.5)["n"] == 160

@@ -118,7 +118,7 @@ def test_dropout_of_the_head_is_drawn_once(name):
     assert 0.2 < (embedding == 0).float().mean() < 0.8
     if isinstance(model.get_classifier(), nn.Conv2d):
         embedding = embedding[..., None, None]
-    assert torch.equal(features.logits, model.get_classifier()(embedding).flatten(1))
+    torch.testing.assert_close(features.logits, model.get_classifier()(embedding).flatten(1))
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "shvit_s1", "efficientvim_m1"])
@@ -146,7 +146,7 @@ def test_batchnorm_of_the_head_is_not_skipped_when_it_is_new(name, frozen):
         for network in (tap.train(), twin):
             torch.manual_seed(0)  # cpubone draws dropout
             network(images(32))
-    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_classifier_maps_the_embedding_to_logits():
     tap = FeatureTap(build("test_vit", 32)).eval()
     features = tap(images(32))
     assert tap.classifier is not None
-    assert torch.equal(tap.classifier(features.embedding), features.logits)
+    torch.testing.assert_close(tap.classifier(features.embedding), features.logits)
 
 
 def test_a_classifier_of_zeros_and_half_precision_are_probed():

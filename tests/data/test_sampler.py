@@ -96,7 +96,7 @@ def test_normal_does_not_depend_on_the_batch_or_the_number_of_draws() -> None:
     whole = normal(torch.arange(1000), 1, 5)
     some = torch.tensor([999, 0, 500, 0])
     for draws in (1, 2, 3, 4, 5):
-        assert torch.equal(normal(some, 1, draws), whole[some, :draws])
+        torch.testing.assert_close(normal(some, 1, draws), whole[some, :draws])  # not the last bit of a logarithm
     assert normal(some[:0], 1, 3).shape == (0, 3)
     assert len(whole.flatten().unique()) == whole.numel()
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from small import digest, end_at
+from small import ONE_IMAGE, digest, end_at
 from torch import nn
 
 import mgd_timm
@@ -100,7 +100,7 @@ def test_transfer_to_other_classes(transfer, kinds, tmp_path):
         loaded.pretrained_cfg["mean"] == load_model("embedded").pretrained_cfg["mean"]
     )  # what the backbone was trained with
     assert loaded.pretrained_cfg["label_names"] == list(KINDS)
-    assert mgd_timm.evaluate(str(tmp_path / "run"))["top1"] == summary["top1"]
+    assert mgd_timm.evaluate(str(tmp_path / "run"))["top1"] == pytest.approx(summary["top1"], abs=ONE_IMAGE)
     # The student may be this run: its classifier is drawn anew, so the same comes out to the bit.
     assert transfer(*words[2:], "--student", tmp_path / "run", "--output", tmp_path / "again")[0] == 0
     assert len({digest(tmp_path / name / "export" / "model.safetensors") for name in ("run", "again")}) == 1
