@@ -14,10 +14,11 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.terms import criterion_names, needs, parse_terms
-from mgd_timm.data.dataset import Defaults, Images, StoreSource
+from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
+from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
+from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import (
     build_student,
@@ -322,7 +323,7 @@ def _name_of(term: Criterion) -> str:
 def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
     """Let timm show images to the exported model as they were shown here: small ones whole, others by their centre."""
     data = recipe.data
-    small = isinstance(images.train, StoreSource)
+    small = isinstance(images.train, SmallImageSource)
     shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
     describe(
         model,

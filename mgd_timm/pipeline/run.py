@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd_timm.criteria.terms import parse_terms
-from mgd_timm.data.dataset import Images, Source, load_images
-from mgd_timm.data.mixed_source import taught
+from mgd_timm.data.dataset import Images, load_images
+from mgd_timm.data.mixed_source import mixed_source
+from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
@@ -68,7 +69,7 @@ def run(
     teachers = _load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = defaults_of(recipe, teachers[0] if teachers else None, student)
     in_turn = partial(local_main_first, accelerator)
-    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=in_turn)
+    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=in_turn)
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, accelerator, teachers, student, fitted=recipe.fit_teacher_head == "none")
     on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps))
@@ -189,7 +190,7 @@ def _train_student(
             accelerator.print(
                 f"{role} {shown.name}: {count:,} parameters, {'x'.join(map(str, images.input_size))} images"
             )
-    watched = images.watched
+    watched = images.evaluation
     if watched is None:
         accelerator.print("no split to evaluate on, only the training accuracy is known; --val-split 0.1 cuts one off.")
 
@@ -210,7 +211,7 @@ def _train_student(
     )
     fitted = fit(
         trainee,
-        taught(images, recipe) if stored is None else stored,
+        mixed_source(images, recipe.data, recipe.seed) if stored is None else stored,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
@@ -252,15 +253,15 @@ def _report_teachers(
 ) -> None:
     """Each teacher's accuracy on the data, before the first epoch."""
     found: list[float | None] = []
-    for teacher in teachers if images.watched is not None else ():
-        assert images.watched is not None
+    for teacher in teachers if images.evaluation is not None else ():
+        assert images.evaluation is not None
         if not teacher.shows_logits:
             accelerator.print(
                 f"teacher {teacher.tap.name}: shows no logits of these classes, so that it has no accuracy"
             )
             found.append(None)
             continue
-        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, recipe.data.validation_batch_size)[
+        row = evaluate_taps({"teacher": teacher}, images.evaluation, accelerator, recipe.data.validation_batch_size)[
             "teacher"
         ]
         found.append(row["top1"])

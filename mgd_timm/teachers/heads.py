@@ -57,7 +57,7 @@ def fit_heads(
     made_of = {"heads": as_dict(heads_recipe), **shown_by_teacher(teacher, images, recipe, accelerator)}
     made_of["logits"] = teacher.shows_logits
     made_of["watched"] = (
-        images.watched.digest if images.watched is not None else None
+        images.evaluation.digest if images.evaluation is not None else None
     )  # as their accuracy is kept with them
     if stored is not None:
         made_of["store"] = stored.store.digest
@@ -117,8 +117,8 @@ def _fit_fresh_heads(
             look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet
         )
     held = None
-    if images.watched is not None:
-        held = store_outputs(look, images.watched, 1, accelerator, recipe.data.validation_batch_size, quiet)
+    if images.evaluation is not None:
+        held = store_outputs(look, images.evaluation, 1, accelerator, recipe.data.validation_batch_size, quiet)
     names = (*(("teacher",) if teacher.shows_logits else ()), *(g.name for g in heads.granularities), "stable")
 
     def watch(_: nn.Module | None) -> Metrics:

@@ -15,8 +15,8 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.terms import Term, build_criterion, fitted_first, hyper_parameters
-from mgd_timm.data.dataset import Images, cache_folder
-from mgd_timm.data.mixed_source import MIXED
+from mgd_timm.data.dataset import Images
+from mgd_timm.data.mixed_source import MIXING_OPTIONS
 from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, Live, Teacher
 from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
@@ -28,6 +28,7 @@ from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.lock import Lock
 from mgd_timm.training.checkpointer import Upkeep
@@ -99,7 +100,7 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
         "channels_last": recipe.channels_last,
         "view": teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
-        "shown": {k: v for k, v in as_dict(recipe.data, digest_only=True).items() if k not in MIXED},
+        "shown": {k: v for k, v in as_dict(recipe.data, digest_only=True).items() if k not in MIXING_OPTIONS},
         "seed": recipe.seed,
         "precision": str(accelerator.mixed_precision),
     }

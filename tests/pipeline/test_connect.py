@@ -124,7 +124,7 @@ def test_a_teachers_head_is_fitted_first_and_found_again(small_data, tmp_path, c
 
 def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path):
     recipe = make_recipe(data_dir=str(small_data))
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     batch = next(images.train.batches([images.train.ids[:3]], 0, torch.device("cpu")))
     from mgd_timm.models.input_adapter import build_input_adapter
 
@@ -143,7 +143,7 @@ def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path)
 
 
 def test_a_fixed_teachers_position_embeddings_are_resized_where_that_is_asked(small_data):
-    images = load_images(make_recipe(data_dir=str(small_data), img_size=32).data, 0, say=lambda _: None)
+    images = load_images(make_recipe(data_dir=str(small_data), img_size=32).data, 0, log=lambda _: None)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     suit_teachers([model], make_recipe(teacher_resize="positions"), images)
@@ -206,7 +206,7 @@ def of_other_classes() -> torch.nn.Module:
 
 def networks_of(model, small_data, **options):
     recipe = make_recipe(data_dir=str(small_data), **options)
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     teachers = load_teachers(recipe, [model])
     suit_teachers(teachers, recipe, images)
     return build_networks(recipe, images, Accelerator(), teachers, None)
@@ -225,7 +225,7 @@ def test_as_many_other_classes_are_other_classes(small_data):
 
 def test_one_of_several_teachers_may_be_silent(small_data):
     recipe = make_recipe(teacher=["embedded"] * 2, teacher_classes=["none", "auto"], data_dir=str(small_data))
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     teachers = load_teachers(recipe, ())
     suit_teachers(teachers, recipe, images)
     networks = build_networks(recipe, images, Accelerator(), teachers, None)

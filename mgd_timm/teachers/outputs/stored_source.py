@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mgd_timm.data.dataset import FileSource, Images, Source, StoreSource
+from mgd_timm.data.dataset import Images
+from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
@@ -72,7 +73,7 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
     assert recipe.teacher_store is not None
     assert recipe.teacher_views is not None
     assert recipe.teacher_view_seed is not None
-    assert isinstance(images.train, StoreSource | FileSource)
+    assert isinstance(images.train, SmallImageSource | LargeImageSource)
     view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
     made_of = {
         "format": FORMAT,
@@ -83,11 +84,11 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
         "mean": list(images.mean),
         "std": list(images.std),
         "input_size": list(images.input_size),
-        "transform": images.train.shown,
+        "transform": images.train.augmentation,
         "view_seed": recipe.teacher_view_seed,
         "precision": str(accelerator.mixed_precision),
     }
     layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, recipe.teacher_top_k or 0)
     folder = Path(recipe.teacher_store)
     store = TeacherStore(folder, made_of, layout, images.num_samples, recipe.teacher_views, accelerator)
-    return StoredViews(images.train.seeded(recipe.teacher_view_seed), store)
+    return StoredViews(images.train.with_seed(recipe.teacher_view_seed), store)
