@@ -1,6 +1,6 @@
 """`load_images`: a data set, from its files or the hub, as sources of training, validation and test images.
 
-The way: `readers` find splits and read rows, `corrupt_images` checks them, `image_cache` decodes small images once,
+The steps: `readers` find splits and read rows, `corrupt_images` checks them, `image_cache` decodes small images once,
 `sources` makes batches of them.
 """
 
@@ -87,20 +87,20 @@ def load_images(
         DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
-    place = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
+    location = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
     if data.streaming:
-        return _load_streams(data, seed, defaults, open_streams(place, data.dataset_config), log)
+        return _load_streams(data, seed, defaults, open_streams(location, data.dataset_config), log)
     with main_first():
-        splits = open_splits(place, data)
+        splits = open_splits(location, data)
         train = read_split(splits, data.train_split, None, log)
         name = _eval_split(data, splits)
         test = read_split(splits, name, train.class_names, log) if name is not None else None
     check_classes(train, test)
-    train_ids, val_ids = _hold_out(train, data.val_split, seed)
+    ids = _hold_out(train, data.val_split, seed)
     with main_first():
         checked = [check_rows(rows, data, log) for rows in (train, test) if rows is not None]
         corrupt = check_number_of_corrupt(checked, data.max_bad, log)
-        ids = _Ids(checked[0].readable(train_ids), checked[0].readable(val_ids))
+        ids = _Ids(checked[0].readable(ids.train), checked[0].readable(ids.val))
         _check_classes_left(checked[0], ids.train)
         found = _build(data, seed, defaults, checked, ids, log)
     return replace(found, corrupt=corrupt)
@@ -119,11 +119,11 @@ class _Ids:
     val: Tensor
 
 
-def _hold_out(train: Rows, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return sample ids to train on and ids held out for validation, the same share of every class."""
+def _hold_out(train: Rows, share: float, seed: int) -> _Ids:
+    """Hold out a share of the images of every class for validation."""
     every = torch.arange(len(train))
     if not share:
-        return every, every[:0]
+        return _Ids(every, every[:0])
     classes = train.labels if train.labels.ndim == 1 else train.labels.argmax(1)
     held_out = torch.zeros(len(train), dtype=torch.bool)
     generator = torch.Generator().manual_seed(mix(seed, 2))
@@ -135,7 +135,7 @@ def _hold_out(train: Rows, share: float, seed: int) -> tuple[Tensor, Tensor]:
             f"--val-split {share} of {len(train)} images leaves no image to train or to evaluate on: choose another "
             "share."
         )
-    return every[~held_out], every[held_out]
+    return _Ids(every[~held_out], every[held_out])
 
 
 def _check_classes_left(train: CheckedRows, ids: Tensor) -> None:

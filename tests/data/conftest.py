@@ -8,7 +8,7 @@ from image_files import folder, noise
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight training and four test images in two classes, too large for a store and of several sizes."""
+    """Eight training and four test images in two classes, too large for the cache and of several sizes."""
     root = tmp_path_factory.mktemp("large")
     return folder(
         root,

@@ -44,7 +44,7 @@ def test_the_embedded_data_set_is_balanced_licensed_small_and_its_own_pngs() -> 
     assert data.std == pytest.approx([whole.std().item()], abs=1e-4)
 
 
-def test_the_validation_cut_is_stratified_disjoint_and_not_augmented() -> None:
+def test_the_validation_split_is_stratified_disjoint_and_not_augmented() -> None:
     data = [load_images(Data(val_split=0.1), seed, log=lambda _: None) for seed in (0, 0, 1)]
     for one in data:
         assert one.val is one.evaluation
@@ -72,7 +72,7 @@ def test_mean_and_std_are_measured_on_what_is_trained_on(small: Path) -> None:
     assert collect(grey.train).images.shape == (8, 1, 12, 10)
 
 
-def test_a_store_is_written_once_and_mapped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_written_once_and_mapped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path))
     said: list[str] = []
     data = read(small, log=said.append)
@@ -89,7 +89,7 @@ def test_a_store_is_written_once_and_mapped(small: Path, tmp_path: Path, monkeyp
     assert len(list(cache_folder().glob("images/*"))) == 4
 
 
-def test_a_full_disk_leaves_no_store(
+def test_a_full_disk_leaves_no_file_in_the_cache(
     small_disk: Callable[[str], AbstractContextManager[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path))

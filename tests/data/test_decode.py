@@ -68,7 +68,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-BAD_IMAGES = [
+CORRUPT = [
     pytest.param(
         encoded(noise(0, 60, 60), "JPEG")[:-300], r"truncated or corrupt \(.*\): remove or replace it", id="JPEG cut"
     ),
@@ -91,8 +91,8 @@ BAD_IMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), BAD_IMAGES)
-def test_bad_images_are_named_and_refused(content: bytes, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "message"), CORRUPT)
+def test_corrupt_images_are_named_and_refused(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"^some name: .*{message}"):
         decode(content, 3, "some name")
     place = folder(tmp_path, {"train/cat": [noise(0), noise(1)], "train/dog": [noise(2), content]}, ending="jpg")
@@ -101,7 +101,7 @@ def test_bad_images_are_named_and_refused(content: bytes, message: str, tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_large_image_is_named_when_it_is_reached(tmp_path: Path, workers: int) -> None:
+def test_a_corrupt_large_image_is_named_when_it_is_reached(tmp_path: Path, workers: int) -> None:
     bad = encoded(noise(2, 120, 120), "JPEG")[:-4000]
     place = folder(tmp_path, {"cat": [noise(0, 120, 120)], "dog": [noise(1, 120, 120), bad]}, ending="jpg")
     data = read(place, img_size=32, workers=workers)

@@ -70,26 +70,26 @@ def test_a_change_in_a_large_file_is_found_when_its_image_is_first_read(
         (place / FILE).write_bytes(
             content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
         )
-        store = opened(place, refuse)
+        cached = opened(place, refuse)
         others = torch.tensor([other for other in torch.randperm(len(IMAGES)).tolist() if other != row])
         for rows in others.split(16):
-            store.check(rows)
-        assert torch.equal(store.images[others], IMAGES[others])
+            cached.check(rows)
+        assert torch.equal(cached.images[others], IMAGES[others])
         with pytest.raises(
             DataError,
             match=rf"{FILE} is corrupt \(checksum of image {row}\): it was removed; start again",
         ):
-            store.check(torch.tensor([0, row, row, 1]))
+            cached.check(torch.tensor([0, row, row, 1]))
         assert not (place / FILE).exists()
         assert torch.equal(opened(place).images, IMAGES)
         assert (place / FILE).read_bytes() == content
     for case, corrupt in corruptions(content).items():  # at the latest once all were read
         (place / FILE).write_bytes(corrupt)
         said: list[str] = []
-        store = opened(place, log=said.append)
+        cached = opened(place, log=said.append)
         if not said:
             with pytest.raises(DataError, match="is corrupt"):
-                store.check(torch.arange(len(IMAGES)))
+                cached.check(torch.arange(len(IMAGES)))
             opened(place)
         assert (place / FILE).read_bytes() == content, case
 
@@ -148,7 +148,7 @@ def test_what_a_killed_run_left_is_removed(place: Path) -> None:
     assert not (place / ".writing-x").exists()
 
 
-def test_images_that_another_run_stores_are_waited_for(place: Path, tmp_path: Path) -> None:
+def test_images_that_another_run_writes_are_waited_for(place: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
     def log(line: str) -> None:  # it waits: the other run ends its work

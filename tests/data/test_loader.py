@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from image_files import read
 
 from mgd_timm.data.loader import wait_for_idle_threads
@@ -17,7 +18,7 @@ from mgd_timm.data.loader import wait_for_idle_threads
 
 def test_workers_outlive_signals_to_the_process_group(large: Path) -> None:
     source = read(large, img_size=32, workers=2).train
-    batches = source.batches(list(source.ids.split(1)), 0, CPU)
+    batches = source.batches(list(source.ids.split(1)), 0, torch.device("cpu"))
     found = [next(batches)]
     own = psutil.Process()
     workers = [

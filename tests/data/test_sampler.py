@@ -51,7 +51,7 @@ def test_updates_hold_the_same_samples_on_any_number_of_processes_and_steps(coun
 
 @pytest.mark.parametrize("count", [*range(96, 130), 240])
 def test_micro_batches_are_the_same_where_batch_size_times_processes_divides_the_global_batch(count: int) -> None:
-    """48 images in 12 micro_batches of 4: so are a tail's, and with them what dropout and BatchNorm see."""
+    """48 images in 12 micro-batches of 4: so are a tail's, and with them what dropout and BatchNorm see."""
     order, dealt = epoch_order(count, 1, 1), []
     for processes in (1, 2, 3, 4, 6, 12):
         updates = cut_updates(order, 4, processes, 48)

@@ -17,7 +17,7 @@ from mgd_timm.data.transforms import normalise, pad_crop_flip
 from mgd_timm.features import Defaults
 
 
-def test_small_images_of_a_folder_are_stored(small: Path) -> None:
+def test_small_images_of_a_folder_are_cached(small: Path) -> None:
     data = read(small)
     assert data.class_names == ("cat", "dog")
     assert data.input_size == (3, 12, 10)
@@ -70,7 +70,7 @@ def test_small_images_are_resized_on_request(small: Path) -> None:
     assert data.input_size == (3, 20, 20)
     expected = [np.asarray(Image.fromarray(noise(i)).resize((20, 20), Image.Resampling.BICUBIC)) for i in range(8)]
     assert torch.equal(pixels(data.train), stacked(expected))
-    grown = read(small, img_size=128, workers=0)  # a store of these would not be small
+    grown = read(small, img_size=128, workers=0)  # these would not be small
     assert isinstance(grown.train, LargeImageSource)
     assert collect(grown.test).images.shape == (4, 3, 128, 128)
 
@@ -101,7 +101,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(kind: str, request:
     assert not torch.equal(collect(read(place, seed=2, workers=0, **options).train, 8, epoch=2).images, whole.images)
 
 
-def test_a_store_is_augmented_as_the_reference(small: Path) -> None:
+def test_small_images_are_augmented_as_the_reference(small: Path) -> None:
     data = read(small, seed=3, pad=2, hflip=0.3)
     stats = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
     moved = pad_crop_flip(pixels(data.train), torch.arange(8), 3, 1, pad=2, hflip=0.3)

@@ -1,4 +1,4 @@
-"""Tar files hold the same images and labels as the folder that they were made of, and what is wrong with them is named."""
+"""Tar files hold the images and labels of the folder that they were made of, and what is wrong with them is named."""
 
 import shutil
 import tarfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import add, class_folders, class_tars, files, read, shards, tars_in_a_tar
+from image_files import add, class_folders, class_tars, files, shards, tars_in_a_tar
 from PIL import Image
 from small import write_pictures
 

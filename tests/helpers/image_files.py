@@ -69,7 +69,7 @@ def collect(source: Source | None, sizes: int = 4, epoch: int = 0, ids: torch.Te
 
 
 def pixels(source: Source | None) -> torch.Tensor:
-    """A store's images as they are, uint8 [n, c, h, w]."""
+    """Small images as they are, uint8 [n, c, h, w]."""
     assert isinstance(source, SmallImageSource)
     return source.images
 

@@ -18,9 +18,9 @@ HASHED = 1 << 30
 
 @runtime_checkable  # for the checks of shapes under pytest
 class Rows(Protocol):
-    """The images of one split, addressed by row, and their checked labels. No image is read before it is asked for.
+    """The images of one split, addressed by row, and their checked labels.
 
-    Rows are sent to DataLoader workers, so they must be picklable or survive a fork.
+    `pixels` is called in DataLoader workers, which are forked: open a file or a database there, not before.
     """
 
     @property
