@@ -176,7 +176,7 @@ def run_pass(
     first = next(iter(cells.values()))
     first, accelerator = build_accelerator(first)
     network = load_model(teacher)
-    images = load_images(first.data, seed, defaults_of(first, network, None), say=accelerator.print)
+    images = load_images(first.data, seed, defaults_of(first, network, None), log=accelerator.print)
     taps: dict[str, nn.Module] = {}
     distillers: dict[str, nn.Module] = {}
     frozen: Teacher | None = None
@@ -191,13 +191,13 @@ def run_pass(
     weights = frozen.digest
     made_of = {arm: as_dict(r, digest_only=True) for arm, r in cells.items()}
     group = digest(
-        made_of | {"teacher": weights, "images": [images.train.digest, images.watched and images.watched.digest]}
+        made_of | {"teacher": weights, "images": [images.train.digest, images.evaluation and images.evaluation.digest]}
     )[:12]
     folder = args.output / f"pass-{name}-{seed}-{group}"
     folder.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
-    assert images.watched is not None
-    watched = images.watched
+    assert images.evaluation is not None
+    watched = images.evaluation
     summary["teacher_top1"] = evaluate_taps({"t": frozen}, watched, accelerator, 256)["t"]["top1"]
     if any(r.method != "none" for r in cells.values()):
         (folder / "for_heads").mkdir(exist_ok=True)

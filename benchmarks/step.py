@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.criteria import KD, CrossEntropy, Objective
-from mgd_timm.data.dataset import StoreSource
+from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
@@ -193,7 +193,7 @@ def ours(
         distiller.to(memory_format=torch.channels_last)
         frozen.to(memory_format=torch.channels_last)
     stats = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
-    source: Any = StoreSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
+    source: Any = SmallImageSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
     look = torch.compile(frozen, dynamic=False, mode=compile_mode(accelerator)) if args.compile else frozen
 
     def live(batch: Batch) -> Features:

@@ -167,7 +167,7 @@ def evaluate_named(
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
     shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(
-        recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator)
+        recipe.data, recipe.seed, shown, log=accelerator.print, main_first=partial(local_main_first, accelerator)
     )
     check_channels(network, "model", images.input_size[0])
     if network.num_classes != images.num_classes:

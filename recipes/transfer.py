@@ -92,7 +92,7 @@ def transfer(args: argparse.Namespace) -> None:
     options = options_for(model, args)
     recipe = make_recipe(teacher=None, **options)  # refuses what is out of range before an image is read
     # The processes wait for the one that decodes the images; they are set up as the run will have them.
-    images = load_images(recipe.data, recipe.seed, say=lambda _: None, main_first=partial(local_main_first, join()))
+    images = load_images(recipe.data, recipe.seed, log=lambda _: None, main_first=partial(local_main_first, join()))
     set_seed(recipe.seed, 3)
     model.reset_classifier(images.num_classes)  # type: ignore[operator]  # timm's, of every classifier
     mgd_timm.train(model, output=args.output, **options)

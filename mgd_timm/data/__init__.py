@@ -1,1 +1,1 @@
-"""Files and data sets as batches: readers, decoding, sources, transforms, order."""
+"""Files and data sets as batches of images. Start at dataset.py; another file format is added in readers/."""

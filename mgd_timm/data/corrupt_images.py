@@ -1,95 +1,134 @@
-"""Images that cannot be decoded: found before the first epoch, so that who is left out depends on the data alone."""
+"""Find images that cannot be decoded before the first epoch, so that what is skipped depends on the data alone."""
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from mgd_timm.data.decode import DataError, cache_folder
-from mgd_timm.data.readers.tables import AnyRows, ArrayRows
-from mgd_timm.data.sources import read_ahead
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.loader import read_ahead
+from mgd_timm.data.readers.arrays import ArrayRows
+from mgd_timm.data.readers.rows import Rows
+from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.checkpoint import State
 from mgd_timm.storage.lock import kept
 
+SKIP_HINT = "Or skip up to N corrupt images with --max-bad N."
 
-class _Check:
-    """`check[row]`: the row, or -1 - row where it cannot be decoded."""
 
-    def __init__(self, rows: AnyRows, in_chans: int) -> None:
+@dataclass(frozen=True)
+class CheckedRows:
+    """The rows of a split, of which the corrupt ones are known.
+
+    Args:
+        rows: The split.
+        digest: Digest of the split.
+        corrupt: Rows that cannot be decoded, and why.
+    """
+
+    rows: Rows
+    digest: str
+    corrupt: dict[int, str]
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of all rows, [n] or [n, k]."""
+        return torch.from_numpy(self.rows.labels)
+
+    def readable(self, ids: Tensor) -> Tensor:
+        """Return those of the ids that can be decoded."""
+        return ids[[int(i) not in self.corrupt for i in ids]] if self.corrupt else ids
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """Return a decoded image, uint8 [height, width, in_chans].
+
+        Raises:
+            DataError: It is corrupt. The message names --max-bad.
+        """
+        try:
+            return self.rows.pixels(row, in_chans)
+        except DataError as error:
+            raise DataError(f"{error} {SKIP_HINT}") from error
+
+
+def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRows:
+    """Digest a split, and with --max-bad look for its corrupt images.
+
+    Every image is decoded once, which takes about as long as reading it for one evaluation. The result is cached by
+    the digest of the data.
+    """
+    digest = rows.digest()
+    if not data.max_bad or isinstance(rows, ArrayRows):  # arrays are pixels already
+        return CheckedRows(rows, digest, {})
+    folder = cache_folder() / "corrupt" / hashlib.sha256(f"{digest}:{data.in_chans}".encode()).hexdigest()[:32]
+
+    def create() -> State:
+        found = _find_corrupt(rows, data.in_chans, data.workers)
+        log(f"checked {len(rows):,} images of split {rows.split!r}: {len(found)} cannot be decoded")
+        return State({}, {"corrupt": {str(row): reason for row, reason in found.items()}})
+
+    known = kept(folder, f"list of the corrupt images of split {rows.split!r}", create, log)
+    return CheckedRows(rows, digest, {int(row): reason for row, reason in known.values["corrupt"].items()})
+
+
+def check_number_of_corrupt(splits: Sequence[CheckedRows], most: int, log: Callable[[str], None]) -> tuple[str, ...]:
+    """Log how many images are skipped, and return the reason for each.
+
+    Args:
+        splits: The splits.
+        most: How many images may be skipped.
+        log: Logs one line.
+
+    Raises:
+        DataError: There are more. The message names the first ones.
+    """
+    reasons = tuple(reason for split in splits for _, reason in sorted(split.corrupt.items()))
+    first = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
+    if len(reasons) > most:
+        raise DataError(
+            f"{len(reasons)} corrupt images, more than --max-bad {most}: {first} Or skip them with --max-bad "
+            f"{len(reasons)}."
+        )
+    if reasons:
+        total = sum(len(split.rows) for split in splits)
+        log(f"skipped {len(reasons)} corrupt images of {total:,} (--max-bad {most}): {first}")
+    return reasons
+
+
+class _Decodes:
+    """`decodes[row]`: the row, or -1 - row where it cannot be decoded."""
+
+    def __init__(self, rows: Rows, in_chans: int) -> None:
         self.rows, self.in_chans = rows, in_chans
 
     def __getitem__(self, row: int) -> int:
-        try:
-            self.rows.pixels(row, self.in_chans)
-        except DataError:
-            return -1 - row
-        return row
+        return row if _reason(self.rows, row, self.in_chans) is None else -1 - row
 
 
-def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callable[[str], None]) -> dict[int, str]:
-    """The rows that cannot be decoded, and why.
-
-    Every image is decoded once, which takes about as long as an epoch of evaluation does to read; the answer is kept in
-    the cache by the data's digest.
-
-    Args:
-        rows: A split.
-        digest: Of the split.
-        in_chans: Channels to decode to.
-        workers: Reader processes.
-        say: Takes one line for the user.
-    """
-    if isinstance(rows, ArrayRows):
-        return {}  # pixels already
-    place = cache_folder() / "damaged" / hashlib.sha256(f"{digest}:{in_chans}".encode()).hexdigest()[:32]
-
-    def make() -> State:
-        found = _checked(rows, in_chans, workers)
-        say(f"checked {len(rows):,} images of {rows.split!r}: {len(found)} cannot be decoded")
-        return State({}, {"damaged": {str(row): reason for row, reason in found.items()}})
-
-    known = kept(place, f"list of the damaged images of {rows.split!r}", make, say)
-    return {int(row): reason for row, reason in known.values["damaged"].items()}
-
-
-def _checked(rows: AnyRows, in_chans: int, workers: int) -> dict[int, str]:
-    """The rows that cannot be decoded, and why, by decoding all."""
+def _find_corrupt(rows: Rows, in_chans: int, workers: int) -> dict[int, str]:
+    """Return the rows that cannot be decoded, and why."""
     from tqdm import tqdm
 
     found: dict[int, str] = {}
     keys = [ids.tolist() for ids in torch.arange(len(rows)).split(64)]
     with tqdm(total=len(rows), desc=f"checking {rows.split}", unit="img", leave=False, disable=len(rows) < 2000) as bar:
-        for numbers in read_ahead(_Check(rows, in_chans), keys, workers, torch.device("cpu")):
+        for numbers in read_ahead(_Decodes(rows, in_chans), keys, workers, torch.device("cpu")):
             for row in (-1 - numbers[numbers < 0]).tolist():
                 reason = _reason(rows, row, in_chans)
-                if reason is not None:
+                if reason is not None:  # else the disk failed, and works again
                     found[row] = reason
             bar.update(len(numbers))
     return found
 
 
-def _reason(rows: AnyRows, row: int, in_chans: int) -> str | None:
-    """What is wrong with an image; None where it was the disk's fault, and is over."""
+def _reason(rows: Rows, row: int, in_chans: int) -> str | None:
+    """Return why an image cannot be decoded, or None."""
     try:
         rows.pixels(row, in_chans)
     except DataError as error:
         return str(error)
     return None
-
-
-def check_number(
-    splits: Sequence[tuple[AnyRows, dict[int, str]]], most: int, say: Callable[[str], None]
-) -> tuple[str, ...]:
-    """What is said of all damaged images, after a line for the user.
-
-    Raises:
-        DataError: There are more than `most`; the first ones are named.
-    """
-    names = tuple(reason for _, bad in splits for _, reason in sorted(bad.items()))
-    first = " ".join(names[:3]) + (f" And {len(names) - 3} more." if len(names) > 3 else "")
-    if len(names) > most:
-        raise DataError(f"{len(names)} damaged images, more than max_bad={most}: {first} Or raise --max-bad.")
-    if names:
-        total = sum(len(rows) for rows, _ in splits)
-        say(f"left out {len(names)} of {total:,} images (max_bad={most}): {first}")
-    return names

@@ -1,56 +1,32 @@
-"""Images in: the embedded default, hub ids, parquet or arrow files, image folders; always yields Batch.
+"""`load_images`: a data set, from its files or the hub, as sources of training, validation and test images.
 
-Small images of one size are decoded once into a memory-mapped uint8 store and augmented as a batch on the device;
-others go through timm's transforms in worker processes.
+The steps: `readers` find splits and read rows, `corrupt_images` checks them, `image_cache` decodes small images once,
+`sources` makes batches of them.
 """
 
 import contextlib
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mgd_timm.data.corrupt_images import check_number, damaged
-from mgd_timm.data.decode import EVAL_SPLITS, DataError, cache_folder, decode
-from mgd_timm.data.image_cache import ImageStore, stored_images
+from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.image_cache import CachedImages, load_or_decode
+from mgd_timm.data.readers.open import open_splits
+from mgd_timm.data.readers.rows import EVAL_SPLITS, Rows, check_classes, read_split
 from mgd_timm.data.readers.streams import StreamSource, open_streams, read_stream
-from mgd_timm.data.readers.tables import AnyRows, check_classes, open_splits, read_split
 from mgd_timm.data.rng import mix
-from mgd_timm.data.sources import (
-    WAY_OUT,
-    FileSource,
-    Source,
-    StoreSource,
-    epoch_ids,
-    per_channel,
-    picture,
-    timm_transform,
-    weights_statistics,
-)
+from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
+from mgd_timm.data.transforms import SMALL, check_small_options, timm_transform
 from mgd_timm.features import Defaults
 from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.recipe import Data
 
-__all__ = [
-    "EMBEDDED",
-    "DataError",
-    "Defaults",
-    "FileSource",
-    "Images",
-    "Source",
-    "StoreSource",
-    "cache_folder",
-    "decode",
-    "epoch_ids",
-    "load_images",
-]
-
-SMALL = 96  # pixels: up to here an image costs less to keep than to decode again
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,15 +37,15 @@ class Images:
     val: Source | None
     test: Source | None
     num_samples: int
+    """Rows of the training split; images held out for validation are among them."""
     labels: Tensor | None
-    """Labels of all `num_samples` rows of the training split, a validation cut among them, by sample id. Of a stream
-    None."""
+    """Labels of these rows, [n] class ids or [n, k] distributions. None for a stream."""
     class_names: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    bad: tuple[str, ...] = ()
-    """Names of the images that are left out as damaged, and why."""
+    corrupt: tuple[str, ...] = ()
+    """Names of the corrupt images that are skipped, and why."""
 
     @property
     def num_classes(self) -> int:
@@ -77,16 +53,16 @@ class Images:
         return len(self.class_names)
 
     def trained_labels(self) -> Tensor | None:
-        """Class ids by sample id, the likeliest of a distribution; -1 for those held out of training. Of a stream
-        None."""
+        """Return class ids by sample id, the most likely one of a distribution; -1 for samples that are not trained
+        on. None for a stream."""
         if self.labels is None:
             return None
         known = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
         return torch.full_like(known, -1).index_copy_(0, self.train.ids, known[self.train.ids])
 
     @property
-    def watched(self) -> Source | None:
-        """What is evaluated each epoch: the validation cut where there is one, else the test split."""
+    def evaluation(self) -> Source | None:
+        """What is evaluated each epoch: the images held out for validation if there are any, else the test split."""
         return self.val if self.val is not None else self.test
 
 
@@ -95,133 +71,176 @@ def load_images(
     seed: int,
     defaults: Defaults | None = None,
     *,
-    say: Callable[[str], None] = print,
+    log: Log = print,
     main_first: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Images:
-    """Read a data set.
+    """Load a data set.
 
     Args:
-        data: Which, and how shown.
-        seed: Of augmentation and of the validation cut.
-        defaults: What models know and the recipe leaves open.
-        say: Takes one line for the user.
-        main_first: Context in which the other processes wait for the main one, so that one process writes a store.
+        data: Which data set, and how its images are shown.
+        seed: Seed of augmentation and of the validation split.
+        defaults: What the models know and `data` leaves open.
+        log: Logs one line.
+        main_first: A context in which other processes wait for the main one, so that one process writes the cache.
 
     Raises:
-        DataError: No such data set, split or column; a class without images; images that cannot be used.
+        DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
-    defaults = per_channel(defaults or Defaults(), data.in_chans)
-    place = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
+    defaults = _match_channels(defaults or Defaults(), data.in_chans)
+    location = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
     if data.streaming:
-        return _stream(data, seed, defaults, open_streams(place, data.dataset_config), say)
+        return _load_streams(data, seed, defaults, open_streams(location, data.dataset_config), log)
     with main_first():
-        splits = open_splits(place, data.dataset_config, local=data.data_dir is not None)
-        train = read_split(data, splits, data.train_split, say)
-        test_name = data.eval_split or next(
-            (name for name in EVAL_SPLITS if name in splits and name != data.train_split), None
-        )
-        test = read_split(data, splits, test_name, lambda _: None, train.class_names) if test_name else None
+        splits = open_splits(location, data)
+        train = read_split(splits, data.train_split, None, log)
+        name = _eval_split(data, splits)
+        test = read_split(splits, name, train.class_names, log) if name is not None else None
     check_classes(train, test)
-    kept, held = _cut_validation(train, data.val_split, seed)
+    ids = _hold_out(train, data.val_split, seed)
     with main_first():
-        parts = {rows.split: _examine(rows, data, say) for rows in (train, test) if rows is not None}
-        bad = check_number([(part.rows, part.bad) for part in parts.values()], data.max_bad, say)
-        found = _build(
-            data, seed, defaults, parts[train.split], parts[test.split] if test is not None else None, (kept, held), say
-        )
-    return replace(found, bad=bad)
+        checked = [check_rows(rows, data, log) for rows in (train, test) if rows is not None]
+        corrupt = check_number_of_corrupt(checked, data.max_bad, log)
+        ids = _Ids(checked[0].readable(ids.train), checked[0].readable(ids.val))
+        _check_classes_left(checked[0], ids.train)
+        found = _build(data, seed, defaults, checked, ids, log)
+    return replace(found, corrupt=corrupt)
+
+
+def _eval_split(data: Data, splits: Collection[str]) -> str | None:
+    """Return the name of the split to evaluate on, if there is one."""
+    return data.eval_split or next((s for s in EVAL_SPLITS if s in splits and s != data.train_split), None)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A split that was looked through."""
+class _Ids:
+    """Sample ids of the training split, to train and to validate on."""
 
-    rows: AnyRows
-    digest: str
-    labels: Tensor
-    bad: dict[int, str]
-
-    def good(self, ids: Tensor) -> Tensor:
-        """Those of the ids that can be decoded."""
-        return ids[[int(i) not in self.bad for i in ids]] if self.bad else ids
-
-    def pixels(self, row: int, in_chans: int) -> np.ndarray:
-        """A decoded image; the error of a damaged one names both ways out."""
-        try:
-            return self.rows.pixels(row, in_chans)
-        except DataError as error:
-            raise DataError(f"{error} {WAY_OUT}") from error
+    train: Tensor
+    val: Tensor
 
 
-def _examine(rows: AnyRows, data: Data, say: Callable[[str], None]) -> _Part:
-    digest = rows.digest()
-    bad = damaged(rows, digest, data.in_chans, data.workers, say) if data.max_bad else {}
-    return _Part(rows, digest, torch.from_numpy(rows.labels), bad)
+def _hold_out(train: Rows, share: float, seed: int) -> _Ids:
+    """Hold out a share of the images of every class for validation."""
+    every = torch.arange(len(train))
+    if not share:
+        return _Ids(every, every[:0])
+    classes = train.labels if train.labels.ndim == 1 else train.labels.argmax(1)
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(mix(seed, 2))
+    for label in range(len(train.class_names)):
+        ids = torch.from_numpy(np.flatnonzero(classes == label))
+        held_out[ids[torch.randperm(len(ids), generator=generator)][: round(share * len(ids))]] = True
+    if not held_out.any() or held_out.all():
+        raise DataError(
+            f"--val-split {share} of {len(train)} images leaves no image to train or to evaluate on: choose another "
+            "share."
+        )
+    return _Ids(every[~held_out], every[held_out])
 
 
-def _build(
-    data: Data,
-    seed: int,
-    defaults: Defaults,
-    train: _Part,
-    test: _Part | None,
-    cut: tuple[Tensor, Tensor],
-    say: Callable[[str], None],
-) -> Images:
-    """Sources of the images; `cut` holds the rows to train and to validate on."""
-    kept, held = (train.good(ids) for ids in cut)
-    _check_left(train, kept)
-    first = int(train.good(torch.arange(len(train.rows)))[0])
-    own = train.pixels(first, data.in_chans).shape[:2]
-    size = (data.img_size, data.img_size) if data.img_size else own
-    if max(*own, *size) <= SMALL:
-        _check_small(data)
-        stored = {part.rows.split: _store(part, data, size, say) for part in (train, test) if part is not None}
-        mean, std = _statistics(data, defaults, stored[train.rows.split], kept)
-        stats = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+def _check_classes_left(train: CheckedRows, ids: Tensor) -> None:
+    """Raise DataError if all images of a class are corrupt."""
+    if train.corrupt and train.labels.ndim == 1:
+        counts = torch.bincount(train.labels[ids], minlength=len(train.rows.class_names))
+        for label in (counts == 0).nonzero().flatten().tolist():
+            raise DataError(
+                f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
+                "replace some."
+            )
 
-        def source(part: _Part, ids: Tensor, training: bool) -> Source:
-            own_seed, kept = seed if training else None, stored[part.rows.split]
-            return StoreSource(kept.images, part.labels, ids, part.digest, data, stats, own_seed, kept.check)
+
+# -- sources
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What images look like as batches, and how they become them."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: Callable[[CheckedRows, Tensor, bool], Source]
+    """(split, sample ids, whether to augment) -> Source."""
+
+
+def _build(data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows], ids: _Ids, log: Log) -> Images:
+    """Build the sources of a training split and, where there is one, a test split."""
+    train, test = splits[0], splits[1] if len(splits) > 1 else None
+    first = int(train.readable(torch.arange(len(train.rows)))[0])
+    height, width = train.pixels(first, data.in_chans).shape[:2]
+    size = (data.img_size, data.img_size) if data.img_size else (height, width)
+    if max(height, width, *size) <= SMALL:
+        built = _build_small(data, seed, defaults, splits, size, ids.train, log)
     else:
-        side = data.img_size or defaults.img_size
-        size = (side, side)
-        mean, std = weights_statistics(data, defaults)
-        data = replace(data, interpolation=data.interpolation or defaults.interpolation)
-
-        def source(part: _Part, ids: Tensor, training: bool) -> Source:
-            transform = timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training)
-            own_seed = seed if training else None
-            return FileSource(part.rows, part.labels, ids, part.digest, data, transform, own_seed, frozenset(part.bad))
-
+        built = _build_large(data, seed, defaults)
     return Images(
-        train=source(train, kept, True),
-        val=source(train, held, False) if len(held) else None,
-        test=source(test, test.good(torch.arange(len(test.rows))), False) if test is not None else None,
+        train=built.source(train, ids.train, True),
+        val=built.source(train, ids.val, False) if len(ids.val) else None,
+        test=built.source(test, test.readable(torch.arange(len(test.rows))), False) if test is not None else None,
         num_samples=len(train.rows),
         labels=train.labels,
         class_names=train.rows.class_names,
-        input_size=(data.in_chans, *size),
-        mean=tuple(mean),
-        std=tuple(std),
+        input_size=(data.in_chans, *built.size),
+        mean=built.mean,
+        std=built.std,
     )
 
 
-def _stream(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], say: Callable[[str], None]) -> Images:
-    """Sources of streams."""
-    train = read_stream(data, splits, data.train_split, say)
-    name = data.eval_split or next((name for name in EVAL_SPLITS if name in splits and name != data.train_split), None)
+def _build_small(
+    data: Data,
+    seed: int,
+    defaults: Defaults,
+    splits: list[CheckedRows],
+    size: tuple[int, int],
+    train_ids: Tensor,
+    log: Log,
+) -> _Format:
+    """Decode small images once into the cache."""
+    check_small_options(data)
+    cached = {split.rows.split: load_or_decode(split, data, size, log) for split in splits}
+    mean, std = data.mean or defaults.mean, data.std or defaults.std
+    if mean is None or std is None:
+        measured = _measure_mean_std(cached[splits[0].rows.split], train_ids)
+        mean, std = mean or measured[0], std or measured[1]
+    stats = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+
+    def source(split: CheckedRows, ids: Tensor, training: bool) -> Source:
+        images = cached[split.rows.split]
+        own_seed = seed if training else None
+        return SmallImageSource(images.images, split.labels, ids, split.digest, data, stats, own_seed, images.check)
+
+    return _Format(size, tuple(mean), tuple(std), source)
+
+
+def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
+    """Decode large images in DataLoader workers, epoch by epoch."""
+    side = data.img_size or defaults.img_size
+    mean, std = _known_mean_std(data, defaults)
+    data = replace(data, interpolation=data.interpolation or defaults.interpolation)
+
+    def source(split: CheckedRows, ids: Tensor, training: bool) -> Source:
+        transform = timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training)
+        return LargeImageSource(split, ids, data, transform, seed if training else None)
+
+    return _Format((side, side), mean, std, source)
+
+
+def _load_streams(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], log: Log) -> Images:
+    """Build the sources of streams."""
+    train = read_stream(data, splits, data.train_split, log)
+    name = _eval_split(data, splits)
     test = read_stream(data, splits, name, lambda _: None, train.class_names) if name is not None else None
     side = data.img_size or defaults.img_size
-    mean, std = weights_statistics(data, defaults)
+    mean, std = _known_mean_std(data, defaults)
     data = replace(data, interpolation=data.interpolation or defaults.interpolation)
-    transforms = [
+    augment, plain = (
         timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training) for training in (True, False)
-    ]
+    )
     return Images(
-        train=StreamSource(train, data, transforms[0], seed),
+        train=StreamSource(train, data, augment, seed),
         val=None,
-        test=StreamSource(test, data, transforms[1], None) if test is not None else None,
+        test=StreamSource(test, data, plain, None) if test is not None else None,
         num_samples=train.count,
         labels=None,
         class_names=train.class_names,
@@ -231,89 +250,38 @@ def _stream(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], s
     )
 
 
-def _check_left(train: _Part, kept: Tensor) -> None:
-    """Refuse a class all of whose images are damaged."""
-    if train.bad and train.labels.ndim == 1:
-        counts = torch.bincount(train.labels[kept], minlength=len(train.rows.class_names))
-        for label in (counts == 0).nonzero().flatten().tolist():
-            raise DataError(
-                f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
-                "replace some."
-            )
+# -- mean and standard deviation
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def _check_small(data: Data) -> None:
-    """Refuse what only timm's transforms of large images do."""
-    for name in ("aa", "color_jitter", "train_interpolation"):
-        if getattr(data, name):
-            raise DataError(
-                f"{name}={getattr(data, name)}: images of {SMALL} pixels or less are augmented as a batch, by pad, "
-                f"hflip, reprob, mixup and cutmix alone. Leave {name} out, or give --img-size {SMALL + 1} or more."
-            )
+def _match_channels(defaults: Defaults, in_chans: int) -> Defaults:
+    """Average mean and std over channels where the weights have another number of them, as timm sums the weights."""
+
+    def fit(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        return values if values is None or len(values) == in_chans else (sum(values) / len(values),) * in_chans
+
+    return replace(defaults, mean=fit(defaults.mean), std=fit(defaults.std))
 
 
-def _cut_validation(train: AnyRows, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sample ids to train on and to validate on, the same share of every class."""
-    everything = torch.arange(len(train))
-    if not share:
-        return everything, everything[:0]
-    classes = train.labels if train.labels.ndim == 1 else train.labels.argmax(1)
-    held = torch.zeros(len(train), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(mix(seed, 2))
-    for label in range(len(train.class_names)):
-        ids = torch.from_numpy(np.flatnonzero(classes == label))
-        held[ids[torch.randperm(len(ids), generator=generator)][: round(share * len(ids))]] = True
-    if not held.any() or held.all():
-        raise DataError(f"val_split={share} of {len(train)} images leaves a part empty: choose another share.")
-    return everything[~held], everything[held]
+def _known_mean_std(data: Data, defaults: Defaults) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel: the recipe's, else the weights', else ImageNet's."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-
-def _store(part: _Part, data: Data, size: tuple[int, int], say: Callable[[str], None]) -> ImageStore:
-    """The split's images from the cache; damaged ones are black."""
-    from tqdm import tqdm
-
-    rows, in_chans = part.rows, data.in_chans
-    made_of = f"{part.digest}:{in_chans}:{size}:3" + (f":{sorted(part.bad)}" if part.bad else "")
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
-
-    def decode_all() -> Tensor:
-        pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
-        quick = len(rows) < 20_000
-        for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=quick):
-            if row in part.bad:
-                continue
-            image = part.pixels(row, in_chans)
-            if image.shape[:2] != size:
-                if data.img_size is None:
-                    raise DataError(
-                        f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
-                        f"{size[0]}x{size[1]}: give --img-size to resize all to one size."
-                    )
-                resized = picture(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-                image = np.asarray(resized).reshape(*size, in_chans)
-            pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-        return pixels
-
-    return stored_images(cache_folder() / "images" / key, (len(rows), in_chans, *size), decode_all, rows.split, say)
-
-
-def _statistics(
-    data: Data, defaults: Defaults, stored: ImageStore, ids: Tensor
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: the recipe's, else the weights', else measured on the images of
-    `ids`."""
-    mean, std = data.mean or defaults.mean, data.std or defaults.std
-    if mean is None or std is None:
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        counts = torch.zeros(stored.images.shape[1], 256, dtype=torch.float64)
-        for part in ids.split(8192):
-            stored.check(part)
-            counts += torch.stack(
-                [torch.bincount(plane.flatten(), minlength=256) for plane in stored.images[part].unbind(1)]
-            )
-        counts /= counts.sum(1, keepdim=True)
-        average = counts @ levels
-        spread = (counts @ levels.square() - average.square()).clamp_min(1e-8).sqrt()
-        mean = mean or tuple(round(v, 4) for v in average.tolist())
-        std = std or tuple(max(round(v, 4), 1e-4) for v in spread.tolist())
+    grey = data.in_chans == 1
+    mean = data.mean or defaults.mean or (IMAGENET_DEFAULT_MEAN if not grey else (0.5,))
+    std = data.std or defaults.std or (IMAGENET_DEFAULT_STD if not grey else (0.5,))
     return mean, std
+
+
+def _measure_mean_std(cached: CachedImages, ids: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel of the images of `ids`, of pixels in [0, 1]."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(cached.images.shape[1], 256, dtype=torch.float64)
+    for rows in ids.split(8192):
+        cached.check(rows)
+        planes = cached.images[rows].unbind(1)
+        counts += torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in planes])
+    counts /= counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    std = (counts @ levels.square() - mean.square()).clamp_min(1e-8).sqrt()
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(max(round(v, 4), 1e-4) for v in std.tolist())

@@ -1,35 +1,41 @@
-"""Decoded small images, kept in a file of the cache that is written once, mapped, and checked.
+"""Decoded small images, cached in a file that is written once, mapped, and checked.
 
-Each image has a checksum (xxh3, 64 bits) beside it. Up to `WHOLE` bytes all are checked when the file is opened, which
-takes less time than the digest of the encoded images does. Of a larger one each image is checked when it is first read:
-training reads them in random order, so that to check them by blocks would read the whole file within a few steps.
+Each image has a checksum (xxh3, 64 bits) beside it. Up to `CHECKED_AT_ONCE` bytes all are checked when the file is
+opened, which takes less time than the digest of the encoded images. In a larger file each image is checked when it is
+first read: training reads in random order, so checking block by block would read the whole file within a few steps.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mgd_timm.data.decode import DataError
+from mgd_timm.data.corrupt_images import CheckedRows
+from mgd_timm.data.decode import DataError, to_pil
+from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.checkpoint import write_whole
 from mgd_timm.storage.lock import Lock
 from mgd_timm.storage.safetensors_header import checked_header
 
 FILE = "images.safetensors"
-WHOLE = 1 << 30  # bytes
+CHECKED_AT_ONCE = 1 << 30  # bytes
 
 
-class DamagedStoreError(DataError):
+class CorruptCacheError(DataError):
     """A file that is not as it was written."""
 
 
-class ImageStore:
+class CachedImages:
     """The images of a split, uint8 [n, c, h, w], mapped from a file.
 
     Args:
@@ -37,8 +43,8 @@ class ImageStore:
         shape: n, c, h, w.
 
     Raises:
-        DamagedStoreError: It is not as it was written, as far as it was looked at.
-        FileNotFoundError: There is none.
+        CorruptCacheError: The file is not as it was written, as far as it was checked.
+        FileNotFoundError: There is no such file.
         PermissionError: This user may not read it.
     """
 
@@ -55,79 +61,124 @@ class ImageStore:
         except PermissionError:
             raise
         except (OSError, ValueError, SafetensorError) as error:
-            raise DamagedStoreError(f"{path} is damaged ({error})") from error
+            raise CorruptCacheError(f"{path} is corrupt ({error})") from error
         self.path, self.images, self._sums = path, tensors["images"], tensors["sums"].numpy()
         self._unchecked: np.ndarray | None = np.ones(len(self._sums), dtype=bool)
-        if size <= WHOLE:
-            self._look(np.arange(len(self._sums)))
+        if size <= CHECKED_AT_ONCE:
+            self._compare(np.arange(len(self._sums)))
             self._unchecked = None
 
     def check(self, rows: Tensor) -> None:
-        """Look at those of the images that this process reads for the first time.
+        """Check those of the images that this process reads for the first time.
 
         Raises:
-            DamagedStoreError: One was changed. The file is removed, so that the next start writes it anew.
+            CorruptCacheError: One was changed. The file is removed, so that the next start writes it again.
         """
         if self._unchecked is None:
             return
         wanted = rows.cpu().numpy()
         new = np.unique(wanted[self._unchecked[wanted]])
         try:
-            self._look(new)
-        except DamagedStoreError as error:
+            self._compare(new)
+        except CorruptCacheError as error:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            gone = "delete it and" if self.path.exists() else "it is removed:"
-            raise DamagedStoreError(
-                f"{error}: {gone} start again, a run that had begun with --resume; then it is written anew from the "
+            removed = "delete it and" if self.path.exists() else "it was removed;"
+            raise CorruptCacheError(
+                f"{error}: {removed} start again (add --resume if the run had begun), which writes it again from the "
                 "source."
             ) from error
         self._unchecked[new] = False
 
-    def _look(self, rows: np.ndarray) -> None:
+    def _compare(self, rows: np.ndarray) -> None:
+        """Raise CorruptCacheError unless the images have their checksums."""
         pixels = self.images.numpy()
-        bad = [row for row in rows.tolist() if xxhash.xxh3_64_intdigest(pixels[row]) != int(self._sums[row]) % 2**64]
-        if bad:
-            first = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise DamagedStoreError(f"{self.path} is damaged (checksum of image {first})")
+        changed = [row for row in rows.tolist() if _checksum(pixels[row]) != int(self._sums[row]) % 2**64]
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise CorruptCacheError(
+                f"{self.path} is corrupt (checksum of image {', '.join(map(str, changed[:5]))}{more})"
+            )
 
 
-def stored_images(
-    place: Path, shape: Sequence[int], decode_all: Callable[[], Tensor], split: str, say: Callable[[str], None]
-) -> ImageStore:
-    """The store in a folder: found, or written where it lacks or is damaged, by one run while others wait.
+def _checksum(image: Any) -> int:
+    return xxhash.xxh3_64_intdigest(image)
+
+
+def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: Callable[[str], None]) -> CachedImages:
+    """Return the decoded images of a split from the cache; where they are not there they are decoded and cached.
 
     Args:
-        place: A folder of its own.
-        shape: n, c, h, w.
-        decode_all: Gives the images, uint8 [n, c, h, w], where they are to be written.
-        split: Its name.
-        say: Takes one line for the user.
+        split: The split. Its corrupt images are black.
+        data: Its `in_chans`; with its `img_size` images are resized, without it all must have one size.
+        size: Height and width.
+        log: Logs one line.
 
     Raises:
-        DataError: What `decode_all` raises; a file that does not read back as it was written.
-        OSError: It cannot be written.
+        DataError: An image is corrupt or of another size.
+        OSError: The cache cannot be written.
     """
-    path = place / FILE
+    from tqdm import tqdm
+
+    rows, in_chans = split.rows, data.in_chans
+    made_of = f"{split.digest}:{in_chans}:{size}:3" + (f":{sorted(split.corrupt)}" if split.corrupt else "")
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+
+    def decode_all() -> Tensor:
+        pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
+        quick = len(rows) < 20_000
+        for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=quick):
+            if row in split.corrupt:
+                continue
+            image = split.pixels(row, in_chans)
+            if image.shape[:2] != size:
+                if data.img_size is None:
+                    raise DataError(
+                        f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
+                        f"{size[0]}x{size[1]}: give --img-size to resize all to one size."
+                    )
+                resized = to_pil(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+                image = np.asarray(resized).reshape(*size, in_chans)
+            pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        return pixels
+
+    return load_or_create(cache_folder() / "images" / key, (len(rows), in_chans, *size), decode_all, rows.split, log)
+
+
+def load_or_create(
+    folder: Path, shape: Sequence[int], decode_all: Callable[[], Tensor], split: str, log: Callable[[str], None]
+) -> CachedImages:
+    """Load the images of a folder; where they are missing or corrupt one run writes them while others wait.
+
+    Args:
+        folder: A folder for these images alone.
+        shape: n, c, h, w.
+        decode_all: Returns the images, uint8 [n, c, h, w], where they are to be written.
+        split: Name of the split.
+        log: Logs one line.
+
+    Raises:
+        DataError: `decode_all` raised it, or the file does not read back as it was written.
+        OSError: The file cannot be written.
+    """
+    path = folder / FILE
     try:
-        return ImageStore(path, shape)
+        return CachedImages(path, shape)
     except FileNotFoundError:
         pass
-    except DamagedStoreError as error:
-        say(f"warning: {error}: it is written anew from the source")
-    with Lock(place, f"store of the images of {split!r} ({place})", say):
-        with contextlib.suppress(FileNotFoundError, DamagedStoreError):
-            return ImageStore(path, shape)  # another run's, meanwhile
+    except CorruptCacheError as error:
+        log(f"warning: {error}: writing it again from the source")
+    with Lock(folder, f"cached images of split {split!r} ({folder})", log):
+        with contextlib.suppress(FileNotFoundError, CorruptCacheError):
+            return CachedImages(path, shape)  # written by another run in the meantime
         images = decode_all()
         rows = images.numpy()
-        sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(
-            np.int64
-        )
+        sums = np.fromiter((_checksum(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)
         write_whole(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
-        say(f"stored {len(images)} images of {split!r}, {images.numel() / 1e6:.0f} MB")
+        log(f"cached {len(images)} images of split {split!r}, {images.numel() / 1e6:.0f} MB")
         try:
-            return ImageStore(path, shape)
-        except DamagedStoreError as error:
-            raise DamagedStoreError(
-                f"{error}, just written: choose a sound disk by the environment's MGD_TIMM_CACHE."
+            return CachedImages(path, shape)
+        except CorruptCacheError as error:
+            raise CorruptCacheError(
+                f"{error} right after it was written: use another disk, with the environment variable MGD_TIMM_CACHE."
             ) from error

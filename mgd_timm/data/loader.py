@@ -1,38 +1,146 @@
-"""Reader processes that are forked while another thread is at rest.
+"""DataLoader workers: batches that are decoded ahead of their use.
 
-Python before 3.13 copies its list of threads' lock into a forked process as it is. A thread that holds it at that
-moment (as one of gloo's may, that gives back the last reference to a tensor just after a collective) is not in the new
-process, which then waits for ever. From 3.13 on Python takes the lock itself before it forks.
+Workers are forked. Python before 3.13 copies the lock of its list of threads into the new process as it is. If another
+thread holds it at that moment (such as one of gloo's, giving back the last reference to a tensor just after a
+collective), the new process waits for ever. So each fork first waits until the other threads are idle. From 3.13 on
+Python takes the lock itself before it forks.
 """
 
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-_TASKS = Path("/proc/self/task")
-REST = 0.05
-"""Seconds, at most, that a fork waits for: a thread that computes for longer is not about to let go of anything."""
+import torch
+
+from mgd_timm.data.decode import DataError
+
+# -- batches of the workers
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def wait_for_rest(seconds: float = REST) -> bool:
-    """Wait until no other thread of this process runs, for so many seconds at most; gives whether none does (Linux)."""
+def read_ahead(
+    source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, hint: str = ""
+) -> Iterator[Any]:
+    """Yield `source[key]` of each list of keys, collated, in their order, read by workers ahead of their use.
+
+    Args:
+        source: Its items are tensors and numbers.
+        keys: One list of keys for each batch. They are drawn in this process, a few batches ahead.
+        workers: DataLoader workers; 0 reads in this process.
+        device: What the batches are for; memory is pinned for a GPU.
+        hint: Added to the message of an item's error.
+
+    Raises:
+        DataError: An item raised it.
+        RuntimeError: A worker was killed.
+    """
+    loader: Any = torch.utils.data.DataLoader(
+        _ErrorsAsItems(source),  # type: ignore[arg-type]  # a map-style data set needs only __getitem__ beside a batch sampler
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator that dropout uses
+    )
+    with _signals_blocked():
+        batches = iter(loader)
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise DataError(f"{batch} {hint}".rstrip())
+        yield batch
+
+
+class _ErrorsAsItems:
+    """`source[key]`, or the DataError that it raised: raised in a worker it would come with a traceback."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.source[key]
+        except DataError as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    failed = next((item for item in items if isinstance(item, DataError)), None)
+    return failed if failed is not None else torch.utils.data.default_collate(items)
+
+
+# -- signals
+# --------------------------------------------------------------------------------------------------------------------
+
+# macOS cannot wait for a signal and see its sender: there SIGTERM ends the workers.
+_BLOCKED = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block signals while workers start, so that a signal to the whole process group does not end them: the run first
+    saves its state, then ends them itself.
+
+    They are blocked before the start, as libraries start threads of their own in a forked process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(_: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)  # where it was not forked
+    parent = multiprocessing.parent_process()
+    if signal.SIGTERM not in _BLOCKED or parent is None:
+        return
+
+    def wait() -> None:
+        # multiprocessing ends a worker that is still there at the parent's exit with a SIGTERM, and waits for it.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# -- forks
+# --------------------------------------------------------------------------------------------------------------------
+
+_THREADS = Path("/proc/self/task")
+MAX_WAIT = 0.05
+"""Seconds, at most, that a fork waits: a thread that computes for longer is not about to release a lock."""
+
+
+def wait_for_idle_threads(seconds: float = MAX_WAIT) -> bool:
+    """Wait until no other thread of this process runs, for at most so many seconds (Linux).
+
+    Returns:
+        Whether none runs.
+    """
     own, deadline = str(threading.get_native_id()), time.monotonic() + seconds
-    while any(_runs(task) for task in os.listdir(_TASKS) if task != own):
+    while any(_is_running(thread) for thread in os.listdir(_THREADS) if thread != own):
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.0002)  # which lets a thread go on that waits for the interpreter
+        time.sleep(0.0002)  # lets a thread go on that waits for the interpreter
     return True
 
 
-def _runs(task: str) -> bool:
+def _is_running(thread: str) -> bool:
     try:
-        line = (_TASKS / task / "stat").read_bytes()
+        line = (_THREADS / thread / "stat").read_bytes()
     except OSError:  # it has ended
         return False
     return line[line.rindex(b")") + 2 :].startswith(b"R")
 
 
-if sys.version_info < (3, 13) and _TASKS.is_dir():
-    os.register_at_fork(before=wait_for_rest)
+if sys.version_info < (3, 13) and _THREADS.is_dir():
+    os.register_at_fork(before=wait_for_idle_threads)

@@ -1,7 +1,7 @@
-"""What a student is taught on: the training images in repeated augmentation and mixed, where a recipe asks for it.
+"""The student's source: the training images with repeated augmentation, mixup and cutmix.
 
-Heads, and what else is fitted before the run, see the images as they are: what a teacher shows of a mixed batch has no
-image of its own to be kept under.
+Heads, and whatever else is fitted before the run, see the images unmixed: a teacher's output for a mixed batch belongs
+to no single image, so it could not be stored by sample id.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,25 +9,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mgd_timm.data.dataset import Images, Source, epoch_ids
+from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import repeated_order
-from mgd_timm.data.transforms import distributions, mixed
+from mgd_timm.data.sources import Source, epoch_ids
+from mgd_timm.data.transforms import mix_batch, to_distributions
 from mgd_timm.features import Batch
-from mgd_timm.recipe.recipe import Data, Recipe
+from mgd_timm.recipe.recipe import Data
 
-MIXED = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch", "aug_repeats"}
-"""Options of Data that are of the student's batches alone."""
+MIXING_OPTIONS = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch", "aug_repeats"}
+"""Options of Data that only the student's batches depend on."""
 
 
-class Taught:
-    """A Source of another one's images, as a student is taught on them.
+def mixed_source(images: Images, data: Data, seed: int) -> Source:
+    """Return the training images as `data` shows them to the student: mixed and repeated, or the source itself."""
+    if not (data.mixup or data.cutmix or data.aug_repeats > 1):
+        return images.train
+    return MixedSource(images.train, data, seed, images.num_samples, images.num_classes)
+
+
+class MixedSource:
+    """A Source of another source's images, with repeated augmentation and mixed.
 
     Args:
         source: The training images.
-        data: Alphas, probabilities and repeats.
-        seed: Of the mixing.
-        num_samples: Rows of the split that the source's ids are of.
+        data: Its alphas, probabilities and repeats.
+        seed: Seed of the mixing.
+        num_samples: Rows of the split that the source's ids index.
         num_classes: Classes of the labels.
     """
 
@@ -37,30 +45,21 @@ class Taught:
         self.ids, self.labels, self.digest = source.ids, source.labels, source.digest
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """An epoch's ids: a further augmentation of an image is its id plus a multiple of the number of samples."""
+        """Return an epoch's ids: a further augmentation of an image is its id plus a multiple of `num_samples`."""
         if self.data.aug_repeats < 2:
             return epoch_ids(self.source, seed, epoch)
         positions, repeats = repeated_order(len(self.ids), self.data.aug_repeats, seed, epoch)
         return self.ids[positions] + self.num_samples * repeats
 
-    def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """The source's batches; with mixing, labels are distributions, also where chance or the recipe spares a
-        batch."""
+    def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
+        """Yield the source's batches. With mixing all labels are distributions, also of batches that stay unmixed."""
         mixing = bool(self.data.mixup or self.data.cutmix)
         off = self.data.mixup_off_epoch
-        for slot, batch in zip(slots, self.source.batches(slots, epoch, device), strict=True):
+        for ids, batch in zip(micro_batches, self.source.batches(micro_batches, epoch, device), strict=True):
             if not mixing:
                 yield batch
                 continue
-            images, labels = batch.images, distributions(batch.labels, self.num_classes)
+            images, labels = batch.images, to_distributions(batch.labels, self.num_classes)
             if not off or epoch < off:
-                images, labels = mixed(images, labels, mix(self.seed, 7, epoch, *slot.tolist()), self.data)
+                images, labels = mix_batch(images, labels, mix(self.seed, 7, epoch, *ids.tolist()), self.data)
             yield Batch(images, labels, batch.sample_ids)
-
-
-def taught(images: Images, recipe: Recipe) -> Source:
-    """The training images as a recipe's student is taught on them."""
-    data = recipe.data
-    if not (data.mixup or data.cutmix or data.aug_repeats > 1):
-        return images.train
-    return Taught(images.train, data, recipe.seed, images.num_samples, images.num_classes)

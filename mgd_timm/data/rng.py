@@ -10,14 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-_MASK = (1 << 64) - 1
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 def mix(*key: int) -> int:
-    """A 63-bit hash of integers (SplitMix64: Steele, Lea, Flood, OOPSLA 2014); for seeds."""
+    """Hash integers to a seed of 63 bits (SplitMix64: Steele, Lea, Flood, OOPSLA 2014)."""
     state = 0
     for part in key:
         state = (state ^ (part & _MASK)) & _MASK
@@ -37,8 +34,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) -> Float[Tensor, "b draws"]:
-    """Numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in any
-    batch."""
+    """Return numbers in [0, 1), float64, each a hash of (seed, epoch, sample id, draw): the same on every device and in
+    any batch."""
     offsets = torch.arange(draws, device=sample_ids.device, dtype=torch.int64) * _signed(_GOLDEN)
     x = (sample_ids.to(torch.int64) * _signed(0xD1342543DE82EF95))[:, None] + offsets + _signed(mix(seed, epoch) << 1)
     for _ in range(2):  # a second round costs next to nothing
@@ -50,19 +47,18 @@ def uniform(sample_ids: Int[Tensor, " b"], seed: int, epoch: int, draws: int) ->
 
 
 def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor, "b draws"]:
-    """Standard normal numbers, float64, each a function of (seed, sample id, draw): of two uniform ones, by Box and
-    Muller.
+    """Return standard normal numbers, float64, each a function of (seed, sample id, draw), by Box and Muller.
 
     Reference: Box, Muller, "A Note on the Generation of Random Normal Deviates" (Annals of Mathematical Statistics 29,
     1958).
 
     Args:
-        sample_ids: One row of numbers for each.
-        seed: Of a stream of its own: none of the numbers that order and augmentation draw under this seed.
-        draws: Numbers per sample. The first ones are the same for any number.
+        sample_ids: Ids; one row of numbers for each.
+        seed: The numbers are independent of those that order and augmentation draw with the same seed.
+        draws: Numbers per sample. The first ones do not depend on `draws`.
 
     Returns:
-        Numbers of at most 8.6 in size. Devices may differ in the last bits of their logarithm and cosine.
+        Numbers of absolute value 8.6 at most. Devices may differ in the last bits of their logarithm and cosine.
     """
     u = uniform(sample_ids, mix(seed, 5), 0, draws + draws % 2)
     radius = (-2 * torch.log1p(-u[:, 0::2])).sqrt()  # of 1 - u, which is never 0
@@ -72,7 +68,7 @@ def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """timm draws from three global generators: seeded for a while, and left as they were found. None seeds nothing."""
+    """Seed the three global generators that timm draws from, and restore them at exit. None does nothing."""
     if seed is None:
         yield
         return
@@ -89,7 +85,5 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def set_seed(*key: int) -> None:
-    """Seed torch for what is drawn next (initial weights)."""
-    from mgd_timm.data.rng import mix
-
+    """Seed torch's generators for what is drawn next, such as initial weights."""
     torch.manual_seed(mix(*key))

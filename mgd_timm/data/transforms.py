@@ -1,10 +1,15 @@
-"""What timm does to batches: random erasing, mixup and cutmix; once, so that teacher and student see the same picture.
+"""Everything random that is done to pixels.
 
-Erasing is a function of (seed, epoch, sample), mixing of (seed, epoch, the samples of the batch): a batch is mixed
-within itself.
+- Small images (up to `SMALL` pixels a side, such as 32x32): `augment_small` crops, flips and erases a batch.
+- Large images: `timm_transform`, timm's transform of one image, in a DataLoader worker.
+- Batches of both: `mix_batch`, mixup and cutmix, once, so that teacher and student see the same images.
+
+Crops, flips and boxes are a function of (seed, epoch, sample id), mixing of (seed, epoch, sample ids of the batch).
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,130 +17,73 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgd_timm.data.decode import DataError
 from mgd_timm.data.rng import mix, normal, seeded, uniform
+from mgd_timm.features import Defaults
 from mgd_timm.recipe.recipe import Data
 
-_TRIES = 10  # for a box that fits, as timm has it
+SMALL = 96
+"""Pixels a side: up to here a decoded image is cached, as it costs less to store than to decode again."""
+
+_TRIES = 10  # for a box that fits, as in timm
 _AREA, _RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
-def erase(
-    images: Float[Tensor, "b c h w"],
+# -- small images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def augment_small(
+    images: UInt8[Tensor, "b c h w"],
     keys: Int[Tensor, " b"],
     seed: int,
     epoch: int,
-    probability: float,
-    mode: str,
-    count: int,
+    data: Data,
+    mean: Tensor,
+    std: Tensor,
 ) -> Float[Tensor, "b c h w"]:
-    """Normalised images with boxes erased, by (seed, epoch, key) alone: timm's RandomErasing as one operation on a
-    batch.
-
-    A box has 2 % to a third of the image's area, over the number of boxes, and a ratio of height to width from 0.3 to 1
-    / 0.3, uniform in its logarithm.
-
-    Reference: Zhong et al., "Random Erasing Data Augmentation" (arXiv 1708.04896).
+    """Return a batch of small images cropped, flipped, normalised and erased, by (seed, epoch, key) alone.
 
     Args:
-        images: Of mean 0 and standard deviation 1.
-        keys: What the images' randomness goes by.
-        seed, epoch: What else it goes by.
-        probability: Of an image being erased at all.
-        mode: const, rand or pixel: 0, a normal number per box and channel, or one per pixel and channel.
-        count: Largest number of boxes; 1 to `count` with equal probability.
+        images: The batch.
+        keys: Sample ids; an id plus a multiple of the number of samples is another augmentation of the same image.
+        seed, epoch: What the draws depend on, beside the keys.
+        data: Its `pad`, `hflip`, `reprob`, `remode` and `recount`.
+        mean, std: [c, 1, 1], of pixels in [0, 1].
     """
-    b, c, h, w = images.shape
-    draws = uniform(keys, mix(seed, 8), epoch, 2 + 4 * count * _TRIES)
-    boxes = 1 + (draws[:, 1] * count).long()
-    tries = draws[:, 2:].reshape(b, count, _TRIES, 4)
-    area = (_AREA[0] + tries[..., 0] * (_AREA[1] - _AREA[0])) * (h * w) / boxes[:, None, None]
-    ratio = (math.log(_RATIO[0]) + tries[..., 1] * math.log(_RATIO[1] / _RATIO[0])).exp()
-    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (heights < h) & (widths < w)
-    first = fits.long().argmax(2, keepdim=True)
-    height, width, u, v = (x.gather(2, first).squeeze(2) for x in (heights, widths, tries[..., 2], tries[..., 3]))
-    top, left = (u * (h - height + 1)).floor(), (v * (w - width + 1)).floor()
-    drawn = (draws[:, :1] < probability) & fits.any(2) & (torch.arange(count, device=keys.device) < boxes[:, None])
-    rows, columns = torch.arange(h, device=keys.device), torch.arange(w, device=keys.device)
-    numbers = {"const": 0, "rand": c * count, "pixel": c * h * w}[mode]
-    if (
-        images.device.type == "cpu"
-    ):  # of those that are erased alone, which takes most of the time; a GPU would wait for their number
-        some = drawn.any(1)
-        noise = images.new_zeros(b, numbers)
-        noise[some] = normal(keys[some], mix(seed, 9, epoch), numbers).to(images.dtype)
-    else:
-        noise = normal(keys, mix(seed, 9, epoch), numbers).to(images.dtype)
-    for box in range(count):
-        y, x, bottom, right = (z[:, box, None] for z in (top, left, top + height, left + width))
-        inside = ((rows >= y) & (rows < bottom))[:, :, None] & ((columns >= x) & (columns < right))[:, None, :]
-        inside = inside & drawn[:, box, None, None]
-        if mode == "const":
-            value = torch.zeros_like(images)
-        elif mode == "rand":
-            value = noise[:, box * c : (box + 1) * c, None, None]
-        else:
-            value = noise.reshape(images.shape)
-        images = torch.where(inside[:, None], value, images)
-    return images
+    moved = pad_crop_flip(images, keys, seed, epoch, pad=data.pad, hflip=data.hflip)
+    normalised = normalise(moved, mean, std)
+    if not data.reprob:
+        return normalised
+    return erase(normalised, keys, seed, epoch, data.reprob, data.remode, data.recount)
 
 
-def mixed(
-    images: Float[Tensor, "b c h w"], labels: Float[Tensor, "b k"], key: int, data: Data
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-    """A batch mixed with itself in reverse order, by mixup or cutmix with one coefficient, and the labels'
-    distributions alike.
+def check_small_options(data: Data) -> None:
+    """Check that no option is given that only large images have.
 
-    mixup: lam x_i + (1 - lam) x_j with lam of Beta(alpha, alpha); cutmix: x_i with a box of x_j, lam the share that is
-    left.
-
-    Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (arXiv 1710.09412); Yun et al., "CutMix" (arXiv
-    1905.04899); timm's Mixup of mode "batch", whose order of draws this is.
-
-    Differs: a batch of odd size is taken too (its middle image stays). Labels are not smoothed here: the
-    cross-entropy's own smoothing does it, and as both are affine, timm's order of the two gives the same loss.
-
-    Args:
-        images, labels: Of the batch.
-        key: The seed of this batch.
-        data: Alphas and probabilities; one alpha at least is positive.
+    Raises:
+        DataError: One is.
     """
-    from timm.data.mixup import cutmix_bbox_and_lam
-
-    with seeded(key):
-        if np.random.rand() >= data.mixup_prob:
-            return images, labels
-        cut = bool(data.cutmix) and (not data.mixup or np.random.rand() < data.mixup_switch_prob)
-        alpha = data.cutmix if cut else data.mixup
-        share = float(np.random.beta(alpha, alpha))
-        if cut:
-            (y, bottom, x, right), share = cutmix_bbox_and_lam(images.shape, share)
-            share = float(share)  # of numpy
-    if cut:
-        images = images.clone()
-        images[:, :, y:bottom, x:right] = images.flip(0)[:, :, y:bottom, x:right]
-    else:
-        images = images * share + images.flip(0) * (1 - share)
-    return images, labels * share + labels.flip(0) * (1 - share)
+    for name in ("aa", "color_jitter", "train_interpolation"):
+        if getattr(data, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"{flag} {getattr(data, name)}: images of {SMALL} pixels or less take only --pad, --hflip, --reprob, "
+                f"--mixup and --cutmix. Leave {flag} out, or resize with --img-size {SMALL + 1} or more."
+            )
 
 
-def distributions(labels: Int[Tensor, " b"] | Float[Tensor, "b k"], num_classes: int) -> Float[Tensor, "b k"]:
-    """Labels as distributions over classes, float32."""
-    return labels.float() if labels.is_floating_point() else F.one_hot(labels.long(), num_classes).float()
-
-
-def augment(
+def pad_crop_flip(
     images: UInt8[Tensor, "b c h w"],
-    sample_ids: Int[Tensor, " b"],
+    keys: Int[Tensor, " b"],
     seed: int,
     epoch: int,
     *,
     pad: int,
     hflip: float,
 ) -> UInt8[Tensor, "b c h w"]:
-    """Zero-pad by `pad` pixels, crop at random to the former size, flip left-right with probability `hflip`: as one
-    gather."""
-    draws = uniform(sample_ids, seed, epoch, 3)
+    """Zero-pad by `pad` pixels, crop at random to the original size, flip left-right with probability `hflip`."""
+    draws = uniform(keys, seed, epoch, 3)
     _, channels, height, width = images.shape
     top = (draws[:, 0] * (2 * pad + 1)).long()
     left = (draws[:, 1] * (2 * pad + 1)).long()
@@ -149,5 +97,175 @@ def augment(
 
 
 def normalise(images: UInt8[Tensor, "b c h w"], mean: Tensor, std: Tensor) -> Float[Tensor, "b c h w"]:
-    """(pixels / 255 - mean) / std in float32; mean and std [c, 1, 1] of pixels in [0, 1]."""
+    """Return (pixels / 255 - mean) / std in float32; mean and std are [c, 1, 1], of pixels in [0, 1]."""
     return images.float().sub_(mean * 255).div_(std * 255)
+
+
+def erase(
+    images: Float[Tensor, "b c h w"],
+    keys: Int[Tensor, " b"],
+    seed: int,
+    epoch: int,
+    probability: float,
+    mode: str,
+    count: int,
+) -> Float[Tensor, "b c h w"]:
+    """Erase boxes of normalised images, by (seed, epoch, key) alone: timm's RandomErasing as one operation on a batch.
+
+    A box has 2 % to a third of the image's area, divided by the number of boxes, and a ratio of height to width from
+    0.3 to 1 / 0.3, uniform in its logarithm.
+
+    Reference: Zhong et al., "Random Erasing Data Augmentation" (arXiv 1708.04896).
+
+    Args:
+        images: Of mean 0 and standard deviation 1.
+        keys: Sample ids.
+        seed, epoch: What the draws depend on, beside the keys.
+        probability: Probability that an image is erased at all.
+        mode: const (0), rand (a normal number per box and channel) or pixel (one per pixel and channel).
+        count: Largest number of boxes; each number from 1 to `count` is equally likely.
+    """
+    b, c, h, w = images.shape
+    draws = uniform(keys, mix(seed, 8), epoch, 2 + 4 * count * _TRIES)
+    boxes = 1 + (draws[:, 1] * count).long()
+    tries = draws[:, 2:].reshape(b, count, _TRIES, 4)
+    area = (_AREA[0] + tries[..., 0] * (_AREA[1] - _AREA[0])) * (h * w) / boxes[:, None, None]
+    ratio = (math.log(_RATIO[0]) + tries[..., 1] * math.log(_RATIO[1] / _RATIO[0])).exp()
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (heights < h) & (widths < w)
+    first = fits.long().argmax(2, keepdim=True)
+    height, width, u, v = (x.gather(2, first).squeeze(2) for x in (heights, widths, tries[..., 2], tries[..., 3]))
+    top, left = (u * (h - height + 1)).floor(), (v * (w - width + 1)).floor()
+    erased = (draws[:, :1] < probability) & fits.any(2) & (torch.arange(count, device=keys.device) < boxes[:, None])
+    rows, columns = torch.arange(h, device=keys.device), torch.arange(w, device=keys.device)
+    noise = _erasing_noise(images, keys, mix(seed, 9, epoch), mode, count, erased.any(1))
+    for box in range(count):
+        y, x, bottom, right = (z[:, box, None] for z in (top, left, top + height, left + width))
+        inside = ((rows >= y) & (rows < bottom))[:, :, None] & ((columns >= x) & (columns < right))[:, None, :]
+        inside = inside & erased[:, box, None, None]
+        if mode == "const":
+            value = torch.zeros_like(images)
+        elif mode == "rand":
+            value = noise[:, box * c : (box + 1) * c, None, None]
+        else:
+            value = noise.reshape(images.shape)
+        images = torch.where(inside[:, None], value, images)
+    return images
+
+
+def _erasing_noise(images: Tensor, keys: Tensor, seed: int, mode: str, count: int, some: Tensor) -> Tensor:
+    """Return the normal numbers that fill boxes, [b, numbers]; on a CPU only of the images that are erased."""
+    b, c, h, w = images.shape
+    numbers = {"const": 0, "rand": c * count, "pixel": c * h * w}[mode]
+    if images.device.type != "cpu":  # a GPU would wait for the number of erased images
+        return normal(keys, seed, numbers).to(images.dtype)
+    noise = images.new_zeros(b, numbers)
+    noise[some] = normal(keys[some], seed, numbers).to(images.dtype)
+    return noise
+
+
+# -- large images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def timm_transform(
+    data: Data,
+    defaults: Defaults,
+    size: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    training: bool,
+) -> Callable[[Any], Tensor]:
+    """Return timm's transform of a PIL image into a normalised tensor.
+
+    Args:
+        data: The options of the data.
+        defaults: Interpolation and crop of evaluation where `data` leaves them open.
+        size: Channels, height and width of the tensor.
+        mean, std: Per channel, of pixels in [0, 1].
+        training: Augment; otherwise resize and crop the centre.
+
+    Raises:
+        DataError: An interpolation or a policy that timm does not know.
+    """
+    from timm.data.transforms_factory import create_transform
+
+    _check_interpolations(data)
+    interpolation = data.interpolation or defaults.interpolation
+    common: dict[str, Any] = {"input_size": size, "mean": tuple(mean), "std": tuple(std)}
+    if not training:
+        return create_transform(**common, interpolation=interpolation, crop_pct=data.crop_pct or defaults.crop_pct)
+    common |= {"interpolation": data.train_interpolation or interpolation, "scale": data.scale, "ratio": data.ratio}
+    common |= {"hflip": data.hflip, "auto_augment": data.aa, "color_jitter": data.color_jitter or None}
+    common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}
+    try:
+        return create_transform(**common, is_training=True)
+    except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
+        raise DataError(
+            f"timm cannot make a transform of --aa {data.aa} --color-jitter {data.color_jitter} ({error}): expected a "
+            "policy such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
+        ) from error
+
+
+def _check_interpolations(data: Data) -> None:
+    from timm.data.transforms import str_to_interp_mode
+
+    choices = {"interpolation": "bilinear or bicubic", "train_interpolation": "bilinear, bicubic or random"}
+    for name, expected in choices.items():
+        value = getattr(data, name)
+        if value is None or (name == "train_interpolation" and value == "random"):
+            continue
+        try:
+            str_to_interp_mode(value)
+        except KeyError as error:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected {expected}.") from error
+
+
+# -- batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mix_batch(
+    images: Float[Tensor, "b c h w"], labels: Float[Tensor, "b k"], seed: int, data: Data
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
+    """Mix a batch with itself in reverse order, by mixup or cutmix with one coefficient; and its labels alike.
+
+    mixup: lam x_i + (1 - lam) x_j with lam from Beta(alpha, alpha); cutmix: x_i with a box of x_j, lam is the share of
+    x_i that is left.
+
+    Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (arXiv 1710.09412); Yun et al., "CutMix" (arXiv
+    1905.04899); timm's Mixup with mode "batch", whose order of draws this is.
+
+    Differs: a batch of odd size is taken too (its middle image stays). Labels are not smoothed here but by the
+    cross-entropy: as both are affine, timm's order of the two gives the same loss.
+
+    Args:
+        images, labels: The batch; labels are distributions over classes.
+        seed: Seed of this batch.
+        data: Its `mixup`, `cutmix`, `mixup_prob` and `mixup_switch_prob`; one alpha at least is positive.
+
+    Returns:
+        The mixed images and labels.
+    """
+    from timm.data.mixup import cutmix_bbox_and_lam
+
+    with seeded(seed):
+        if np.random.rand() >= data.mixup_prob:
+            return images, labels
+        use_cutmix = bool(data.cutmix) and (not data.mixup or np.random.rand() < data.mixup_switch_prob)
+        alpha = data.cutmix if use_cutmix else data.mixup
+        lam = float(np.random.beta(alpha, alpha))
+        if use_cutmix:
+            (top, bottom, left, right), lam = cutmix_bbox_and_lam(images.shape, lam)
+            lam = float(lam)  # a numpy number
+    if use_cutmix:
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+    else:
+        images = images * lam + images.flip(0) * (1 - lam)
+    return images, labels * lam + labels.flip(0) * (1 - lam)
+
+
+def to_distributions(labels: Int[Tensor, " b"] | Float[Tensor, "b k"], num_classes: int) -> Float[Tensor, "b k"]:
+    """Return labels as distributions over classes, float32."""
+    return labels.float() if labels.is_floating_point() else F.one_hot(labels.long(), num_classes).float()

@@ -106,7 +106,7 @@ def images_of(recipe: Recipe) -> Images:
     """
     accelerator = join()
     return load_images(
-        recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), say=accelerator.print
+        recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), log=accelerator.print
     )
 
 
@@ -144,7 +144,7 @@ def stage(
     initial = recipe.student_checkpoint
     made_of = {
         "recipe": as_dict(recipe, digest_only=True),
-        "images": [source.digest if source is not None else None for source in (images.train, images.watched)],
+        "images": [source.digest if source is not None else None for source in (images.train, images.evaluation)],
         "from": made_from or {},
         "initial": checkpoint.sha256(Path(initial)) if initial is not None else None,
         "precision": recipe.amp_dtype if recipe.amp else str(accelerator.mixed_precision),

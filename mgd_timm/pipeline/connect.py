@@ -12,8 +12,9 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.terms import Terms
-from mgd_timm.data.dataset import Images, StoreSource
+from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
+from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, show_as_many
 from mgd_timm.granularity import MAG
@@ -241,7 +242,7 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
 def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) -> None:
     """Let timm show images to the exported model as they were shown here: small ones whole, others by their centre."""
     data = recipe.data
-    small = isinstance(images.train, StoreSource)
+    small = isinstance(images.train, SmallImageSource)
     shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
     describe(
         model,

@@ -10,8 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from mgd_timm.data.dataset import Images, Source, load_images
-from mgd_timm.data.mixed_source import taught
+from mgd_timm.data.dataset import Images, load_images
+from mgd_timm.data.mixed_source import mixed_source
+from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
@@ -71,7 +72,7 @@ def run(
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = defaults_of(recipe, models[0] if models else None, student)
     main_first = partial(local_main_first, accelerator)
-    images = load_images(recipe.data, recipe.seed, defaults, say=accelerator.print, main_first=main_first)
+    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
     adapt_teachers_to_data(models, recipe, images)
     networks = connect(recipe, terms, images, accelerator, models, student)
     context = context_of(recipe, images, accelerator, quiet=quiet)
@@ -114,13 +115,13 @@ def _evaluate_teachers(
 ) -> dict[str, Any]:
     """Log each teacher's accuracy on the data, before the first epoch; `teacher_top1` of the summary."""
     found: list[float | None] = []
-    for teacher in teachers if images.watched is not None else ():
-        assert images.watched is not None
+    for teacher in teachers if images.evaluation is not None else ():
+        assert images.evaluation is not None
         if not teacher.shows_logits:
             accelerator.print(f"teacher {teacher.tap.name}: no accuracy, as it shows no logits of these classes")
             found.append(None)
             continue
-        row = evaluate_taps({"teacher": teacher}, images.watched, accelerator, batch_size)["teacher"]
+        row = evaluate_taps({"teacher": teacher}, images.evaluation, accelerator, batch_size)["teacher"]
         found.append(row["top1"])
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
@@ -176,7 +177,7 @@ def _train_student(
         count = sum(p.numel() for p in tap.parameters())
         size = "x".join(map(str, images.input_size))
         accelerator.print(f"{role} {tap.name}: {count:,} parameters, {size} images")
-    if images.watched is None:
+    if images.evaluation is None:
         accelerator.print("no evaluation split: use --val-split 0.1 to hold one out")
     teach: Teach | None = None
     if stored is not None:
@@ -185,13 +186,15 @@ def _train_student(
         teach = Live(*teachers)
     return fit(
         trainee,
-        taught(images, recipe) if stored is None else stored,
+        mixed_source(images, recipe.data, recipe.seed) if stored is None else stored,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
         batch_size=recipe.data.batch_size,
         teach=teach,
-        watch=_evaluation_of(networks, images.watched, recipe, accelerator) if images.watched is not None else None,
+        watch=_evaluation_of(networks, images.evaluation, recipe, accelerator)
+        if images.evaluation is not None
+        else None,
         averaged=networks.student,
         compile=recipe.compile,
         upkeep=Upkeep(

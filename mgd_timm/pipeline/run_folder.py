@@ -103,8 +103,8 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[st
     kept = replace(recipe, resume=False, optim=replace(recipe.optim, grad_accum_steps=steps))
     texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(kept), sort_keys=False)}
     texts["versions.json"] = lambda: json.dumps(versions(), indent=2) + "\n"
-    if images.bad:
-        texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.bad)
+    if images.corrupt:
+        texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.corrupt)
     for name, text in texts.items():
         if not (folder / name).exists():  # of a start that was killed, or to be kept
             checkpoint.write_text(folder / name, text())

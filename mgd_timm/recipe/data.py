@@ -1,4 +1,4 @@
-"""The part of a recipe that says which images a run sees, and how they are shown."""
+"""`Data`: the options of a recipe that choose a data set and its augmentation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,69 +9,71 @@ from mgd_timm.recipe.options import check_choices, option
 
 @dataclass(frozen=True)
 class Data:
-    """Which images, and how they are shown."""
+    """Options of the data."""
 
-    dataset: str = option("embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder", digest=False)
+    dataset: str = option("embedded", "'embedded' (part of Fashion-MNIST), a hub id or a folder", digest=False)
     data_dir: str | None = option(
-        None, "folder of parquet/arrow files or of images in class folders; instead of --dataset", digest=False
+        None,
+        "folder with images in class folders, or with tar, parquet, arrow or npy files; instead of --dataset",
+        digest=False,
     )
-    dataset_config: str | None = option(None, "configuration name of a hub data set that has several")
-    input_key: str | None = option(None, "image column; found by its type by default")
-    target_key: str | None = option(None, "label column; found by its type by default")
+    dataset_config: str | None = option(None, "configuration of a hub data set that has several")
+    input_key: str | None = option(None, "image column; default: found by its type")
+    target_key: str | None = option(None, "label column; default: found by its type")
     train_split: str = option("train", "split to train on")
     eval_split: str | None = option(
         None, "split to evaluate on; default: test, validation, valid or val, whichever exists"
     )
     val_split: float = option(
-        0.0, "share of the training images (0 to 0.5) cut off, class by class, to evaluate on each epoch"
+        0.0, "share of the training images (0 to 0.5) held out, per class, to evaluate on each epoch"
     )
-    streaming: bool = option(False, "read images one after the other, from the hub or files, and keep none on disk")
+    streaming: bool = option(False, "stream images from the hub or from files, without storing them on disk")
     shuffle_buffer: int = option(
-        4096, "streaming: encoded images in memory that the next one is drawn from, in each process"
+        4096, "with --streaming: encoded images in memory, per process, from which the next one is drawn"
     )
     num_samples: int | None = option(
-        None, "streaming: training images of an epoch; default: what the data set says of itself"
+        None, "with --streaming: training images per epoch; default: the number that the data set states"
     )
-    num_classes: int | None = option(None, "streaming: classes, where labels are numbers without names")
-    img_size: int | None = option(None, "side in pixels; default: the images' own where small, else the model's")
-    in_chans: int = option(3, "3 for colour, 1 for grey")
+    num_classes: int | None = option(None, "with --streaming: number of classes, if labels are numbers without names")
+    img_size: int | None = option(
+        None, "image side in pixels; default: the images' own if they are small, else the model's"
+    )
+    in_chans: int = option(3, "image channels: 3 (colour) or 1 (grey)")
     mean: tuple[float, ...] | None = option(
-        None, "per channel, of pixels in [0, 1]; default: the weights', else the images' own"
+        None, "mean per channel, of pixels in [0, 1]; default: that of the weights, else of the images"
     )
-    std: tuple[float, ...] | None = option(None, "as --mean")
-    batch_size: int = option(64, "images per process and step, at most", digest=False)
+    std: tuple[float, ...] | None = option(None, "standard deviation per channel, as --mean")
+    batch_size: int = option(64, "most images per process and step", digest=False)
     validation_batch_size: int = option(256, "images per process and evaluation step", digest=False)
-    workers: int = option(2, "loader processes for large images", digest=False)
-    max_bad: int = option(0, "damaged images that are left out, with a list of their names; more are refused")
-    pad: int = option(4, "small images: zero padding in pixels before the random crop; 0 for no crop")
+    workers: int = option(2, "DataLoader workers per process, for large images", digest=False)
+    max_bad: int = option(0, "skip up to N corrupt images and list them in bad_images.txt; more are an error")
+    pad: int = option(4, "small images: zero padding in pixels before a random crop; 0: no crop")
     hflip: float = option(0.5, "probability of a horizontal flip")
-    scale: tuple[float, ...] = option((0.08, 1.0), "large images: share of the area of a random crop")
-    ratio: tuple[float, ...] = option((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop")
+    scale: tuple[float, ...] = option((0.08, 1.0), "large images: range of a random crop's share of the area")
+    ratio: tuple[float, ...] = option((0.75, 4.0 / 3.0), "large images: range of a random crop's aspect ratio")
     aa: str | None = option(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5")
-    color_jitter: float = option(0.0, "large images: strength of colour jitter; as in timm none beside --aa")
+    color_jitter: float = option(0.0, "large images: strength of colour jitter; timm ignores it with --aa")
     reprob: float = option(0.0, "probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = option(
-        "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"
+        "pixel", "random erasing fills with: const (the mean), rand (one colour per box), pixel (one per pixel)"
     )
-    recount: int = option(1, "largest number of boxes that are erased of an image")
+    recount: int = option(1, "random erasing: most boxes per image")
     mixup: float = option(
-        0.0, "alpha of mixup: student and teacher see mixed images (heads are fitted on images as they are); 0: none"
+        0.0, "alpha of mixup, seen by student and teacher; heads are fitted on unmixed images; 0: no mixup"
     )
     cutmix: float = option(0.0, "alpha of cutmix, as --mixup")
     mixup_prob: float = option(1.0, "probability that a batch is mixed")
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where there are both")
-    mixup_off_epoch: int = option(0, "epoch from which on nothing is mixed; 0: never")
+    mixup_switch_prob: float = option(0.5, "probability of cutmix instead of mixup if both are on")
+    mixup_off_epoch: int = option(0, "first epoch without mixup and cutmix; 0: never off")
     aug_repeats: int = option(
-        0,
-        "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the "
-        "images",
+        0, "repeated augmentation: augmentations per image, in a row; an epoch stays as long and shows fewer images"
     )
     crop_pct: float | None = option(
         None, "large images: share of the resized side that evaluation crops; default: the model's"
     )
     interpolation: str | None = option(None, "large images: bilinear or bicubic; default: the model's")
     train_interpolation: str | None = option(
-        None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
+        None, "large images: interpolation of training crops, or random; default: as --interpolation"
     )
 
     def __post_init__(self) -> None:
@@ -148,7 +150,7 @@ OF_TRAINING = frozenset(
 )
 OF_TRAINING |= {"reprob", "remode", "recount", "aug_repeats"}
 OF_TRAINING |= {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch"}
-"""Options of Data that say nothing about how images are evaluated."""
+"""Options of Data that only training uses, not evaluation."""
 
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"

@@ -51,7 +51,9 @@ def fit_heads(
         "heads": as_dict(replace(options, abstract_weight=1.0, detailed_weight=1.0)),
         **context.teacher_fingerprint(teacher),
         "logits": teacher.shows_logits,
-        "watched": images.watched.digest if images.watched is not None else None,  # as metrics are cached with them
+        "watched": images.evaluation.digest
+        if images.evaluation is not None
+        else None,  # as metrics are cached with them
     }
     if store is not None:
         made_of["store"] = store.digest
@@ -121,7 +123,7 @@ def _fit_fresh(
         batch_size=max(2, -(-options.heads_batch_size // accelerator.num_processes)),  # one step of all processes
         teach=stored.features if stored is not None else Live(teacher),
         compile=context.compile,
-        watch=_HeadsEvaluation(heads, teacher, context) if images.watched is not None else None,
+        watch=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
         upkeep=replace(
             upkeep,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
@@ -152,14 +154,14 @@ class _HeadsEvaluation:
     """Top-1 of the teacher, of each head and of the stable logits, on teacher outputs that are computed once."""
 
     def __init__(self, heads: GranularityHeads, teacher: Teacher, context: RunContext) -> None:
-        assert context.images.watched is not None
+        assert context.images.evaluation is not None
         self.heads, self.accelerator = heads, context.accelerator
         self.batch_size = context.data.validation_batch_size
         names = [g.name for g in heads.granularities]
         self.names = (*(["teacher"] if teacher.shows_logits else []), *names, "stable")
         self.stored = store_outputs(
             lambda batch: teacher(batch.images),
-            context.images.watched,
+            context.images.evaluation,
             1,
             context.accelerator,
             self.batch_size,

@@ -12,14 +12,15 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from mgd_timm.data.dataset import Images, cache_folder
-from mgd_timm.data.mixed_source import MIXED
+from mgd_timm.data.dataset import Images
+from mgd_timm.data.mixed_source import MIXING_OPTIONS
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.storage import checkpoint
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.lock import Lock
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import Metrics
@@ -84,7 +85,7 @@ class RunContext:
             "channels_last": self.channels_last,
             "view": view.values() if isinstance(view, InputAdapter) else repr(view),
             "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
-            "shown": {k: v for k, v in as_dict(self.data, digest_only=True).items() if k not in MIXED},
+            "shown": {k: v for k, v in as_dict(self.data, digest_only=True).items() if k not in MIXING_OPTIONS},
             "seed": self.seed,
             "precision": str(self.accelerator.mixed_precision),
         }

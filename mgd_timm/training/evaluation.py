@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mgd_timm.criteria.base import at_least_float32
-from mgd_timm.data.dataset import Source
 from mgd_timm.data.rng import normal
+from mgd_timm.data.sources import Source
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.features import Batch
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
-from mgd_timm.data.dataset import Source, epoch_ids
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import cut_updates
+from mgd_timm.data.sources import Source, epoch_ids
 from mgd_timm.distiller import AnyFeatures, Live
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import any_process, share

@@ -1,4 +1,4 @@
-"""The store of decoded images: every changed bit is found before a pixel is used, and the file is written anew."""
+"""The cache of decoded images: every changed bit is found before a pixel is used, and the file is written again."""
 
 import os
 import random
@@ -9,9 +9,11 @@ import pytest
 import torch
 from small import holding
 
-from mgd_timm.data import image_cache as image_store
-from mgd_timm.data.dataset import DataError, StoreSource, load_images
-from mgd_timm.data.image_cache import FILE, ImageStore, stored_images
+from mgd_timm.data import image_cache
+from mgd_timm.data.dataset import load_images
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.image_cache import FILE, CachedImages, load_or_create
+from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.recipe.recipe import Data
 
 SHAPE = (40, 3, 9, 7)
@@ -22,17 +24,17 @@ def refuse() -> torch.Tensor:
     raise AssertionError("decoded again")
 
 
-def opened(place: Path, decode_all=lambda: IMAGES, say=lambda _: None) -> ImageStore:  # type: ignore[no-untyped-def]
-    return stored_images(place, SHAPE, decode_all, "train", say)
+def opened(place: Path, decode_all=lambda: IMAGES, log=lambda _: None) -> CachedImages:  # type: ignore[no-untyped-def]
+    return load_or_create(place, SHAPE, decode_all, "train", log)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    assert torch.equal(opened(tmp_path / "store").images, IMAGES)
-    return tmp_path / "store"
+    assert torch.equal(opened(tmp_path / "cached").images, IMAGES)
+    return tmp_path / "cached"
 
 
-def damages(content: bytes) -> dict[str, bytes]:
+def corruptions(content: bytes) -> dict[str, bytes]:
     """30 flipped bits, half of them in the header, and truncations."""
     rng, header = random.Random(3), 8 + int.from_bytes(content[:8], "little")
     found = {}
@@ -42,23 +44,23 @@ def damages(content: bytes) -> dict[str, bytes]:
     return found | {f"cut to {size}": content[:size] for size in (0, 5, header, len(content) // 2, len(content) - 1)}
 
 
-def test_every_change_is_found_at_the_start_said_and_mended(place: Path) -> None:
+def test_every_change_is_found_at_the_start_logged_and_mended(place: Path) -> None:
     content = (place / FILE).read_bytes()
     assert torch.equal(opened(place, refuse).images, IMAGES)
-    for case, damaged in damages(content).items():
+    for case, corrupt in corruptions(content).items():
         said: list[str] = []
-        (place / FILE).write_bytes(damaged)
-        assert torch.equal(opened(place, say=said.append).images, IMAGES), case
-        assert said[0].startswith(f"warning: {place / FILE} is damaged ("), case
-        assert said[0].endswith("): it is written anew from the source"), case
-        assert said[1:] == ["stored 40 images of 'train', 0 MB"]
+        (place / FILE).write_bytes(corrupt)
+        assert torch.equal(opened(place, log=said.append).images, IMAGES), case
+        assert said[0].startswith(f"warning: {place / FILE} is corrupt ("), case
+        assert said[0].endswith("): writing it again from the source"), case
+        assert said[1:] == ["cached 40 images of split 'train', 0 MB"]
         assert (place / FILE).read_bytes() == content, case
 
 
-def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(
+def test_a_change_in_a_large_file_is_found_when_its_image_is_first_read(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_store, "WHOLE", 0)
+    monkeypatch.setattr(image_cache, "CHECKED_AT_ONCE", 0)
     content, rng = (place / FILE).read_bytes(), random.Random(4)
     header, size = 8 + int.from_bytes(content[:8], "little"), IMAGES[0].numel()
     for number in range(30):
@@ -68,32 +70,33 @@ def test_a_change_in_a_large_store_is_found_when_its_image_is_first_read(
         (place / FILE).write_bytes(
             content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
         )
-        store = opened(place, refuse)
+        cached = opened(place, refuse)
         others = torch.tensor([other for other in torch.randperm(len(IMAGES)).tolist() if other != row])
         for rows in others.split(16):
-            store.check(rows)
-        assert torch.equal(store.images[others], IMAGES[others])
+            cached.check(rows)
+        assert torch.equal(cached.images[others], IMAGES[others])
         with pytest.raises(
-            DataError, match=rf"{FILE} is damaged \(checksum of image {row}\): it is removed: start again, .*anew"
+            DataError,
+            match=rf"{FILE} is corrupt \(checksum of image {row}\): it was removed; start again",
         ):
-            store.check(torch.tensor([0, row, row, 1]))
+            cached.check(torch.tensor([0, row, row, 1]))
         assert not (place / FILE).exists()
         assert torch.equal(opened(place).images, IMAGES)
         assert (place / FILE).read_bytes() == content
-    for case, damaged in damages(content).items():  # at the latest once all were read
-        (place / FILE).write_bytes(damaged)
+    for case, corrupt in corruptions(content).items():  # at the latest once all were read
+        (place / FILE).write_bytes(corrupt)
         said: list[str] = []
-        store = opened(place, say=said.append)
+        cached = opened(place, log=said.append)
         if not said:
-            with pytest.raises(DataError, match="is damaged"):
-                store.check(torch.arange(len(IMAGES)))
+            with pytest.raises(DataError, match="is corrupt"):
+                cached.check(torch.arange(len(IMAGES)))
             opened(place)
         assert (place / FILE).read_bytes() == content, case
 
 
-def test_a_batch_of_a_large_store_is_checked(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_a_large_file_is_checked(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path))
-    monkeypatch.setattr(image_store, "WHOLE", 0)
+    monkeypatch.setattr(image_cache, "CHECKED_AT_ONCE", 0)
     data = Data(data_dir=str(small_data), mean=(0.5,) * 3, std=(0.5,) * 3)
     load_images(data, 0)
     path = next(path for path in tmp_path.glob(f"images/*/{FILE}") if path.stat().st_size > 320 * 3 * 28 * 28)
@@ -103,19 +106,19 @@ def test_a_batch_of_a_large_store_is_checked(small_data: Path, tmp_path: Path, m
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 16]))
     source = load_images(data, 0).train
-    assert isinstance(source, StoreSource)
-    slots = list(torch.arange(320).split(80))
-    batches = source.batches([*slots[:3], slots[3] + 320], 0, torch.device("cpu"))
+    assert isinstance(source, SmallImageSource)
+    micro_batches = list(torch.arange(320).split(80))
+    batches = source.batches([*micro_batches[:3], micro_batches[3] + 320], 0, torch.device("cpu"))
     assert sum(len(next(batches).images) for _ in range(3)) == 240
-    with pytest.raises(DataError, match=r"damaged \(checksum of image 319\)"):
+    with pytest.raises(DataError, match=r"corrupt \(checksum of image 319\)"):
         next(batches)
     with monkeypatch.context() as whole:
-        whole.setattr(image_store, "WHOLE", 1 << 30)
+        whole.setattr(image_cache, "CHECKED_AT_ONCE", 1 << 30)
         load_images(data, 0)
     assert path.exists()
 
 
-def test_a_store_that_cannot_be_written_is_read(place: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_read(place: Path) -> None:
     """Nothing is written, so that a folder without the right to write will do, and another run's lock is not waited
     for."""
     with holding(place):
@@ -124,7 +127,7 @@ def test_a_store_that_cannot_be_written_is_read(place: Path) -> None:
         assert sorted(place.iterdir()) == before
 
 
-def test_a_file_that_this_user_may_not_read_is_not_called_damaged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_this_user_may_not_read_is_not_called_corrupt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)  # above it only this user may look
     place.chmod(0o755)
     Path(FILE).chmod(0)
@@ -133,7 +136,7 @@ def test_a_file_that_this_user_may_not_read_is_not_called_damaged(place: Path, m
         if user == 0:  # who may read everything
             os.seteuid(65534)
         with pytest.raises(PermissionError):
-            stored_images(Path(), SHAPE, refuse, "train", pytest.fail)
+            load_or_create(Path(), SHAPE, refuse, "train", pytest.fail)
     finally:
         os.seteuid(user)
 
@@ -145,16 +148,16 @@ def test_what_a_killed_run_left_is_removed(place: Path) -> None:
     assert not (place / ".writing-x").exists()
 
 
-def test_images_that_another_run_stores_are_waited_for(place: Path, tmp_path: Path) -> None:
+def test_images_that_another_run_writes_are_waited_for(place: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
-    def say(line: str) -> None:  # of waiting: the other run ends its work
+    def log(line: str) -> None:  # it waits: the other run ends its work
         said.append(line)
         if len(said) == 1:
             shutil.copy(place / FILE, tmp_path / "other")
             holder.kill()
 
     with holding(tmp_path / "other") as holder:
-        assert torch.equal(opened(tmp_path / "other", refuse, say).images, IMAGES)
+        assert torch.equal(opened(tmp_path / "other", refuse, log).images, IMAGES)
     assert f"pid {holder.pid}) writes it; waiting" in said[0]
     assert len(said) == 2

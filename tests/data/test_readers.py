@@ -1,77 +1,73 @@
-"""npy files as a data set: pixels as they are, the same digest wherever they lie, and clear words for what is wrong."""
+"""A reader of another format is a class that implements `Rows` and one line in `FORMATS`."""
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import collect, encoded, noise, pixels, read, stacked
 
-from mgd_timm.data.dataset import load_images
-from mgd_timm.data.readers.tables import DataError
+from mgd_timm.data.decode import decode
+from mgd_timm.data.readers import open as reader_choice
+from mgd_timm.data.readers.rows import ReadSplit
+from mgd_timm.data.readers.scan import LocalFolder
 from mgd_timm.recipe.recipe import Data
 
 
-def write(folder: Path, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = (40, 12, 12) if channels == 0 else (40, 12, 12, channels)
-    images = generator.integers(0, 256, shape, dtype=np.uint8)
-    labels = np.arange(40) % 4
+@dataclass(frozen=True)
+class Records:
+    """Encoded images in one file, with their sizes beside it: what a reader of LMDB or the like would be."""
+
+    split: str
+    images: list[bytes]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        return f"{self.split} record {row}"
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        return decode(self.images[row], in_chans, self.name(row))
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(self.images) + self.labels.tobytes()).hexdigest()
+
+
+def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
+    return {path.stem: partial(read_records, path) for path in folder.path.glob("*.records")}
+
+
+def read_records(path: Path, class_names: tuple[str, ...] | None, log: Callable[[str], None]) -> Records:
+    content, sizes = path.read_bytes(), np.loadtxt(path.with_suffix(".sizes"), dtype=np.int64)
+    ends = sizes.cumsum().tolist()
+    images = [content[end - size : end] for size, end in zip(sizes.tolist(), ends, strict=True)]
+    return Records(path.stem, images, np.arange(len(images)) % 2, class_names or ("even", "odd"))
+
+
+def write(folder: Path, side: int) -> None:
+    images = [encoded(noise(i, side, side)) for i in range(6)]
     for split in ("train", "test"):
-        np.save(folder / f"{split}_x.npy", images)
-        np.save(folder / f"{split}_y.npy", labels)
-    return images, labels
+        (folder / f"{split}.records").write_bytes(b"".join(images))
+        np.savetxt(folder / f"{split}.sizes", [len(image) for image in images], fmt="%d")
 
 
-def test_pixels_and_labels_are_those_of_the_files(tmp_path: Path) -> None:
-    images, labels = write(tmp_path)
-    found = load_images(Data(data_dir=str(tmp_path), mean=(0.0,) * 3, std=(1.0,) * 3), 0)
-    assert (found.num_classes, found.num_samples, found.input_size) == (4, 40, (3, 12, 12))
-    assert found.test is not None
-    batch = next(iter(found.test.batches([torch.arange(40)], 0, torch.device("cpu"))))
-    assert torch.equal((batch.images * 255).round().byte(), torch.from_numpy(images).permute(0, 3, 1, 2))
-    assert batch.labels.tolist() == labels.tolist()
-
-
-@pytest.mark.parametrize("channels", [0, 1, 3])
-def test_grey_and_colour_are_converted(tmp_path: Path, channels: int) -> None:
-    write(tmp_path, channels)
-    for wanted in (1, 3):
-        found = load_images(Data(data_dir=str(tmp_path), in_chans=wanted), 0)
-        batch = next(iter(found.train.batches([torch.arange(4)], 0, torch.device("cpu"))))
-        assert batch.images.shape == (4, wanted, 12, 12)
-
-
-def test_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
-    images, _ = write(tmp_path / "a")
-    write(tmp_path / "b")
-    one, two = (load_images(Data(data_dir=str(tmp_path / name)), 0).train.digest for name in "ab")
-    assert one == two
-    images[3, 2, 1, 0] ^= 1
-    np.save(tmp_path / "b" / "train_x.npy", images)
-    assert load_images(Data(data_dir=str(tmp_path / "b")), 0).train.digest != one
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda f: (f / "train_y.npy").unlink(), "expected train_y.npy beside it"),
-        (
-            lambda f: np.save(f / "train_x.npy", np.zeros((40, 3, 12, 12), np.uint8)),
-            r"expected uint8 \[n, height, width\]",
-        ),
-        (lambda f: np.save(f / "train_x.npy", np.zeros((40, 12, 12, 3), np.float32)), "float32"),
-        (lambda f: np.save(f / "train_y.npy", np.zeros(39, np.int64)), "expected 40 class ids from 0"),
-        (lambda f: np.save(f / "train_y.npy", np.full(40, -1)), "class ids from 0"),
-        (
-            lambda f: np.save(f / "train_y.npy", np.array([{}] * 40, dtype=object), allow_pickle=True),
-            "cannot be read as an npy",
-        ),
-        (lambda f: (f / "train_x.npy").write_bytes((f / "train_x.npy").read_bytes()[:500]), "cannot be read as an npy"),
-    ],
-)
-def test_what_is_wrong_is_named(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
-    write(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(DataError, match=said):
-        load_images(Data(data_dir=str(tmp_path)), 0)
+@pytest.mark.parametrize("side", [12, 100])
+def test_a_reader_of_another_format_is_one_class_and_one_line(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_choice, "FORMATS", (*reader_choice.FORMATS, find_splits))
+    write(tmp_path, side)
+    found = read(tmp_path, workers=2, mean=(0.0,) * 3, std=(1.0,) * 3, img_size=side, crop_pct=1.0, max_bad=1)
+    assert found.class_names == ("even", "odd")
+    assert found.train.labels.tolist() == [0, 1] * 3
+    expected = stacked([noise(i, side, side) for i in range(6)])
+    assert torch.equal((collect(found.test).images * 255).round().byte(), expected)
+    if side == 12:
+        assert torch.equal(pixels(found.train), expected)

@@ -1,15 +1,16 @@
-"""Streams: an order of (seed, epoch), the folder's images and labels, the same for any readers and from any update
-on."""
+"""Streams: an order of (seed, epoch), the folder's images and labels, the same for any number of workers and from any
+update on."""
 
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from image_files import class_folders, files, shards
 from small import write_pictures
-from test_tars import class_folders, files, shards
 
-from mgd_timm.data.dataset import DataError, Images, load_images
+from mgd_timm.data.dataset import Images, load_images
+from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers.streams import StreamSource, open_streams, shuffled
 from mgd_timm.recipe.recipe import Data
 
@@ -41,11 +42,11 @@ def parquets(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream(place: Path, seed: int = 1, **options: object) -> Images:
     values = {"workers": 0, "img_size": 32, "shuffle_buffer": 10, **options}
-    return load_images(Data(data_dir=str(place), streaming=True, **values), seed, say=lambda _: None)  # type: ignore[arg-type]
+    return load_images(Data(data_dir=str(place), streaming=True, **values), seed, log=lambda _: None)  # type: ignore[arg-type]
 
 
-def batches(images: Images, slots: list[torch.Tensor], epoch: int = 1) -> list[tuple[torch.Tensor, ...]]:
-    return [tuple(batch) for batch in images.train.batches(slots, epoch, CPU)]
+def batches(images: Images, micro_batches: list[torch.Tensor], epoch: int = 1) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(batch) for batch in images.train.batches(micro_batches, epoch, CPU)]
 
 
 def equal(one: list[tuple[torch.Tensor, ...]], two: list[tuple[torch.Tensor, ...]]) -> bool:
@@ -53,7 +54,7 @@ def equal(one: list[tuple[torch.Tensor, ...]], two: list[tuple[torch.Tensor, ...
 
 
 def test_a_stream_has_the_folders_images_and_labels(pictures: Path, parquets: Path, tmp_path: Path) -> None:
-    plain = load_images(Data(data_dir=str(pictures), workers=0, img_size=32), 1, say=lambda _: None)
+    plain = load_images(Data(data_dir=str(pictures), workers=0, img_size=32), 1, log=lambda _: None)
     assert plain.test is not None
     expected = next(iter(plain.test.batches([plain.test.ids], 0, CPU)))
     shards(pictures, tmp_path)
@@ -92,23 +93,23 @@ def test_an_epochs_order_is_shards_and_a_buffer_by_seed_and_epoch(parquets: Path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_are_the_same_for_any_readers_processes_and_start(workers: int, parquets: Path) -> None:
+def test_batches_are_the_same_for_any_workers_processes_and_start(workers: int, parquets: Path) -> None:
     images = stream(parquets, num_samples=22)
     order = images.train.order(1, 1)  # type: ignore[attr-defined]
     assert order.tolist() == list(range(22))
-    slots = list(order.split(4))
+    micro_batches = list(order.split(4))
     torch.manual_seed(workers)
     before = torch.get_rng_state()
-    whole = batches(images, slots)
+    whole = batches(images, micro_batches)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not equal(whole, batches(images, slots, epoch=2))
+    assert not equal(whole, batches(images, micro_batches, epoch=2))
     other = stream(parquets, num_samples=22, workers=workers)
-    assert equal(batches(other, slots), whole)
-    assert equal(batches(other, slots[1::2]), whole[1::2])  # the second process
-    assert equal(batches(other, slots[3:]), whole[3:])  # after a resume
+    assert equal(batches(other, micro_batches), whole)
+    assert equal(batches(other, micro_batches[1::2]), whole[1::2])  # the second process
+    assert equal(batches(other, micro_batches[3:]), whole[3:])  # after a resume
 
 
-def test_what_a_stream_does_not_say_is_asked_for(pictures: Path, parquets: Path, tmp_path: Path) -> None:
+def test_what_a_stream_does_not_know_is_asked_for(pictures: Path, parquets: Path, tmp_path: Path) -> None:
     shards(pictures, tmp_path)
     with pytest.raises(DataError, match="does not say how many classes there are: give --num-classes"):
         stream(tmp_path, target_key="cls", num_samples=24)
@@ -127,7 +128,7 @@ def test_what_a_stream_does_not_say_is_asked_for(pictures: Path, parquets: Path,
         batches(narrow, [narrow.train.ids])
 
 
-def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(pictures, tmp_path / "copy")
@@ -135,12 +136,12 @@ def test_a_damaged_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:500])
     images = stream(tmp_path / "copy", workers=1, num_samples=24)
     # without --max-bad
-    said = r"^train image \d+ of the stream in epoch 2: truncated or damaged .*: remove or replace it\.$"
+    said = r"^train image \d+ of the stream in epoch 2: truncated or corrupt .*: remove or replace it\.$"
     with pytest.raises(DataError, match=said):
         batches(images, [images.train.ids])
 
 
 def test_class_folders_in_a_streamed_tar_are_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
     class_folders(pictures, tmp_path)
-    with pytest.raises(DataError, match=r"their folders are not seen in a stream: leave --streaming out"):
+    with pytest.raises(DataError, match=r"a stream does not see their class folders: leave --streaming out"):
         stream(tmp_path, num_samples=24)

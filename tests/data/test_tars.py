@@ -1,20 +1,23 @@
-"""Tar files hold the same images and labels as the folder that they were made of, and say what is wrong with them."""
+"""Tar files hold the images and labels of the folder that they were made of, and what is wrong with them is named."""
 
-import io
-import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from image_files import add, class_folders, class_tars, files, shards, tars_in_a_tar
 from PIL import Image
 from small import write_pictures
 
-from mgd_timm.data.dataset import DataError, FileSource, Images, cache_folder, load_images
+from mgd_timm.data.dataset import Images, load_images
+from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers import tars
+from mgd_timm.data.sources import LargeImageSource
 from mgd_timm.features import Batch
 from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage.cache import cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -27,61 +30,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def class_folders(source: Path, target: Path) -> None:
-    for split in ("train", "test"):
-        with tarfile.open(target / f"{split}.tar", "w") as tar:
-            for path in reversed(files(source / split)):  # any order
-                tar.add(path, arcname=str(path.relative_to(source)))
-
-
-def class_tars(source: Path, target: Path) -> None:
-    for split in ("train", "test"):
-        (target / split).mkdir()
-        for folder in sorted((source / split).iterdir()):
-            with tarfile.open(target / split / f"{folder.name}.tar", "w") as tar:
-                for path in files(folder):
-                    tar.add(path, arcname=path.name)
-
-
-def tars_in_a_tar(source: Path, target: Path) -> None:
-    inner = target / "inner"
-    inner.mkdir()
-    class_tars(source, inner)
-    for split in ("train", "test"):
-        with tarfile.open(target / f"ILSVRC2012_img_{split}.tar", "w") as tar:
-            for path in files(inner / split):
-                tar.add(path, arcname=path.name)
-    shutil.rmtree(inner)
-
-
-def shards(source: Path, target: Path, kind: str = "cls") -> None:
-    for split in ("train", "test"):
-        every = files(source / split)
-        for shard in range(2):
-            with tarfile.open(target / f"pictures-{split}-{shard:04d}.tar", "w") as tar:
-                for number, path in list(enumerate(every))[shard * len(every) // 2 : (shard + 1) * len(every) // 2]:
-                    label = "abc".index(path.parent.name)
-                    text = {
-                        "cls": str(label),
-                        "json": json.dumps({"label": label, "x": [1]}, indent=1),
-                        "txt": path.parent.name,
-                    }
-                    add(tar, f"{number:05d}{path.suffix}", path.read_bytes())
-                    add(tar, f"{number:05d}.{kind}", text[kind].encode())
-
-
-def read(place: Path, **data: object) -> Images:
-    return load_images(Data(data_dir=str(place), workers=0, img_size=32, **data), 1, say=lambda _: None)  # type: ignore[arg-type]
+def read(place: Path, log: Callable[[str], None] = lambda _: None, **data: object) -> Images:
+    return load_images(Data(data_dir=str(place), workers=0, img_size=32, **data), 1, log=log)  # type: ignore[arg-type]
 
 
 def shown(images: Images) -> list[Batch]:
@@ -123,8 +73,8 @@ def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Pat
     assert found.test.labels.tolist() == [2]
 
 
-def test_a_damaged_index_is_named_and_made_anew(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_corrupt_index_is_named_and_created_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()
@@ -134,14 +84,14 @@ def test_a_damaged_index_is_named_and_made_anew(
         content = bytearray(path.read_bytes())
         content[-3] ^= 1  # of an offset, a size or a name
         path.write_bytes(content)
-    capsys.readouterr()
-    again = read(tmp_path / "tars")
-    assert capsys.readouterr().out.count("index.safetensors does not match its sha256") == 2
+    said: list[str] = []
+    again = read(tmp_path / "tars", said.append)
+    assert sum("index.safetensors does not match its sha256" in line for line in said) == 2
     same(again, first)
     assert again.train.digest == first.train.digest
 
 
-def test_an_index_is_made_once_and_anew_for_another_file(
+def test_an_index_is_created_once_and_again_for_another_file(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
@@ -195,13 +145,13 @@ def test_errors_name_the_tar_and_the_way_out(pictures: Path, tmp_path: Path) -> 
     refused("tar files have no image columns", input_key="image")
 
 
-def test_a_damaged_image_in_a_tar_is_named_with_its_place(pictures: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_in_a_tar_is_named_with_its_place(pictures: Path, tmp_path: Path) -> None:
     class_folders(pictures, tmp_path)
     path = files(pictures / "train" / "b")[1]
     content = (tmp_path / "train.tar").read_bytes()
     start = content.index(path.read_bytes())
     (tmp_path / "train.tar").write_bytes(content[:start] + b"\0" * 64 + content[start + 64 :])
     found = read(tmp_path)
-    assert isinstance(found.train, FileSource)
+    assert isinstance(found.train, LargeImageSource)
     with pytest.raises(DataError, match=rf"train image \d+ \(.*train\.tar: train/b/{path.name}\): not an image"):
         shown(found)

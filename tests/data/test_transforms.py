@@ -1,5 +1,4 @@
-"""Erasing, mixing and repeats: as the papers define them, once for teacher and student, and by (seed, epoch, samples)
-alone."""
+"""Cropping, flipping, erasing and mixing: as PIL, timm and the papers define them, by (seed, epoch, sample) alone."""
 
 import random
 from pathlib import Path
@@ -7,18 +6,74 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import read
+from PIL import Image, ImageOps
 from small import write_pictures
 
-from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.data.mixed_source import Taught, taught
-from mgd_timm.data.rng import mix
-from mgd_timm.data.sampler import cut_updates, repeated_order
-from mgd_timm.data.transforms import distributions, erase, mixed
-from mgd_timm.pipeline.checks import check_recipe
-from mgd_timm.pipeline.plan import terms_of
+from mgd_timm.data.dataset import load_images
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.rng import mix, uniform
+from mgd_timm.data.transforms import erase, mix_batch, normalise, pad_crop_flip, to_distributions
 from mgd_timm.recipe.recipe import Data, make_recipe
 
 CPU = torch.device("cpu")
+
+
+MEAN, STD = torch.tensor([0.5071, 0.4867, 0.4408])[:, None, None], torch.tensor([0.2675, 0.2565, 0.2761])[:, None, None]
+
+
+def images(count: int, channels: int = 3, height: int = 9, width: int = 7) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("pad", "hflip"), [(4, 0.5), (1, 1.0), (3, 0.0), (0, 0.5)])
+def test_pad_crop_flip_is_pil_padding_cropping_and_mirroring(channels: int, pad: int, hflip: float) -> None:
+    x, ids = images(64, channels), torch.arange(64) * 31 + 5
+    height, width = x.shape[2:]
+    got, draws = pad_crop_flip(x, ids, 7, 3, pad=pad, hflip=hflip), uniform(ids, 7, 3, 3).numpy()
+    for image, (u, v, w), result in zip(x.numpy(), draws, got.numpy(), strict=True):
+        top, left = int(u * (2 * pad + 1)), int(v * (2 * pad + 1))
+        picture = Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0))
+        picture = ImageOps.expand(picture, pad).crop((left, top, left + width, top + height))
+        expected = np.asarray(ImageOps.mirror(picture) if w < hflip else picture).reshape(height, width, channels)
+        np.testing.assert_array_equal(result, expected.transpose(2, 0, 1))
+
+
+def test_pad_crop_flip_draws_every_offset_and_both_directions() -> None:
+    marked = torch.zeros(3000, 1, 9, 9, dtype=torch.uint8)
+    marked[:, :, 4, 4] = 1  # stays inside: moved by -2 to 2
+    places = pad_crop_flip(marked, torch.arange(3000), 0, 0, pad=2, hflip=0.0).flatten(1).argmax(1)
+    counts = torch.bincount(places, minlength=81)
+    assert (counts > 0).sum() == 25
+    assert counts[counts > 0].min() > 60  # 120 expected
+    ramp = torch.arange(9, dtype=torch.uint8).expand(3000, 1, 9, 9)
+    flipped = (pad_crop_flip(ramp, torch.arange(3000), 0, 0, pad=0, hflip=0.25)[:, 0, 0, 0] == 8).double().mean()
+    assert abs(flipped - 0.25) < 0.03
+
+
+def test_pad_crop_flip_without_pad_and_flip_is_the_identity() -> None:
+    x = images(8)
+    assert torch.equal(pad_crop_flip(x, torch.arange(8), 0, 0, pad=0, hflip=0.0), x)
+
+
+def test_pad_crop_flip_does_not_depend_on_the_batch() -> None:
+    x, ids = images(40), torch.arange(40)
+    whole = pad_crop_flip(x, ids, 1, 2, pad=4, hflip=0.5)
+    parts = [pad_crop_flip(x[part], part, 1, 2, pad=4, hflip=0.5) for part in ids.flip(0).split(7)]
+    assert torch.equal(torch.cat(parts).flip(0), whole)
+    assert not torch.equal(pad_crop_flip(x, ids, 1, 3, pad=4, hflip=0.5), whole)
+    assert not torch.equal(pad_crop_flip(x, ids, 2, 2, pad=4, hflip=0.5), whole)
+
+
+def test_normalise_agrees_with_float64() -> None:
+    x = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 256)
+    expected = (x.double() / 255 - MEAN.double()) / STD.double()
+    got = normalise(x, MEAN, STD)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-6)
+    assert x.dtype == torch.uint8
 
 
 def batch(count: int = 8, side: int = 16, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +122,7 @@ def test_mixing_is_the_papers(count: int) -> None:
     for key in range(40):
         data = Data(mixup=0.8, cutmix=1.0, mixup_prob=0.8)
         x, y, kind = reference(images, labels, mix(key), data)
-        found, shares = mixed(images, distributions(labels, 5), mix(key), data)
+        found, shares = mix_batch(images, to_distributions(labels, 5), mix(key), data)
         np.testing.assert_allclose(found.double().numpy(), x, atol=1e-6)
         np.testing.assert_allclose(shares.double().numpy(), y, atol=1e-6)
         kinds.add(kind)
@@ -82,7 +137,7 @@ def test_mixing_is_timms_and_smoothing_after_it_is_smoothing_before_it() -> None
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     for key in range(20):
         data = Data(mixup=0.8, cutmix=1.0)
-        found, shares = mixed(images, distributions(labels, 5), key, data)
+        found, shares = mix_batch(images, to_distributions(labels, 5), key, data)
         np.random.seed(key)
         expected, targets = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5, label_smoothing=0.1)(
             images.clone(), labels
@@ -127,18 +182,6 @@ def test_erasing_depends_on_seed_epoch_and_sample_alone() -> None:
     assert torch.equal(erase(images, keys, 1, 2, 0.0, "pixel", 1), images)
 
 
-@pytest.mark.parametrize(("count", "length"), [(1000, 768), (100, 100), (256, 256)])
-def test_repeated_augmentation_has_an_epochs_length_and_each_image_several_times(count: int, length: int) -> None:
-    rows, repeats = repeated_order(count, 3, 1, 2)
-    assert len(rows) == len(repeats) == length
-    whole = length // 3 * 3
-    assert torch.equal(rows[:whole:3], rows[1:whole:3])
-    assert torch.equal(rows[:whole:3], rows[2:whole:3])
-    assert len(rows[:whole:3].unique()) == whole // 3
-    assert repeats[:whole].tolist() == [0, 1, 2] * (whole // 3)
-    assert not torch.equal(repeated_order(count, 3, 1, 3)[0], rows)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures"), 24, 112)
@@ -149,91 +192,20 @@ def thumbnails(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("thumbnails"), 24, 20)
 
 
-def shown(
-    images: Images, data: Data, slots: list[torch.Tensor], epoch: int, seed: int = 3
-) -> list[tuple[torch.Tensor, ...]]:
-    source = Taught(images.train, data, seed, images.num_samples, images.num_classes)
-    return [tuple(batch) for batch in source.batches(slots, epoch, CPU)]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more readers than this machine has cores
-@pytest.mark.parametrize("kind", ["pictures", "thumbnails"])
-def test_a_student_is_shown_the_same_by_any_workers_and_from_any_update_on(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
-    whole: list[tuple[torch.Tensor, ...]] = []
-    options = {"reprob": 0.5, "recount": 2, "mixup": 0.8, "cutmix": 1.0, "aug_repeats": 2, "img_size": 32}
-    options["data_dir"] = str(request.getfixturevalue(kind))
-    for workers in (0,) if kind == "thumbnails" else (0, 1, 3):
-        data = Data(workers=workers, **options)  # type: ignore[arg-type]
-        images = load_images(data, 3, say=lambda _: None)
-        source = taught(images, make_recipe(seed=3, **options))
-        assert isinstance(source, Taught)
-        updates = cut_updates(source.order(3, 1)[:24], 6, 2, 12)
-        torch.manual_seed(workers)
-        before = torch.get_rng_state()
-        every = shown(images, data, [slot for slots in updates for slot in slots], 1)
-        assert torch.equal(torch.get_rng_state(), before)
-        second = shown(images, data, [slots[1] for slots in updates], 1)  # the second process
-        later = shown(images, data, updates[1], 1)  # after a resume
-        for one, two in [*zip(every[1::2], second, strict=True), *zip(every[2:], later, strict=True)]:
-            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-        whole = whole or every
-        assert all(
-            torch.equal(a, b) for one, two in zip(every, whole, strict=True) for a, b in zip(one, two, strict=True)
-        )
-    assert whole[0][1].shape == (6, images.num_classes)
-    assert whole[0][2].tolist()[::2] == whole[0][2].tolist()[1::2]  # an image and its second augmentation
-
-
-def test_a_further_augmentation_is_another_crop_of_the_same_image(pictures: Path) -> None:
-    data = Data(data_dir=str(pictures), workers=0, img_size=32)
-    images = load_images(data, 3, say=lambda _: None)
-    first, second = images.train.batches([torch.tensor([4, 5]), torch.tensor([4 + 24, 5 + 48])], 0, CPU)
-    assert first.sample_ids.tolist() == second.sample_ids.tolist() == [4, 5]
-    assert torch.equal(first.labels, second.labels)
-    assert not torch.equal(first.images, second.images)
-
-
-def test_mixing_ends_with_its_epoch_and_labels_stay_distributions(pictures: Path) -> None:
-    data = Data(data_dir=str(pictures), workers=0, img_size=32, mixup=1.0, mixup_off_epoch=2)
-    images = load_images(data, 3, say=lambda _: None)
-    slot = torch.arange(6)
-    plain = next(iter(images.train.batches([slot], 2, CPU)))
-    pixels, labels, _ = shown(images, data, [slot], 2)[0]
-    assert torch.equal(pixels, plain.images)
-    assert torch.equal(labels, torch.nn.functional.one_hot(plain.labels, 3).float())
-    assert not torch.equal(
-        shown(images, data, [slot], 1)[0][0], next(iter(images.train.batches([slot], 1, CPU))).images
-    )
-
-
 @pytest.mark.parametrize("mode", ["const", "pixel"])
 def test_large_images_are_erased_as_timm_does(mode: str, pictures: Path) -> None:
     erased = Data(data_dir=str(pictures), workers=0, img_size=32, reprob=1.0, remode=mode, recount=1, hflip=0.0)  # type: ignore[arg-type]
-    found = load_images(erased, 3, say=lambda _: None).train
-    plain = load_images(Data(data_dir=str(pictures), workers=0, img_size=32, hflip=0.0), 3, say=lambda _: None).train
+    found = load_images(erased, 3, log=lambda _: None).train
+    plain = load_images(Data(data_dir=str(pictures), workers=0, img_size=32, hflip=0.0), 3, log=lambda _: None).train
     one, two = (next(iter(source.batches([torch.arange(24)], 0, CPU))).images for source in (found, plain))
     gone = (one != two).any(1).flatten(1).double().mean(1)
     assert 0.02 < gone.mean() < 0.34
     assert (gone < 0.36).all()
 
 
-def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
-    def refuse(recipe):
-        check_recipe(recipe, terms_of(recipe))
-
-    for options, said in (
-        ({"mixup": 0.2, "teacher_store": "store"}, "mixup=0.2 beside teacher_store='store'"),
-        ({"aug_repeats": 3, "teacher_store": "store"}, "aug_repeats=3 beside teacher_store"),
-        ({"cutmix": 1.0, "criterion": ("crd",)}, "cutmix=1.0 beside criterion 'crd'"),
-        ({"streaming": True}, "--heads-protocol live"),
-        ({"streaming": True, "method": "none", "criterion": ("crd",)}, "streaming beside criterion 'crd'"),
-        ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming beside teacher_store"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            refuse(make_recipe(**options))  # type: ignore[arg-type]
-    refuse(make_recipe(mixup=0.2, criterion=("dkd",)))
+def test_small_images_refuse_what_only_large_ones_have(thumbnails: Path) -> None:
+    with pytest.raises(ValueError, match="--aa rand-m9: images of 96 pixels or less"):
+        load_images(Data(data_dir=str(thumbnails), aa="rand-m9"), 0, log=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +228,19 @@ def test_an_unknown_way_to_erase_is_refused() -> None:
         make_recipe(remode="noise")
 
 
-def test_small_images_refuse_what_only_large_ones_have(thumbnails: Path) -> None:
-    with pytest.raises(ValueError, match="aa=rand-m9: images of 96 pixels or less"):
-        load_images(Data(data_dir=str(thumbnails), aa="rand-m9"), 0, say=lambda _: None)
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "aa",
+            "rand-x9",
+            r"--aa rand-x9 .* \(Unknown RandAugment config section\): expected a policy such as rand-m9",
+        ),
+        ("color_jitter", -1.0, r"--color-jitter -1\.0 .*: expected .* a strength of 0 or more"),
+        ("interpolation", "random", r"--interpolation random: expected bilinear or bicubic\."),
+        ("train_interpolation", "bicubik", r"--train-interpolation bicubik: expected bilinear, bicubic or random"),
+    ],
+)
+def test_what_timm_makes_no_transform_of_is_refused(name: str, value: object, said: str, large: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        read(large, img_size=32, **{name: value})

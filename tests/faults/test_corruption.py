@@ -16,8 +16,9 @@ import torch
 from forked import Ranks
 from small import digest, write_pictures
 
-from mgd_timm.data.dataset import Images, StoreSource, load_images
+from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.image_cache import FILE
+from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.recipe.recipe import Data
 from mgd_timm.storage.checkpoint import State, load, newest
 from mgd_timm.storage.lock import LOCK
@@ -153,7 +154,7 @@ def test_every_change_in_a_cache_is_found_and_mended(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Images, tar indices and the list of damaged images; of the fitted heads, that nothing but what was written is
+    """Images, tar indices and the list of corrupt images; of the fitted heads, that nothing but what was written is
     read."""
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     began, rng, data = time.monotonic(), random.Random(SEED), tmp_path / "data"
@@ -173,8 +174,8 @@ def test_every_change_in_a_cache_is_found_and_mended(
         return found, capsys.readouterr().out
 
     expected, _ = read()
-    assert len(expected.bad) == 2
-    assert isinstance(expected.train, StoreSource)
+    assert len(expected.corrupt) == 2
+    assert isinstance(expected.train, SmallImageSource)
     pixels = expected.train.images.clone()  # they are mapped from a file that is changed below
     (place,) = (Path(run[2]["MGD_TIMM_CACHE"]) / "heads").iterdir()
     fitted, said = heads()
@@ -186,7 +187,7 @@ def test_every_change_in_a_cache_is_found_and_mended(
     hit = Counter(
         path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files
     )
-    assert hit == {"images": 2, "tars": 6, "damaged": 4, "heads": 3}
+    assert hit == {"images": 2, "tars": 6, "corrupt": 4, "heads": 3}
     for path in files:
         whole = path.read_bytes()
         for number in range(CACHE_FLIPS + CACHE_TRUNCATIONS):
@@ -200,11 +201,11 @@ def test_every_change_in_a_cache_is_found_and_mended(
                 continue
             images, said = read()
             assert f"{path if path.name == FILE else path.parent}" in said, case
-            assert "damaged" in said, case
+            assert "damaged" in said or "corrupt" in said, case
             assert path.read_bytes() == whole, case
-            assert images.bad == expected.bad, case
+            assert images.corrupt == expected.corrupt, case
             assert images.train.digest == expected.train.digest, case
-            assert isinstance(images.train, StoreSource)
+            assert isinstance(images.train, SmallImageSource)
             assert torch.equal(images.train.images, pixels), case
     seconds = time.monotonic() - began
     report(
@@ -228,7 +229,7 @@ def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
         path.write_bytes(content)
     ranks = Ranks([*words[:-1], str(tmp_path / "run")], tmp_path / "log", environment={"MGD_TIMM_CACHE": str(cache)})
     assert ranks.wait(180) == [0], ranks.said()
-    assert f"warning: {images} is damaged (checksum of image 59): it is written anew from the source" in ranks.said()
+    assert f"warning: {images} is corrupt (checksum of image 59): writing it again from the source" in ranks.said()
     assert f"skipped a damaged checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
     assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
     report("corruption: damaged images and heads in the cache: said, and the same student")

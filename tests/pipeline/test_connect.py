@@ -131,7 +131,7 @@ def test_the_schedule_of_fine_tuning_follows_its_length(small_data, tmp_path, gi
     """8 epochs with decays at 5, 6 and 7, so 4 epochs with decays at 2.5, 3 and 3.5."""
     options = {"fit_teacher_head": "finetune", "fitting_epochs": 4, "epochs": 8, "sched": "multistep", "batch_size": 32}
     recipe = make_recipe(data_dir=str(small_data), output=str(tmp_path), **options, **given)
-    images = load_images(recipe.data, recipe.seed, say=lambda _: None)
+    images = load_images(recipe.data, recipe.seed, log=lambda _: None)
     teacher = Teacher(FeatureTap(load_model("embedded"), input_size=images.input_size))
     fit_classifiers([teacher], classifier_fit_of(recipe), context_of(recipe, images, Accelerator(), quiet=True))
     rows = (tmp_path / "teacher_head" / "metrics.jsonl").read_text().splitlines()
@@ -141,7 +141,7 @@ def test_the_schedule_of_fine_tuning_follows_its_length(small_data, tmp_path, gi
 
 def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path):
     recipe = make_recipe(data_dir=str(small_data))
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     batch = next(images.train.batches([images.train.ids[:3]], 0, torch.device("cpu")))
     from mgd_timm.models.input_adapter import build_input_adapter
 
@@ -160,7 +160,7 @@ def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path)
 
 
 def test_a_fixed_teachers_position_embeddings_are_resized_where_that_is_asked(small_data):
-    images = load_images(make_recipe(data_dir=str(small_data), img_size=32).data, 0, say=lambda _: None)
+    images = load_images(make_recipe(data_dir=str(small_data), img_size=32).data, 0, log=lambda _: None)
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     adapt_teachers_to_data([model], make_recipe(teacher_resize="positions"), images)
@@ -228,7 +228,7 @@ def finished(recipe, images, teachers):
 
 def networks_of(model, small_data, **options):
     recipe = make_recipe(data_dir=str(small_data), **options)
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     teachers = load_teachers(recipe, [model])
     adapt_teachers_to_data(teachers, recipe, images)
     return finished(recipe, images, teachers)
@@ -247,7 +247,7 @@ def test_as_many_other_classes_are_other_classes(small_data):
 
 def test_one_of_several_teachers_may_be_silent(small_data):
     recipe = make_recipe(teacher=["embedded"] * 2, teacher_classes=["none", "auto"], data_dir=str(small_data))
-    images = load_images(recipe.data, 0, say=lambda _: None)
+    images = load_images(recipe.data, 0, log=lambda _: None)
     teachers = load_teachers(recipe, ())
     adapt_teachers_to_data(teachers, recipe, images)
     networks = finished(recipe, images, teachers)

@@ -1,4 +1,4 @@
-"""Tar files as splits, read where they lie: an index of where each image starts, and no unpacking.
+"""Tar files, read without unpacking them: an index says where each image starts.
 
 Three layouts: class folders in a tar (train.tar, val.tar), a tar for each class (train/n01440764.tar, or all of them in
 one tar, as ImageNet is published), and webdataset shards, whose images have a label beside them (1.jpg with 1.cls,
@@ -9,15 +9,20 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mgd_timm.data.decode import ENDINGS, EVAL_SPLITS, DataError, cache_folder, decode, spaced_digest
+from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
+from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
+from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
+from mgd_timm.recipe.recipe import Data
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.checkpoint import State
 from mgd_timm.storage.lock import kept
 
@@ -26,32 +31,25 @@ _SPLITS = ("train", *EVAL_SPLITS)
 
 
 @dataclass(frozen=True)
-class Tars:
-    """The tar files of a split, sorted by name, as yet not read."""
-
-    paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
 class _Index:
-    """Where the images of a tar lie, in its order."""
+    """Where the images of a tar are, in its order."""
 
     offsets: np.ndarray
     sizes: np.ndarray
     names: list[str]
     labels: list[str]
-    """What lies beside an image (".cls" and its text, ...), or "" where nothing does."""
+    """The label file beside an image (".cls" and its text, ...), or "" where there is none."""
 
 
 @dataclass(frozen=True)
 class TarRows:
-    """A split in tar files. A file is opened for every image, which a local disk does in microseconds.
+    """`Rows` of tar files. A file is opened for every image, which a local disk does in microseconds.
 
     Args:
         paths: The tars.
-        tar: Which of them holds each image, int [n].
-        offsets, sizes: Where in it, in bytes, int64 [n].
-        names: Names in the tars.
+        tar: Index of the tar that holds each image, int [n].
+        offsets, sizes: Where the image is in its tar, in bytes, int64 [n].
+        names: Names of the images in their tars.
         split: Name of the split.
         labels: Class ids, int64 [n].
         class_names: Names of the classes.
@@ -70,39 +68,40 @@ class TarRows:
         return len(self.names)
 
     def name(self, row: int) -> str:
-        """What an error calls an image."""
+        """Return what error messages call an image: its row, tar and name."""
         return f"{self.split} image {row} ({self.paths[self.tar[row]]}: {self.names[row]})"
 
     def content(self, row: int) -> bytes:
-        """An encoded image."""
-        return _part(self.paths[self.tar[row]], int(self.offsets[row]), int(self.sizes[row]))
+        """Return an encoded image."""
+        return _read_part(self.paths[self.tar[row]], int(self.offsets[row]), int(self.sizes[row]))
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
-        """A decoded image, uint8 [height, width, channels]."""
+        """Return a decoded image, uint8 [height, width, in_chans]."""
         return decode(self.content(row), in_chans, self.name(row))
 
     def digest(self) -> str:
-        """sha256 of labels, sizes and encoded images, of which evenly spaced ones stand for more than a gigabyte."""
-        total = hashlib.sha256(json.dumps([self.split, self.class_names]).encode())
-        total.update(self.labels.tobytes())
+        """Return a sha256 of classes, labels, sizes and encoded images."""
+        total = begin_digest(self)
         total.update(np.ascontiguousarray(self.sizes).tobytes())
-        return spaced_digest(total, self.sizes, self.content)
+        return digest_images(total, self.sizes, self.content)
 
 
-def find_tars(folder: Path) -> dict[str, Tars]:
-    """The splits of a folder of tars: by the folder that they lie in (train/), or a word of their names
-    (imagenet-train-0001.tar).
+def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
+    """Return the splits of a folder with tars, unless it also holds the images or tables that were unpacked from them.
 
-    Without such a word a tar belongs to the training split.
+    The split is the folder that the tar lies in (train/) or a word of its name (imagenet-train-0001.tar); without such
+    a word a tar belongs to the training split.
     """
+    if folder.holds(IMAGE_SUFFIXES | TABLE_SUFFIXES):
+        return {}
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.tar")):
+    for path in sorted(folder.path.glob("*.tar")):
         found.setdefault(_split_of(path.stem) or "train", []).append(path)
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for inner in sorted(path for path in folder.path.iterdir() if path.is_dir()):
         split = _split_of(inner.name)
         if split is not None:
             found.setdefault(split, []).extend(sorted(inner.glob("*.tar")))
-    return {split: Tars(tuple(paths)) for split, paths in found.items() if paths}
+    return {split: partial(_read, tuple(paths), split, data) for split, paths in found.items() if paths}
 
 
 def _split_of(name: str) -> str | None:
@@ -110,51 +109,59 @@ def _split_of(name: str) -> str | None:
     return next((split for split in _SPLITS if split in words), None)
 
 
-def read_tars(tars: Tars, split: str, classes: tuple[str, ...] | None, key: str | None) -> TarRows:
-    """A split's rows: of class folders and class tars in the order of their names, of webdataset shards in their own.
+def _read(
+    paths: tuple[Path, ...], split: str, data: Data, class_names: tuple[str, ...] | None, log: Callable[[str], None]
+) -> TarRows:
+    """Read the index of each tar. Images of class folders and class tars are sorted by name, of shards they are not.
 
     Args:
-        tars: Of `find_tars`.
-        split: Its name.
-        classes: Class names to take where the labels are numbers, or names among these.
-        key: Of a label in webdataset's json; "label" where it is None.
+        paths: The tars.
+        split: Name of the split.
+        data: Its `target_key` names the label in webdataset's json; "label" by default.
+        class_names: Names to take where the labels are numbers, or names among these.
+        log: Logs one line.
 
     Raises:
-        DataError: A tar that cannot be read, an image without a label, or labels that are no classes.
+        DataError: A tar that cannot be read, an image without a label, or labels that are not classes.
     """
-    indices = [_indexed(path) for path in tars.paths]
+    if data.input_key is not None:
+        raise DataError("tar files have no image columns: leave --input-key out.")
+    indices = [_load_index(path, log) for path in paths]
     tar = np.concatenate([np.full(len(index.names), i) for i, index in enumerate(indices)])
     offsets, sizes = (np.concatenate([getattr(index, part) for index in indices]) for part in ("offsets", "sizes"))
     names = [name for index in indices for name in index.names]
     beside = [label for index in indices for label in index.labels]
     if not names:
-        raise DataError(f"{tars.paths[0]}: no image in it: expected class folders, or images with a label beside each.")
+        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with a label beside each.")
     if any(beside):
-        words = [_label(text, name, tars.paths[i], key) for text, name, i in zip(beside, names, tar, strict=True)]
+        key = data.target_key or "label"
+        words = [_label_beside(text, name, paths[i], key) for text, name, i in zip(beside, names, tar, strict=True)]
     else:
-        words = [_folder(tars.paths[i], name) for name, i in zip(names, tar, strict=True)]
+        words = [_class_folder(paths[i], name) for name, i in zip(names, tar, strict=True)]
         order = sorted(range(len(names)), key=lambda i: (words[i], names[i]))
         tar, offsets, sizes = tar[order], offsets[order], sizes[order]
         names, words = [names[i] for i in order], [words[i] for i in order]
-    labels, class_names = _classes(words, classes, numbers=any(beside))
-    return TarRows(tars.paths, tar, offsets, sizes, names, split, labels, class_names)
+    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(beside))
+    return TarRows(paths, tar, offsets, sizes, names, split, labels, names_of_classes)
 
 
-def _classes(words: list[str], classes: tuple[str, ...] | None, *, numbers: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class ids and class names of labels in words: numbers stand for themselves, where they may."""
+def _to_class_ids(
+    words: list[str], classes: tuple[str, ...] | None, *, numbers: bool
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return class ids and class names of labels in words. With `numbers`, words that are numbers are class ids."""
     if numbers and all(word.isdecimal() for word in words):
         labels = np.array([int(word) for word in words], dtype=np.int64)
-        if classes is None and labels.max() >= len(words):  # else check_classes holds them against the names
+        if classes is None and labels.max() >= len(words):  # else check_classes compares them with the names
             raise DataError(f"the label {labels.max()} among {len(words)} images: expected class ids from 0.")
         return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
     known = tuple(sorted(set(words)))
     names = classes if classes is not None and set(known) <= set(classes) else known
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[word] for word in words], dtype=np.int64), names
+    ids = {name: i for i, name in enumerate(names)}
+    return np.array([ids[word] for word in words], dtype=np.int64), names
 
 
-def _folder(path: Path, name: str) -> str:
-    """The class of an image: the folder that it lies in, else its tar."""
+def _class_folder(path: Path, name: str) -> str:
+    """Return the class of an image: the folder that it lies in, else its tar."""
     folder = PurePosixPath(name).parent.name
     if folder:
         return folder
@@ -166,21 +173,20 @@ def _folder(path: Path, name: str) -> str:
     return path.stem
 
 
-def _label(text: str, name: str, path: Path, key: str | None) -> str:
-    """A label beside an image, in words."""
+def _label_beside(text: str, name: str, path: Path, key: str) -> str:
+    """Return the label of the file beside an image, in words."""
     kind, _, value = text.partition(" ")
     if not kind:
         raise DataError(
-            f"{path}: {name} has no label beside it, as others have: expected a .cls, .json or .txt of the same name."
+            f"{path}: {name} has no label beside it, but other images have: expected a .cls, .json or .txt file of the "
+            "same name."
         )
     if kind != ".json":
         return value
     found = json.loads(value)
-    found = found.get(key or "label") if isinstance(found, dict) else found
+    found = found.get(key) if isinstance(found, dict) else found
     if not isinstance(found, int | str):
-        raise DataError(
-            f"{path}: the json beside {name} has no label under {key or 'label'!r}: name it with --target-key."
-        )
+        raise DataError(f"{path}: the json beside {name} has no label under {key!r}: name it with --target-key.")
     return str(found)
 
 
@@ -188,81 +194,82 @@ def _label(text: str, name: str, path: Path, key: str | None) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _part(path: Path, offset: int, size: int) -> bytes:
+def _read_part(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def _indexed(path: Path) -> _Index:
-    """The index of a tar: from the cache by the tar's place, size and time, else made, which reads a header for every
-    member."""
+def _load_index(path: Path, log: Callable[[str], None]) -> _Index:
+    """Load the index of a tar from the cache, by the tar's path, size and time, or create it, which reads the header of
+    every member."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
-    place = cache_folder() / "tars" / key
+    folder = cache_folder() / "tars" / key
 
-    def make() -> State:
+    def create() -> State:
         rows = _scan(path)
-        made = {
+        index = {
             "offsets": torch.tensor([row[1] for row in rows], dtype=torch.int64),
             "sizes": torch.tensor([row[2] for row in rows], dtype=torch.int64),
-            "names": _bytes([row[0] for row in rows]),
-            "labels": _bytes([row[3] for row in rows]),
+            "names": _to_bytes([row[0] for row in rows]),
+            "labels": _to_bytes([row[3] for row in rows]),
         }
-        return State({"index": made}, {})
+        return State({"index": index}, {})
 
-    found = kept(place, f"index of {path}", make, print).tensors["index"]
-    return _Index(found["offsets"].numpy(), found["sizes"].numpy(), _words(found["names"]), _words(found["labels"]))
+    found = kept(folder, f"index of {path}", create, log).tensors["index"]
+    names, labels = _from_bytes(found["names"]), _from_bytes(found["labels"])
+    return _Index(found["offsets"].numpy(), found["sizes"].numpy(), names, labels)
 
 
-def _bytes(words: list[str]) -> Tensor:
+def _to_bytes(words: list[str]) -> Tensor:
     text = "".join(f"{word}\n" for word in words).encode("utf-8", "surrogateescape")
     return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
 
-def _words(text: Tensor) -> list[str]:
+def _from_bytes(text: Tensor) -> list[str]:
     return text.numpy().tobytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
 
 
 def _scan(path: Path) -> list[tuple[str, int, int, str]]:
-    """Name, offset, size and what lies beside it, for every image.
+    """Return name, offset, size and label file of every image.
 
     Raises:
-        DataError: Not a plain tar, or not a whole one.
+        DataError: The file is not a tar, or compressed or truncated.
     """
     members = list(_members(path))
     beside: dict[str, tuple[int, str]] = {}
     for name, offset, size in members:
-        stem, ending = _key(name)
-        if ending in _LABELS:
-            text = _part(path, offset, size).decode(errors="replace")
-            text = _one_line(text, name, path) if ending == ".json" else text.strip().partition("\n")[0]
-            rank = _LABELS.index(ending)
+        stem, suffix = _key(name)
+        if suffix in _LABELS:
+            text = _read_part(path, offset, size).decode(errors="replace")
+            text = _json_line(text, name, path) if suffix == ".json" else text.strip().partition("\n")[0]
+            rank = _LABELS.index(suffix)
             if stem not in beside or rank < beside[stem][0]:
-                beside[stem] = rank, f"{ending} {text}"
+                beside[stem] = rank, f"{suffix} {text}"
     return [
         (name, offset, size, beside.get(stem, (0, ""))[1])
         for name, offset, size in members
-        for stem, ending in [_key(name)]
-        if ending in ENDINGS
+        for stem, suffix in [_key(name)]
+        if suffix in IMAGE_SUFFIXES
     ]
 
 
-def _one_line(text: str, name: str, path: Path) -> str:
+def _json_line(text: str, name: str, path: Path) -> str:
     try:
         return json.dumps(json.loads(text))
     except ValueError as error:
-        raise DataError(f"{path}: {name} is not JSON ({error}): write it anew.") from error
+        raise DataError(f"{path}: {name} is not JSON ({error}): write it again.") from error
 
 
 def _key(name: str) -> tuple[str, str]:
-    """webdataset's key of a member, and its last ending."""
-    place = PurePosixPath(name)
-    return str(place.parent / place.name.partition(".")[0]), place.suffix.lower()
+    """Return webdataset's key of a member, and its last suffix."""
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.partition(".")[0]), path.suffix.lower()
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file; those of a tar in a tar under its name, as in a folder."""
+    """Yield name, offset and size of every file. The files of a tar in a tar get its name as their folder."""
     try:
         with tarfile.open(path, "r:") as outer:
             for member in outer:
@@ -283,6 +290,6 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                             )
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path}: cannot be read as a tar ({error}): expected a whole one that is not compressed, as a compressed "
+            f"{path}: cannot be read as a tar ({error}): expected a whole tar that is not compressed, as a compressed "
             "one cannot be read from the middle."
         ) from error

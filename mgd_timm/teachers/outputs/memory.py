@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from mgd_timm.data.dataset import Source
+from mgd_timm.data.sources import Source
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.features import Batch, Features
 from mgd_timm.teachers.outputs.store import TeacherStore

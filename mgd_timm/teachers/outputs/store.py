@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mgd_timm.data.dataset import Source
+from mgd_timm.data.sources import Source
 from mgd_timm.distributed.collectives import decided, held_by_main, of_main, on_main
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.features import Batch, Features

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mgd_timm.data.dataset import FileSource, Images, Source, StoreSource
+from mgd_timm.data.dataset import Images
+from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
@@ -94,7 +95,7 @@ def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelera
         StoreError: The folder holds a store of other outputs, or a damaged file.
         OSError: The disk has no room for what lacks.
     """
-    assert isinstance(images.train, StoreSource | FileSource)
+    assert isinstance(images.train, SmallImageSource | LargeImageSource)
     view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
     made_of: dict[str, Any] = {
         "format": FORMAT,
@@ -105,10 +106,10 @@ def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelera
         "mean": list(images.mean),
         "std": list(images.std),
         "input_size": list(images.input_size),
-        "transform": images.train.shown,
+        "transform": images.train.augmentation,
         "view_seed": options.seed,
         "precision": str(accelerator.mixed_precision),
     }
     layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, options.top_k)
     store = TeacherStore(options.folder, made_of, layout, images.num_samples, options.passes, accelerator)
-    return StoredSource(images.train.seeded(options.seed), store)
+    return StoredSource(images.train.with_seed(options.seed), store)

@@ -1,0 +1,144 @@
+"""`Rows`, the protocol that every reader implements: the images of a split and their labels; and checks of them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mgd_timm.data.decode import DataError
+from mgd_timm.recipe.options import few, unknown
+
+EVAL_SPLITS = ("test", "validation", "valid", "val")
+HASHED = 1 << 30
+"""Bytes: of a larger split a part of the images is hashed, so that a start does not take minutes."""
+
+
+@runtime_checkable  # for the checks of shapes under pytest
+class Rows(Protocol):
+    """The images of one split, addressed by row, and their checked labels.
+
+    `pixels` is called in DataLoader workers, which are forked: open a file or a database there, not before.
+    """
+
+    @property
+    def split(self) -> str:
+        """Name of the split, for messages."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class ids, int64 [n], or distributions over classes, float32 [n, k]."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by class id."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """Return what error messages call an image: its split and row, and its file where there is one."""
+        ...
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """Return a decoded image, uint8 [height, width, in_chans].
+
+        Raises:
+            DataError: The image is corrupt.
+        """
+        ...
+
+    def digest(self) -> str:
+        """Return a sha256 of class names, labels and images, which does not depend on where they are stored."""
+        ...
+
+
+ReadSplit = Callable[[tuple[str, ...] | None, Callable[[str], None]], Rows]
+"""Reads a split that was found: (class names of the training split, or None for this split itself; log) -> Rows."""
+
+
+def begin_digest(rows: Rows, *more: Any) -> Any:
+    """Return a sha256 of the split's name, its classes, its labels and `more` JSON values, to be updated by images."""
+    total = hashlib.sha256(json.dumps([rows.split, rows.class_names, *more]).encode())
+    total.update(rows.labels.tobytes())
+    return total
+
+
+def digest_images(total: Any, sizes: np.ndarray, content: Callable[[int], bytes | str]) -> str:
+    """Add encoded images to a sha256 and return its hex digest. Above `HASHED` bytes evenly spaced images are added.
+
+    Args:
+        total: The sha256.
+        sizes: Bytes of each image, int [n].
+        content: Returns an encoded image, or its path.
+    """
+    for row in range(0, len(sizes), 1 + int(sizes.sum()) // HASHED):
+        found = content(row)
+        total.update(hashlib.sha256(found if isinstance(found, bytes) else Path(found).read_bytes()).digest())
+    return str(total.hexdigest())
+
+
+def check_split(split: str, splits: Iterable[str]) -> None:
+    """Check that a split exists.
+
+    Raises:
+        DataError: It does not.
+    """
+    if split not in splits:
+        raise DataError(
+            f"{unknown('split', split, splits)} Choose one with --train-split and --eval-split. The splits of an image "
+            "folder are its top folders (train/CLASS/1.png, test/CLASS/2.png)."
+        )
+
+
+def read_split(
+    splits: Mapping[str, ReadSplit], split: str, class_names: tuple[str, ...] | None, log: Callable[[str], None]
+) -> Rows:
+    """Read a split.
+
+    Args:
+        splits: From `open_splits`.
+        split: Name of the split.
+        class_names: Those of the training split, for another split.
+        log: Logs one line.
+
+    Raises:
+        DataError: There is no such split, or it cannot be used.
+    """
+    check_split(split, splits)
+    return splits[split](class_names, log)
+
+
+def check_classes(train: Rows, test: Rows | None) -> None:
+    """Check that both splits have the same classes, two or more, and that each has a training image.
+
+    Raises:
+        DataError: They do not, or a label is out of range.
+    """
+    names = train.class_names
+    if test is not None and test.class_names != names:
+        raise DataError(
+            f"split {test.split!r} has the classes {few(test.class_names)}, split {train.split!r} has {few(names)}: "
+            "expected the same classes in both."
+        )
+    for rows in (train, test):
+        top = int(rows.labels.max()) if rows is not None and rows.labels.ndim == 1 else 0
+        if rows is not None and top >= len(names):
+            raise DataError(
+                f"split {rows.split!r} has the label {top}, but there are {len(names)} classes, {few(names)}: "
+                f"expected 0 to {len(names) - 1}. Correct the labels or the class names."
+            )
+    if len(names) < 2:
+        raise DataError(f"split {train.split!r} has only one class, {names[0]!r}: expected two or more.")
+    if train.labels.ndim == 1:
+        counts = np.bincount(train.labels, minlength=len(names))
+        empty = [f"{names[i]!r} ({i})" for i in np.flatnonzero(counts == 0)]
+        if empty:
+            raise DataError(
+                f"split {train.split!r} has no image of class {few(empty)}: add images, or remove the class from the "
+                "class names."
+            )
