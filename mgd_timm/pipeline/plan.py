@@ -81,7 +81,7 @@ def classifier_fit_of(recipe: Recipe) -> ClassifierFit | None:
         how=recipe.fit_teacher_head,
         epochs=recipe.fitting_epochs,
         lr=recipe.fitting_lr,
-        augmentations=recipe.heads.heads_views,
+        augmentations=recipe.heads.heads_augmentations,
         batch_size=recipe.heads.heads_batch_size,
         optim=recipe.optim,
     )
@@ -93,7 +93,7 @@ def store_options_of(recipe: Recipe) -> StoreOptions | None:
         return None
     return StoreOptions(
         folder=Path(recipe.teacher_store),
-        passes=recipe.teacher_views or recipe.optim.epochs,
-        seed=recipe.teacher_view_seed or 0,
+        passes=recipe.teacher_augmentations or recipe.optim.epochs,
+        seed=recipe.teacher_augmentation_seed or 0,
         top_k=recipe.teacher_top_k or 0,
     )

@@ -85,7 +85,7 @@ class Optim:
         if self.sched in ("wsd", "rsqrt") and self.warmup_epochs == self.epochs:
             raise ValueError(
                 f"sched={self.sched!r}: warmup_epochs={self.warmup_epochs} of epochs={self.epochs} leave no epoch in "
-                f"which the learning rate decays. Lower --warmup-epochs, or raise --epochs."
+                "which the learning rate decays. Lower --warmup-epochs, or raise --epochs."
             )
         _check_milestones("decay_milestones", self.decay_milestones, self.sched, "epochs", self.epochs)
 
@@ -141,7 +141,7 @@ class Heads:
     heads_protocol: Literal["stored", "live"] = option(
         "stored", "fit on stored teacher outputs, or on live images as the authors"
     )
-    heads_views: int = option(4, "stored: augmented views of each image that the teacher sees")
+    heads_augmentations: int = option(4, "stored: augmented views of each image that the teacher sees")
     heads_epochs: int = option(24, "passes over the training images while the heads are fitted")
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
@@ -153,17 +153,17 @@ class Heads:
     heads_sched: Literal["cosine", "multistep"] = option("cosine", "schedule of the heads (the authors: multistep)")
     heads_decay_milestones: tuple[float, ...] | None = option(
         None,
-        "passes (of --heads-epochs) after which multistep divides the heads' learning rate by 10; default: 1/2 and 3/4 "
-        "of all, as the paper",
+        "passes (of --heads-epochs) after which multistep divides the heads' learning rate by 10; default: 1/2 and "
+        "3/4 of all, as the paper",
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
         if not self.heads_weight_decay >= 0:
             raise ValueError(f"heads_weight_decay={self.heads_weight_decay}: expected 0 or more.")
-        if min(self.heads_views, self.heads_epochs) < 1:
+        if min(self.heads_augmentations, self.heads_epochs) < 1:
             raise ValueError(
-                f"heads_views={self.heads_views}, heads_epochs={self.heads_epochs}: expected 1 or more of each."
+                f"heads_augmentations={self.heads_augmentations}, heads_epochs={self.heads_epochs}: expected 1 or more of each."
             )
         if self.heads_batch_size < 2:
             raise ValueError(f"heads_batch_size={self.heads_batch_size}: expected 2 or more.")
@@ -241,10 +241,12 @@ class Recipe:
         digest=False,
     )
     # None without a store, so that these are values of the runs alone that they decide.
-    teacher_views: int | None = option(
+    teacher_augmentations: int | None = option(
         None, "stored: augmented views of each image; epoch e shows view e modulo this. Default: the epochs"
     )
-    teacher_view_seed: int | None = option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
+    teacher_augmentation_seed: int | None = option(
+        None, "stored: seed of the views, whatever the run's seed. Default: 0"
+    )
     teacher_top_k: int | None = option(None, "stored: largest logits that are kept of each view. Default: 0, all")
     method: Literal["none", "mag", "mas"] = option(
         "mas",
@@ -401,7 +403,7 @@ class Recipe:
             raise ValueError(f"shard_teacher: {why}, so there is nothing to cut up. Leave it out.")
         if self.teacher_store is not None and self.teacher is None:
             raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
-        for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):
+        for name, least in (("teacher_augmentations", 1), ("teacher_augmentation_seed", None), ("teacher_top_k", 0)):
             value = getattr(self, name)
             if value is not None and self.teacher_store is None:
                 raise ValueError(
@@ -473,8 +475,8 @@ OF_DISTILLING = {f.name for f in dataclasses.fields(Heads)} | {
     "teacher_img_size",
     "teacher_resize",
     "teacher_store",
-    "teacher_views",
-    "teacher_view_seed",
+    "teacher_augmentations",
+    "teacher_augmentation_seed",
     "teacher_top_k",
     "method",
     "criterion",

@@ -74,7 +74,7 @@ def fit_heads(
 def _store_serves(store: TeacherStore, options: Heads) -> bool:
     """True if the heads can be fitted on a store: their targets at T=8 are what the smaller logits say."""
     stored = options.heads_protocol == "stored"
-    return stored and options.heads_views <= store.views and not store.layout.top_k
+    return stored and options.heads_augmentations <= store.views and not store.layout.top_k
 
 
 def _log_accuracy(heads: GranularityHeads, metrics: Metrics, context: RunContext) -> None:
@@ -87,8 +87,8 @@ def _log_accuracy(heads: GranularityHeads, metrics: Metrics, context: RunContext
         if value < shown.get("teacher", value) - FAR_BELOW:
             context.accelerator.print(
                 f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
-                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its "
-                "dim."
+                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, "
+                "--heads-augmentations or its dim."
             )
 
 
@@ -113,7 +113,7 @@ def _fit_fresh(
         global_batch_size=options.heads_batch_size,
     )
     if stored is not None:  # an epoch of all augmentations is as many passes
-        optim = optim.with_epochs(-(-passes // options.heads_views))
+        optim = optim.with_epochs(-(-passes // options.heads_augmentations))
     return fit(
         HeadFitting(heads),
         stored if stored is not None else images.train,
@@ -137,13 +137,13 @@ def _stored_outputs(
 ) -> StoredOutputs | None:
     """The outputs that heads are fitted on; None where they are fitted on live images."""
     if store is not None:
-        return read_outputs(store, context.images.train, options.heads_views, context.accelerator)
+        return read_outputs(store, context.images.train, options.heads_augmentations, context.accelerator)
     if options.heads_protocol != "stored":
         return None
     return store_outputs(
         lambda batch: teacher(batch.images),
         context.images.train,
-        options.heads_views,
+        options.heads_augmentations,
         context.accelerator,
         context.data.validation_batch_size,
         context.quiet,

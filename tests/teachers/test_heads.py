@@ -23,7 +23,12 @@ from mgd_timm.teachers.outputs.memory import store_outputs
 @pytest.fixture
 def parts(small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
-    options = {"data_dir": str(small_data), "output": str(tmp_path / "run"), "heads_epochs": 8, "heads_views": 2}
+    options = {
+        "data_dir": str(small_data),
+        "output": str(tmp_path / "run"),
+        "heads_epochs": 8,
+        "heads_augmentations": 2,
+    }
     recipe, accelerator = build_accelerator(make_recipe(**options, heads_batch_size=64))
     (tmp_path / "run").mkdir()
     images = load_images(recipe.data, recipe.seed)
@@ -106,7 +111,7 @@ def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, pr
 def test_multistep_decays_at_the_same_shares_whatever_the_augmentations(parts, views, rows, milestones):
     """8 passes, at half and three quarters: the last epoch of all is beyond both."""
     recipe, accelerator, images, teacher = parts
-    heads = replace(recipe.heads, heads_sched="multistep", heads_views=views, heads_decay_milestones=milestones)
+    heads = replace(recipe.heads, heads_sched="multistep", heads_augmentations=views, heads_decay_milestones=milestones)
     fit_heads(teacher, heads, context_of(recipe, images, accelerator, quiet=True))
     found = [json.loads(line)["lr"] for line in Path(recipe.output, "heads", "metrics.jsonl").read_text().splitlines()]
     tenths = [round(-math.log10(lr / 0.02)) for lr in found]
@@ -143,4 +148,4 @@ def test_a_head_far_below_the_teacher_is_warned_of(parts, capsys):
     fit_heads(teacher, hopeless.heads, context_of(hopeless, images, accelerator, quiet=True))
     out = capsys.readouterr().out
     assert "warning: the head 'abstract' is" in out
-    assert "points below the teacher: raise --heads-epochs, --heads-views or its dim" in out
+    assert "points below the teacher: raise --heads-epochs, --heads-augmentations or its dim" in out

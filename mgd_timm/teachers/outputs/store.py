@@ -114,8 +114,8 @@ class TeacherStore:
         if changed:
             raise StoreError(
                 f"{self.folder} is a store of other teacher outputs ({'; '.join(changed[:5])}): choose another "
-                "--teacher-store for these, or the teacher, the images and their transform, and the precision "
-                "that it was written with."
+                "--teacher-store for these, or the teacher, the images and their transform, and the precision that it "
+                "was written with."
             )
         return found
 
@@ -135,7 +135,7 @@ class TeacherStore:
             raise OSError(
                 errno.ENOSPC,
                 f"the teacher store {self.folder} needs {in_bytes(needed)} more, and {in_bytes(free)} are free: "
-                "choose fewer --teacher-views, a --teacher-top-k, or a larger disk",
+                "choose fewer --teacher-augmentations, a --teacher-top-k, or a larger disk",
             )
         return missing
 
