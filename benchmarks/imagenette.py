@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "imagenette.jsonl"
 SCHEDULE = (
     *("--batch-size", "64", "--grad-accum-steps", "1", "--opt", "adamw", "--lr", "0.002", "--weight-decay", "0.05"),
     *("--sched", "cosine", "--warmup-epochs", "1", "--clip-grad", "1"),
-    *("--scale", "0.35", "1.0", "--interpolation", "bicubic", "--heads-views", "4"),
+    *("--scale", "0.35", "1.0", "--interpolation", "bicubic", "--heads-augmentations", "4"),
 )
 KD = ["--task-weight", "0.2", "--kd-weight", "0.8"]
 ARMS: dict[str, list[str]] = {

@@ -93,7 +93,10 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     protocol |= cifar.distillation_options() | cifar.heads_options(heads_epochs)
     if given.get("teacher_store") and not given.get("teacher_top_k"):
         # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
-        protocol |= {"heads_protocol": "stored", "heads_views": min(heads_epochs, given.get("teacher_views", epochs))}
+        protocol |= {
+            "heads_protocol": "stored",
+            "heads_augmentations": min(heads_epochs, given.get("teacher_augmentations", epochs)),
+        }
     recipe = make_recipe(**{**protocol, "seed": seed, **own, "student": student, "teacher": teacher})
     title = "-".join([student, recipe.method, *criterion_names(recipe), str(recipe.seed)])
     return name, cifar.stage(root, title, recipe, cifar.made_from(recipe)), folder

@@ -38,7 +38,7 @@ COMMON: dict[str, Any] = {
     "img_size": 224,
     "workers": 8,
     # One view: what a teacher shows of 1.28 million images four times would take tens of gigabytes.
-    "heads_views": 1,
+    "heads_augmentations": 1,
 }
 SGD: dict[str, Any] = {
     "epochs": 100,

@@ -24,7 +24,7 @@ from mgd_timm.pipeline.connect import defaults_of
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.recipe import Data, Recipe
 
-SHORT = {"epochs": 1, "heads_epochs": 1, "heads_views": 1}
+SHORT = {"epochs": 1, "heads_epochs": 1, "heads_augmentations": 1}
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -12,8 +12,8 @@ def resolved(recipe: Recipe) -> Recipe:
         return recipe
     return dataclasses.replace(
         recipe,
-        teacher_views=recipe.teacher_views or recipe.optim.epochs,
-        teacher_view_seed=recipe.teacher_view_seed or 0,
+        teacher_augmentations=recipe.teacher_augmentations or recipe.optim.epochs,
+        teacher_augmentation_seed=recipe.teacher_augmentation_seed or 0,
         teacher_top_k=recipe.teacher_top_k or 0,
     )
 

@@ -93,7 +93,7 @@ class Heads:
     heads_protocol: Literal["stored", "live"] = option(
         "stored", "fit on stored teacher outputs, or on live images as the authors"
     )
-    heads_views: int = option(4, "stored: augmented views of each image that the teacher sees")
+    heads_augmentations: int = option(4, "stored: augmentations of each image that the teacher sees")
     heads_epochs: int = option(24, "passes over the training images while the heads are fitted")
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)")
@@ -109,9 +109,10 @@ class Heads:
         check_choices(self)
         if not self.heads_weight_decay >= 0:
             raise ValueError(f"heads_weight_decay={self.heads_weight_decay}: expected 0 or more.")
-        if min(self.heads_views, self.heads_epochs) < 1:
+        if min(self.heads_augmentations, self.heads_epochs) < 1:
             raise ValueError(
-                f"heads_views={self.heads_views}, heads_epochs={self.heads_epochs}: expected 1 or more of each."
+                f"heads_augmentations={self.heads_augmentations}, heads_epochs={self.heads_epochs}: expected 1 or more "
+                "of each."
             )
         if self.heads_batch_size < 2:
             raise ValueError(f"heads_batch_size={self.heads_batch_size}: expected 2 or more.")
@@ -179,11 +180,15 @@ class Recipe:
         digest=False,
     )
     # None without a store, so that these are values of the runs alone that they decide.
-    teacher_views: int | None = option(
-        None, "stored: augmented views of each image; epoch e shows view e modulo this. Default: the epochs"
+    teacher_augmentations: int | None = option(
+        None, "stored: augmentations of each image; epoch e shows number e modulo this. Default: the epochs"
     )
-    teacher_view_seed: int | None = option(None, "stored: seed of the views, whatever the run's seed. Default: 0")
-    teacher_top_k: int | None = option(None, "stored: largest logits that are kept of each view. Default: 0, all")
+    teacher_augmentation_seed: int | None = option(
+        None, "stored: seed of the augmentations, whatever the run's seed. Default: 0"
+    )
+    teacher_top_k: int | None = option(
+        None, "stored: largest logits that are kept of each augmentation. Default: 0, all"
+    )
     method: Literal["none", "mag", "mas"] = option(
         "mas",
         "multi-granularity part: none, mag (codes) or mas (codes, stable target); default: mas, and none with a peer",
@@ -339,7 +344,7 @@ class Recipe:
             raise ValueError(f"shard_teacher: {why}, so there is nothing to cut up. Leave it out.")
         if self.teacher_store is not None and self.teacher is None:
             raise ValueError(f"teacher_store={self.teacher_store!r}: there is no teacher whose outputs it would hold.")
-        for name, least in (("teacher_views", 1), ("teacher_view_seed", None), ("teacher_top_k", 0)):
+        for name, least in (("teacher_augmentations", 1), ("teacher_augmentation_seed", None), ("teacher_top_k", 0)):
             value = getattr(self, name)
             if value is not None and self.teacher_store is None:
                 raise ValueError(
@@ -411,8 +416,8 @@ OF_DISTILLING = {f.name for f in dataclasses.fields(Heads)} | {
     "teacher_img_size",
     "teacher_resize",
     "teacher_store",
-    "teacher_views",
-    "teacher_view_seed",
+    "teacher_augmentations",
+    "teacher_augmentation_seed",
     "teacher_top_k",
     "method",
     "criterion",

@@ -88,9 +88,9 @@ def fit_teacher_heads(
     """Fit teachers to the labels, in place: found again by a digest of all that makes them, as everything that is
     fitted first.
 
-    "probe" trains the classifier on the embeddings of `heads_views` stored views of each image, with AdamW; "finetune"
-    trains the whole network on the images by the run's rule. Both for `fitting_epochs` passes over the images, at
-    `fitting_lr`.
+    "probe" trains the classifier on the embeddings of `heads_augmentations` stored augmentations of each image, with
+    AdamW; "finetune" trains the whole network on the images by the run's rule. Both for `fitting_epochs` passes over
+    the images, at `fitting_lr`.
 
     Returns:
         The training loss of each.
@@ -115,7 +115,7 @@ def _fit_one(
     probe, model = recipe.fit_teacher_head == "probe", teacher.tap.model
     check_probe(teacher.tap, recipe)
     if probe:
-        passes = -(-recipe.fitting_epochs // recipe.heads.heads_views)
+        passes = -(-recipe.fitting_epochs // recipe.heads.heads_augmentations)
         optim = Optim(epochs=passes, opt="adamw", lr=recipe.fitting_lr or PROBE_LR, weight_decay=1e-4)
         optim = replace(optim, global_batch_size=recipe.heads.heads_batch_size)
     else:
@@ -129,7 +129,7 @@ def _fit_one(
         "head": recipe.fit_teacher_head,
         "optim": as_dict(optim, digest_only=True),
     }
-    made_of["views"] = recipe.heads.heads_views if probe else None
+    made_of["views"] = recipe.heads.heads_augmentations if probe else None
     folder = Path(recipe.output) / name
 
     def fit_fresh() -> Metrics:
@@ -153,7 +153,7 @@ def _fit_one(
         try:
             options: dict[str, Any] = {"seed": recipe.seed, "upkeep": upkeep}
             if probe:
-                views, size = recipe.heads.heads_views, recipe.data.validation_batch_size
+                views, size = recipe.heads.heads_augmentations, recipe.data.validation_batch_size
                 stored = store_outputs(
                     lambda batch: teacher(batch.images), images.train, views, accelerator, size, quiet
                 )

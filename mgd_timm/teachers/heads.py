@@ -47,7 +47,7 @@ def fit_heads(
     """
     if stored is not None and not (
         recipe.heads.heads_protocol == "stored"
-        and recipe.heads.heads_views <= stored.store.views
+        and recipe.heads.heads_augmentations <= stored.store.views
         and not stored.store.layout.top_k  # the heads' targets at T=8 are what the other logits say
     ):
         stored = None
@@ -87,8 +87,8 @@ def fit_heads(
         if value < shown.get("teacher", value) - FAR_BELOW:
             accelerator.print(
                 f"warning: {'the stable logits are' if key == 'top1' else f'the head {key!r} is'} "
-                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-views or its "
-                "dim."
+                f"{shown['teacher'] - value:.1f} points below the teacher: raise --heads-epochs, --heads-augmentations "
+                "or its dim."
             )
     return heads
 
@@ -111,10 +111,10 @@ def _fit_fresh_heads(
 
     stored: StoredOutputs | None = None
     if views is not None:
-        stored = read_outputs(views.store, images.train, options.heads_views, accelerator)
+        stored = read_outputs(views.store, images.train, options.heads_augmentations, accelerator)
     elif options.heads_protocol == "stored":
         stored = store_outputs(
-            look, images.train, options.heads_views, accelerator, recipe.data.validation_batch_size, quiet
+            look, images.train, options.heads_augmentations, accelerator, recipe.data.validation_batch_size, quiet
         )
     held = None
     if images.watched is not None:
@@ -134,7 +134,7 @@ def _fit_fresh_heads(
 
     passes = options.heads_epochs
     optim = Optim(
-        epochs=-(-passes // options.heads_views) if stored is not None else passes,
+        epochs=-(-passes // options.heads_augmentations) if stored is not None else passes,
         lr=options.heads_lr,
         weight_decay=options.heads_weight_decay,
         sched=options.heads_sched,

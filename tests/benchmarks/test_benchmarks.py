@@ -44,7 +44,7 @@ def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "mean": (0.3,) * 3,
         "std": (0.3,) * 3,
     }
-    heads = {"heads_epochs": 2, "heads_views": 2}
+    heads = {"heads_epochs": 2, "heads_augmentations": 2}
 
     def small(args, student, options, seed, classes):  # type: ignore[no-untyped-def]
         return make_recipe(student=student, seed=seed, **shown, **heads, **options)

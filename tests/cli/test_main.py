@@ -17,7 +17,7 @@ from mgd_timm.models.build import load_model
 from mgd_timm.recipe.data import OF_TRAINING
 from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
 
-SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-views", "1"]
+SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-augmentations", "1"]
 
 
 @pytest.fixture

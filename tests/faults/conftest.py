@@ -62,7 +62,7 @@ def tiny_flags(tiny_data: Path) -> list[str]:
         "5",
         "--heads-epochs",
         "4",
-        "--heads-views",
+        "--heads-augmentations",
         "2",
     ]
     return [*words, "--heads-batch-size", "40", "--log-interval", "2", "--checkpoint-interval", "1"]

@@ -46,12 +46,12 @@ def words(tiny_data: Path, tmp_path: Path) -> list[str]:
         "0.2",
         "--heads-epochs",
         "2",
-        "--heads-views",
+        "--heads-augmentations",
         "2",
         "--validation-batch-size",
         "10",
     ]
-    return [*flags, "--teacher-store", str(tmp_path / "store"), "--teacher-views", str(VIEWS)]
+    return [*flags, "--teacher-store", str(tmp_path / "store"), "--teacher-augmentations", str(VIEWS)]
 
 
 def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Ranks:

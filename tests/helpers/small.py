@@ -27,7 +27,7 @@ FAST = [
     "32",
     "--heads-epochs",
     "2",
-    "--heads-views",
+    "--heads-augmentations",
     "2",
     "--log-interval",
     "5",

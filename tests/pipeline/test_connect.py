@@ -17,7 +17,7 @@ from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
 
-SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
+SHORT = {"epochs": 1, "heads_epochs": 2, "heads_augmentations": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
 
 

@@ -21,7 +21,12 @@ from mgd_timm.teachers.outputs.memory import store_outputs
 @pytest.fixture
 def parts(small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
-    options = {"data_dir": str(small_data), "output": str(tmp_path / "run"), "heads_epochs": 8, "heads_views": 2}
+    options = {
+        "data_dir": str(small_data),
+        "output": str(tmp_path / "run"),
+        "heads_epochs": 8,
+        "heads_augmentations": 2,
+    }
     recipe, accelerator = build_accelerator(make_recipe(**options, heads_batch_size=64))
     (tmp_path / "run").mkdir()
     images = load_images(recipe.data, recipe.seed)
@@ -126,4 +131,4 @@ def test_a_head_far_below_the_teacher_is_warned_of(parts, capsys):
     fit_heads(teacher, images, hopeless, accelerator, {}, quiet=True)
     out = capsys.readouterr().out
     assert "warning: the head 'abstract' is" in out
-    assert "points below the teacher: raise --heads-epochs, --heads-views or its dim" in out
+    assert "points below the teacher: raise --heads-epochs, --heads-augmentations or its dim" in out

@@ -27,7 +27,7 @@ SHORT = {
     "epochs": 1,
     "fitting_epochs": 2,
     "heads_epochs": 1,
-    "heads_views": 1,
+    "heads_augmentations": 1,
     "batch_size": 32,
     "student": "cifar_resnet8x05",
 }
@@ -207,7 +207,8 @@ def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weight
 def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
     """Real processes: one run of one process, one of two."""
     flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--global-batch-size", "64"]
-    flags += ["--batch-size", "32", "--epochs", "1", "--heads-epochs", "16", "--heads-views", "1", "--seed", "3"]
+    flags += ["--batch-size", "32", "--epochs", "1", "--seed", "3", "--heads-epochs", "16"]
+    flags += ["--heads-augmentations", "1"]
     cache = {"MGD_TIMM_CACHE": str(tmp_path / "cache")}
     runs = [
         Ranks(

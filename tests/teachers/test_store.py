@@ -34,7 +34,7 @@ from mgd_timm.teachers.outputs.layout import Layout, StoreError
 from mgd_timm.teachers.outputs.stored_source import open_store
 
 CPU = torch.device("cpu")
-LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "log_interval": 5}
+LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_augmentations": 2, "log_interval": 5}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def bench(small_data):
     default = load_images(recipe.data, 0)
 
     def opened(folder, views=2, *, teacher=teacher, images=None, accelerator=accelerator, **options):
-        flags = {"data_dir": str(small_data), "teacher_store": str(folder), "teacher_views": views, **options}
+        flags = {"data_dir": str(small_data), "teacher_store": str(folder), "teacher_augmentations": views, **options}
         recipe = resolved(make_recipe(**flags))
         if images is None:
             images = default if "pad" not in options else load_images(recipe.data, 0)
@@ -137,7 +137,7 @@ def test_large_pictures_and_a_validation_cut_of_another_seed(bench, tmp_path):
         "mean": (0.5,) * 3,
         "std": (0.2,) * 3,
     }
-    recipe = resolved(make_recipe(**flags, teacher_store=str(tmp_path / "store"), teacher_views=1))
+    recipe = resolved(make_recipe(**flags, teacher_store=str(tmp_path / "store"), teacher_augmentations=1))
     seen = []
     for seed in (1, 2):
         images = load_images(recipe.data, seed)
@@ -163,7 +163,9 @@ def test_stored_and_live_training_have_the_same_losses(small_data, tmp_path, met
     epochs = 2 if method == "mas" else 1
     common = {**LITTLE, "data": str(small_data), "method": method, "criterion": ("kd",), "seed": 7, "epochs": epochs}
     mgd_timm.distill(output=tmp_path / "live", **common)
-    mgd_timm.distill(output=tmp_path / "stored", **common, teacher_store=str(tmp_path / "store"), teacher_view_seed=7)
+    mgd_timm.distill(
+        output=tmp_path / "stored", **common, teacher_store=str(tmp_path / "store"), teacher_augmentation_seed=7
+    )
     live, stored = losses(tmp_path / "live"), losses(tmp_path / "stored")
     assert len(stored) == len(live) == epochs
     assert stored != live
@@ -190,7 +192,7 @@ def test_another_seed_host_and_student_write_nothing_and_another_number_of_views
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"view-00001-rows-000000000.safetensors"}
     recipe = (tmp_path / "3" / "recipe.yaml").read_text()
-    assert "teacher_views: 2\nteacher_view_seed: 0\nteacher_top_k: 0\n" in recipe
+    assert "teacher_augmentations: 2\nteacher_augmentation_seed: 0\nteacher_top_k: 0\n" in recipe
 
 
 def test_a_run_on_the_largest_logits(small_data, tmp_path):
@@ -215,7 +217,9 @@ def test_heads_read_the_store_without_the_teacher(bench, written, tmp_path, monk
     handle = teacher.register_forward_hook(lambda *_: shown.append(1))
     found = {}
     for name in ("live", "stored"):
-        recipe = make_recipe(output=str(tmp_path / name), seed=0, heads_views=2, heads_epochs=8, heads_batch_size=64)
+        recipe = make_recipe(
+            output=str(tmp_path / name), seed=0, heads_augmentations=2, heads_epochs=8, heads_batch_size=64
+        )
         (tmp_path / name).mkdir()
         shown.clear()
         # Seed 0 is the store's view seed too: the same views.
@@ -240,7 +244,7 @@ def words(data: Path, output: Path, store: Path) -> list[str]:
     more = [
         "--epochs",
         "2",
-        "--teacher-views",
+        "--teacher-augmentations",
         "8",
         "--checkpoint-interval",
         "2",
@@ -323,7 +327,9 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_a_later_call_goes_on(bench
         assert caught.value.errno == errno.ENOSPC
         there = state(tmp_path / "store")
         assert sorted(there) == ["store.json", *(f"view-00000-rows-000000{n}.safetensors" for n in ("000", "100"))]
-        with pytest.raises(OSError, match=r"needs 0\.07 MB more, and 0\.01 MB are free: choose fewer --teacher-views"):
+        with pytest.raises(
+            OSError, match=r"needs 0\.07 MB more, and 0\.01 MB are free: choose fewer --teacher-augmentations"
+        ):
             opened(tmp_path / "store")
         (tmp_path / "hog").unlink()
         stored = opened(tmp_path / "store")
@@ -368,7 +374,7 @@ def test_another_run_that_writes_is_waited_for_and_what_it_wrote_is_read(bench, 
 
 def test_what_another_run_writes_meanwhile_is_refused_where_it_is_of_another_teacher(bench, written, tmp_path):
     accelerator, _, teacher, opened, _ = bench
-    stored = opened(tmp_path / "store", teacher_view_seed=1)
+    stored = opened(tmp_path / "store", teacher_augmentation_seed=1)
     shutil.copytree(written, tmp_path / "store")
     before = state(tmp_path / "store")
     with pytest.raises(
@@ -419,7 +425,7 @@ def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_da
     cases = {
         r"teacher: '\w+' -> '\w+'\)": {"teacher": other},
         r"transform\.pad: 4 -> 2\)": {"pad": 2},
-        r"view_seed: 0 -> 1\)": {"teacher_view_seed": 1},
+        r"view_seed: 0 -> 1\)": {"teacher_augmentation_seed": 1},
         r"top_k: 0 -> 4\)": {"teacher_top_k": 4},
         r"mean: \[": {"images": replace(images, mean=(0.5, 0.5, 0.5))},
     }
@@ -463,8 +469,8 @@ def test_criteria_that_read_maps_are_refused_before_anything_is_written(small_da
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"teacher_views": 3}, "teacher_views=3 belongs to stored teacher outputs"),
-        ({"teacher_store": "s", "teacher_views": 0}, "teacher_views=0: expected 1 or more"),
+        ({"teacher_augmentations": 3}, "teacher_augmentations=3 belongs to stored teacher outputs"),
+        ({"teacher_store": "s", "teacher_augmentations": 0}, "teacher_augmentations=0: expected 1 or more"),
         ({"teacher_store": "s", "teacher_top_k": -1}, "teacher_top_k=-1: expected 0 or more"),
         ({"teacher_store": "s", "teacher": None}, "there is no teacher"),
     ],
@@ -474,16 +480,16 @@ def test_options_that_mean_nothing_are_refused(options, match):
         make_recipe(**options)
 
 
-@pytest.mark.parametrize(("wanted", "views"), [("--teacher-views 4", 4), ("", None)])
+@pytest.mark.parametrize(("wanted", "views"), [("--teacher-augmentations 4", 4), ("", None)])
 def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys, wanted, views):
     flags = [*words(small_data, whole / "run", whole / "store"), "--resume"]
-    place = flags.index("--teacher-views")
+    place = flags.index("--teacher-augmentations")
     flags[place : place + 2] = wanted.split()
     if views is None:
         place = flags.index("--teacher-store")
         del flags[place : place + 2]
     assert main(flags) == 1
-    assert re.search(rf"of another recipe \(.*teacher_views: 8 -> {views}\)", capsys.readouterr().err)
+    assert re.search(rf"of another recipe \(.*teacher_augmentations: 8 -> {views}\)", capsys.readouterr().err)
 
 
 # -- damaged

@@ -134,8 +134,8 @@ def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tupl
     if need > free // 2:
         raise ValueError(
             f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB "
-            f"in each process, more than half of the {free / 1e9:.1f} GB that are free: choose --heads-views 1, or "
-            "--heads-protocol live."
+            f"in each process, more than half of the {free / 1e9:.1f} GB that are free: choose "
+            "--heads-augmentations 1, or --heads-protocol live."
         )
     return torch.zeros(count, widths[0]), torch.zeros(count, widths[1])
 

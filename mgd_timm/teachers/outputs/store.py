@@ -131,7 +131,7 @@ class TeacherStore:
             raise OSError(
                 errno.ENOSPC,
                 f"the teacher store {self.folder} needs {in_bytes(lacking)} more, and {in_bytes(free)} are free: "
-                "choose fewer --teacher-views, a --teacher-top-k, or a larger disk",
+                "choose fewer --teacher-augmentations, a --teacher-top-k, or a larger disk",
             )
         return self.rows, self.missing
 

@@ -70,8 +70,8 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
         OSError: The disk has no room for what lacks.
     """
     assert recipe.teacher_store is not None
-    assert recipe.teacher_views is not None
-    assert recipe.teacher_view_seed is not None
+    assert recipe.teacher_augmentations is not None
+    assert recipe.teacher_augmentation_seed is not None
     assert isinstance(images.train, StoreSource | FileSource)
     view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
     made_of = {
@@ -84,10 +84,10 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
         "std": list(images.std),
         "input_size": list(images.input_size),
         "transform": images.train.shown,
-        "view_seed": recipe.teacher_view_seed,
+        "view_seed": recipe.teacher_augmentation_seed,
         "precision": str(accelerator.mixed_precision),
     }
     layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, recipe.teacher_top_k or 0)
     folder = Path(recipe.teacher_store)
-    store = TeacherStore(folder, made_of, layout, images.num_samples, recipe.teacher_views, accelerator)
-    return StoredViews(images.train.seeded(recipe.teacher_view_seed), store)
+    store = TeacherStore(folder, made_of, layout, images.num_samples, recipe.teacher_augmentations, accelerator)
+    return StoredViews(images.train.seeded(recipe.teacher_augmentation_seed), store)
