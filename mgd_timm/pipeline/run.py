@@ -21,7 +21,7 @@ from mgd_timm.models.build import check_model_name, set_memory_format
 from mgd_timm.pipeline.checks import check_storable, check_taught
 from mgd_timm.pipeline.connect import Networks, build_networks, defaults_of, load_teachers, suit_teachers
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
-from mgd_timm.recipe.derived import resolved
+from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
@@ -59,7 +59,7 @@ def run(
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
-    recipe = resolved(recipe)
+    recipe = with_store_defaults(recipe)
     folder = Path(recipe.output)
     steps = recipe.optim.grad_accum_steps
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)

@@ -313,8 +313,11 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--lr", "fast"], ["lr", "fast"]),
         (["distill", "--batch-size", "1"], ["batch_size=1: expected 2 or more"]),
         (["distill", "--val-split", "validation"], ["val"]),
-        (["distill", "--val-split", "0.9"], ["val_split=0.9: expected a share from 0 to 0.5"]),
-        (["distill", "--abstract-temperature", "0"], ["temperature=0.0: expected a positive"]),
+        (["distill", "--val-split", "0.9"], ["val_split=0.9: expected 0 to 0.5 (--val-split)"]),
+        (
+            ["distill", "--abstract-temperature", "0"],
+            ["abstract_temperature=0.0: expected a positive number (--abstract-temperature)"],
+        ),
         (["distill", "--mean", "0.5"], ["mean=(0.5,): expected 3 values"]),
         (["distill", "--log-with", "tensorbord"], ["unknown tracker 'tensorbord': did you mean tensorboard?"]),
         (["distill", "--log-with", "wandb"], ["tracker 'wandb' is not installed: pip install wandb"]),

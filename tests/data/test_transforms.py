@@ -235,8 +235,8 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"reprob": 1.5}, "reprob=1.5: expected a probability"),
-        ({"mixup": -1.0}, "mixup=-1.0: expected alpha"),
+        ({"reprob": 1.5}, "reprob=1.5: expected 0 to 1"),
+        ({"mixup": -1.0}, "mixup=-1.0: expected 0 or more"),
         ({"aug_repeats": -1}, "aug_repeats=-1"),
         ({"streaming": True, "val_split": 0.1}, "val_split=0.1 needs any image at any time"),
         ({"num_samples": 10}, "num_samples=10 is for streaming"),
