@@ -50,7 +50,8 @@ _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT)
+    defaults = {"output": "runs/cifar", "epochs": presets.EPOCHS, "seed": 1}
+    parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT, defaults=defaults)
     group = parser.add_argument_group("protocol")
     group.add_argument(
         "--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(presets.PAIRS)}"

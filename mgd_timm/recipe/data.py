@@ -13,11 +13,12 @@ class Data:
     """Which images, and how they are shown."""
 
     dataset: str = option(
-        "embedded", "'embedded' (part of Fashion-MNIST), a hub id, or a folder", common=True, digest=False
+        "embedded", "hub id or folder; 'embedded' is a part of Fashion-MNIST in the package", common=True, digest=False
     )
     data_dir: str | None = option(
         None,
         "folder of parquet/arrow files or of images in class folders; instead of --dataset",
+        value="FOLDER",
         common=True,
         digest=False,
     )
@@ -78,9 +79,7 @@ class Data:
     color_jitter: float = option(
         0.0, "large images: strength of colour jitter; as in timm none beside --aa", group="augmentation", minimum=0
     )
-    reprob: float = option(
-        0.0, "probability of random erasing", group="augmentation", common=True, minimum=0, maximum=1
-    )
+    reprob: float = option(0.0, "probability of random erasing", group="augmentation", minimum=0, maximum=1)
     remode: Literal["const", "rand", "pixel"] = option(
         "pixel",
         "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)",
@@ -89,7 +88,7 @@ class Data:
     recount: int = option(1, "largest number of boxes that are erased of an image", group="augmentation", minimum=1)
     mixup: float = option(
         0.0,
-        "alpha of mixup: student and teacher see mixed images (heads are fitted on images as they are); 0: none",
+        "alpha of mixup; student and teacher see mixed images, and heads are fitted on images as they are; 0: none",
         group="augmentation",
         common=True,
         minimum=0,

@@ -29,7 +29,7 @@ class Heads:
     heads_augmentations: int = option(
         4, "stored protocol: augmentations of each image whose teacher outputs are stored", minimum=1
     )
-    heads_epochs: int = option(24, "passes over the training images while the heads are fitted", minimum=1, common=True)
+    heads_epochs: int = option(24, "passes over the training images while the heads are fitted", minimum=1)
     # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)", above=0)
     heads_clip_grad: float | None = option(

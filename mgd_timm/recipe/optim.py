@@ -22,7 +22,7 @@ class Optim:
     weight_decay: float = option(5e-4, "weight decay", minimum=0, common=True)
     filter_bias_and_bn: bool = option(False, "no weight decay for biases and normalisation")
     sched: str = option(
-        "cosine", "timm scheduler: cosine, multistep, step, tanh, poly, ...; stepped by update", common=True
+        "cosine", "timm scheduler: cosine, multistep, step, ...; also tanh, poly, ...; stepped by update", common=True
     )
     min_lr: float = option(0.0, "learning rate at the end of a cosine", minimum=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", common=True)

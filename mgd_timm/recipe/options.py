@@ -45,7 +45,14 @@ class Range:
 
 
 def option(
-    default: Any, help: str, *, group: str | None = None, common: bool = False, digest: bool = True, **bounds: float
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    common: bool = False,
+    value: str | None = None,
+    digest: bool = True,
+    **bounds: float,
 ) -> Any:
     """A field of a recipe.
 
@@ -54,11 +61,12 @@ def option(
         help: Its text in --help-all. --help shows the words before the first semicolon.
         group: Heading that it stands under in the help; by default that of its dataclass.
         common: Whether --help shows it.
+        value: Word for its value in the help; by default one for its type.
         digest: Whether it decides the weights that a run ends with.
         **bounds: Of its value, or of each of its values, as `Range` takes them.
     """
-    metadata = {"help": help, "group": group, "common": common, "digest": digest, "range": Range(**bounds)}
-    return dataclasses.field(default=default, metadata=metadata)
+    shown = {"help": help, "group": group, "common": common, "value": value}
+    return dataclasses.field(default=default, metadata={**shown, "digest": digest, "range": Range(**bounds)})
 
 
 def flag(name: str) -> str:

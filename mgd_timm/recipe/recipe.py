@@ -25,17 +25,18 @@ class Recipe:
         ValueError: A value out of range, or options that contradict each other.
     """
 
-    student: str = option("cifar_resnet8x05", "timm model to train", group="student", common=True)
+    student: str = option("cifar_resnet8x05", "timm model to train", group="model", common=True)
     student_pretrained: bool = option(
-        False, "start the student from its pretrained weights", group="student", common=True
+        False, "start the student from its pretrained weights", group="model", common=True
     )
     student_checkpoint: str | None = option(
-        None, "safetensors file with the student's initial weights", group="student", digest=False
+        None, "safetensors file with the student's initial weights", value="FILE", group="model", digest=False
     )
     teacher: tuple[str, ...] | None = option(
         ("embedded",),
-        "'embedded', a timm model with weights, local-dir:PATH, hf-hub:ID or a run folder; given again: several "
-        "teachers; default: embedded, and none with --peer",
+        "timm name, run folder, local-dir:PATH or hf-hub:ID; a timm name needs published weights or "
+        "--teacher-checkpoint, and 'embedded' is in the package; given again: several teachers; default: embedded, and "
+        "none with --peer",
         group="teacher",
         common=True,
         digest=False,
@@ -57,6 +58,7 @@ class Recipe:
     teacher_checkpoint: str | None = option(
         None,
         "safetensors file with the teacher's weights, for the name of a timm model without weights",
+        value="FILE",
         group="teacher",
         digest=False,
     )
@@ -89,6 +91,7 @@ class Recipe:
     teacher_store: str | None = option(
         None,
         "folder of teacher outputs, written once and read by every later run; for criteria that read no maps",
+        value="FOLDER",
         group="teacher",
         digest=False,
     )
@@ -110,20 +113,22 @@ class Recipe:
     )
     method: Literal["none", "mag", "mas"] = option(
         "mas",
-        "multi-granularity part: none, mag (codes) or mas (codes and a stable target); default: mas, and none with "
-        "--peer",
+        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer",
         group="method",
         common=True,
     )
     criterion: tuple[str, ...] = option(
         ("kd",),
-        "host methods, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS (mgd-timm list criteria); the weight rises from 0 "
-        "over EPOCHS; default: kd, and dml with --peer",
+        "criteria, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS; the weight rises from 0 over EPOCHS; mgd-timm list "
+        "criteria names them; default: kd, and dml with --peer",
         group="method",
         common=True,
     )
     criterion_options: tuple[str, ...] = option(
-        (), "hyper-parameters of the criteria, each NAME.OPTION=VALUE, as in kd.divergence=reverse", group="method"
+        (),
+        "hyper-parameters of the criteria, as in kd.divergence=reverse",
+        value="NAME.OPTION=VALUE",
+        group="method",
     )
     standardise_logits: bool = option(
         False,
@@ -149,7 +154,7 @@ class Recipe:
         "weight of logit KD; default: 0.8 as the only criterion, 1 beside others in mag and mas, else 0",
         group="method",
     )
-    kd_temperature: float = option(4.0, "temperature of logit KD", group="method", common=True)
+    kd_temperature: float = option(4.0, "temperature of logit KD", group="method", above=0)
     smoothing: float = option(0.0, "label smoothing", group="optimisation", minimum=0, below=1, common=True)
     maps: str = option(
         "stages",
@@ -157,15 +162,15 @@ class Recipe:
         "first), all, or a number of evenly spaced ones",
         group="method",
     )
-    drop: float = option(0.0, "dropout before the student's classifier", group="student", minimum=0, below=1)
-    drop_path: float | None = option(None, "stochastic depth of the student", group="student", minimum=0, below=1)
+    drop: float = option(0.0, "dropout before the student's classifier", group="model", minimum=0, below=1)
+    drop_path: float | None = option(None, "stochastic depth of the student", group="model", minimum=0, below=1)
     train_only: Literal["all", "classifier"] = option(
         "all",
         "what is trained of a model: all, or the classifier on a frozen backbone (a linear probe)",
-        group="student",
+        group="model",
     )
     adapt_batchnorm: bool = option(
-        False, "with a frozen backbone: its BatchNorm statistics still follow the images", group="student"
+        False, "with a frozen backbone: its BatchNorm statistics still follow the images", group="model"
     )
     amp: bool = option(
         False, "mixed precision; else what accelerate launch says", group="speed and memory", common=True
@@ -193,7 +198,12 @@ class Recipe:
     )
     seed: int = option(42, "random seed", group="run", common=True)
     output: str = option(
-        "runs/distill", "folder of the run; must not exist unless resumed", group="run", common=True, digest=False
+        "runs/distill",
+        "folder of the run; must not exist unless resumed",
+        value="FOLDER",
+        group="run",
+        common=True,
+        digest=False,
     )
     resume: bool = option(
         False,

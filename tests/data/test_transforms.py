@@ -239,7 +239,7 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
         ({"mixup": -1.0}, "mixup=-1.0: expected 0 or more"),
         ({"aug_repeats": -1}, "aug_repeats=-1"),
         ({"streaming": True, "val_split": 0.1}, "val_split=0.1 needs any image at any time"),
-        ({"num_samples": 10}, "num_samples=10 is for streaming"),
+        ({"num_samples": 10}, "num_samples=10 is for streamed images"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, object], said: str) -> None:

@@ -1,0 +1,54 @@
+"""`mgd-timm evaluate`: the accuracy of a model, as JSON."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from mgd_timm.cli.parser import Parser, add_fields, options_of
+from mgd_timm.recipe.data import OF_TRAINING, Data
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out the command."""
+    values = options_of(_parser().parse_args(list(arguments)))
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    model = given.pop("model")
+    from mgd_timm.api import evaluate_named  # once the flags are known to be right, as it loads torch
+
+    found, data = evaluate_named(model, **given)
+    if int(os.environ.get("RANK", "0")) == 0:
+        noisy = {sigma: _rounded(row) for sigma, row in found.pop("noise", {}).items()}
+        print(json.dumps({**_rounded(found), "data": data, **({"noise": noisy} if noisy else {})}))
+
+
+def _parser() -> Parser:
+    elsewhere = dict.fromkeys(OF_TRAINING, "it is of training alone")
+    elsewhere["batch_size"] = "here it is --validation-batch-size"
+    parser = Parser(
+        prog="mgd-timm evaluate",
+        description="Print top-1, top-5 and loss of a model as JSON. What no flag names is as in the model's run.",
+        elsewhere=elsewhere,
+    )
+    parser.add_argument(
+        "model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'"
+    )
+    noise = parser.group("noise")
+    noise.add_argument(
+        "--noise",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="X",
+        help="standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1",
+    )
+    noise.add_argument("--noise-seeds", type=int, default=5, metavar="N", help="noise seeds to average over")
+    # A flag that is not given leaves the run's own value alone.
+    nothing = {field.name: None for field in dataclasses.fields(Data)}
+    add_fields(parser, Data, group="data", leave_out=OF_TRAINING, defaults=nothing)
+    return parser
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in numbers.items()}
