@@ -17,10 +17,11 @@ def main(arguments: Sequence[str]) -> None:
     model = given.pop("model")
     from mgd_timm.api import evaluate_named  # once the flags are known to be right, as it loads torch
 
-    found, data = evaluate_named(model, **given)
+    found = evaluate_named(model, **given)
     if int(os.environ.get("RANK", "0")) == 0:
-        noisy = {sigma: _rounded(row) for sigma, row in found.pop("noise", {}).items()}
-        print(json.dumps({**_rounded(found), "data": data, **({"noise": noisy} if noisy else {})}))
+        clean = {name: value for name, value in found.metrics.items() if name != "noise"}
+        noisy = {sigma: _rounded(row) for sigma, row in found.metrics.get("noise", {}).items()}
+        print(json.dumps({**_rounded(clean), "data": found.data, **({"noise": noisy} if noisy else {})}))
 
 
 def _parser() -> Parser:
