@@ -107,7 +107,7 @@ def _checked(model: Model, what: str) -> str | nn.Module:
 
 def _with_data(options: dict[str, Any], data: str | PathLike[str] | Data) -> dict[str, Any]:
     """Return options with those of the data, where they do not replace them."""
-    of_data = as_dict(data) if isinstance(data, Data) else {"dataset": str(data)}
+    of_data: dict[str, Any] = as_dict(data) if isinstance(data, Data) else {"dataset": str(data)}
     if "dataset" in options:
         of_data["data_dir"] = None
     return {**of_data, **options}
