@@ -35,16 +35,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'"
     )
-    noise = parser.group("noise")
-    noise.add_argument(
-        "--noise",
-        type=float,
-        nargs="+",
-        default=None,
-        metavar="X",
-        help="standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1",
-    )
-    noise.add_argument("--noise-seeds", type=int, default=5, metavar="N", help="noise seeds to average over")
+    about = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1"
+    parser.add_flag("noise", tuple[float, ...] | None, None, about, group="noise")
+    parser.add_flag("noise_seeds", int, 5, "noise seeds to average over", group="noise")
     # A flag that is not given leaves the run's own value alone.
     nothing = {field.name: None for field in dataclasses.fields(Data)}
     add_fields(parser, Data, group="data", leave_out=OF_TRAINING, defaults=nothing)

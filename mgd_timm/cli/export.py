@@ -30,15 +30,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("run", type=str, help="run folder, exported folder, or 'embedded'")
     parser.add_argument("folder", type=str, help="folder to write; must not exist")
-    labels = parser.group("labels")
-    labels.add_argument(
-        "--license",
-        type=str | None,
-        default=None,
-        metavar="NAME",
-        help="licence of the weights; default: the run's",
-    )
-    labels.add_argument(
-        "--tag", type=str | None, default=None, metavar="NAME", help="timm's tag of the weights; default: the run's"
-    )
+    for name, about in (("license", "licence of the weights"), ("tag", "timm's tag of the weights")):
+        parser.add_flag(name, str | None, None, f"{about}; default: the run's", group="labels")
     return parser

@@ -3,10 +3,9 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import ActionYesNo
 
 from mgd_timm.cli.parser import Parser, options_of
 
@@ -35,36 +34,17 @@ def _parser() -> Parser:
         "file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run"
     )
     parser.add_argument("folder", type=str, help="folder to write; must not exist")
-    group = parser.group("model")
-    group.add_argument(
-        "--model",
-        type=str,
-        required=True,
-        metavar="NAME",
-        help="timm's name of its architecture, such as cifar_resnet20",
-    )
-    numbers = {
-        "--num-classes": "number of classes, to check; default: the classifier's in the file",
-        "--in-chans": "channels of the images; default: those of the weights",
-    }
-    for flag, about in numbers.items():
-        group.add_argument(flag, type=int | None, default=None, metavar="N", help=about)
+    add = partial(parser.add_flag, group="model")
+    add("model", str, None, "timm's name of its architecture, such as cifar_resnet20", required=True)
+    add("num_classes", int | None, None, "number of classes, to check; default: the classifier's in the file")
+    add("in_chans", int | None, None, "channels of the images; default: those of the weights")
     for name in ("mean", "std"):
-        about = (
-            f"{name} of the images that it was trained on, per channel; default: the architecture's (CIFAR-100's for "
-            "cifar_*)"
-        )
-        group.add_argument(f"--{name}", type=float, nargs="+", default=None, metavar="X", help=about)
-    group.add_argument(
-        "--class-names",
-        type=str,
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="names of the classes in the classifier's order; default: numbers",
-    )
-    group.add_argument("--license", type=str, default="other", metavar="NAME", help="licence of the weights")
-    group.add_argument("--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="replace the folder")
+        about = f"{name} per channel of the images that it was trained on; default: the architecture's"
+        add(name, tuple[float, ...] | None, None, about)
+    about = "names of the classes in the classifier's order; default: numbers"
+    add("class_names", tuple[str, ...] | None, None, about)
+    add("license", str, "other", "licence of the weights")
+    add("overwrite", bool, False, "replace the folder")
     return parser
 
 

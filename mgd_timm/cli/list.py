@@ -1,9 +1,10 @@
 """`mgd-timm list`: the criteria, the models and the data that there are."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
-from jsonargparse import ActionYesNo, Namespace
+from jsonargparse import Namespace
 
 from mgd_timm.cli.parser import Parser
 
@@ -34,41 +35,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="mgd-timm list", description="List what there is.")
-    parser.add_argument(
-        "what", type=Literal["criteria", "models", "data"], metavar="what", help="criteria, models or data"
-    )
-    models, criteria = parser.group("models"), parser.group("criteria")
-    models.add_argument("--filter", type=str, default="", metavar="WORD", help="a wildcard, such as cifar_*")
-    criteria.add_argument(
-        "--teacher",
-        type=str,
-        default="cifar_resnet32x4",
-        metavar="NAME",
-        help="teacher of the pair to list them for; its weights do not matter",
-    )
-    criteria.add_argument(
-        "--student", type=str, default="cifar_resnet8x4", metavar="NAME", help="student of the pair to list them for"
-    )
-    numbers = {
-        "--img-size": "side of the images in pixels; default: the student's",
-        "--in-chans": "channels of the images; default: the networks'",
-        "--num-classes": "classes of the data; default: a trained teacher's, or 100",
-    }
-    for flag, about in numbers.items():
-        criteria.add_argument(flag, type=int | None, default=None, metavar="N", help=about)
-    criteria.add_argument(
-        "--num-samples",
-        type=int,
-        default=50_000,
-        metavar="N",
-        help="training images, which CRD's memory banks are sized by",
-    )
-    criteria.add_argument(
-        "--maps", type=str, default="stages", metavar="NAME", help="stages, last, mid, all, or a number of maps"
-    )
-    criteria.add_argument(
-        "--markdown", action=ActionYesNo(no_prefix="no-"), default=False, help="print docs/methods.md instead"
-    )
+    kinds = Literal["criteria", "models", "data"]
+    parser.add_argument("what", type=kinds, metavar="what", help="criteria, models or data")
+    parser.add_flag("filter", str, "", "a wildcard, such as cifar_*", group="models", value="WORD")
+    criteria = partial(parser.add_flag, group="criteria")
+    criteria("teacher", str, "cifar_resnet32x4", "teacher of the pair; its weights do not matter")
+    criteria("student", str, "cifar_resnet8x4", "student of the pair")
+    criteria("img_size", int | None, None, "side of the images in pixels; default: the student's")
+    criteria("in_chans", int | None, None, "channels of the images; default: the networks'")
+    criteria("num_classes", int | None, None, "classes of the data; default: a trained teacher's, or 100")
+    criteria("num_samples", int, 50_000, "training images, which CRD's memory banks are sized by")
+    criteria("maps", str, "stages", "stages, last, mid, all, or a number of maps")
+    criteria("markdown", bool, False, "print docs/methods.md instead")
     return parser
 
 

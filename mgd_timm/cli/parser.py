@@ -41,6 +41,9 @@ GROUPS = (
 _REPEATED = ("teacher", "teacher_classes")
 """Flags that may be given again, for one more value."""
 
+_VALUES = {int: "N", float: "X", str: "NAME"}
+"""Words for values in the help."""
+
 
 def _gathered(words: Sequence[str]) -> list[str]:
     """Return the words of a call with the values of each repeated flag in one list."""
@@ -125,6 +128,38 @@ class Parser(ArgumentParser):
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title]
 
+    def add_flag(
+        self, name: str, kind: Any, default: Any, help: str, *, group: str, value: str | None = None, **options: Any
+    ) -> None:
+        """Add a flag with a typed value.
+
+        Args:
+            name: Of the option, with underscores.
+            kind: Type of the value. A tuple takes one or more, and bool also --no-NAME.
+            default: Value where the flag is not given.
+            help: Its text.
+            group: Heading that it stands under.
+            value: Word for the value in the help; by default one for its type.
+            **options: Of jsonargparse's `add_argument`.
+        """
+        element = _element_type(kind)
+        options |= {"help": help, "default": default}
+        if element is not None:
+            self.elements[name] = element
+        if bool in _members(kind):
+            options["action"] = ActionYesNo(no_prefix="no-")
+        elif name in _REPEATED:
+            options["type"] = list[str] | str | None
+        elif element is not None:
+            options |= {"type": element, "nargs": "+" if default or default is None else "*"}
+            options["default"] = list(default) if isinstance(default, tuple) else default
+        else:
+            options["type"] = kind
+        words = [word for one, word in _VALUES.items() if one in (element, *_members(kind))]
+        if words:
+            options["metavar"] = value or words[0]
+        self.group(group).add_argument(flag(name), **options)
+
     def format_help(self, *_: Any) -> str:
         """Return the text of --help."""
         return format_help(self, self.texts, everything=False)
@@ -202,31 +237,12 @@ def add_fields(
     """
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name in leave_out or field.name in PARTS:
-            continue
-        name = (names or {}).get(field.name, field.name)
-        default = (defaults or {}).get(field.name, field.default)
-        text = text_of(field, default)
-        parser.texts[name] = text
-        options: dict[str, Any] = {"help": text.full, "default": default}
-        element = _element_type(types[field.name])
-        if element is not None:
-            parser.elements[field.name] = element
-            options["default"] = list(default) if isinstance(default, tuple) else default
-        values = {int: "N", float: "X", str: "NAME"}
-        words = [word for one, word in values.items() if one in (element, *_members(types[field.name]))]
-        if words:
-            options["metavar"] = field.metadata["value"] or words[0]
-        container = parser.group(field.metadata["group"] or group)
-        if types[field.name] in (bool, bool | None):
-            container.add_argument(flag(name), action=ActionYesNo(no_prefix="no-"), **options)
-        elif field.name in _REPEATED:
-            container.add_argument(flag(name), type=list[str] | str | None, **{**options, "default": default})
-        elif element is not None:
-            nargs = "+" if default or default is None else "*"
-            container.add_argument(flag(name), type=element, nargs=nargs, **options)
-        else:
-            container.add_argument(flag(name), type=types[field.name], **options)
+        if field.name not in leave_out and field.name not in PARTS:
+            name = (names or {}).get(field.name, field.name)
+            default = (defaults or {}).get(field.name, field.default)
+            parser.texts[name] = text = text_of(field, default)
+            heading, value = field.metadata["group"] or group, field.metadata["value"]
+            parser.add_flag(name, types[field.name], default, text.full, group=heading, value=value)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

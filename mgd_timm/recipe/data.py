@@ -1,11 +1,14 @@
 """The part of a recipe that says which images a run sees, and how they are shown."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from mgd_timm.recipe.checks import check_channels, check_crop, check_options, check_streaming
 from mgd_timm.recipe.options import option
+
+_augment = partial(option, group="augmentation")
 
 
 @dataclass(frozen=True)
@@ -63,57 +66,43 @@ class Data:
     max_bad: int = option(
         0, "damaged images that are left out, with a list of their names; more are refused", minimum=0
     )
-    pad: int = option(
-        4, "small images: zero padding in pixels before the random crop; 0 for no crop", group="augmentation", minimum=0
+    pad: int = _augment(4, "small images: zero padding in pixels before the random crop; 0 for no crop", minimum=0)
+    hflip: float = _augment(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    scale: tuple[float, ...] = _augment(
+        (0.08, 1.0), "large images: share of the area of a random crop", above=0, maximum=1
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", group="augmentation", minimum=0, maximum=1)
-    scale: tuple[float, ...] = option(
-        (0.08, 1.0), "large images: share of the area of a random crop", group="augmentation", above=0, maximum=1
+    ratio: tuple[float, ...] = _augment((0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop", above=0)
+    aa: str | None = _augment(None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5", common=True)
+    color_jitter: float = _augment(
+        0.0, "large images: strength of colour jitter; as in timm none beside --aa", minimum=0
     )
-    ratio: tuple[float, ...] = option(
-        (0.75, 4.0 / 3.0), "large images: aspect ratio of a random crop", group="augmentation", above=0
+    reprob: float = _augment(0.0, "probability of random erasing", minimum=0, maximum=1)
+    remode: Literal["const", "rand", "pixel"] = _augment(
+        "pixel", "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)"
     )
-    aa: str | None = option(
-        None, "large images: timm's auto-augment policy, such as rand-m9-mstd0.5", group="augmentation", common=True
-    )
-    color_jitter: float = option(
-        0.0, "large images: strength of colour jitter; as in timm none beside --aa", group="augmentation", minimum=0
-    )
-    reprob: float = option(0.0, "probability of random erasing", group="augmentation", minimum=0, maximum=1)
-    remode: Literal["const", "rand", "pixel"] = option(
-        "pixel",
-        "what erases: const (the mean), rand (one random colour a box) or pixel (one a pixel)",
-        group="augmentation",
-    )
-    recount: int = option(1, "largest number of boxes that are erased of an image", group="augmentation", minimum=1)
-    mixup: float = option(
+    recount: int = _augment(1, "largest number of boxes that are erased of an image", minimum=1)
+    mixup: float = _augment(
         0.0,
         "alpha of mixup; student and teacher see mixed images, and heads are fitted on images as they are; 0: none",
-        group="augmentation",
         common=True,
         minimum=0,
     )
-    cutmix: float = option(0.0, "alpha of cutmix, as --mixup", group="augmentation", common=True, minimum=0)
-    mixup_prob: float = option(1.0, "probability that a batch is mixed", group="augmentation", minimum=0, maximum=1)
-    mixup_switch_prob: float = option(
-        0.5, "probability of cutmix where there are both", group="augmentation", minimum=0, maximum=1
-    )
-    mixup_off_epoch: int = option(0, "epoch from which on nothing is mixed; 0: never", group="augmentation", minimum=0)
-    aug_repeats: int = option(
+    cutmix: float = _augment(0.0, "alpha of cutmix, as --mixup", common=True, minimum=0)
+    mixup_prob: float = _augment(1.0, "probability that a batch is mixed", minimum=0, maximum=1)
+    mixup_switch_prob: float = _augment(0.5, "probability of cutmix where there are both", minimum=0, maximum=1)
+    mixup_off_epoch: int = _augment(0, "epoch from which on nothing is mixed; 0: never", minimum=0)
+    aug_repeats: int = _augment(
         0,
         "repeated augmentation: an image's augmentations in a row; an epoch stays as long, and shows a part of the "
         "images",
-        group="augmentation",
         minimum=0,
     )
     crop_pct: float | None = option(
         None, "large images: share of the resized side that evaluation crops; default: the model's", above=0, maximum=1
     )
     interpolation: str | None = option(None, "large images: bilinear or bicubic; default: the model's")
-    train_interpolation: str | None = option(
-        None,
-        "large images: of training crops alone, and random for either by chance; default: as --interpolation",
-        group="augmentation",
+    train_interpolation: str | None = _augment(
+        None, "large images: of training crops alone, and random for either by chance; default: as --interpolation"
     )
 
     def __post_init__(self) -> None:

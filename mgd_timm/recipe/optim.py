@@ -43,9 +43,7 @@ class Optim:
         None, "micro-batches per update, where --global-batch-size is not given; default: 1", minimum=1, digest=False
     )
     find_batch_size: bool = option(
-        False,
-        "halve the batch size while a trial update runs out of memory; the global batch stays",
-        digest=False,
+        False, "halve the batch size while a trial update runs out of memory; the global batch stays", digest=False
     )
     model_ema: bool = option(
         False, "average the weights over the updates; the average is evaluated and exported", common=True
