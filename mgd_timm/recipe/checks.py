@@ -49,7 +49,7 @@ def check_channels(data: "Data") -> None:
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values is not None and len(values) != data.in_chans:
-            raise ValueError(f"{name}={values}: expected {data.in_chans} values, one per channel (in_chans).")
+            raise ValueError(f"{name}={values}: expected {data.in_chans} values, one per channel (--in-chans).")
 
 
 def check_crop(data: "Data") -> None:

@@ -117,7 +117,7 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
             "decay_milestones: [1, 2.5]",
             "decay_milestones: [1, 2.5] in --config: expected a whole number or a list of whole numbers",
         ),
-        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (--in-chans)"),
         (
             "mean: [0.5",
             '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find',

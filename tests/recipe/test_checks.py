@@ -55,7 +55,7 @@ def test_a_range_holds_its_numbers_and_says_so(bounds, inside, words):
     ("options", "message"),
     [
         ({"in_chans": 4}, "in_chans=4: expected 3 (colour) or 1 (grey) (--in-chans)"),
-        ({"mean": (0.5, 0.5)}, "mean=(0.5, 0.5): expected 3 values, one per channel (in_chans)"),
+        ({"mean": (0.5, 0.5)}, "mean=(0.5, 0.5): expected 3 values, one per channel (--in-chans)"),
         ({"num_samples": 100}, "num_samples=100 is for streamed images"),
         ({"streaming": True, "val_split": 0.1}, "leave --val-split or --streaming out"),
         ({"maps": "0"}, "maps='0': expected stages, last, mid, all or a number of maps, 1 or more (--maps)"),

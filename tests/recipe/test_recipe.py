@@ -33,7 +33,7 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
         ({"epochs": True}, "epochs=True: expected int, not bool"),
         ({"amp": 1}, "amp=1: expected bool, not int"),
         ({"clip_grad": "much"}, "clip_grad='much': expected float | None, not str"),
-        ({"mean": 0.5}, "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ({"mean": 0.5}, "mean=(0.5,): expected 3 values, one per channel (--in-chans)"),
         ({"mean": "much"}, "mean='much': expected tuple[float, ...] | None, not str"),
         ({"scale": 0.5}, "scale=(0.5,): expected two numbers, the smaller one first"),
         ({"scale": (0.5, 2.0)}, "scale=(0.5, 2.0): expected more than 0 and at most 1 in each place"),
