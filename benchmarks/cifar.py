@@ -34,6 +34,7 @@ from mgd_timm.models.build import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.connect import connect, defaults_of, finish_teachers
 from mgd_timm.pipeline.plan import context_of, terms_of
+from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
@@ -64,15 +65,15 @@ ALIKE = ("pair", "teacher", "teacher_sha256", "student", "data_sha256", "epochs"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", nargs="+", default=["resnet32x4-resnet8x4"], help=", ".join(cifar.PAIRS))
+    parser.add_argument("--pair", nargs="+", default=["resnet32x4-resnet8x4"], help=", ".join(presets.PAIRS))
     parser.add_argument("--teacher", help="run or export folder of the teacher, instead of training the pair's")
     parser.add_argument("--student", help="another student than the pair's")
     parser.add_argument("--hosts", nargs="+", default=["kd", "fitnet", "at"], choices=list(TITLES))
     parser.add_argument("--arms", nargs="+", help="only these, as the table names them: alone KD MAG+KD ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=cifar.EPOCHS)
-    parser.add_argument("--teacher-epochs", type=int, default=cifar.EPOCHS)
-    parser.add_argument("--heads-epochs", type=int, default=cifar.HEADS_EPOCHS)
+    parser.add_argument("--epochs", type=int, default=presets.EPOCHS)
+    parser.add_argument("--teacher-epochs", type=int, default=presets.EPOCHS)
+    parser.add_argument("--heads-epochs", type=int, default=presets.HEADS_EPOCHS)
     parser.add_argument("--heads-protocol", choices=["live", "stored"], default="live")
     parser.add_argument("--data-dir", help="folder of CIFAR-100 or CIFAR-10")
     parser.add_argument("--dataset", default="uoft-cs/cifar100", help="hub id, where there is no --data-dir")
@@ -100,7 +101,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     else:
         for name in args.pair:
-            cifar.pair(name)
+            presets.pair(name)
     args.results = args.results or (args.output / "quick.jsonl" if args.quick else HERE / "results" / "cifar.jsonl")
     return args
 
@@ -143,12 +144,12 @@ def recipe_of(args: argparse.Namespace, student: str, options: dict[str, Any], s
         heads = {"heads_epochs": args.heads_epochs}
     else:
         shown = (
-            cifar.training_options(student, args.epochs, classes=classes)
-            | cifar.distillation_options()
+            presets.training_options(student, args.epochs, classes=classes)
+            | presets.distillation_options()
             | data_options(args)
         )
         heads = (
-            cifar.heads_options(args.heads_epochs)
+            presets.heads_options(args.heads_epochs)
             if args.heads_protocol == "live"
             else {"heads_epochs": args.heads_epochs}
         )
@@ -163,7 +164,7 @@ def teacher_of(args: argparse.Namespace, network: str, classes: int) -> str:
     """The teacher's folder: the one that is named, else the one that was trained for its recipe, else it is trained."""
     if args.teacher:
         return str(args.teacher)
-    options = cifar.training_options(network, args.teacher_epochs, classes=classes) | data_options(args)
+    options = presets.training_options(network, args.teacher_epochs, classes=classes) | data_options(args)
     options |= {"seed": 1, "amp": not args.no_amp, "channels_last": True}
     return str(cifar.teacher_stage(args.output, network, options))
 
@@ -355,7 +356,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for arm, found in sorted(by_arm.items(), key=lambda item: known.index(item[0])):
             last = [r["last"] for r in found.values()]
             best = [r["best"] for r in found.values()]
-            own_pair = (teacher, student) == cifar.PAIRS.get(name)  # figures of the paper's networks only
+            own_pair = (teacher, student) == presets.PAIRS.get(name)  # figures of the paper's networks only
             paper, other = (
                 PUBLISHED[key]["top1"].get(arm, {}).get(name) if own_pair else None for key in ("paper", "repdistiller")
             )
@@ -453,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     classes = 10 if args.quick else cifar.images_of(make_recipe(**data_options(args))).num_classes
     for name in args.pair:
-        network, student = ("embedded", "") if args.quick else cifar.pair(name)
+        network, student = ("embedded", "") if args.quick else presets.pair(name)
         student = args.student or student
         teacher = teacher_of(args, network, classes)
         module = load_model(teacher)

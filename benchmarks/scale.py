@@ -268,7 +268,7 @@ def said(found: dict[str, Any]) -> str:
         f"teacher: {share}",
         f"store: {plan['views']} views x {plan['images']:,} images, {kept} of {case['classes']:,} logits = "
         f"{amount(found['store_bytes'])}, written in {60 * plan['views'] * found['looking_hours']:.1f} min",
-        f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_augmentations} views, "
+        f"heads: {60 * found['heads']['hours']:.1f} min of looking at {Heads().heads_augmentations} augmentations, "
         f"{amount(found['heads']['process_bytes'])} of memory in each process; with --heads-protocol live none of it, "
         "and a look at every image in each of --heads-epochs",
         f"checkpoint: {amount(found['checkpoint_bytes'])}",

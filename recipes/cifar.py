@@ -26,6 +26,7 @@ from mgd_timm.distributed.collectives import join
 from mgd_timm.models.build import build_named
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.plan import terms_of
+from mgd_timm.recipe import presets
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 
 _WITHOUT = {
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT)
     group = parser.add_argument_group("protocol")
     group.add_argument(
-        "--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(cifar.PAIRS)}"
+        "--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(presets.PAIRS)}"
     )
     group.add_argument(
         "--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs"
@@ -69,29 +70,29 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     """Carry out the stages; gives the pair's name and the folders of the student and of the teacher that was trained
     for it."""
     name = given.get("pair", "resnet32x4-resnet8x4")
-    network, student = cifar.pair(name)
+    network, student = presets.pair(name)
     student = given.get("student", student)
     root = Path(given.get("output", "runs/cifar"))
-    data = {"dataset": cifar.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
-    data["dataset"] = cifar.DATA_SETS.get(data["dataset"], data["dataset"])
+    data = {"dataset": presets.DATA_SETS["cifar100"]} | {key: given[key] for key in _OF_BOTH if key in given}
+    data["dataset"] = presets.DATA_SETS.get(data["dataset"], data["dataset"])
     images = cifar.images_of(make_recipe(**data))
     classes = images.num_classes
-    epochs, seed = given.get("epochs", cifar.EPOCHS), given.get("seed", 1)
+    epochs, seed = given.get("epochs", presets.EPOCHS), given.get("seed", 1)
     teacher, folder = given.get("teacher"), None
     own = {key: value for key, value in given.items() if key not in (*_OWN, *data, "output")}
     _check_criteria(
-        make_recipe(**{**cifar.distillation_options(), **own, "epochs": epochs, "student": student}), network, images
+        make_recipe(**{**presets.distillation_options(), **own, "epochs": epochs, "student": student}), network, images
     )
     if teacher is None:
-        options = cifar.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
+        options = presets.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
         # A validation cut follows the seed: the teacher must not have trained on what the student is validated on.
         own_seed = seed if given.get("val_split") else given.get("teacher_seed", 0)
         folder = cifar.teacher_stage(root, network, {**options, "seed": own_seed})
         teacher = str(folder)
-    protocol = cifar.training_options(student, epochs, classes=classes) | data
-    heads_epochs = given.get("heads_epochs", max(1, cifar.HEADS_EPOCHS * epochs // cifar.EPOCHS))
-    protocol |= cifar.distillation_options() | cifar.heads_options(heads_epochs)
+    protocol = presets.training_options(student, epochs, classes=classes) | data
+    heads_epochs = given.get("heads_epochs", max(1, presets.HEADS_EPOCHS * epochs // presets.EPOCHS))
+    protocol |= presets.distillation_options() | presets.heads_options(heads_epochs)
     if given.get("teacher_store") and not given.get("teacher_top_k"):
         # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
         protocol |= {

@@ -223,8 +223,7 @@ def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp
         assert mgd_timm.evaluate(str(model), val_split=0.5)["n"] == 160
     # Other data: the size that the model is fixed to is the images' where none is named.
     assert mgd_timm.evaluate(str(tmp_path / "run"), str(small_data))["n"] == 100
-    _, name = evaluate_named(str(tmp_path / "run"), dataset="embedded")
-    assert name == "embedded"  # not the run's folder
+    assert evaluate_named(str(tmp_path / "run"), dataset="embedded").data == "embedded"  # not the run's folder
     origin = tmp_path / "run" / "export" / "recipe.json"
     origin.write_text(json.dumps({"recipe": [3]}))
     with pytest.raises(ValueError, match=r"recipe.json: its recipe cannot be read"):

@@ -1,12 +1,51 @@
 """`mgd-timm import`: a public checkpoint as an exported folder."""
 
+import json
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgd_timm.export.timm_folder import export_model
-from mgd_timm.models.import_checkpoint import load_public
-from mgd_timm.storage.digests import sha256
+from mgd_timm.cli.parser import Parser, options_of
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out the command."""
+    values = options_of(_parser().parse_args(list(arguments)))
+    file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
+    written = import_checkpoint(file, model, folder, **values)
+    print(f"wrote {written}")
+    if values["mean"] is None or values["std"] is None:
+        config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
+        print(
+            f"warning: mean {config['mean']} and std {config['std']} are the architecture's where they were not given: "
+            "give --mean and --std of the images that the model was trained on, or lose accuracy."
+        )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mgd-timm import",
+        usage="%(prog)s FILE FOLDER --model NAME [--FLAG VALUE ...]",
+        description="Write a public checkpoint as a folder that teaches and is evaluated.",
+    )
+    parser.add_argument(
+        "file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run"
+    )
+    parser.add_argument("folder", type=str, help="folder to write; must not exist")
+    add = partial(parser.add_flag, group="model")
+    add("model", str, None, "timm's name of its architecture, such as cifar_resnet20", required=True)
+    add("num_classes", int | None, None, "number of classes, to check; default: the classifier's in the file")
+    add("in_chans", int | None, None, "channels of the images; default: those of the weights")
+    for name in ("mean", "std"):
+        about = f"{name} per channel of the images that it was trained on; default: the architecture's"
+        add(name, tuple[float, ...] | None, None, about)
+    about = "names of the classes in the classifier's order; default: numbers"
+    add("class_names", tuple[str, ...] | None, None, about)
+    add("license", str, "other", "licence of the weights")
+    add("overwrite", bool, False, "replace the folder")
+    return parser
 
 
 def import_checkpoint(
@@ -20,16 +59,23 @@ def import_checkpoint(
     """Write a public checkpoint as a folder that teaches, is evaluated and loads in timm as an exported student does.
 
     Args:
-        path: The file.
-        architecture: timm's name.
-        folder: Where; must not exist unless `overwrite`.
+        path: The checkpoint.
+        architecture: Its name in timm.
+        folder: Folder to write; must not exist unless `overwrite`.
         overwrite: Replace the folder.
-        options: As `load_public` takes them.
+        **options: As `load_public` takes them.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: As `load_public`.
         FileExistsError: The folder exists.
     """
+    from mgd_timm.export.timm_folder import export_model  # not before the flags are known to be right: it loads torch
+    from mgd_timm.models.import_checkpoint import load_public
+    from mgd_timm.storage.digests import sha256
+
     model = load_public(path, architecture, **options)
     origin = {"imported": {"file": Path(path).name, "sha256": sha256(Path(path))}, "architecture": architecture}
     return export_model(model, Path(folder), provenance=origin, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""What the criteria are, from their own words: the table of `mgd-timm list criteria`, and docs/methods.md."""
+"""Describe the criteria from their docstrings: the table of `mgd-timm list criteria`, and docs/methods.md."""
 
 import inspect
 import re
@@ -18,22 +18,23 @@ from mgd_timm.criteria.terms import hyper_parameters
 from mgd_timm.features import FeatureTap, Pair, show_as_many
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.models.build import build_named, build_tap, check_classifier, check_model_name, load_model
+from mgd_timm.recipe.options import flag
 
 
 def paragraphs(kind: type) -> list[str]:
-    """The paragraphs of a class's docstring; lists of arguments and errors keep their lines."""
+    """Return the paragraphs of a class's docstring, each in one line but for lists of arguments and errors."""
     blocks = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
     return [block if block.startswith(("Args:", "Raises:")) else " ".join(block.split()) for block in blocks]
 
 
-def said(kind: type, word: str) -> str:
-    """What follows "WORD: " at the start of a paragraph; empty without one."""
-    return next((text.removeprefix(f"{word}: ") for text in paragraphs(kind) if text.startswith(f"{word}: ")), "")
+def labelled(kind: type, label: str) -> str:
+    """Return the paragraph of a docstring that begins with "LABEL: ", without it; empty where there is none."""
+    return next((text.removeprefix(f"{label}: ") for text in paragraphs(kind) if text.startswith(f"{label}: ")), "")
 
 
 def paper(kind: type[Criterion]) -> str:
-    """Authors of a method's paper, with its number or where it appeared."""
-    reference = said(kind, "Reference")
+    """Return the authors of a method's paper, with its arXiv number or where it appeared."""
+    reference = labelled(kind, "Reference")
     authors, _, rest = reference.partition(' "')
     names = [name for name in authors.rstrip(",").split(", ") if name]
     place = re.search(r"arXiv[: ]\d{4}\.\d{4,5}", rest) or re.search(r"(?<=\" \()[^)]+", rest)
@@ -41,8 +42,8 @@ def paper(kind: type[Criterion]) -> str:
     return f"{who} ({place[0]})" if place else who
 
 
-def traits(kind: type[Criterion]) -> list[str]:
-    """What a method needs beside the student's logits, in words."""
+def requirements(kind: type[Criterion]) -> list[str]:
+    """Return what a method needs beside the student's logits, in words."""
     words = {"maps": "maps before their activation" if kind.preact else "maps", "cams": "class activation maps"}
     found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
     found += [f"the student's {part}" for part in sorted(kind.student_needs)]
@@ -52,14 +53,14 @@ def traits(kind: type[Criterion]) -> list[str]:
 
 
 class Connection:
-    """Shapes of a teacher and a student as each criterion would see them.
+    """The shapes that each criterion would get of a teacher and a student.
 
     Args:
-        teacher, student: Models of one number of classes; their weights do not matter. A teacher of fixed input size
-            sees images in that size, as in a run.
+        teacher: A model; its weights do not matter. One of a fixed input size sees images in that size, as in a run.
+        student: A model of as many classes.
         input_size: (channels, height, width) of the images.
-        maps: Word for the maps (maps.choose_maps).
-        num_samples: Training images, which size CRD's memory banks.
+        maps: Which maps: stages, last, mid, all, or a number of them.
+        num_samples: Number of training images, which CRD's memory banks are sized by.
 
     Raises:
         ValueError: A network that cannot be tapped, a student without a classifier, or another word.
@@ -84,10 +85,10 @@ class Connection:
         return self._seen[key]
 
     def pair(self, name: str) -> Pair:
-        """What the criterion of that name would know.
+        """Return the shapes that a criterion would be built from.
 
         Raises:
-            ValueError: A network that does not show what it reads.
+            ValueError: A network that cannot show what the criterion reads.
         """
         kind = CRITERIA[name]
         reads = (kind.needs | kind.student_needs, kind.needs)
@@ -98,10 +99,10 @@ class Connection:
         return Pair(student, teacher, self.num_samples, labels, taps[1].classifier)
 
     def build(self, name: str) -> Criterion:
-        """The criterion for this pair.
+        """Build a criterion for this pair.
 
         Raises:
-            ValueError: Why there is none for this pair.
+            ValueError: The criterion cannot be built for this pair; the message says why.
         """
         return CRITERIA[name](self.pair(name))
 
@@ -116,60 +117,68 @@ def connect(
     in_chans: int | None = None,
     num_classes: int | None = None,
 ) -> Connection:
-    """A teacher and a student by name, with random weights, or as a run or export left them.
+    """Connect a teacher and a student by name: with random weights, or as a run or an export left them.
 
-    What is not given is what trained networks say; else 100 classes, and the student's nominal image.
+    What is not given is that of trained networks, else 100 classes and the student's nominal image.
+
+    Args:
+        teacher: A timm name, or a model as `load_model` takes it.
+        student: As `teacher`.
+        maps: As of `Connection`.
+        num_samples: As of `Connection`.
+        img_size: Side of the images in pixels.
+        in_chans: Channels of the images.
+        num_classes: Classes of the data.
 
     Raises:
-        ValueError: Unknown names, a number out of range, or trained networks of other classes.
+        ValueError: An unknown name, a number out of range, or networks that were trained for other classes.
     """
-    least_of = {
-        "img_size": (img_size, 1),
-        "in_chans": (in_chans, 1),
-        "num_classes": (num_classes, 2),
-        "num_samples": (num_samples, 1),
-    }
-    for name, (value, least) in least_of.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: expected {least} or more.")
-
-    def trained(name: str) -> nn.Module | None:
-        return load_model(name) if name == "embedded" or Path(name).exists() or ":" in name else None
-
-    def nominal(name: str, model: nn.Module | None) -> tuple[tuple[int, int, int], bool]:
-        if model is not None:
-            known = get_model_input_config(model)
-            return known["input_size"], known["fixed_input_size"]
-        check_model_name(name)
-        config = get_pretrained_cfg(name)
-        return (config.input_size, config.fixed_input_size) if config is not None else ((3, 224, 224), False)
-
-    ends = {name: trained(name) for name in (teacher, student)}
-    counts = {int(getattr(model, "num_classes", 0)) for model in ends.values() if model is not None} - {0}
+    sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "num_samples": num_samples}
+    for option, value in sizes.items():
+        smallest = 2 if option == "num_classes" else 1
+        if value is not None and value < smallest:
+            raise ValueError(f"{option}={value}: expected {smallest} or more ({flag(option)}).")
+    trained = {name: load_model(name) for name in (teacher, student) if _is_trained(name)}
+    counts = {int(getattr(model, "num_classes", 0)) for model in trained.values()} - {0}
     if len(counts | ({num_classes} - {None})) > 1:
         raise ValueError(
             f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree."
         )
     classes = num_classes or next(iter(counts), 100)
-    (own, _), (theirs, fixed) = nominal(student, ends[student]), nominal(teacher, ends[teacher])
-    channels = in_chans or next(
-        (nominal(name, model)[0][0] for name, model in ends.items() if model is not None), own[0]
-    )
+    (own, _), (theirs, fixed) = (_nominal_input(name, trained.get(name)) for name in (student, teacher))
+    channels = in_chans or next((_nominal_input(name, model)[0][0] for name, model in trained.items()), own[0])
     size = (channels, img_size or own[1], img_size or own[2])
+    teacher_size = (channels, *theirs[1:]) if fixed else size
     built = [
-        model
-        if model is not None
-        else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
-        for name, model in ends.items()
+        trained[name] if name in trained else build_named(name, input_size, classes)
+        for name, input_size in ((teacher, teacher_size), (student, size))
     ]
-    return Connection(built[0], built[-1], size, maps, num_samples)
+    return Connection(built[0], built[1], size, maps, num_samples)
+
+
+def _is_trained(name: str) -> bool:
+    """Whether a name is that of a model with weights, else of an architecture."""
+    return name == "embedded" or Path(name).exists() or ":" in name
+
+
+def _nominal_input(name: str, model: nn.Module | None) -> tuple[tuple[int, int, int], bool]:
+    """Return the input size of a model or an architecture, and whether it takes no other.
+
+    Raises:
+        ValueError: An unknown architecture.
+    """
+    if model is not None:
+        known = get_model_input_config(model)
+        return known["input_size"], known["fixed_input_size"]
+    check_model_name(name)
+    config = get_pretrained_cfg(name)
+    return (config.input_size, config.fixed_input_size) if config is not None else ((3, 224, 224), False)
 
 
 def table(connection: Connection) -> Iterator[str]:
-    """Lines of `mgd-timm list criteria`: one per criterion, its remark beneath it; then the reasons for what is
-    refused."""
+    """Yield the lines of `mgd-timm list criteria`: the criteria with their remarks, then why some are refused."""
     width = max(map(len, CRITERIA))
-    needed = max(len(", ".join(traits(kind))) for kind in CRITERIA.values())
+    needed = max(len(", ".join(requirements(kind))) for kind in CRITERIA.values())
     yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
     reasons: dict[str, int] = {}
     for name, kind in CRITERIA.items():
@@ -181,7 +190,7 @@ def table(connection: Connection) -> Iterator[str]:
             first, _, rest = str(error).partition(" ")
             same = "".join(filter(str.isalnum, first)).lower() == name.replace("_", "")
             count = f"refused [{reasons.setdefault(rest if same else str(error), len(reasons) + 1)}]"
-        needs = ", ".join(traits(kind))
+        needs = ", ".join(requirements(kind))
         yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {needs:{needed}}  {paper(kind)}".rstrip()
         if remark is not None:
             yield f"{'':{width}} {remark}"
@@ -219,10 +228,10 @@ resolution of its own.
 
 
 def markdown() -> str:
-    """The text of docs/methods.md."""
+    """Return the text of docs/methods.md."""
     rows = "".join(
         f"| [`{name}`](#{name}) | {paragraphs(kind)[0].split(':')[0]} | {paper(kind)} | "
-        f"{kind.weight:g} | {', '.join(traits(kind))} |\n"
+        f"{kind.weight:g} | {', '.join(requirements(kind))} |\n"
         for name, kind in CRITERIA.items()
     )
     parts = [_HEAD + rows]
@@ -233,7 +242,7 @@ def markdown() -> str:
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows a formula as it is: neither emphasis nor HTML."""
+    """Escape text so that Markdown shows a formula as it is, neither as emphasis nor as HTML."""
     return re.sub(r"(?<!\w)_|_(?!\w)|\*", r"\\\g<0>", text).replace("<", "&lt;")
 
 
@@ -249,7 +258,7 @@ def _section(kind: type) -> str:
 
 
 def _options(kind: type[Criterion]) -> Iterator[str]:
-    """A line per hyper-parameter: its name, default and words."""
+    """Yield a line per hyper-parameter: its name, default and description."""
     words: dict[str, str] = {}
     block = next((text for text in paragraphs(kind) if text.startswith("Args:")), "")
     for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8,}.*)*)", block, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Flags from the recipe's dataclasses, and what is said of wrong ones."""
+"""Build the parsers of the commands from the recipe's dataclasses, and explain wrong flags."""
 
 import dataclasses
 import difflib
@@ -6,30 +6,47 @@ import json
 import re
 import sys
 import typing
-from argparse import Action
-from collections.abc import Mapping, Sequence
-from types import NoneType, UnionType
+from argparse import SUPPRESS, Action
+from collections.abc import Collection, Mapping, Sequence
+from types import UnionType
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, get_loader
 
-from mgd_timm.recipe.options import fits
+from mgd_timm.cli.help import Text, format_help, text_of
+from mgd_timm.recipe.options import fits, flag
+from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Data, Heads, Optim, Recipe
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
 _TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 
 BY_PEER = ("teacher", "criterion", "method")
-"""What these are by default depends on whether there is a peer: make_recipe says it."""
+"""Options whose defaults depend on --peer; make_recipe sets them."""
 
+GROUPS = (
+    "teacher",
+    "model",
+    "method",
+    "granularity heads",
+    "data",
+    "augmentation",
+    "optimisation",
+    "speed and memory",
+    "run",
+)
+"""Headings of flags in the order of the help."""
 
 _REPEATED = ("teacher", "teacher_classes")
 """Flags that may be given again, for one more value."""
 
+_VALUES = {int: "N", float: "X", str: "NAME"}
+"""Words for values in the help."""
+
 
 def _gathered(words: Sequence[str]) -> list[str]:
-    """The words of a call, the values of a repeated flag put into one list."""
+    """Return the words of a call with the values of each repeated flag in one list."""
     left = list(words)
     for name in (option.replace("_", "-") for option in _REPEATED):
         values: list[str] = []
@@ -50,12 +67,14 @@ def _gathered(words: Sequence[str]) -> list[str]:
 
 
 _WRONG_VALUE = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?:\s(.*)(?:Got|Given) value: (.*)', re.DOTALL)
-"""How jsonargparse refuses a value: in several lines, and in Python's words for what it expected."""
+"""How jsonargparse refuses a value: in several lines, with Python types for what it expected."""
 
 
-def _in_words(message: str, actions: Sequence[Action]) -> str:
-    """An error of jsonargparse about a value in one line: the flag, its value and what was expected; any other one as
-    it is."""
+def _in_one_line(message: str, actions: Sequence[Action]) -> str:
+    """Return an error of jsonargparse about a value as one line: the flag, its value and what was expected.
+
+    Other errors are returned as they are.
+    """
     found = _WRONG_VALUE.search(message)
     if found is None:
         return message
@@ -66,14 +85,26 @@ def _in_words(message: str, actions: Sequence[Action]) -> str:
         expected = {"int": "a whole number", "float": "a number"}[kind[1]]
     else:
         return message
-    flag = next((f for action in actions if action.dest == name for f in action.option_strings), name)
-    return f"{flag}: {value!r}: expected {expected}."
+    spelled = next((one for action in actions if action.dest == name for one in action.option_strings), name)
+    return f"{spelled}: {value!r}: expected {expected}."
+
+
+class _HelpAll(Action):
+    """Prints every flag and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=SUPPRESS, **options)
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        print(format_help(parser, parser.texts, everything=True), end="")
+        parser.exit()
 
 
 class Parser(ArgumentParser):
-    """Takes a repeated flag as a list, and in a --config a single value for a list of one; the error for a flag that
-    does not exist
-    says where it belongs, or names the nearest.
+    """jsonargparse's parser with a short --help and a whole --help-all, repeated flags, and errors that name the flag.
+
+    In a --config, a list may be given as a single value. The error for an unknown flag says which command takes it, or
+    names the nearest flags.
 
     Args:
         elsewhere: Words for the error about an option, by its name with underscores, that this command does not take.
@@ -84,14 +115,61 @@ class Parser(ArgumentParser):
         super().__init__(**options)
         self.elsewhere = dict(elsewhere or {})
         self.elements: dict[str, type] = {}
-        """Of each option that is a list, the kind of its elements."""
+        """Of each option that is a list, the type of its elements."""
+        self.texts: dict[str, Text] = {}
+        """Help of the options that have a short and a long one, by destination."""
+        self._groups: dict[str, Any] = {}
+        self._positionals.title, self._optionals.title = "arguments", "help and configuration"
+        self.add_argument("--help-all", action=_HelpAll, dest=SUPPRESS, help="show all flags and exit")
+
+    def group(self, title: str) -> Any:
+        """Return the group of flags with a title, and create it where there is none."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title]
+
+    def add_flag(
+        self, name: str, kind: Any, default: Any, help: str, *, group: str, value: str | None = None, **options: Any
+    ) -> None:
+        """Add a flag with a typed value.
+
+        Args:
+            name: Of the option, with underscores.
+            kind: Type of the value. A tuple takes one or more, and bool also --no-NAME.
+            default: Value where the flag is not given.
+            help: Its text.
+            group: Heading that it stands under.
+            value: Word for the value in the help; by default one for its type.
+            **options: Of jsonargparse's `add_argument`.
+        """
+        element = _element_type(kind)
+        options |= {"help": help, "default": default}
+        if element is not None:
+            self.elements[name] = element
+        if bool in _members(kind):
+            options["action"] = ActionYesNo(no_prefix="no-")
+        elif name in _REPEATED:
+            options["type"] = list[str] | str | None
+        elif element is not None:
+            options |= {"type": element, "nargs": "+" if default or default is None else "*"}
+            options["default"] = list(default) if isinstance(default, tuple) else default
+        else:
+            options["type"] = kind
+        words = [word for one, word in _VALUES.items() if one in (element, *_members(kind))]
+        if words:
+            options["metavar"] = value or words[0]
+        self.group(group).add_argument(flag(name), **options)
+
+    def format_help(self, *_: Any) -> str:
+        """Return the text of --help."""
+        return format_help(self, self.texts, everything=False)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        """As jsonargparse's, of words in which a flag may be repeated."""
+        """Parse as jsonargparse does, with repeated flags."""
         return super().parse_args(_gathered(sys.argv[1:] if args is None else args), *more, **options)
 
     def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
-        """As jsonargparse's, of a --config's content."""
+        """Parse the content of a --config as jsonargparse does, with single values for lists."""
         try:
             values = get_loader("yaml")(content)
         except yaml.YAMLError as error:
@@ -106,7 +184,7 @@ class Parser(ArgumentParser):
         return super().parse_string(content, *more, **options)
 
     def _listed(self, name: str, value: Any) -> Any:
-        """The value of an option in a --config, a single one of an option that is a list as a list."""
+        """Return the value of an option in a --config, as a list where the option is one."""
         kind = self.elements.get(name)
         values = value if isinstance(value, list) else [value]
         if kind is None or value is None:
@@ -119,96 +197,109 @@ class Parser(ArgumentParser):
         return values
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line and exit with 2."""
+        """Print what is wrong in one line and exit with 2."""
         wrong = re.search(
             r"(?:unrecognized arguments|ambiguous option): (--[\w-]+)|option '([\w.]+)' is not accepted", message, re.I
         )
         if wrong:
             name = (wrong[1] or f"--{wrong[2]}").replace("_", "-")
             words = self.elsewhere.get(name.removeprefix("--").removeprefix("no-").replace("-", "_"))
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            flags = [one for action in self._actions for one in action.option_strings if one.startswith("--")]
             near = difflib.get_close_matches(name, flags, n=2, cutoff=0.6)
             if name.startswith(("--data.", "--optim.", "--heads.")):
-                words = "a run's recipe.yaml is no file of flags, which --print_config writes; --resume continues a run"
+                words = "a run's recipe.yaml is no file of flags (--print_config writes one); --resume continues a run"
             message += f": {words}." if words else f"; did you mean {' or '.join(near)}?" if near else ""
-        message = _in_words(message, self._actions)
-        self.usage = "%(prog)s ..."  # not its hundred flags, above the one that is wrong
+        message = _in_one_line(message, self._actions)
+        self.usage = "%(prog)s ..."  # without all its flags above the wrong one
         super().error(message, ex)
 
 
-def add_fields(parser: Parser, kind: type, title: str, leave: set[str], names: dict[str, str]) -> None:
-    """A flag for every field of a dataclass: typed, spelled with dashes, its help from the field."""
-    group = parser.add_argument_group(title)
+def add_fields(
+    parser: Parser,
+    kind: type,
+    *,
+    group: str,
+    leave_out: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a flag for every field of a recipe's dataclass.
+
+    Args:
+        parser: To add the flags to.
+        kind: The dataclass.
+        group: Heading in the help for fields that name none.
+        leave_out: Fields without a flag.
+        names: Names of flags, with underscores, that differ from the field's.
+        defaults: Defaults that differ from the field's.
+    """
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name in leave or dataclasses.is_dataclass(types[field.name]):
-            continue
-        flag = f"--{names.get(field.name, field.name).replace('_', '-')}"
-        default: Any = None if field.default is dataclasses.MISSING else field.default
-        options: dict[str, Any] = {"help": field.metadata["help"], "default": default}
-        inner = _element(types[field.name])
-        if inner is not None:
-            parser.elements[field.name] = inner
-        if types[field.name] in (bool, bool | None):
-            group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), **options)
-        elif field.name in _REPEATED:
-            group.add_argument(flag, type=list[str] | str | None, **options)
-        elif inner is not None:
-            options["default"] = list(default) if isinstance(default, tuple) else default
-            group.add_argument(flag, type=inner, nargs="+" if default or default is None else "*", **options)
-        else:
-            group.add_argument(flag, type=types[field.name], **options)
+        if field.name not in leave_out and field.name not in PARTS:
+            name = (names or {}).get(field.name, field.name)
+            default = (defaults or {}).get(field.name, field.default)
+            parser.texts[name] = text = text_of(field, default)
+            heading, value = field.metadata["group"] or group, field.metadata["value"]
+            parser.add_flag(name, types[field.name], default, text.full, group=heading, value=value)
 
 
-def _element(kind: Any) -> Any:
-    """The element type of tuple[X, ...] or tuple[X, ...] | None; None for what is no tuple."""
-    for option in typing.get_args(kind) if isinstance(kind, UnionType) else (kind,):
-        if option is not NoneType and typing.get_origin(option) is tuple:
-            return typing.get_args(option)[0]
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one type."""
+    return typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+def _element_type(kind: Any) -> Any:
+    """Return X of tuple[X, ...] or tuple[X, ...] | None, and None for other types."""
+    for member in _members(kind):
+        if typing.get_origin(member) is tuple:
+            return typing.get_args(member)[0]
     return None
 
 
-def run_parser(prog: str, *, distill: bool, without: Mapping[str, str] | None = None) -> ArgumentParser:
-    """The parser of `mgd-timm distill` or `train`, for scripts that take the same flags.
+def run_parser(
+    prog: str, *, distill: bool, without: Mapping[str, str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Parser:
+    """Build the parser of `mgd-timm distill` or `train`, also for scripts that take the same flags.
 
     Args:
-        prog: What is called.
-        distill: Which of both.
-        without: Options that a script does not take, and the words for who gives one.
+        prog: Name of the program in messages.
+        distill: Whether it is that of distill, else that of train.
+        without: Options that a script does not take, each with words on who sets it.
+        defaults: Defaults of a script that differ from the recipe's.
     """
-    from mgd_timm.recipe.recipe import OF_DISTILLING, Data, Heads, Optim, Recipe
-
-    about = (
-        "Distil a teacher into a student." if distill else "Train a model on its own: a teacher, or a student alone."
-    )
     if distill:
+        about = "Distil a teacher into a student."
         elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
-        elsewhere |= {theirs: f"here it is --{ours.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
+        elsewhere |= {theirs: f"here it is {flag(ours)}" for ours, theirs in TRAIN_NAMES.items()}
     else:
+        about = "Train a model without a teacher: one that is to teach, or a student alone."
         elsewhere = dict.fromkeys(OF_DISTILLING, "mgd-timm distill takes it")
-        elsewhere |= {ours: f"here it is --{theirs.replace('_', '-')}" for ours, theirs in TRAIN_NAMES.items()}
+        elsewhere |= {ours: f"here it is {flag(theirs)}" for ours, theirs in TRAIN_NAMES.items()}
     parser = Parser(prog=prog, description=about, elsewhere={**elsewhere, **(without or {})})
-    parser.add_argument("--config", action="config", help="YAML file of flags")
-    leave = (_TRAIN_ONLY if distill else OF_DISTILLING) | set(without or {})
-    add_fields(parser, Recipe, "run", leave, {} if distill else TRAIN_NAMES)
-    add_fields(parser, Data, "images", set(), {})
-    add_fields(parser, Optim, "optimisation", set(), {})
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of flags")
+    printing = next(action for action in parser._actions if action.dest == "print_config")
+    printing.help = "print the flags of this call as a file for --config and exit"
+    leave_out = (_TRAIN_ONLY if distill else OF_DISTILLING) | set(without or {})
+    for title in GROUPS:
+        parser.group(title)
+    names = {} if distill else TRAIN_NAMES
+    defaults = {**({} if distill else {"output": "runs/train"}), **(defaults or {})}
+    # Fields of Optim stand before those of Recipe that are under the same heading.
+    for kind, title in ((Data, "data"), (Optim, "optimisation"), (Recipe, "run"), (Heads, "granularity heads")):
+        add_fields(parser, kind, group=title, leave_out=leave_out, names=names, defaults=defaults)
     if distill:
-        add_fields(parser, Heads, "granularity heads", set(), {})
         parser.set_defaults(dict.fromkeys(BY_PEER))
-    else:
-        parser.set_defaults(output="runs/train")
     return parser
 
 
 def options_of(namespace: Namespace) -> dict[str, Any]:
-    """A call's values as `make_recipe` takes them: without --config, lists as tuples."""
+    """Return a call's values as `make_recipe` takes them: without --config, and lists as tuples."""
     values = dict(vars(namespace))
     values.pop("config", None)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of `make_recipe` that a call or its --config names, and none of those that it leaves alone."""
+    """Return the options of `make_recipe` that a call or its --config gives, without the others' defaults."""
     parser.set_defaults({name: None for name in vars(parser.get_defaults()) if name != "config"})
     return {name: value for name, value in options_of(parser.parse_args(list(arguments))).items() if value is not None}

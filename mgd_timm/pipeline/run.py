@@ -24,7 +24,7 @@ from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
-from mgd_timm.recipe.derived import resolved
+from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
@@ -62,7 +62,7 @@ def run(
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
-    recipe = resolved(recipe)
+    recipe = with_store_defaults(recipe)
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
     terms = terms_of(recipe)

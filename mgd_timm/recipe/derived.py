@@ -1,4 +1,4 @@
-"""What a recipe leaves open, filled in: by its other options, and by the processes that carry it out."""
+"""Values that follow from a recipe's other options and from the number of processes."""
 
 import dataclasses
 import math
@@ -6,8 +6,8 @@ import math
 from mgd_timm.recipe.recipe import Recipe
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves open about its teacher store filled in; the recipe itself where there is none."""
+def with_store_defaults(recipe: Recipe) -> Recipe:
+    """Return the recipe with the defaults of its teacher store, or the recipe itself without a store."""
     if recipe.teacher_store is None:
         return recipe
     return dataclasses.replace(
@@ -19,24 +19,24 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
-    """The recipe with its global batch: its own, or what batch size, processes and steps per update make.
+    """Return the recipe with its global batch: its own, or batch size x processes x micro-batches per update.
 
-    The steps themselves are then left open, as they follow from the global batch on any number of processes.
+    The result names no micro-batches per update, as they follow from the global batch on any number of processes.
 
     Args:
         recipe: Of the run.
-        processes: That run.
-        steps: Per update, where the recipe names neither them nor a global batch.
+        processes: Number of processes.
+        steps: Micro-batches of each process per update, where the recipe names neither them nor a global batch.
 
     Raises:
-        ValueError: A global batch smaller than 2 images for each process, or contradicted by the steps per update.
+        ValueError: A global batch smaller than 2 images for each process, or contradicted by the micro-batches.
     """
     size, optim = recipe.data.batch_size, recipe.optim
     whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
     if whole < 2 * processes:
         raise ValueError(
             f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, "
-            f"{2 * processes}. Start fewer processes, or choose a larger one."
+            f"{2 * processes}. Start fewer processes, or choose a larger --global-batch-size."
         )
     needed = -(-whole // (size * processes))
     if optim.grad_accum_steps not in (None, needed):
@@ -44,7 +44,7 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
             f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
             f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
             f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave "
-            "grad_accum_steps out, or choose another batch_size."
+            "--grad-accum-steps out, or choose another --batch-size."
         )
     return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
 
@@ -54,10 +54,10 @@ def _count(number: int, word: str) -> str:
 
 
 def num_slots(batch_size: int, processes: int, global_batch: int) -> int:
-    """The slots of a whole update: those of as few steps of all processes as hold the global batch."""
+    """Return the micro-batches of a whole update over all processes: as few as hold the global batch."""
     return processes * math.ceil(global_batch / (batch_size * processes))
 
 
 def slot_size(batch_size: int, processes: int, global_batch: int) -> int:
-    """Samples in the largest slot of a whole update; the others hold as many, or one fewer."""
+    """Return the samples in the largest micro-batch of a whole update; the others hold as many, or one fewer."""
     return math.ceil(global_batch / min(num_slots(batch_size, processes, global_batch), global_batch // 2))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 def check_temperature(temperature: float) -> float:
-    """The temperature itself; ValueError unless it is positive and finite."""
+    """Return the temperature. ValueError unless it is positive and finite."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a positive, finite number.")
     return temperature

@@ -1,25 +1,81 @@
-"""Options and their values: checked against the annotation of their field, as plain data, compared and digested.
-
-Of any dataclass whose fields are options; which ones there are is the recipe's to say.
-"""
+"""Options, which are the fields of a recipe's dataclasses: declare them, check their types, compare and digest them."""
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 
-def option(default: Any, help: str, *, digest: bool = True) -> Any:
-    """A field of a recipe: its default, its line of --help, and whether it decides the weights that a run ends with."""
-    return dataclasses.field(default=default, metadata={"help": help, "digest": digest})
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers that an option takes: finite ones between these bounds.
+
+    Args:
+        minimum: The smallest.
+        above: All are greater than this.
+        maximum: The largest.
+        below: All are less than this.
+    """
+
+    minimum: float = -math.inf
+    above: float = -math.inf
+    maximum: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.minimum <= value <= self.maximum and self.above < value < self.below
+
+    def __str__(self) -> str:
+        if self == Range(above=0):
+            return "a positive number"
+        if self.minimum > -math.inf and self.maximum < math.inf:
+            return f"{self.minimum} to {self.maximum}"
+        bounds = [
+            f"{self.minimum} or more" if self.minimum > -math.inf else "",
+            f"more than {self.above}" if self.above > -math.inf else "",
+            f"at most {self.maximum}" if self.maximum < math.inf else "",
+            f"less than {self.below}" if self.below < math.inf else "",
+        ]
+        return " and ".join(filter(None, bounds)) or "a finite number"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    common: bool = False,
+    value: str | None = None,
+    digest: bool = True,
+    **bounds: float,
+) -> Any:
+    """A field of a recipe.
+
+    Args:
+        default: Its value where none is given.
+        help: Its text in --help-all. --help shows the words before the first semicolon.
+        group: Heading that it stands under in the help; by default that of its dataclass.
+        common: Whether --help shows it.
+        value: Word for its value in the help; by default one for its type.
+        digest: Whether it decides the weights that a run ends with.
+        **bounds: Of its value, or of each of its values, as `Range` takes them.
+    """
+    shown = {"help": help, "group": group, "common": common, "value": value}
+    return dataclasses.field(default=default, metadata={**shown, "digest": digest, "range": Range(**bounds)})
+
+
+def flag(name: str) -> str:
+    """The command line's flag for an option."""
+    return f"--{name.replace('_', '-')}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest ones that do."""
+    """Return the error for an unknown name, with the nearest known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = (
@@ -30,22 +86,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}: {hint}")
 
 
-def check_choices(part: Any) -> None:
-    """Refuse a word that is not among a field's Literal."""
-    for f in dataclasses.fields(part):
-        if get_origin(f.type) is Literal:
-            _chosen(f.name, getattr(part, f.name), f.type)
-
-
-def _chosen(name: str, value: Any, choices: Any) -> Any:
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """Return the value of an option. ValueError unless it is among the words of a Literal."""
     if value not in get_args(choices):
         raise unknown(name, str(value), get_args(choices))
     return value
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option as its field's annotation has it: lists and single values as tuples, whole numbers as
-    floats."""
+    """Return the value of an option in the type of its field: lists and single values as tuples, integers as floats.
+
+    Raises:
+        ValueError: A value of another type.
+    """
     for one in get_args(kind) if isinstance(kind, UnionType) else (kind,):
         if get_origin(one) is tuple:
             inner = get_args(one)[0]
@@ -54,7 +107,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
                 return tuple(inner(v) for v in values)
         elif get_origin(one) is Literal:
             if isinstance(value, str):
-                return _chosen(name, value, one)
+                return check_choice(name, value, one)
         elif fits(value, one):
             return value if one is NoneType else one(value)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
@@ -63,14 +116,19 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind: a whole number is a float as well, a path a word, but no boolean a number."""
+    """Whether a value is of a type. An integer is a float as well and a path a string, but a boolean is no number."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))
 
 
 def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
-    """The recipe's fields by name, nested as the dataclasses are; tuples as lists."""
+    """Return a recipe's fields by name, nested as its dataclasses are, with tuples as lists.
+
+    Args:
+        recipe: A dataclass of options.
+        digest_only: Leave out the options that do not decide the weights.
+    """
     out: dict[str, Any] = {}
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
@@ -82,12 +140,12 @@ def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> list[str]:
-    """'name: a -> b' for every leaf in which two nested dicts differ."""
+    """Return 'name: a -> b' for every leaf in which two nested dicts differ."""
     found: list[str] = []
     for key in sorted(set(one) | set(two)):
         a, b = one.get(key), two.get(key)
@@ -99,5 +157,5 @@ def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> l
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,10 +1,10 @@
-"""What is said of the criteria: the list for a pair, and docs/methods.md."""
+"""What is labelled of the criteria: the list for a pair, and docs/methods.md."""
 
 from pathlib import Path
 
 import pytest
 
-from mgd_timm.cli.list_criteria import Connection, connect, markdown, paper, paragraphs, said, table
+from mgd_timm.cli.list_criteria import Connection, connect, labelled, markdown, paper, paragraphs, table
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.criteria.terms import hyper_parameters
 from mgd_timm.models.build import build_named
@@ -25,7 +25,7 @@ def test_the_docs_are_current():
 def test_every_docstring_says_what_the_list_needs(name):
     kind = CRITERIA[name]
     assert ":" in paragraphs(kind)[0]
-    assert float(said(kind, "Weight").split()[0].rstrip(",.;")) == kind.weight
+    assert float(labelled(kind, "Weight").split()[0].rstrip(",.;")) == kind.weight
     assert paper(kind) or name == "ce"
     section = markdown().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     assert [line.split("`")[1] for line in section.splitlines() if line.startswith("- `")] == list(

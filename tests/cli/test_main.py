@@ -1,6 +1,5 @@
 """The command line as a user types it: flags, files of flags, help, and every wrong call with its way out."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -12,11 +11,9 @@ from safetensors.torch import load_file, save_file
 from small import FAST, ONE_IMAGE, call
 
 import mgd_timm
-from mgd_timm.cli import main as cli
-from mgd_timm.cli.main import main
+from mgd_timm.cli.main import guarded, main
 from mgd_timm.models.build import load_model
-from mgd_timm.recipe.data import OF_TRAINING
-from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
+from mgd_timm.training.checkpointer import NonFiniteError
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-augmentations", "1"]
 
@@ -55,47 +52,6 @@ def test_help_version_and_lists(mgd):
     )
     assert "cifar_resnet8x4" in mgd("list", "models", "--filter", "cifar_*")[1].split()
     assert "Fashion-MNIST" in mgd("list", "data")[1]
-
-
-def test_every_flag_of_distill_has_help(mgd):
-    code, out, _ = mgd("distill", "--help")
-    assert code == 0
-    for flag in (
-        "--teacher",
-        "--batch-size",
-        "--warmup-epochs",
-        "--clip-grad",
-        "--abstract-temperature",
-        "--no-channels-last",
-    ):
-        assert flag in out
-
-
-def test_a_command_shows_the_options_alone_that_it_takes(mgd):
-    shown = {
-        name: {f.dest for f in cli.run_parser(name, distill=name == "distill")._actions}
-        for name in ("distill", "train")
-    }
-    own = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-    alone = {"train_only", "adapt_batchnorm"}
-    fields = {f.name for kind in (Recipe, Data, Optim, Heads) for f in dataclasses.fields(kind)} - {
-        "data",
-        "optim",
-        "heads",
-    }
-    assert shown["distill"] - {"help", "config", "print_config"} == fields - alone
-    left = {f.name for f in dataclasses.fields(Heads)} | {
-        name for name in fields if "teach" in name or name.startswith(("kd_", "crit"))
-    }
-    others = {"peer", "method", "task_weight", "maps", "standardise_logits", "fitting_epochs", "fitting_lr"}
-    assert shown["train"] - {"help", "config", "print_config"} == (fields | set(own.values())) - left - others - set(
-        own
-    )
-    assert "--train-only" not in mgd("distill", "--help")[1]
-    assert "--fold-teacher" not in mgd("train", "--help")[1]
-    help_of_evaluate = mgd("evaluate", "--help")[1]
-    assert "--val-split" in help_of_evaluate
-    assert not [name for name in OF_TRAINING if f"--{name.replace('_', '-')} " in help_of_evaluate]
 
 
 def test_print_config_is_read_back_by_config(mgd, tmp_path):
@@ -162,7 +118,7 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
             "decay_milestones: [1, a]",
             "decay_milestones: [1, 'a'] in --config: expected a number or a list of numbers",
         ),
-        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (--in-chans)"),
         (
             "mean: [0.5",
             '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find',
@@ -318,8 +274,11 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--lr", "fast"], ["lr", "fast"]),
         (["distill", "--batch-size", "1"], ["batch_size=1: expected 2 or more"]),
         (["distill", "--val-split", "validation"], ["val"]),
-        (["distill", "--val-split", "0.9"], ["val_split=0.9: expected a share from 0 to 0.5"]),
-        (["distill", "--abstract-temperature", "0"], ["temperature=0.0: expected a positive"]),
+        (["distill", "--val-split", "0.9"], ["val_split=0.9: expected 0 to 0.5 (--val-split)"]),
+        (
+            ["distill", "--abstract-temperature", "0"],
+            ["abstract_temperature=0.0: expected a positive number (--abstract-temperature)"],
+        ),
         (["distill", "--mean", "0.5"], ["mean=(0.5,): expected 3 values"]),
         (["distill", "--log-with", "tensorbord"], ["unknown tracker 'tensorbord': did you mean tensorboard?"]),
         (["distill", "--log-with", "wandb"], ["tracker 'wandb' is not installed: pip install wandb"]),
@@ -549,16 +508,29 @@ def test_a_config_from_outside_is_checked(mgd, trained, tmp_path, changed, expec
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"), [((), "whatever checkpoints there are stay, --resume"), (("saved",), "saved")]
+    ("error", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "whatever checkpoints there are stay, --resume"),
+        (KeyboardInterrupt("saved"), 130, "saved"),
+        (ValueError("lr=-1"), 1, "mgd-timm: error: lr=-1"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "use a smaller --batch-size, or --find-batch-size"),
+        (RuntimeError("DataLoader worker (pid 3) is killed"), 1, "a DataLoader worker was killed (out of memory?)"),
+        (NonFiniteError("the loss is nan"), 1, "mgd-timm: error: the loss is nan"),
+    ],
 )
-def test_an_interruption_says_what_is_left(mgd, monkeypatch, said, expected):
-    def stop(_):
-        raise KeyboardInterrupt(*said)
+def test_what_ends_a_command_is_printed_in_words(capsys, error, code, expected):
+    def stop() -> None:
+        raise error
 
-    monkeypatch.setitem(cli._COMMANDS, "list", stop)
-    code, _, errors = mgd("list")
-    assert code == 130
+    assert guarded("mgd-timm", stop) == code
+    errors = capsys.readouterr().err
     assert expected in errors
+    assert "Traceback" not in errors
+
+
+def test_a_fault_of_mgd_timm_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        guarded("mgd-timm", lambda: print(torch.ones(2, 3) @ torch.ones(2, 3)))
 
 
 def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):

@@ -12,7 +12,8 @@ import timm
 from small import environment
 
 import mgd_timm.models  # noqa: F401
-from mgd_timm.pipeline import cifar_stages as cifar
+from mgd_timm.pipeline import cifar_stages
+from mgd_timm.recipe import presets
 from mgd_timm.recipe.recipe import make_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "cifar.py"
@@ -32,8 +33,8 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_pairs_are_of_networks_that_exist() -> None:
-    assert len(cifar.PAIRS) == 13
-    for teacher, student in cifar.PAIRS.values():
+    assert len(presets.PAIRS) == 13
+    for teacher, student in presets.PAIRS.values():
         assert timm.is_model(teacher)
         assert timm.is_model(student)
 
@@ -42,7 +43,7 @@ def test_an_unknown_pair_shows_all() -> None:
     with pytest.raises(
         ValueError, match=r"pair 'resnet32x4-resnet8': did you mean resnet32x4-resnet8x4.*vgg13-mobilenetv2"
     ):
-        cifar.pair("resnet32x4-resnet8")
+        presets.pair("resnet32x4-resnet8")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_an_unknown_pair_shows_all() -> None:
     [(240, (150, 180, 210)), (24, (15, 18, 21)), (30, (18.75, 22.5, 26.25)), (1, (0.625, 0.75, 0.875))],
 )
 def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, ...]) -> None:
-    optim = make_recipe(student="cifar_resnet20", **cifar.training_options("cifar_resnet20", epochs)).optim
+    optim = make_recipe(student="cifar_resnet20", **presets.training_options("cifar_resnet20", epochs)).optim
     assert (optim.epochs, optim.sched, optim.milestones) == (epochs, "multistep", expected)
 
 
@@ -58,8 +59,8 @@ def test_milestones_shrink_with_the_schedule(epochs: int, expected: tuple[int, .
     ("name", "lr"), [("cifar_resnet8x4", 0.05), ("cifar_mobilenetv2", 0.01), ("cifar_shufflev1", 0.01)]
 )
 def test_the_papers_numbers(name: str, lr: float) -> None:
-    options = cifar.training_options(name)
-    found = make_recipe(student=name, **options, **cifar.heads_options())
+    options = presets.training_options(name)
+    found = make_recipe(student=name, **options, **presets.heads_options())
     assert (found.optim.lr, found.optim.momentum, found.optim.weight_decay, found.data.batch_size) == (
         lr,
         0.9,
@@ -71,19 +72,18 @@ def test_the_papers_numbers(name: str, lr: float) -> None:
         60,
         (30, 45),
     )
-    assert found.heads.heads_clip_grad is None
 
 
 def test_a_stage_is_known_by_all_its_teachers_and_by_what_chooses_their_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.txt"
     file.write_text("0\n1\n")
-    one = cifar.made_from(make_recipe())
+    one = cifar_stages.made_from(make_recipe())
     assert set(one) == {"teacher"}
-    two = cifar.made_from(make_recipe(teacher=["embedded"] * 2, teacher_classes=["auto", str(file)]))
+    two = cifar_stages.made_from(make_recipe(teacher=["embedded"] * 2, teacher_classes=["auto", str(file)]))
     assert two["teacher"] == [one["teacher"]] * 2
     assert two["classes"][0] == "auto"
     file.write_text("1\n0\n")
-    assert cifar.made_from(make_recipe(teacher_classes=str(file)))["classes"] != two["classes"][1:]
+    assert cifar_stages.made_from(make_recipe(teacher_classes=str(file)))["classes"] != two["classes"][1:]
 
 
 @pytest.mark.parametrize(

@@ -291,23 +291,23 @@ def test_a_good_teacher_of_two_classes_is_not_near_chance():
     [
         ({"teacher": ("a", "b"), "teacher_weights": (1.0,)}, "a positive number for each"),
         ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
-        ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "what is fitted would not be shown"),
+        ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "the fitted classifier would not be used"),
         ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
         (
             {"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")},
-            "2 for 3 teachers \\('a', 'b', 'c'\\): give one for all",
+            "2 for 3 teachers \\('a', 'b', 'c'\\): give --teacher-classes once for all",
         ),
         (
             {"teacher": ("a",), "teacher_classes": ("auto", "f")},
-            "2 for 1 teacher \\('a'\\): give one for all, or one for each",
+            "2 for 1 teacher \\('a'\\): give --teacher-classes once for all, or once for each",
         ),
         (
             {"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"},
-            "would not be shown",
+            "would not be used",
         ),
         ({"teacher": None, "fit_teacher_head": "probe"}, "there is no teacher"),
-        ({"teacher": ()}, "name one, or give none"),
-        ({"teacher_img_size": 0}, "expected pixels"),
+        ({"teacher": ()}, "name one with --teacher, or train without one"),
+        ({"teacher_img_size": 0}, "teacher_img_size=0: expected 1 or more"),
     ],
 )
 def test_options_that_do_not_go_together(options, said):

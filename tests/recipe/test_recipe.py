@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from mgd_timm.recipe.derived import with_global_batch
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
 
@@ -13,18 +12,18 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_batch_size": 0}, "validation_batch_size=0, workers=2: expected 1 or more and 0 or more"),
-        ({"workers": -1}, "workers=-1: expected 1 or more and 0 or more"),
-        ({"scale": (0.5, 0.1)}, "scale=(0.5, 0.1): expected two positive numbers, the smaller one first"),
-        ({"ratio": (0.0, 1.0)}, "ratio=(0.0, 1.0): expected two positive numbers"),
+        ({"validation_batch_size": 0}, "validation_batch_size=0: expected 1 or more (--validation-batch-size)"),
+        ({"workers": -1}, "workers=-1: expected 0 or more (--workers)"),
+        ({"scale": (0.5, 0.1)}, "scale=(0.5, 0.1): expected two numbers, the smaller one first, as in --scale 0.5 1.0"),
+        ({"ratio": (0.0, 1.0)}, "ratio=(0.0, 1.0): expected a positive number in each place (--ratio)"),
         ({"ratio": (1.0,)}, "ratio=(1.0,): expected two"),
-        ({"crop_pct": 0.0}, "crop_pct=0.0: expected 0 < crop_pct <= 1"),
-        ({"momentum": 1.0}, "momentum=1.0: expected 0 <= momentum < 1"),
-        ({"model_ema_decay": -0.1}, "model_ema_decay=-0.1: expected 0 <= model_ema_decay < 1"),
+        ({"crop_pct": 0.0}, "crop_pct=0.0: expected more than 0 and at most 1 (--crop-pct)"),
+        ({"momentum": 1.0}, "momentum=1.0: expected 0 or more and less than 1 (--momentum)"),
+        ({"model_ema_decay": -0.1}, "model_ema_decay=-0.1: expected 0 or more and less than 1"),
         ({"weight_decay": float("nan")}, "weight_decay=nan: expected 0 or more"),
         ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs=4: expected 0 to 3"),
         ({"warmup_epochs": -1}, "warmup_epochs=-1: expected 0 to 20"),
-        ({"smoothing": 1.1}, "smoothing=1.1: expected 0 <= smoothing < 1"),
+        ({"smoothing": 1.1}, "smoothing=1.1: expected 0 or more and less than 1"),
         ({"heads_weight_decay": -1.0}, "heads_weight_decay=-1.0: expected 0 or more"),
         ({"method": "mass"}, "unknown method 'mass': did you mean mas"),
         ({"heads_protocol": "life"}, "unknown heads_protocol 'life': did you mean live?"),
@@ -34,19 +33,17 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
         ({"epochs": True}, "epochs=True: expected int, not bool"),
         ({"amp": 1}, "amp=1: expected bool, not int"),
         ({"clip_grad": "much"}, "clip_grad='much': expected float | None, not str"),
-        ({"mean": 0.5}, "mean=(0.5,): expected 3 values, one per channel (in_chans)"),
+        ({"mean": 0.5}, "mean=(0.5,): expected 3 values, one per channel (--in-chans)"),
         ({"mean": "much"}, "mean='much': expected tuple[float, ...] | None, not str"),
-        ({"scale": 0.5}, "scale=(0.5,): expected two positive numbers, the smaller one first"),
-        ({"scale": (0.5, 2.0)}, "scale=(0.5, 2.0): expected shares of the image's area, 1 at most"),
-        ({"std": (float("nan"),) * 3}, "std=(nan, nan, nan): expected finite values"),
+        ({"scale": 0.5}, "scale=(0.5,): expected two numbers, the smaller one first"),
+        ({"scale": (0.5, 2.0)}, "scale=(0.5, 2.0): expected more than 0 and at most 1 in each place"),
+        ({"std": (float("nan"),) * 3}, "std=(nan, nan, nan): expected a positive number in each place"),
         ({"decay_epochs": 0.0}, "decay_epochs=0.0: expected a positive number"),
         ({"decay_rate": -1.0}, "decay_rate=-1.0: expected a positive number"),
         ({"warmup_lr": -5.0}, "warmup_lr=-5.0: expected 0 or more"),
         ({"min_lr": float("inf")}, "min_lr=inf: expected 0 or more"),
-        ({"drop_path": 2.0}, "drop_path=2.0: expected 0 <= drop_path < 1"),
+        ({"drop_path": 2.0}, "drop_path=2.0: expected 0 or more and less than 1"),
         ({"decay_milestones": "a"}, "decay_milestones='a': expected tuple[float, ...] | None, not str"),
-        ({"decay_milestones": (0, 3)}, "decay_milestones=(0.0, 3.0): expected positive numbers of epochs"),
-        ({"heads_decay_milestones": -1}, "heads_decay_milestones=(-1.0,): expected positive numbers of epochs"),
         (
             {"sched": "multistep", "decay_milestones": (150, 180)},
             "decay_milestones=(150.0, 180.0): none is reached in epochs=20, so the learning rate would never decay. "
@@ -63,7 +60,6 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
             "sched='wsd': warmup_epochs=2 of epochs=2 leave no epoch in which the learning rate decays. Lower "
             "--warmup-epochs, or raise --epochs",
         ),
-        ({"poly_power": 0.0}, "poly_power=0.0: expected a positive number"),
         ({"criterion": 3}, "criterion=3: expected tuple[str, ...], not int"),
         ({"decay_milestones": True}, "decay_milestones=True: expected tuple[float, ...] | None, not bool"),
         ({"decay_milestones": ("a", "b")}, "decay_milestones=('a', 'b'): expected tuple[float, ...] | None, not tuple"),
@@ -94,37 +90,3 @@ def test_one_value_is_a_tuple_of_one_and_lists_numbers_and_paths_are_taken():
 def test_the_defaults_are_within_their_ranges_and_timms():
     assert make_recipe() == Recipe()
     assert not Recipe().channels_last
-
-
-@pytest.mark.parametrize(
-    ("options", "processes", "steps", "expected"),
-    [
-        ({"batch_size": 32}, 1, 1, 32),
-        ({"batch_size": 32}, 3, 1, 96),
-        ({"batch_size": 32, "grad_accum_steps": 2}, 3, 1, 192),
-        ({"batch_size": 32}, 3, 4, 384),  # steps that the launcher asks for
-        ({"batch_size": 32, "global_batch_size": 100}, 3, 1, 100),
-        ({"batch_size": 32, "global_batch_size": 100, "grad_accum_steps": 2}, 3, 1, 100),
-        ({"batch_size": 32, "global_batch_size": 20}, 4, 1, 20),
-    ],
-)
-def test_a_recipe_fixes_the_global_batch(options, processes, steps, expected):
-    found = with_global_batch(make_recipe(**options), processes, steps)
-    assert (found.optim.global_batch_size, found.optim.grad_accum_steps) == (expected, None)
-    for others in (1, 2, 5):
-        assert with_global_batch(found, others, 7) == found
-    assert with_global_batch(found, 1).optim.lr == make_recipe().optim.lr
-
-
-def test_a_global_batch_that_steps_contradict_or_processes_share_out_to_less_than_two_is_refused():
-    recipe = make_recipe(batch_size=32, global_batch_size=100, grad_accum_steps=3)
-    message = (
-        "grad_accum_steps=3 contradicts global_batch_size=100: 32 images on 2 processes in 3 steps are 192, and 100 "
-        "take 2 steps"
-    )
-    with pytest.raises(ValueError, match=message):
-        with_global_batch(recipe, 2)
-    with pytest.raises(ValueError, match="global_batch_size=7 on 4 processes: expected at least 2 images for each, 8"):
-        with_global_batch(make_recipe(global_batch_size=7), 4)
-    with pytest.raises(ValueError, match="global_batch_size=1: expected 2 or more"):
-        make_recipe(global_batch_size=1)

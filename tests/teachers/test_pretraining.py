@@ -11,7 +11,7 @@ import torch
 from forked import Ranks
 from report import read_metrics
 from safetensors.torch import load_file
-from small import ONE_IMAGE, call, digest, end_at
+from small import call, digest, end_at
 
 import mgd_timm
 from mgd_timm import models  # noqa: F401  # registers cifar_*
@@ -136,7 +136,7 @@ def test_two_students_teach_each_other(method, small_data, tmp_path, capsys):
         assert loaded.pretrained_cfg["architecture"] == name
         found = mgd_timm.evaluate(str(tmp_path / "run" / place))["top1"]
         own = result.summary if place == "export" else result.summary["peer"]
-        assert found == pytest.approx(own["top1"], abs=ONE_IMAGE)
+        assert found == pytest.approx(own["top1"])
         said = json.loads((tmp_path / "run" / place / "recipe.json").read_text())["metrics"]
         assert (said["top1"], said["parameters"]) == (own["top1"], sum(p.numel() for p in loaded.parameters()))
 
@@ -207,18 +207,8 @@ def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weight
 def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
     """Real processes: one run of one process, one of two."""
     flags = ["distill", "--data-dir", str(small_data), "--student", "cifar_resnet8x05", "--global-batch-size", "64"]
-    flags += [
-        "--batch-size",
-        "32",
-        "--epochs",
-        "1",
-        "--heads-epochs",
-        "16",
-        "--heads-augmentations",
-        "1",
-        "--seed",
-        "3",
-    ]
+    flags += ["--batch-size", "32", "--epochs", "1", "--seed", "3", "--heads-epochs", "16"]
+    flags += ["--heads-augmentations", "1"]
     cache = {"MGD_TIMM_CACHE": str(tmp_path / "cache")}
     runs = [
         Ranks(
@@ -239,9 +229,7 @@ def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
     found = ["fitted before, from the cache" in text for text in said]
     assert sorted(found) == [False, True]
     assert all(found[number] for number in (0, 1) if waited[number])  # one that was started late need not wait
-    shown = [re.search(r"top-1: teacher ([\d.]+).*abstract ([\d.]+).*detailed ([\d.]+)", text) for text in said]
-    one, two = ([float(top1) for top1 in found.groups()] for found in shown if found is not None)
-    assert one == pytest.approx(two, abs=ONE_IMAGE)
+    assert re.findall("top-1: teacher.*", said[0])[0] == re.findall("top-1: teacher.*", said[1])[0]
 
 
 def test_what_one_process_has_fitted_several_take_with_its_losses(small_data, tmp_path):

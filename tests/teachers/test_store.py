@@ -27,7 +27,7 @@ from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.build import load_model
 from mgd_timm.pipeline.plan import context_of, store_options_of
-from mgd_timm.recipe.derived import resolved
+from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs import store as teacher_store
@@ -48,7 +48,7 @@ def bench(small_data):
 
     def opened(folder, views=2, *, teacher=teacher, images=None, accelerator=accelerator, **options):
         flags = {"data_dir": str(small_data), "teacher_store": str(folder), "teacher_augmentations": views, **options}
-        recipe = resolved(make_recipe(**flags))
+        recipe = with_store_defaults(make_recipe(**flags))
         if images is None:
             images = default if "pad" not in options else load_images(recipe.data, 0)
         with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def test_large_pictures_and_a_validation_cut_of_another_seed(bench, tmp_path):
         "mean": (0.5,) * 3,
         "std": (0.2,) * 3,
     }
-    recipe = resolved(make_recipe(**flags, teacher_store=str(tmp_path / "store"), teacher_augmentations=1))
+    recipe = with_store_defaults(make_recipe(**flags, teacher_store=str(tmp_path / "store"), teacher_augmentations=1))
     seen = []
     for seed in (1, 2):
         images = load_images(recipe.data, seed)

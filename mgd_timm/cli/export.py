@@ -1,0 +1,35 @@
+"""`mgd-timm export`: a run's student as timm loads it, under another name or licence."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mgd_timm.cli.parser import Parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out the command."""
+    values = _parser().parse_args(list(arguments))
+    from mgd_timm.export.timm_folder import export_model  # once the flags are known to be right, as it loads torch
+    from mgd_timm.models.build import load_model
+
+    model = load_model(values.run)
+    given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}
+    model.pretrained_cfg = {**model.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
+    folders = (Path(values.run) / "export", Path(values.run))
+    exported = next((folder for folder in folders if (folder / "recipe.json").is_file()), None)
+    provenance = json.loads((exported / "recipe.json").read_text()) if exported is not None else {}
+    for name in ("versions", "model_sha256"):  # written anew
+        provenance.pop(name, None)
+    print(f"wrote {export_model(model, values.folder, provenance=provenance)}")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mgd-timm export", description="Copy a run's student as timm loads it, under another name or licence."
+    )
+    parser.add_argument("run", type=str, help="run folder, exported folder, or 'embedded'")
+    parser.add_argument("folder", type=str, help="folder to write; must not exist")
+    for name, about in (("license", "licence of the weights"), ("tag", "timm's tag of the weights")):
+        parser.add_flag(name, str | None, None, f"{about}; default: the run's", group="labels")
+    return parser

@@ -1,0 +1,17 @@
+"""`mgd-timm train`: train a model without a teacher."""
+
+from collections.abc import Sequence
+
+from mgd_timm.cli.parser import TRAIN_NAMES, options_of, run_parser
+from mgd_timm.recipe.recipe import make_recipe
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out the command."""
+    values = options_of(run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
+    for name, flag in TRAIN_NAMES.items():
+        values[name] = values.pop(flag)
+    recipe = make_recipe(teacher=None, method="none", **values)
+    from mgd_timm.pipeline.run import run  # once the options are known to be right, as it loads torch
+
+    run(recipe)
