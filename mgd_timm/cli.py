@@ -255,7 +255,6 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
             leave()
     except KeyboardInterrupt as stop:
-        _part(None if hasattr(stop, "code") else "it was interrupted")
         said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
         print(f"\n{name}: {said}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
@@ -272,20 +271,14 @@ def guarded(name: str, action: Callable[[], None]) -> int:
                 f"({which}). Give fewer --workers or more memory; --resume continues from the newest checkpoint.",
                 file=sys.stderr,
             )
-            _part(f"a reader of images was ended from outside ({which})")
             return 1
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
-            if "mgd_timm.watchdog" in sys.modules:
-                sys.modules["mgd_timm.watchdog"].end_if_lost()
-            _part(f"{type(error).__name__}: {error}")
+            if "RANK" in os.environ:
+                error.add_note(
+                    "If another process was killed or hangs, this error is what the others see of it: look there for "
+                    "the cause. --resume continues from the newest checkpoint."
+                )
             raise  # a fault of ours, or the machine's: with its traceback
         print(f"{name}: error: {error}", file=sys.stderr)
-        _part(f"{type(error).__name__}: {error}")
         return 1
     return 0
-
-
-def _part(failure: str | None) -> None:
-    """Tell the other processes of a launch, where there are any, that this one has ended."""
-    if "mgd_timm.watchdog" in sys.modules:
-        sys.modules["mgd_timm.watchdog"].stop(failure)

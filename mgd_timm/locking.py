@@ -7,6 +7,7 @@ To read takes no lock, as files appear whole or not at all.
 import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import tempfile
@@ -21,12 +22,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mgd_timm.checkpoint import State, newest, save, sweep
-from mgd_timm.processes import of_main
+from mgd_timm.processes import on_main
 
 LOCK, HOLDER = ".lock", ".holder.json"
-SLICE = 30.0
-"""Seconds for which the main process waits before it tells the others, so that none waits in a collective until that
-times out."""
 _POLL = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FOR_ALL = 0o666
@@ -62,8 +60,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         try:
-            while not self.attempt(SLICE):
-                pass
+            self.attempt()
         except BaseException:
             self._close_bar()  # what is said of Ctrl-C gets a line of its own
             raise
@@ -74,7 +71,7 @@ class Lock:
     ) -> None:
         self.release()
 
-    def attempt(self, seconds: float) -> bool:
+    def attempt(self, seconds: float = math.inf) -> bool:
         """Whether the lock is held, after up to so many seconds of waiting for another run, which is said.
 
         Raises:
@@ -159,8 +156,7 @@ def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them
     together."""
     try:
-        while not of_main(accelerator, lambda: lock.attempt(SLICE)):
-            pass
+        on_main(accelerator, lock.attempt)
         yield
     finally:
         lock.release()

@@ -14,6 +14,9 @@ from mgd_timm.granularity import Granularity
 from mgd_timm.maps import WORDS as MAPS
 from mgd_timm.options import check_choices, option, typed, unknown
 
+PROCESS_TIMEOUT = 600.0
+"""Seconds that a collective waits for all processes, where a recipe does not say another number."""
+
 __all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
 
 
@@ -244,6 +247,11 @@ class Recipe:
     fold_teacher: bool = option(
         True, "fold the teacher's BatchNorm into its convolutions: the same outputs but for rounding"
     )
+    process_timeout: float = option(
+        PROCESS_TIMEOUT,
+        "seconds after which a collective that a process does not join ends the run, as where that one hangs",
+        digest=False,
+    )
     seed: int = option(42, "of order, augmentation, initialisation and dropout")
     output: str = option("runs/distill", "folder of the run; must not exist unless resumed", digest=False)
     resume: bool = option(
@@ -281,6 +289,8 @@ class Recipe:
                 f"log_interval={self.log_interval}, checkpoint_interval={self.checkpoint_interval}, "
                 f"checkpoint_hist={self.checkpoint_hist}: expected 1, 0 and 1 or more."
             )
+        if not 0 < self.process_timeout < float("inf"):
+            raise ValueError(f"process_timeout={self.process_timeout}: expected a positive number of seconds.")
         if self.maps not in MAPS and not (self.maps.isdecimal() and int(self.maps)):
             raise ValueError(f"maps={self.maps!r}: expected {', '.join(MAPS)} or a number of maps, 1 or more.")
         if not 0 <= self.drop < 1:

@@ -4,9 +4,10 @@ An epoch's order is a function of (seed, epoch): the shards in a random order, a
 buffer of those that were read last. An image is known by its place in this order, and augmented by (seed, epoch,
 place).
 
-What it costs: every process reads the whole stream, and decodes its own images alone; a resumed epoch reads what it has
-done once more, without decoding it; a split to evaluate on is read once at the start, for its labels; the buffer is
-held in memory, once a process. Data on a disk are better read without a stream.
+Order and resume are the same on any number of processes. Every process reads the whole stream, and decodes its own
+images alone. A resumed epoch reads what it has done once more, without decoding it. A split to evaluate on is read once
+at the start, for its labels. The buffer is held in memory, once a process. Data on a disk are better read without a
+stream.
 """
 
 import hashlib
@@ -24,14 +25,12 @@ from torch import Tensor
 
 from mgd_timm.decoding import DataError, decode
 from mgd_timm.features import Batch
-from mgd_timm.headway import Steps
 from mgd_timm.options import unknown
 from mgd_timm.reading import check_links, check_split, image_column, label_column
 from mgd_timm.recipe import Data
 from mgd_timm.sampling import mix, seeded
 from mgd_timm.sources import picture, read_ahead
 
-_TRIES = 20 * 60.0  # seconds: `datasets` asks a server that refuses 20 times, up to a minute apart
 _HEAD = 8  # images that stand for a stream in its digest
 
 
@@ -92,7 +91,6 @@ def open_streams(place: str, config: str | None) -> dict[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
-    Steps.patience = 0.0 if Path(place).exists() else _TRIES
     check_links(Path(place))  # of a hub id there is no such folder
     try:
         return dict(datasets.load_dataset(place, config, streaming=True))

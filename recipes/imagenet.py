@@ -28,7 +28,7 @@ from mgd_timm.cli import guarded
 from mgd_timm.options import unknown
 from mgd_timm.parsing import given_options, run_parser
 from mgd_timm.processes import join
-from mgd_timm.recipe import Recipe, make_recipe
+from mgd_timm.recipe import PROCESS_TIMEOUT, Recipe, make_recipe
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def distil(given: dict[str, Any]) -> None:
     """Carry out the run of a pair with what the user gave."""
-    accelerator = join()
+    accelerator = join(given.get("process_timeout", PROCESS_TIMEOUT))
     options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
         f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs "
