@@ -95,7 +95,7 @@ def hang() -> int:
 
 def test_a_hang_ends_with_the_timeout_and_shows_where_each_rank_is(tmp_path: Path) -> None:
     ranks = Ranks([], tmp_path / "log", processes=2, target=hang)
-    assert ranks.wait(60, grace=0) == [1, -signal.SIGKILL], ranks.said()
+    assert ranks.wait(60, grace=0) == [1, -signal.SIGTERM], ranks.said()
     assert re.search(r"RuntimeError: .*Timed out", ranks.said(0), re.DOTALL), ranks.said(0)
     for rank in (0, 1):
         said = ranks.said(rank)
