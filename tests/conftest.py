@@ -17,7 +17,7 @@ _LONG = {
     "test_resume",
     "test_fitting",
     "test_cifar",
-    "test_watchdog",
+    "test_waiting",
     "test_cli",
     "test_teacher_store",
 }

@@ -1,6 +1,7 @@
 """Commands in real processes without the seconds that imports cost: forked from a process that has imported
 everything."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -82,7 +83,8 @@ class Ranks:
         for rank in ranks or range(len(self.ranks)):
             process = self.ranks[rank]
             if self._lives(process) and process.pid is not None:
-                os.kill(process.pid, kind)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, kind)
 
     def alive(self) -> bool:
         """Whether any of them still runs."""

@@ -1,5 +1,5 @@
-"""A read that never returns, in the midst of an epoch: all end within a minute, and the rank whose read it is is
-named."""
+"""A read that never returns, in the midst of an epoch: all ranks end with the process group's timeout, and the stacks
+that are printed before show whose read it is."""
 
 import contextlib
 import os
