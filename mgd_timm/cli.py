@@ -275,8 +275,8 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError | NonFiniteError):
             if "RANK" in os.environ:
                 error.add_note(
-                    "If another process was killed or hangs, this error is what the others see of it: look there for "
-                    "the cause. --resume continues from the newest checkpoint."
+                    "If another process was killed or hangs, this error only follows from it: see the messages and the "
+                    "stacks of all processes. --resume continues from the newest checkpoint."
                 )
             raise  # a fault of ours, or the machine's: with its traceback
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 def timeout_after(seconds: float) -> InitProcessGroupKwargs:
-    """Time after which a collective fails that not all processes join; the first Accelerator of a process sets it."""
+    """The process group's timeout: a collective that not all processes join fails. A process's first Accelerator sets
+    it."""
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 

@@ -249,7 +249,7 @@ class Recipe:
     )
     process_timeout: float = option(
         PROCESS_TIMEOUT,
-        "seconds after which a collective that a process does not join ends the run, as where that one hangs",
+        "seconds that processes wait for one that hangs before the run ends",
         digest=False,
     )
     seed: int = option(42, "of order, augmentation, initialisation and dropout")
