@@ -141,7 +141,12 @@ def hang(words: list[str], folder: Path, processes: int) -> tuple[int, float]:
     who = reader(living)
     began = time.monotonic()
     readers = [child for rank in living for child in rank.children()]
-    codes = ranks.wait(LONGEST, grace=2)
+    try:
+        codes = ranks.wait(LONGEST, grace=2)
+    finally:
+        for child in readers:  # torchrun's agent ends a rank with all that it started
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     seconds = time.monotonic() - began
     assert None not in codes, ranks.said()
     assert 0 not in codes
@@ -149,9 +154,6 @@ def hang(words: list[str], folder: Path, processes: int) -> tuple[int, float]:
     for rank in range(processes):
         found = STACKS.findall(ranks.said(rank))
         assert [reads(stacks) for stacks in found] == [rank == who], ranks.said(rank)
-    for child in readers:  # torchrun's agent ends a rank with all that it started
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
     dead.come_back()
     return who, seconds
 
