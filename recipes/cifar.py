@@ -44,6 +44,7 @@ _OF_BOTH = (
     "train_split",
     "eval_split",
     "val_split",
+    "process_timeout",
 )
 _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size")
 

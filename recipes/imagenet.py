@@ -30,7 +30,7 @@ from mgd_timm.distributed.collectives import join
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.options import unknown
-from mgd_timm.recipe.recipe import Recipe, make_recipe
+from mgd_timm.recipe.recipe import PROCESS_TIMEOUT, Recipe, make_recipe
 
 LARGEST = 256  # images per process and step, where a pair's batch leaves the choice
 COMMON: dict[str, Any] = {
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def distil(given: dict[str, Any]) -> None:
     """Carry out the run of a pair with what the user gave."""
-    accelerator = join()
+    accelerator = join(given.get("process_timeout", PROCESS_TIMEOUT))
     options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
         f"{given.get('pair', DEFAULT)}: {options['global_batch_size']} images per update, {options['epochs']} epochs "

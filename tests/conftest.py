@@ -17,7 +17,7 @@ _LONG = {
     "test_resume",
     "test_pretraining",
     "test_cifar_stages",
-    "test_watchdog",
+    "test_waiting",
     "test_main",
     "test_store",
 }

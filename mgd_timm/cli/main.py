@@ -72,23 +72,22 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
             leave()
     except KeyboardInterrupt as stop:
-        _part(None if hasattr(stop, "code") else "it was interrupted")
         said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
         print(f"\n{name}: {said}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        _part(f"{type(error).__name__}: {error}")
         return 1
     except RuntimeError as error:
         message = _explain(error)
         if message is None:
-            if "mgd_timm.distributed.watchdog" in sys.modules:
-                sys.modules["mgd_timm.distributed.watchdog"].end_if_lost()
-            _part(f"{type(error).__name__}: {error}")
+            if "RANK" in os.environ:
+                error.add_note(
+                    "If another process was killed or hangs, this error only follows from it: see the messages and the "
+                    "stacks of all processes. --resume continues from the newest checkpoint."
+                )
             raise  # a fault of mgd-timm or of the machine: with its traceback
         print(f"{name}: error: {message}", file=sys.stderr)
-        _part(message)
         return 1
     return 0
 
@@ -114,9 +113,3 @@ def _explain(error: RuntimeError) -> str | None:
             f"memory; --resume continues from the newest checkpoint. {str(error).splitlines()[0].strip()}"
         )
     return None
-
-
-def _part(failure: str | None) -> None:
-    """Tell the other processes of a launch, where there are any, that this one has ended."""
-    if "mgd_timm.distributed.watchdog" in sys.modules:
-        sys.modules["mgd_timm.distributed.watchdog"].stop(failure)

@@ -12,21 +12,27 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from mgd_timm.distributed import watchdog
-from mgd_timm.storage.lock import SLICE, Lock
+from mgd_timm.recipe.recipe import PROCESS_TIMEOUT
+from mgd_timm.storage.lock import Lock
 
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one writes a store
-_FIRST, _POLL = 24 * 3600.0, 0.1  # seconds that a machine's main process may take before the others
-_firsts = itertools.count()
+_meetings = itertools.count()
 
 T = TypeVar("T")
 
 
-def join() -> Accelerator:
-    """The processes of this launch, for a script that looks around before its first run; a run finds them joined."""
-    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
-    watchdog.start(accelerator)
-    return accelerator
+def timeout_after(seconds: float) -> InitProcessGroupKwargs:
+    """The process group's timeout: a collective that not all processes join fails. A process's first Accelerator sets
+    it."""
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+
+
+def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
+    """The processes of this launch, for a script that looks around before its first run; a run finds them joined.
+
+    Args:
+        process_timeout: Seconds, as of `Recipe`.
+    """
+    return Accelerator(kwargs_handlers=[timeout_after(process_timeout)])
 
 
 def leave() -> None:
@@ -34,7 +40,6 @@ def leave() -> None:
     (gloo)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    watchdog.stop()
 
 
 def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
@@ -48,36 +53,45 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
                 torch.distributed.broadcast(tensor.data, 0)
 
 
+def meet(arrived: bool, count: int) -> None:
+    """Wait until `count` processes have arrived here, by polling the store: in a collective, the wait would time out.
+
+    Args:
+        arrived: Whether this process is one of them, or only waits for them.
+        count: How many processes arrive. All processes call this, in the same order among other calls of it.
+    """
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/meeting/{next(_meetings)}"
+    if arrived:
+        store.add(key, 1)
+    pause = 0.001
+    while store.add(key, 0) < count:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
 @contextlib.contextmanager
 def local_main_first(accelerator: Accelerator) -> Iterator[None]:
     """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter
     together.
 
-    Accelerate's own lets the others wait in a collective, for as long as that may take.
-
-    Raises:
-        TimeoutError: A main process took longer.
+    Accelerate's own lets the others wait in a collective, which times out. The body has no collective.
     """
     if accelerator.num_processes == 1:
         yield
         return
-    machines = sum(gather_object([accelerator.is_local_main_process]))
-    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/first/{next(_firsts)}"
-    deadline = time.monotonic() + _FIRST
-    while not accelerator.is_local_main_process and store.add(key, 0) < machines:
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"the first process of a machine has read images for {_FIRST / 3600:g} hours: does it hang?"
-            )
-        time.sleep(_POLL)
+    first = accelerator.is_local_main_process
+    machines = sum(gather_object([first]))
+    if not first:
+        meet(False, machines)
     yield
-    if accelerator.is_local_main_process:
-        store.add(key, 1)
+    if first:
+        meet(True, machines)  # of a machine that is done early too: a collective may follow
 
 
 def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that
-    is gone."""
+    is gone. It may take longer than a collective.
+    """
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -85,6 +99,7 @@ def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         except Exception as error:  # raised again below, on every process
             found[1] = error
     if accelerator.num_processes > 1:
+        meet(accelerator.is_main_process, 1)
         broadcast_object_list(found)
     answer, failure = found
     if failure is not None:
@@ -117,8 +132,7 @@ def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them
     together."""
     try:
-        while not of_main(accelerator, lambda: lock.attempt(SLICE)):
-            pass
+        on_main(accelerator, lock.attempt)
         yield
     finally:
         lock.release()

@@ -8,9 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from mgd_timm.distributed import watchdog
 from mgd_timm.distributed.allocator import keep_freed_memory
-from mgd_timm.distributed.collectives import PATIENCE
+from mgd_timm.distributed.collectives import timeout_after
 from mgd_timm.distributed.sharding import check_sharding, sharded
 from mgd_timm.recipe.derived import num_slots, with_global_batch
 from mgd_timm.recipe.options import unknown
@@ -42,7 +41,7 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
         gradient_accumulation_steps=recipe.optim.grad_accum_steps or 1,
         log_with=list(recipe.log_with) or None,
         project_dir=recipe.output,
-        kwargs_handlers=[PATIENCE],
+        kwargs_handlers=[timeout_after(recipe.process_timeout)],
     )
     check_sharding(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -58,7 +57,6 @@ def build_accelerator(recipe: Recipe, start_steps: int | None = None) -> tuple[R
         raise ValueError(
             "shard_teacher with one process: there is nobody to share the teacher with. Leave --shard-teacher out."
         )
-    watchdog.start(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     start_steps = start_steps if recipe.optim.grad_accum_steps is None else None

@@ -22,7 +22,7 @@ def images_of(recipe: Recipe) -> Images:
     Raises:
         DataError: No such data.
     """
-    accelerator = join()
+    accelerator = join(recipe.process_timeout)
     return load_images(
         recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), log=accelerator.print
     )
@@ -56,7 +56,7 @@ def stage(
     Raises:
         ValueError, OSError: As `run`.
     """
-    accelerator = join()
+    accelerator = join(recipe.process_timeout)
     recipe = with_global_batch(recipe, accelerator.num_processes, accelerator.gradient_accumulation_steps)
     images = images_of(recipe)
     initial = recipe.student_checkpoint

@@ -18,6 +18,9 @@ from mgd_timm.recipe.options import option, typed, unknown
 __all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
 
 
+PROCESS_TIMEOUT = 600.0
+"""Seconds that a collective waits for all processes, where a recipe does not say another number."""
+
 # Options by their heading in the help.
 _model = partial(option, group="model")
 _teacher = partial(option, group="teacher")
@@ -164,6 +167,9 @@ class Recipe:
     )
     fold_teacher: bool = _teacher(
         True, "fold the teacher's BatchNorm into its convolutions; its outputs stay, but for rounding"
+    )
+    process_timeout: float = _run(
+        PROCESS_TIMEOUT, "seconds that processes wait for one that hangs before the run ends", above=0, digest=False
     )
     seed: int = _run(42, "random seed", common=True)
     output: str = _run(

@@ -7,6 +7,7 @@ To read takes no lock, as files appear whole or not at all.
 import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import tempfile
@@ -22,9 +23,6 @@ from tqdm import tqdm
 from mgd_timm.storage.checkpoint import State, newest, save, sweep
 
 LOCK, HOLDER = ".lock", ".holder.json"
-SLICE = 30.0
-"""Seconds for which the main process waits before it tells the others, so that none waits in a collective until that
-times out."""
 _POLL = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FOR_ALL = 0o666
@@ -60,8 +58,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         try:
-            while not self.attempt(SLICE):
-                pass
+            self.attempt()
         except BaseException:
             self._close_bar()  # what is said of Ctrl-C gets a line of its own
             raise
@@ -72,7 +69,7 @@ class Lock:
     ) -> None:
         self.release()
 
-    def attempt(self, seconds: float) -> bool:
+    def attempt(self, seconds: float = math.inf) -> bool:
         """Whether the lock is held, after up to so many seconds of waiting for another run, which is said.
 
         Raises:

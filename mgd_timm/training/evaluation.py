@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mgd_timm.criteria.base import at_least_float32
 from mgd_timm.data.rng import normal
 from mgd_timm.data.sources import Source
-from mgd_timm.distributed.headway import Steps
+from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch
 
 Metrics = dict[str, float]
@@ -51,23 +51,25 @@ def evaluate(
     slots = mine.split(batch_size) if len(mine) else ()
     batches = source.batches(slots, 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
-    steps = Steps("evaluation")
-    with tqdm(total=len(mine), desc="evaluate", unit="img", leave=False, disable=hidden) as shown_bar:
+    with (
+        print_stacks_before_timeout(accelerator) as start_step,
+        tqdm(total=len(mine), desc="evaluate", unit="img", leave=False, disable=hidden) as shown_bar,
+    ):
         for _ in slots:
-            with steps:
-                batch = next(batches)
-                with accelerator.autocast():
-                    shown = predict(batch)
-                target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-                for row, name in enumerate(names):
-                    logits = at_least_float32(shown[name])
-                    classes = logits.shape[1]
-                    ranked = logits.topk(min(5, classes)).indices == target[:, None]
-                    loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-                    found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-                    sums[row] += found.to(precise)  # on the device: nothing waits for it
+            start_step()
+            batch = next(batches)
+            with accelerator.autocast():
+                shown = predict(batch)
+            target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+            for row, name in enumerate(names):
+                logits = at_least_float32(shown[name])
+                classes = logits.shape[1]
+                ranked = logits.topk(min(5, classes)).indices == target[:, None]
+                loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+                found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+                sums[row] += found.to(precise)  # on the device: nothing waits for it
             shown_bar.update(len(batch.labels))
-    share = (accelerator.reduce(sums, "sum").cpu() / len(source.ids)).tolist()
+        share = (accelerator.reduce(sums, "sum").cpu() / len(source.ids)).tolist()
     return {
         name: {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "n": float(len(source.ids))}
         for name, (top1, top5, loss) in zip(names, share, strict=True)

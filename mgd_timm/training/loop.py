@@ -26,7 +26,7 @@ from mgd_timm.data.sources import Source, epoch_ids
 from mgd_timm.distiller import AnyFeatures, Live
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import any_process, share
-from mgd_timm.distributed.headway import Steps
+from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.distributed.sharding import place
 from mgd_timm.features import Batch
 from mgd_timm.granularity import HeadFitting
@@ -189,15 +189,15 @@ class _Loop:
         if state is not None and state.values["epoch"] < self.optim.epochs:
             self._settle_sums()
         self.progress = self.keeper.go_on(state)
-        self.steps = Steps(self.upkeep.stage, "update", self.progress.done)
         total = self.optim.epochs * len(self.source.ids)
         quiet = self.upkeep.quiet or not self.accelerator.is_main_process
         start = self.progress.epoch * len(self.source.ids) + int(self.progress.sums.get("n", 0))
-        with tqdm(
-            total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0
-        ) as bar:
+        with (
+            tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar,
+            print_stacks_before_timeout(self.accelerator) as start_step,
+        ):
             while self.progress.epoch < self.optim.epochs:
-                self._run_epoch(bar, caught)
+                self._run_epoch(bar, caught, start_step)
         self.accelerator.free_memory()
         self.placement.restore()
         now = self.progress
@@ -244,7 +244,7 @@ class _Loop:
         steps = zip(slots[::processes], slots[rank::processes], strict=True)
         return [own if len(own) else first for first, own in steps]
 
-    def _run_epoch(self, bar: tqdm, caught: list[int]) -> None:
+    def _run_epoch(self, bar: tqdm, caught: list[int], start_step: Callable[[], None]) -> None:
         processes = self.accelerator.num_processes
         updates = self._updates(self.progress.epoch)
         mine = [slot for slots in updates[self.progress.update :] for slot in self._mine(slots)]
@@ -252,8 +252,8 @@ class _Loop:
         self.trainee.train()
         clock = time.monotonic()
         for index in range(self.progress.update, len(updates)):
-            with self.steps:
-                self._train_update(updates[index], batches)
+            start_step()
+            self._train_update(updates[index], batches)
             self.progress.update += 1
             self.progress.done += 1
             last = self.progress.update == len(updates)

@@ -2,12 +2,14 @@
 update on."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from image_files import class_folders, files, shards
 from small import write_pictures
+from traced import launch, recorded
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.decode import DataError
@@ -109,6 +111,41 @@ def test_batches_are_the_same_for_any_workers_processes_and_start(workers: int, 
     assert equal(batches(other, micro_batches[3:]), whole[3:])  # after a resume
 
 
+def test_a_run_stopped_on_two_processes_goes_on_on_three_as_on_one(parquets: Path, tmp_path: Path) -> None:
+    """In the midst of the second epoch: the same images in every update, shown in the same way."""
+    options = {"model": "cifar_resnet8x05", "data_dir": str(parquets), "streaming": True, "num_samples": 22}
+    options |= {"img_size": 32, "shuffle_buffer": 10, "aa": "rand-m5", "epochs": 2, "log_interval": 1}
+    options |= {"batch_size": 2, "global_batch_size": 12}  # the last update has 10 images, which 3 processes want 12 of
+
+    def job(name: str, output: str, workers: int, **more: object) -> dict[str, object]:
+        given = {**options, "output": str(tmp_path / output), "workers": workers, **more}
+        return {"record": str(tmp_path / name), "options": given}
+
+    launch([{**job("stopped", "run", 1), "stop_after": 3}], 2)
+    launch([job("resumed", "run", 0, resume=True)], 3)
+    launch([job("whole", "whole run", 2)], 1)
+    whole = recorded(tmp_path / "whole", 1)
+    assert [len(seen) for _, seen in whole] == [12, 10, 12, 10]
+    assert recorded(tmp_path / "stopped", 2) + recorded(tmp_path / "resumed", 3) == whole
+
+
+def test_a_process_decodes_its_own_images_alone(pictures: Path, tmp_path: Path) -> None:
+    """One that cannot be decoded is no matter to who does not show it."""
+    shutil.copytree(pictures, tmp_path / "copy")
+    path = files(tmp_path / "copy" / "train")[3]
+    path.write_bytes(path.read_bytes()[:500])
+    whole, images = stream(pictures, num_samples=24), stream(tmp_path / "copy", num_samples=24)
+    slots = list(images.train.ids.split(2))
+    with pytest.raises(DataError, match=r"^train image \d+ of the stream") as error:
+        batches(images, slots)
+    place = int(str(error.value).split()[2])
+    shown = [slots[rank::2] for rank in range(2)]
+    with pytest.raises(DataError, match=f"^train image {place} of the stream"):
+        batches(images, shown[place // 2 % 2])
+    other = shown[1 - place // 2 % 2]
+    assert equal(batches(images, other), batches(whole, other))
+
+
 def test_what_a_stream_does_not_know_is_asked_for(pictures: Path, parquets: Path, tmp_path: Path) -> None:
     shards(pictures, tmp_path)
     with pytest.raises(DataError, match="does not say how many classes there are: give --num-classes"):
@@ -129,8 +166,6 @@ def test_what_a_stream_does_not_know_is_asked_for(pictures: Path, parquets: Path
 
 
 def test_a_corrupt_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(pictures, tmp_path / "copy")
     path = files(tmp_path / "copy" / "train")[3]
     path.write_bytes(path.read_bytes()[:500])

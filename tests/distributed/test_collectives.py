@@ -9,19 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from forked import Ranks
 from safetensors.torch import load_file
 from small import FAST, ONE_IMAGE, call, command, end_at, environment, write_pictures
 from traced import launch, recorded
 
 from mgd_timm.criteria import CRITERIA
-from mgd_timm.distributed.collectives import leave, local_main_first
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
@@ -225,25 +222,6 @@ def test_a_classifier_that_no_loss_reads_stays_as_it_is_on_any_number_of_process
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
     assert torch.equal(others["fc.weight"], weights["fc.weight"])
-
-
-def wait_for_the_first(folder: Path) -> int:
-    """One of two processes, whose collectives time out after 2 seconds; the first takes 3, twice."""
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])
-    for name in "ab":
-        with local_main_first(accelerator):
-            if accelerator.is_main_process:
-                time.sleep(3)
-                (folder / name).touch()
-            assert (folder / name).exists()
-    accelerator.wait_for_everyone()
-    leave()
-    return 0
-
-
-def test_the_main_process_may_take_longer_than_a_collective_while_the_others_wait_for_it(tmp_path):
-    ranks = Ranks([tmp_path], tmp_path / "log", processes=2, target=wait_for_the_first)
-    assert ranks.wait(60) == [0, 0], ranks.said() + ranks.said(1)
 
 
 def test_evaluation_counts_each_image_once_on_two_processes(runs):

@@ -121,7 +121,7 @@ def refused_and_resumed(
     number: int, room: int | None, words: list[str], place: Path, log: Path, expected: str, processes: int = 1
 ) -> str:
     """One run whose write `number` finds no room, and its resumption; gives the name of what was not written."""
-    filler, environment = place / "filler", {"MGD_TIMM_CACHE": str(place / "cache"), "MGD_TIMM_SILENCE": "20"}
+    filler, environment = place / "filler", {"MGD_TIMM_CACHE": str(place / "cache")}
     given = [number, room, str(filler), "", *words]
     ranks = Ranks(given, log, target=full_at, environment=environment, processes=processes)
     codes = ranks.wait(120)
@@ -204,12 +204,12 @@ def test_a_full_disk_ends_two_processes(tiny_flags: list[str], tmp_path: Path, r
         place = tmp_path / str(number)
         place.mkdir()
         words = stored_flags(tiny_flags, place)
-        environment = {"MGD_TIMM_CACHE": str(place / "cache"), "MGD_TIMM_SILENCE": "20"}
+        environment = {"MGD_TIMM_CACHE": str(place / "cache")}
         ranks = Ranks([number, 0, "", "", *words], place / "log", target=full_at, environment=environment, processes=2)
-        began, codes = time.monotonic(), ranks.wait(60)
+        began, codes = time.monotonic(), ranks.wait(60, grace=2)
         assert None not in codes, ranks.said(1)
         assert 0 not in codes
         assert "no room to write" in ranks.said(0)
-        assert "no room to write" in ranks.said(1)  # its own, or as what rank 0 failed with
+        assert number == 1 or "no room to write" in ranks.said(1)  # what rank 0 failed with, where they act together
         check_whole(place)
         report(f"full disk: two processes at write {number}: both ended after {time.monotonic() - began:.0f} s")

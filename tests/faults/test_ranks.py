@@ -1,5 +1,5 @@
-"""Hung and killed ranks under a real launcher, and a loader's worker that is killed: all end within a minute, and are
-named."""
+"""Killed and stopped ranks under a real launcher, and a loader's worker that is killed: all end, and the cause is named
+where it can be known."""
 
 import os
 import re
@@ -14,7 +14,6 @@ import pytest
 from forked import Ranks
 from small import command, environment, write_pictures
 
-from mgd_timm.distributed.watchdog import CODE
 from mgd_timm.storage.checkpoint import newest, verify
 
 
@@ -39,60 +38,32 @@ def launched(words: list[str], processes: int, checkpoints: Path) -> tuple[subpr
 
 
 @pytest.mark.parametrize(("processes", "who", "kind"), [(2, 1, signal.SIGSTOP), (3, 1, signal.SIGKILL)])
-def test_a_launch_ends_within_a_minute(
+def test_a_launch_ends(
     tiny_flags: list[str],
     tmp_path: Path,
     report: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
     processes: int,
     who: int,
     kind: signal.Signals,
 ) -> None:
-    """With the limit as it is by default."""
-    monkeypatch.delenv("MGD_TIMM_SILENCE", raising=False)
-    words = [*tiny_flags, "--epochs", "1000", "--output", str(tmp_path / "run")]
+    """torchrun's agent names a rank that was killed, and ends the others; a stopped one ends with the timeout."""
+    words = [*tiny_flags, "--epochs", "1000", "--process-timeout", "30", "--output", str(tmp_path / "run")]
     launch, ranks = launched(words, processes, tmp_path / "run" / "checkpoints")
     began = time.monotonic()
     ranks[who].send_signal(kind)
-    _, errors = launch.communicate(timeout=120)
+    _, errors = launch.communicate(timeout=240)
     seconds = time.monotonic() - began
     assert launch.returncode != 0
-    assert seconds < 60, errors
-    named = re.findall(
-        rf"mgd-timm: error: rank {who} \(\S+, pid {ranks[who].pid}\) (is gone|has given no sign)", errors
-    )
-    assert named, errors
-    assert len(named) <= processes - 1
+    if kind == signal.SIGKILL:
+        assert re.search(rf"exitcode\s*: -9 \(pid: {ranks[who].pid}\)", errors), errors
+    else:
+        assert errors.count("Timeout (0:00:2") == processes - 1, errors  # who stands still prints no stacks
+        assert "If another process was killed or hangs, this error only follows from it" in errors
+    assert not any(rank.is_running() for rank in ranks)
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("0*"):
         verify(checkpoint)
     assert newest(tmp_path / "run" / "checkpoints", pytest.fail) is not None
-    report(f"ranks: {kind.name} of rank {who} of {processes}: the launch ended after {seconds:.0f} s, and named it")
-
-
-@pytest.mark.parametrize(
-    ("processes", "who", "kind"), [(2, 0, signal.SIGSTOP), (2, 1, signal.SIGKILL), (3, 2, signal.SIGSTOP)]
-)
-def test_ranks_end_without_a_launcher(
-    tiny_flags: list[str], tmp_path: Path, report: Callable[[str], None], processes: int, who: int, kind: signal.Signals
-) -> None:
-    words = [*tiny_flags, "--epochs", "1000", "--output", str(tmp_path / "run")]
-    ranks = Ranks(words, tmp_path / "log", processes=processes, environment={"MGD_TIMM_SILENCE": "10"})
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run" / "checkpoints").glob("0*")):
-        assert ranks.alive(), ranks.said()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    began = time.monotonic()
-    ranks.signal(kind, who)
-    codes = ranks.wait(60)
-    assert codes == [-signal.SIGKILL if rank == who else CODE for rank in range(processes)]
-    for rank in set(range(processes)) - {who}:
-        assert f"error: rank {who} (" in ranks.said(rank)
-        assert "Traceback" not in ranks.said(rank)
-    report(
-        f"ranks: {kind.name} of rank {who} of {processes}: the others ended after {time.monotonic() - began:.0f} s, "
-        "and named it"
-    )
+    report(f"ranks: {kind.name} of rank {who} of {processes}: the launch ended after {seconds:.0f} s")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -100,7 +71,7 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, report: Callable[[str], No
     data = write_pictures(tmp_path / "data", count=480)  # the readers live as long as an epoch
     words = ["train", "--model", "cifar_resnet8x05", "--data-dir", str(data), "--img-size", "112", "--batch-size", "4"]
     words += ["--epochs", "1000", "--workers", "2", "--checkpoint-interval", "2", "--output", str(tmp_path / "run")]
-    ranks = Ranks(words, tmp_path / "log", processes=processes, environment={"MGD_TIMM_SILENCE": "10"})
+    ranks = Ranks(words, tmp_path / "log", processes=processes)
     deadline, worker = time.monotonic() + 150, None
     while worker is None:
         assert ranks.alive(), ranks.said()
@@ -111,12 +82,9 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, report: Callable[[str], No
             worker = next((child for child in children if "resource_tracker" not in " ".join(child.cmdline())), None)
     began = time.monotonic()
     os.kill(worker.pid, signal.SIGKILL)
-    codes = ranks.wait(60)
+    codes = ranks.wait(120, grace=2)
     assert None not in codes, "a process waited on"
     assert 0 not in codes
     said = ranks.said(processes - 1)
     assert re.search(rf"worker.*\b{worker.pid}\b", said, re.IGNORECASE), said
-    if processes == 2:
-        assert "error: rank 1 (" in ranks.said(0)
-        assert str(worker.pid) in ranks.said(0)
     report(f"worker: killed on one of {processes}: all ended after {time.monotonic() - began:.0f} s, and named it")

@@ -20,7 +20,6 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.distributed.collectives import leave
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.recipe import Data
-from mgd_timm.storage import lock as locking
 from mgd_timm.teachers.outputs.memory import StoredOutputs, store_outputs
 
 VIEWS = 40  # a shard of 60 images each
@@ -55,7 +54,7 @@ def words(tiny_data: Path, tmp_path: Path) -> list[str]:
 
 
 def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Ranks:
-    place = {"MGD_TIMM_CACHE": str(folder / "cache"), "MGD_TIMM_SILENCE": "20"}
+    place = {"MGD_TIMM_CACHE": str(folder / "cache")}
     return Ranks(
         [*words, "--output", str(folder / name), "--resume"],
         folder / f"log {name}",
@@ -67,9 +66,8 @@ def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Rank
 def wait_and_show(folder: Path, data: Path) -> int:
     """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single
     image."""
-    locking.SLICE = 1.0
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
-    with locking.held_by_main(locking.Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
+    with held_by_main(Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
         accelerator.wait_for_everyone()
     shown = outputs(data, accelerator)
     save_file({"embedding": shown.embedding, "logits": shown.logits}, folder / f"rank {accelerator.process_index}")

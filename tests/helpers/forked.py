@@ -1,6 +1,8 @@
 """Commands in real processes without the seconds that imports cost: forked from a process that has imported
 everything."""
 
+import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -81,20 +83,36 @@ class Ranks:
         for rank in ranks or range(len(self.ranks)):
             process = self.ranks[rank]
             if self._lives(process) and process.pid is not None:
-                os.kill(process.pid, kind)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, kind)
 
     def alive(self) -> bool:
         """Whether any of them still runs."""
         return any(self._lives(process) for process in self.ranks)
 
+    def _failed(self) -> bool:
+        with _lock:
+            return any(process.exitcode for process in self.ranks)
+
     def _lives(self, process: ForkServerProcess) -> bool:
         with _lock:
             return process.is_alive()
 
-    def wait(self, seconds: float) -> list[int | None]:
-        """Their exit codes, None for one that runs longer: it is killed."""
-        deadline = time.monotonic() + seconds
+    def wait(self, seconds: float, *, grace: float | None = None) -> list[int | None]:
+        """Their exit codes, None for one that runs longer: it is killed.
+
+        Args:
+            seconds: How long to wait at most.
+            grace: End the others as torchrun's agent does once one has failed: by a SIGTERM, and so many seconds later
+                by a SIGKILL.
+        """
+        deadline, failed = time.monotonic() + seconds, math.inf
         while self.alive() and time.monotonic() < deadline:
+            if grace is not None and failed == math.inf and self._failed():
+                failed = time.monotonic()
+                self.signal(signal.SIGTERM)
+            if grace is not None and time.monotonic() > failed + grace:
+                self.signal(signal.SIGKILL)
             time.sleep(0.01)
         codes = [None if self._lives(process) else process.exitcode for process in self.ranks]
         self.signal(signal.SIGKILL)

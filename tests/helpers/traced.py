@@ -1,22 +1,17 @@
 """Runs of mgd_timm with a record of every update: which images it saw, how they were cropped, and at which learning
 rate.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/traced.py JOBS
-
-JOBS is JSON, a list of {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}, done one
-after another by the same processes. Process r writes FILE.r, one line per update of the student. Where a run is to
-stop, the first process sends itself a SIGINT.
+A job is {"record": FILE, "stop_after": UPDATES or null, "options": {...} of mgd_timm.train}. Process r writes FILE.r,
+one line per update of the student. Where a run is to stop, the first process sends itself a SIGINT.
 """
 
 import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-from small import environment, launched
+from forked import Ranks
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -65,12 +60,23 @@ def carry_out(job: dict, rank: int) -> None:
     Path(f"{job['record']}.{rank}").write_text("\n".join(lines))
 
 
-def launch(jobs: list[dict], processes: int, timeout: float = 300) -> str:
-    """Carry jobs out on a number of new processes; gives what they say."""
-    words = launched(str(Path(__file__)), json.dumps(jobs), processes=processes)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def carry_out_all(jobs: list[dict]) -> int:
+    rank = join().process_index
+    register_module_forward_pre_hook(look)
+    _Loop._settle_sums = settle_sums
+    for job in jobs:
+        carry_out(job, rank)
+    leave()
+    return 0
+
+
+def launch(jobs: list[dict], processes: int) -> str:
+    """Carry jobs out, one after another, on a number of new processes; gives what they say."""
+    ranks = Ranks([jobs], Path(f"{jobs[0]['record']} log"), processes=processes, target=carry_out_all)
+    codes = ranks.wait(300)
+    said = "".join(ranks.said(rank) for rank in range(processes))
+    assert codes == [0] * processes, said
+    return said
 
 
 def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]:
@@ -83,16 +89,3 @@ def recorded(record: Path, processes: int) -> list[tuple[float, dict[int, str]]]
         assert len({row["lr"] for row in rows}) == 1
         updates.append((rows[0]["lr"], {sample: shown for row in rows for sample, shown in sorted(row["seen"])}))
     return updates
-
-
-def main() -> None:
-    rank = join().process_index
-    register_module_forward_pre_hook(look)
-    _Loop._settle_sums = settle_sums
-    for job in json.loads(sys.argv[1]):
-        carry_out(job, rank)
-    leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -28,12 +28,10 @@ from mgd_timm.data.readers.rows import check_split
 from mgd_timm.data.readers.scan import scan_folder
 from mgd_timm.data.readers.tables import image_column, label_column
 from mgd_timm.data.rng import mix, seeded
-from mgd_timm.distributed.headway import Steps
 from mgd_timm.features import Batch
 from mgd_timm.recipe.options import unknown
 from mgd_timm.recipe.recipe import Data
 
-_TRIES = 20 * 60.0  # seconds: `datasets` asks a server that refuses 20 times, up to a minute apart
 _HEAD = 8  # the first images of a stream, which its digest covers
 
 
@@ -94,7 +92,6 @@ def open_streams(source: str, config: str | None) -> dict[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
-    Steps.patience = 0.0 if Path(source).exists() else _TRIES
     scan_folder(Path(source))  # for links to folders; empty for a hub id
     try:
         return dict(datasets.load_dataset(source, config, streaming=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm.data.sources import Source
-from mgd_timm.distributed.headway import Steps
+from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch, Features
 from mgd_timm.teachers.outputs.store import TeacherStore
 
@@ -82,29 +82,30 @@ def store_outputs(
     mine = torch.arange(len(source.ids))[accelerator.process_index :: accelerator.num_processes]
     whole: tuple[Tensor, Tensor] | None = None
     hidden = quiet or not accelerator.is_main_process
-    steps = Steps("teacher outputs")
-    with tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar:
+    with (
+        print_stacks_before_timeout(accelerator) as start_step,
+        tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar,
+    ):
         for view in range(views):
             slots = mine.split(batch_size) if len(mine) else ()
             batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
             for positions in slots:
-                with steps:
-                    batch = next(batches)
-                    with accelerator.autocast():
-                        shown = teach(batch)
-                    if whole is None:
-                        whole = _room(
-                            views * len(source.ids), (shown.embedding.shape[1], shown.logits.shape[1]), accelerator
-                        )
-                    for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
-                        rows[positions + view * len(source.ids)] = values.float().cpu()
+                start_step()
+                batch = next(batches)
+                with accelerator.autocast():
+                    shown = teach(batch)
+                if whole is None:
+                    widths = shown.embedding.shape[1], shown.logits.shape[1]
+                    whole = _room(views * len(source.ids), widths, accelerator)
+                for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
+                    rows[positions + view * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
-    if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
-        widths = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
-        broadcast_object_list(widths)  # the first process has an image; the last ones have none where there are few
-        assert widths[0] is not None
-        whole = whole or _room(views * len(source.ids), widths[0], accelerator)
-        whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
+        if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
+            found = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
+            broadcast_object_list(found)  # the first process has an image; the last ones have none where there are few
+            assert found[0] is not None
+            whole = whole or _room(views * len(source.ids), found[0], accelerator)
+            whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
     assert whole is not None
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
 

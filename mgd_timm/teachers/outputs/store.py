@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm.data.sources import Source
-from mgd_timm.distributed.collectives import decided, held_by_main, of_main, on_main
-from mgd_timm.distributed.headway import Steps
+from mgd_timm.distributed.collectives import decided, held_by_main, meet, of_main, on_main
+from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.options import differences, digest
 from mgd_timm.storage import checkpoint
@@ -245,14 +245,15 @@ class TeacherStore:
     ) -> None:
         mine = self.missing[accelerator.process_index :: accelerator.num_processes]
         hidden = quiet or not accelerator.is_main_process
-        steps = Steps("teacher store")
+        total = sum(self._count(shard) for _, shard in mine)
 
         def write() -> None:
-            with tqdm(
-                total=sum(self._count(shard) for _, shard in mine), desc="teacher store", unit="img", disable=hidden
-            ) as bar:
+            with (
+                tqdm(total=total, desc="teacher store", unit="img", disable=hidden) as bar,
+                print_stacks_before_timeout(accelerator) as start_step,
+            ):
                 for view, shard in mine:
-                    self._write(view, shard, teach, source, accelerator, batch_size, bar, steps)
+                    self._write(view, shard, teach, source, accelerator, batch_size, bar, start_step)
 
         def check() -> None:
             for view, shard in self.missing:
@@ -262,8 +263,8 @@ class TeacherStore:
                         f"{accelerator.process_index}: --teacher-store needs a folder that all machines share."
                     )
 
-        _together(write)
-        _together(check)
+        _together(write, accelerator)
+        _together(check, accelerator)
 
     @torch.no_grad()
     def _write(
@@ -275,19 +276,19 @@ class TeacherStore:
         accelerator: Accelerator,
         batch_size: int,
         bar: tqdm,
-        steps: Steps,
+        start_step: Callable[[], None],
     ) -> None:
         first, rows = shard * self.rows, self._count(shard)
         slots = torch.arange(first, first + rows).split(batch_size)
         room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.layout.parts(rows).items()}
         batches = source.batches(slots, view, accelerator.device)
         for slot in slots:
-            with steps:
-                batch = next(batches)
-                with accelerator.autocast():  # as live teaching
-                    shown = teach(batch)
-                for name, part in self.layout.pack(shown).items():
-                    room[name][slot - first] = part
+            start_step()
+            batch = next(batches)
+            with accelerator.autocast():  # as live teaching
+                shown = teach(batch)
+            for name, part in self.layout.pack(shown).items():
+                room[name][slot - first] = part
             bar.update(len(slot))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
         mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}
@@ -347,13 +348,18 @@ class TeacherStore:
         return self._open[key]
 
 
-def _together(action: Callable[[], None]) -> None:
-    """Carry something out on every process; what any of them raises is raised on all, once all are through."""
+def _together(action: Callable[[], None], accelerator: Accelerator) -> None:
+    """Carry something out on every process; what any of them raises is raised on all, once all are through.
+
+    One may have a shard more to write than another, which takes longer than a collective may.
+    """
     failure: Exception | None = None
     try:
         action()
     except Exception as error:  # raised again below
         failure = error
+    if accelerator.num_processes > 1:
+        meet(True, accelerator.num_processes)
     failures = [found for found in gather_object([failure]) if found is not None]
     if failure is not None or failures:
         raise failure if failure is not None else failures[0]
