@@ -33,6 +33,8 @@ from mgd_timm.recipe import make_recipe
 from mgd_timm.report import macs
 from mgd_timm.run import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

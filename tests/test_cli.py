@@ -561,6 +561,7 @@ def test_an_interruption_says_what_is_left(mgd, monkeypatch, said, expected):
     assert expected in errors
 
 
+@pytest.mark.slow
 def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):
     """Teacher, heads, MAS over AT, an average of weights, and a last batch of another size, which is not compiled.
 

@@ -117,6 +117,7 @@ def test_a_class_of_damaged_images_alone_is_refused(tmp_path: Path) -> None:
 FAST = ["--model", "cifar_resnet8x05", "--img-size", "32", "--batch-size", "8", "--workers", "2"]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_list_of_what_it_left_out(large: Path, tmp_path: Path) -> None:
     done = call(
         "train", *FAST, "--data-dir", str(large), "--epochs", "1", "--max-bad", "2", "--output", str(tmp_path / "run")
@@ -127,6 +128,7 @@ def test_a_run_keeps_the_list_of_what_it_left_out(large: Path, tmp_path: Path) -
     assert [line.split(" image ")[0] for line in lines] == ["train", "test"]
 
 
+@pytest.mark.slow
 def test_a_killed_reader_ends_the_run_by_name(tmp_path: Path) -> None:
     place = tmp_path / "pictures"
     for split, count in (("train", 64), ("test", 8)):  # large enough that readers are always at work

@@ -23,6 +23,8 @@ from mgd_timm.report import read_metrics
 from mgd_timm.run import run
 from mgd_timm.run_folder import read_recipe
 
+pytestmark = pytest.mark.slow
+
 SHORT = {
     "epochs": 1,
     "fitting_epochs": 2,

@@ -14,6 +14,8 @@ from torch import nn
 from mgd_timm.memory import executable_batch_size
 from mgd_timm.recipe import Optim
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("short_of_memory.py")
 
 

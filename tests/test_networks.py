@@ -18,6 +18,8 @@ from mgd_timm.optimizer_state import module_digest
 from mgd_timm.recipe import make_recipe
 from mgd_timm.run import near_chance
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_views": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
 

@@ -33,6 +33,8 @@ from mgd_timm.resolving import resolved
 from mgd_timm.store_format import Layout, StoreError
 from mgd_timm.stored_views import open_store
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_views": 2, "log_interval": 5}
 

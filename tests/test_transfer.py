@@ -25,6 +25,8 @@ from mgd_timm.features import FeatureTap
 from mgd_timm.recipe import Data, make_recipe
 from mgd_timm.run_folder import read_recipe
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = EMBEDDED / "teacher" / "model.safetensors"
 KINDS = {"upper": (0, 2, 4, 6), "trouser": (1,), "dress": (3,), "shoe": (5, 7, 9), "bag": (8,)}
 

@@ -23,6 +23,8 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.headway import Steps
 from mgd_timm.watchdog import CODE
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"MGD_TIMM_SILENCE": "3"}
 
 
