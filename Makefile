@@ -3,13 +3,16 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 TESTS := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test faults lint bench floors clean
+.PHONY: demo test quick faults lint bench floors clean
 
 demo: .venv/done  ## The main job: train one small student four ways, compare, export, load back.
 	$(RUN) benchmarks/demo.py --output runs/demo
 
 test: .venv/done  ## The whole suite, a file at a time on every core.
 	$(RUN) $(TESTS)
+
+quick: .venv/done  ## Before each commit: every test that is not marked slow, 90 seconds on two cores.
+	$(RUN) $(TESTS) -m "not slow"
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds

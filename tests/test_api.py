@@ -40,6 +40,7 @@ def test_importing_the_package_loads_nothing_heavy():
         _ = mgd_timm.distil
 
 
+@pytest.mark.slow
 def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, tmp_path):
     """A CNN of timm's own as the student; the module and its name differ in nothing but their initial weights."""
     torch.manual_seed(0)
@@ -62,6 +63,7 @@ def test_distill_takes_modules_and_gives_the_same_student_as_names(small_data, t
     assert mgd_timm.evaluate(loaded, str(small_data))["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "criterion"),
     [("test_vit", ("fitnet",)), ("test_convnext", ("at", "kd:0.5")), ("test_efficientnet", ("kd",))],
@@ -98,6 +100,7 @@ def test_train_and_its_moving_average(small_data, tmp_path):
     assert found["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_normalisation_sees_the_same_picture(small_data, tmp_path, capsys):
     """Statistics given for the student: the teacher's accuracy must not move."""
     accuracies = []
@@ -131,6 +134,7 @@ def test_what_a_call_does_not_take_is_refused(call, said):
         call()
 
 
+@pytest.mark.slow
 def test_what_is_no_model_is_refused():  # in a process without this suite's checks of types
     program = """
 import mgd_timm
@@ -181,6 +185,7 @@ def test_models_that_cannot_be_used_are_refused_before_a_folder_is_made(call, sa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"img_size": 112, "crop_pct": 0.8, "interpolation": "bicubic", "workers": 0}])
 def test_timm_shows_images_to_an_exported_student_as_they_were_evaluated(options, small_data, tmp_path):
     """Small images whole, and large ones as the options say: neither is the architecture's own share of 0.95,
@@ -195,6 +200,7 @@ def test_timm_shows_images_to_an_exported_student_as_they_were_evaluated(options
     assert torch.allclose(torch.stack([transform(image.convert("RGB")) for image in raw]), shown, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_options_replace_what_a_data_says(small_data, tmp_path):
     data = Data(data_dir=str(small_data), batch_size=16, pad=1)
     mgd_timm.train("cifar_resnet8x05", data, output=tmp_path / "run", epochs=1, batch_size=32, val_split=0.25)
@@ -207,6 +213,7 @@ def test_options_replace_what_a_data_says(small_data, tmp_path):
     assert mgd_timm.evaluate("embedded", replace(data, aa="rand-m5"))["n"] == 100
 
 
+@pytest.mark.slow
 def test_evaluate_takes_seed_and_data_of_a_run_and_of_its_export(small_data, tmp_path):
     """The validation cut is the only split, so its images depend on the seed."""
     place = tmp_path / "data"

@@ -39,6 +39,7 @@ def test_the_table_has_every_family():
     assert modules == set(FAMILIES), f"missing {modules - set(FAMILIES)}, gone {set(FAMILIES) - modules}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", FAMILIES)
 def test_family(module):
     name, size = FAMILIES[module]

@@ -33,6 +33,8 @@ from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

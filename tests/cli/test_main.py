@@ -533,6 +533,7 @@ def test_a_fault_of_mgd_timm_keeps_its_traceback():
         guarded("mgd-timm", lambda: print(torch.ones(2, 3) @ torch.ones(2, 3)))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):
     """Teacher, heads, MAS over AT, an average of weights, and a last batch of another size, which is not compiled.
 

@@ -351,11 +351,13 @@ def launched(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", [None, 8])
 def test_a_compiled_step_has_no_break(launched, queue):
     assert (launched / f"one graph {queue}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", [None, 8])
 def test_two_processes_remember_the_same(launched, queue):
     (one, losses), (two, others) = (torch.load(launched / f"{queue}-{rank}.pt") for rank in (0, 1))
@@ -370,6 +372,7 @@ def test_two_processes_remember_the_same(launched, queue):
             torch.testing.assert_close(one[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", [None, 8])
 def test_z_is_the_mean_over_processes(launched, queue):
     found = []
@@ -382,6 +385,7 @@ def test_z_is_the_mean_over_processes(launched, queue):
     torch.testing.assert_close(state["partition"], torch.stack(found).mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue", [None, 8])
 def test_a_process_without_samples_which_is_shown_the_first_ones_adds_nothing(launched, queue):
     alone = built(queue=queue)
@@ -393,6 +397,7 @@ def test_a_process_without_samples_which_is_shown_the_first_ones_adds_nothing(la
             torch.testing.assert_close(found[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_sample_on_both_processes_is_remembered_as_the_last_one_says(launched):
     one, two = (torch.load(launched / f"twice-{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -407,6 +407,7 @@ def test_a_student_does_not_train_its_peer(name, networks):
         assert any(p.grad is not None and p.grad.any() for p in backbone.parameters())
 
 
+@pytest.mark.slow
 def test_every_criterion_compiles_as_one_graph():
     """Dynamo cannot trace the type checks of the tests, so in a process without them."""
     script = Path(__file__).parents[1] / "helpers" / "compiled_criteria.py"

@@ -121,6 +121,7 @@ def test_a_class_of_only_corrupt_images_is_refused(tmp_path: Path) -> None:
 FAST = ["--model", "cifar_resnet8x05", "--img-size", "32", "--batch-size", "8", "--workers", "2"]
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_list_of_what_it_skipped(large: Path, tmp_path: Path) -> None:
     done = call(
         "train", *FAST, "--data-dir", str(large), "--epochs", "1", "--max-bad", "2", "--output", str(tmp_path / "run")
@@ -131,6 +132,7 @@ def test_a_run_writes_the_list_of_what_it_skipped(large: Path, tmp_path: Path) -
     assert [line.split(" image ")[0] for line in lines] == ["train", "test"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_by_name(tmp_path: Path) -> None:
     place = tmp_path / "pictures"
     for split, count in (("train", 64), ("test", 8)):  # large enough that workers are always busy

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from small import FAST, ONE_IMAGE, call, command, end_at, environment, write_pictures
 from traced import launch, recorded
 
+import mgd_timm
 from mgd_timm.criteria import CRITERIA
+
+pytestmark = pytest.mark.slow
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
@@ -225,24 +228,19 @@ def test_a_classifier_that_no_loss_reads_stays_as_it_is_on_any_number_of_process
 
 
 def test_evaluation_counts_each_image_once_on_two_processes(runs):
-    found = []
-    for processes in (1, 2):
-        done = call("evaluate", str(runs["one process"]), processes=processes)
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        assert len(lines) == 1
-        found.append(json.loads(lines[0]))
-    assert found[0]["n"] == found[1]["n"] == 100
-    last = json.loads((runs["one process"] / "summary.json").read_text())["last"]
-    for metrics in found:
-        assert_close({name: metrics[name] for name in ("top1", "top5", "loss")}, last)
-
-
-def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs, small_data):
-    """The BatchNorm statistics that were evaluated must be those that are exported."""
-    done = call("evaluate", str(runs["two processes"]))
+    done = call("evaluate", str(runs["one process"]), processes=2)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1
+    last = json.loads((runs["one process"] / "summary.json").read_text())["last"]
+    for found in (json.loads(lines[0]), mgd_timm.evaluate(str(runs["one process"]))):
+        assert found["n"] == 100
+        assert_close({name: found[name] for name in ("top1", "top5", "loss")}, last)
+
+
+def test_the_headline_of_two_processes_is_the_accuracy_of_what_they_export(runs):
+    """The BatchNorm statistics that were evaluated must be those that are exported."""
+    found = mgd_timm.evaluate(str(runs["two processes"]))
     last = json.loads((runs["two processes"] / "summary.json").read_text())["last"]
     assert_close({name: found[name] for name in ("top1", "top5", "loss")}, last, rel=1e-4)
 
@@ -276,17 +274,7 @@ def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_ref
 
 def test_a_full_disk_ends_both_processes_at_once(small_data, tmp_path):
     output = tmp_path / "run"
-    call(
-        "train",
-        "--model",
-        "cifar_resnet8x05",
-        "--epochs",
-        "1",
-        "--data-dir",
-        str(small_data),
-        "--output",
-        str(tmp_path / "warm"),
-    )
+    load_images(Data(data_dir=str(small_data)), 0)  # their store is larger than a file may be
     more = flags(small_data, output, "--method", "none")
     started = time.monotonic()
     done = subprocess.run(
@@ -333,17 +321,7 @@ def test_a_full_disk_leaves_whole_checkpoints_and_a_clear_error(small_data, tmp_
     def limit() -> None:  # a real refusal by the system: no file may grow past 40 kB (the weights need 80 kB)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    call(
-        "train",
-        "--model",
-        "cifar_resnet8x05",
-        "--epochs",
-        "1",
-        "--data-dir",
-        str(small_data),
-        "--output",
-        str(tmp_path / "warm"),
-    )
+    load_images(Data(data_dir=str(small_data)), 0)  # their store is larger than a file may be
     done = subprocess.run(
         command(*more),
         capture_output=True,

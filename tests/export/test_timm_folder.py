@@ -122,6 +122,7 @@ def test_only_timm_models_are_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     script = """
 import resource, sys, timm

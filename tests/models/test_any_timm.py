@@ -12,6 +12,8 @@ from torch import nn
 
 from mgd_timm.models.build import build_named
 
+pytestmark = pytest.mark.slow
+
 EVERY = sweep.architectures()
 
 

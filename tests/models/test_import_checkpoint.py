@@ -405,6 +405,7 @@ def test_the_command(tmp_path, capsys):
     assert load_model(str(tmp_path / "out")).pretrained_cfg["license"] == "other"  # what failed replaced nothing
 
 
+@pytest.mark.slow
 def test_a_real_process_imports_what_is_evaluated(tmp_path, small_data, capsys):
     """A public file, module prefix and all, as a model of the embedded images."""
     model = network(in_chans=1)

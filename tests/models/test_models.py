@@ -636,6 +636,7 @@ def test_an_exported_network_loads_in_timm(name, tmp_path):
         assert torch.equal(value, ours), key
 
 
+@pytest.mark.slow
 def test_traced_networks_take_any_size():
     """In a process without checks of types, which a tracer's proxies do not pass."""
     program = """

@@ -21,6 +21,8 @@ from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.classifier import fit_classifiers
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"epochs": 1, "heads_epochs": 2, "heads_augmentations": 1}
 PLAIN = {**SHORT, "method": "none", "criterion": ("at",), "kd_weight": 0.0, "maps": "last"}
 

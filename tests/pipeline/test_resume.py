@@ -16,6 +16,9 @@ from small import FAST, call, digest, end_at, write_pictures
 
 from mgd_timm.storage.checkpoint import ASIDE
 
+pytestmark = pytest.mark.slow
+
+
 HARD = [*FAST, "--epochs", "3", "--drop", "0.2", "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.9"]
 HARD += ["--opt", "adamw", "--lr", "0.003", "--clip-grad", "5", "--checkpoint-interval", "1", "--warmup-epochs", "1"]
 UPDATES = 15  # 320 images / (32 x 2) x 3 epochs
@@ -106,18 +109,18 @@ def test_large_images_in_workers_ended_by_a_signal_to_the_whole_group(tmp_path):
     assert digests[0] == digests[1]
 
 
-def test_another_teacher_under_the_same_name_is_refused(small_data, tmp_path):
+def test_another_teacher_under_the_same_name_is_refused(small_data, tmp_path, capsys):
     teacher = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data)]
-    assert call(*teacher, "--output", str(tmp_path / "teacher")).returncode == 0
+    assert main([*teacher, "--output", str(tmp_path / "teacher")]) == 0
     words = [*flags(small_data, tmp_path / "run"), "--teacher", str(tmp_path / "teacher")]
     code, _ = end_at(3, tmp_path / "run" / "checkpoints", signal.SIGKILL, *words)
     assert code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "teacher")
-    assert call(*teacher, "--seed", "7", "--output", str(tmp_path / "teacher")).returncode == 0
-    done = call(*words, "--resume")
-    assert done.returncode == 1
-    assert "is of another recipe" in done.stderr
-    assert "teacher" in done.stderr
+    assert main([*teacher, "--seed", "7", "--output", str(tmp_path / "teacher")]) == 0
+    assert main([*words, "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert "is of another recipe" in said
+    assert "teacher" in said
 
 
 def test_ctrl_c_saves_the_state_and_says_so(whole, small_data, tmp_path):
@@ -145,19 +148,19 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(whole, small_da
     assert digest(output / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
 
 
-def test_another_recipe_is_refused_with_what_differs(whole, small_data):
+def test_another_recipe_is_refused_with_what_differs(whole, small_data, capsys):
     changed = [word if word != "0.003" else "0.004" for word in flags(small_data, whole)]
-    done = call(*changed, "--resume")
-    assert done.returncode == 1
-    assert "is a run of another recipe (optim.lr: 0.003 -> 0.004)" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main([*changed, "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert "is a run of another recipe (optim.lr: 0.003 -> 0.004)" in said
+    assert "Traceback" not in said
 
 
-def test_an_existing_folder_is_refused(whole, small_data):
+def test_an_existing_folder_is_refused(whole, small_data, capsys):
     before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
-    done = call(*flags(small_data, whole))
-    assert done.returncode == 1
-    assert "exists: choose another --output, remove it, or continue it with --resume" in done.stderr
+    assert main(flags(small_data, whole)) == 1
+    said = capsys.readouterr().err
+    assert "exists: choose another --output, remove it, or continue it with --resume" in said
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
 
 

@@ -87,6 +87,7 @@ def test_the_list_shows_pairs_and_what_differs(recipe: ModuleType, capsys: pytes
     assert "--filter-bias-and-bn --sched" in said
 
 
+@pytest.mark.slow
 def test_a_pair_runs_with_all_its_augmentation(tmp_path: Path) -> None:
     """DeiT's, with small networks, on pictures of three classes."""
     pictures = write_pictures(tmp_path / "pictures", 24, 100)

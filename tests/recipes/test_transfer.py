@@ -26,6 +26,8 @@ from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.recipe import Data, make_recipe
 from mgd_timm.training.evaluation import evaluate_taps
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = EMBEDDED / "teacher" / "model.safetensors"
 KINDS = {"upper": (0, 2, 4, 6), "trouser": (1,), "dress": (3,), "shoe": (5, 7, 9), "bag": (8,)}
 

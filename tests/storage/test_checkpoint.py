@@ -300,6 +300,7 @@ def assert_refused_and_untouched(done: subprocess.CompletedProcess[str], folder:
         verify(folder / name)
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1, state())
     done = run_saver(tmp_path, 20_000, 2, 4, 2, limit=64 * 1024)  # 160 kB a group
@@ -337,6 +338,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, small_disk: Sm
             assert names(folder) == ["00000002", "00000003"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> None:
     """A real process, really killed: nothing that it reported as saved is lost, and what is found is of one save."""
     rng, first = random.Random(0), 1

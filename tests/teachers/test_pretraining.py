@@ -23,6 +23,8 @@ from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.recipe import Data, make_recipe
 
+pytestmark = pytest.mark.slow
+
 SHORT = {
     "epochs": 1,
     "fitting_epochs": 2,

@@ -34,6 +34,8 @@ from mgd_timm.teachers.outputs import store as teacher_store
 from mgd_timm.teachers.outputs.layout import Layout, StoreError
 from mgd_timm.teachers.outputs.stored_source import open_store, stored_teacher
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_augmentations": 2, "log_interval": 5}
 

@@ -129,6 +129,7 @@ def test_the_mean_and_spread_are_those_of_single_seeds(small_data):
     assert noisy["0.1"]["top1_std"] == pytest.approx(float(torch.tensor(right).std()), abs=1)
 
 
+@pytest.mark.slow
 def test_the_command_line_on_one_process_and_on_two(small_data, capsys):
     words = ["evaluate", "embedded", "--data-dir", str(small_data), "--noise", "0.05", "0.1", "--noise-seeds", "2"]
     assert main(words) == 0

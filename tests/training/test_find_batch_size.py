@@ -14,6 +14,8 @@ from torch import nn
 from mgd_timm.recipe.recipe import Optim
 from mgd_timm.training.find_batch_size import executable_batch_size
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "short_of_memory.py"
 
 

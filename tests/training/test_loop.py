@@ -109,6 +109,7 @@ def test_every_sample_once_an_epoch_in_another_order(accelerator):
     assert first.tolist() != second.tolist()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_same_gradients(accelerator):
     """26 samples in batches of 4: the last one, of 2, is not compiled."""
     plain, _, _ = train(accelerator(), OPTIM)
