@@ -250,7 +250,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--dataset", "cifar1O0"], ["unknown data set 'cifar1O0'", "did you mean"]),
         (
             ["distill", "--data-dir", "nowhere"],
-            ["nowhere: no such folder; expected a folder of parquet, arrow or npy files"],
+            ["nowhere: no such folder; expected a folder with images in class folders"],
         ),
         (
             ["distill", "--student", "embedded"],
@@ -259,7 +259,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--maps", "stage"], ["maps='stage': expected stages, last, mid, all or a number of maps"]),
         (
             ["distill", "--eval-split", "none"],
-            ["unknown split 'none': known: test, train. --train-split and --eval-split name"],
+            ["unknown split 'none': known: test, train. Choose one with --train-split and --eval-split"],
         ),
         (["distill", "--epochs", "1.5"], ["error: --epochs: '1.5': expected a whole number."]),
         (["distill", "--img-size", "big"], ["error: --img-size: 'big': expected a whole number."]),
