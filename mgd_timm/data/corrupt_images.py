@@ -9,7 +9,7 @@ from mgd_timm.data.decode import DataError, cache_folder
 from mgd_timm.data.readers.tables import AnyRows, ArrayRows
 from mgd_timm.data.sources import read_ahead
 from mgd_timm.storage.checkpoint import State
-from mgd_timm.storage.lock import kept
+from mgd_timm.storage.lock import load_or_create
 
 
 class _Check:
@@ -48,7 +48,7 @@ def damaged(rows: AnyRows, digest: str, in_chans: int, workers: int, say: Callab
         say(f"checked {len(rows):,} images of {rows.split!r}: {len(found)} cannot be decoded")
         return State({}, {"damaged": {str(row): reason for row, reason in found.items()}})
 
-    known = kept(place, f"list of the damaged images of {rows.split!r}", make, say)
+    known = load_or_create(place, f"list of the damaged images of {rows.split!r}", make, say)
     return {int(row): reason for row, reason in known.values["damaged"].items()}
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mgd_timm.data.decode import DataError
-from mgd_timm.storage.checkpoint import write_whole
+from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.lock import Lock
-from mgd_timm.storage.safetensors_header import checked_header
+from mgd_timm.storage.safetensors_header import read_header
 
 FILE = "images.safetensors"
 WHOLE = 1 << 30  # bytes
@@ -48,7 +48,7 @@ class ImageStore:
         size = int(np.prod(shape, dtype=np.int64))
         expected = {"sums": ("I64", [shape[0]], 8 * shape[0]), "images": ("U8", list(shape), size)}
         try:
-            found, _ = checked_header(path)
+            found, _ = read_header(path)
             if found != expected:
                 raise ValueError("its header is of other images")
             tensors = load_file(path)
@@ -123,7 +123,7 @@ def stored_images(
         sums = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(
             np.int64
         )
-        write_whole(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
+        write_atomically(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
         say(f"stored {len(images)} images of {split!r}, {images.numel() / 1e6:.0f} MB")
         try:
             return ImageStore(path, shape)

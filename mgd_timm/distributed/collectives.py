@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from mgd_timm.distributed import watchdog
-from mgd_timm.storage.lock import SLICE, Lock
+from mgd_timm.storage.lock import WAIT_SECONDS, Lock
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while one writes a store
 _FIRST, _POLL = 24 * 3600.0, 0.1  # seconds that a machine's main process may take before the others
@@ -117,7 +117,7 @@ def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them
     together."""
     try:
-        while not of_main(accelerator, lambda: lock.attempt(SLICE)):
+        while not of_main(accelerator, lambda: lock.try_acquire(WAIT_SECONDS)):
             pass
         yield
     finally:

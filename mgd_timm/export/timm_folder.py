@@ -11,7 +11,7 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mgd_timm.storage.checkpoint import write_whole
+from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.digests import sha256
 from mgd_timm.storage.versions import versions
 
@@ -75,11 +75,11 @@ def export_model(
     old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
     shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
     if target.exists():
-        write_whole(new, fill)
+        write_atomically(new, fill)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         new.rename(target)
     else:
-        write_whole(target, fill)
+        write_atomically(target, fill)
     shutil.rmtree(old, ignore_errors=True)
     return target

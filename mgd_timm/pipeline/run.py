@@ -24,7 +24,7 @@ from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
 from mgd_timm.recipe.derived import resolved
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
-from mgd_timm.storage import checkpoint
+from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_teacher_heads
 from mgd_timm.teachers.heads import fit_heads
@@ -106,7 +106,7 @@ def run(
         if networks.peer is not None:
             own = {**provenance, "metrics": summary["peer"]}
             export_model(networks.peer.model, folder / "export_peer", provenance=own, overwrite=True)
-        checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
+        write_text_atomically(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
     on_main(accelerator, leave)
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow

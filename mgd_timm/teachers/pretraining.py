@@ -78,7 +78,7 @@ def _found(
     seen: list[checkpoint.State | None] = [None]
 
     def look() -> Metrics | None:
-        seen[0] = checkpoint.newest(place, say)
+        seen[0] = checkpoint.load_newest(place, say)
         return dict(seen[0].values["metrics"]) if seen[0] is not None else None
 
     metrics = of_main(accelerator, look)

@@ -56,7 +56,7 @@ def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_student_in_a_pass_ends_as_it_does_alone(arguments: list[str], tmp_path: Path) -> None:
     grid.main(arguments)
     (folder,) = tmp_path.glob("pass-*")
-    state = checkpoint.newest(folder / "checkpoints", print)
+    state = checkpoint.load_newest(folder / "checkpoints", print)
     assert state is not None
     args = grid.parse(arguments)
     for arm in ("alone", "MAS+KD", "MAG+AT"):

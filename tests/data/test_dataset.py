@@ -42,8 +42,8 @@ from mgd_timm.data.transforms import augment, normalise
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.recipe import Data
-from mgd_timm.storage.checkpoint import file_mode
-from mgd_timm.storage.lock import LOCK
+from mgd_timm.storage.atomic_write import default_file_mode
+from mgd_timm.storage.lock import LOCK_FILE
 
 CPU = torch.device("cpu")
 Cell = bytes | dict[str, Any]
@@ -350,7 +350,7 @@ def test_a_store_is_written_once_and_mapped(small: Path, tmp_path: Path, monkeyp
     data = read(small, say=said.append)
     files = sorted(cache_folder().glob("images/*/*.safetensors"))
     assert len(files) == len(said) == 2
-    assert {file.stat().st_mode & 0o777 for file in files} == {file_mode()}
+    assert {file.stat().st_mode & 0o777 for file in files} == {default_file_mode()}
     inodes = [file.stat().st_ino for file in files]
     again = read(small, say=said.append)
     assert [file.stat().st_ino for file in files] == inodes
@@ -368,7 +368,7 @@ def test_a_full_disk_leaves_no_store(
     with small_disk("size=4m"):
         with pytest.raises(OSError, match=r"no room to write .*images/.*safetensors: nothing was changed there"):
             load_images(Data(), 0, say=print)
-        assert [path for path in tmp_path.rglob("*.*") if path.name != LOCK] == []
+        assert [path for path in tmp_path.rglob("*.*") if path.name != LOCK_FILE] == []
 
 
 def test_large_images_are_neither_decoded_nor_read_ahead(tmp_path: Path) -> None:

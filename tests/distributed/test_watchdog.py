@@ -21,7 +21,7 @@ from mgd_timm.distributed import watchdog
 from mgd_timm.distributed.headway import Steps
 from mgd_timm.distributed.watchdog import CODE
 from mgd_timm.features import Batch, Features
-from mgd_timm.storage.checkpoint import newest, verify
+from mgd_timm.storage.checkpoint import load_newest, verify
 
 SHORT = {"MGD_TIMM_SILENCE": "3"}
 
@@ -63,7 +63,7 @@ def test_a_hung_or_killed_rank_ends_the_other_one_which_names_it(small_data, tmp
     assert "Traceback" not in said
     for checkpoint in (output / "checkpoints").glob("0*"):
         verify(checkpoint)
-    assert newest(output / "checkpoints", pytest.fail) is not None
+    assert load_newest(output / "checkpoints", pytest.fail) is not None
 
 
 def work(case: str) -> int:

@@ -19,8 +19,8 @@ from small import digest, write_pictures
 from mgd_timm.data.dataset import Images, StoreSource, load_images
 from mgd_timm.data.image_cache import FILE
 from mgd_timm.recipe.recipe import Data
-from mgd_timm.storage.checkpoint import State, load, newest
-from mgd_timm.storage.lock import LOCK
+from mgd_timm.storage.checkpoint import State, load, load_newest
+from mgd_timm.storage.lock import LOCK_FILE
 
 FLIPS, TRUNCATIONS, SEED = 200, 100, 5
 CACHE_FLIPS, CACHE_TRUNCATIONS = 12, 4  # of each file
@@ -47,11 +47,11 @@ def same(one: State, two: State) -> bool:
 def assert_found(checkpoints: Path, before: State, case: str) -> None:
     """The newest is refused in words that name it, and the one before it is read."""
     said: list[str] = []
-    found = newest(checkpoints, said.append)
+    found = load_newest(checkpoints, said.append)
     assert found is not None, case
     assert same(found, before), case
     assert len(said) == 1, case
-    assert said[0].startswith(f"skipped a damaged checkpoint: {max(checkpoints.iterdir())}: "), case
+    assert said[0].startswith(f"skipped a corrupt checkpoint: {max(checkpoints.iterdir())}: "), case
 
 
 def test_every_flipped_bit_and_truncation_is_found(run: tuple, tmp_path: Path, report: Callable[[str], None]) -> None:
@@ -78,7 +78,7 @@ def test_every_flipped_bit_and_truncation_is_found(run: tuple, tmp_path: Path, r
         assert_found(checkpoints, before, case)
         hit[path.name] += 1
         path.write_bytes(whole)
-    assert newest(checkpoints, pytest.fail) is not None  # whole again
+    assert load_newest(checkpoints, pytest.fail) is not None  # whole again
     seconds = time.monotonic() - began
     report(f"corruption, seed {SEED}: {FLIPS} bits, {TRUNCATIONS} truncations, {dict(hit)}: all found; {seconds:.0f} s")
 
@@ -134,10 +134,10 @@ def test_a_resumed_run_says_so_and_ends_with_the_same_student(
     else:
         assert codes == [0], ranks.said()
         skipped = {"newest": [newer], "both": [newer, older]}.get(damage, [])
-        assert ranks.said().count("skipped a damaged checkpoint") == len(skipped)
+        assert ranks.said().count("skipped a corrupt checkpoint") == len(skipped)
         for path in skipped:
             assert (
-                f"skipped a damaged checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
+                f"skipped a corrupt checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
             )
         assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(
             whole / "export" / "model.safetensors"
@@ -169,7 +169,7 @@ def test_every_change_in_a_cache_is_found_and_mended(
         return found, capsys.readouterr().out
 
     def heads() -> tuple[State | None, str]:
-        found = newest(place, print)
+        found = load_newest(place, print)
         return found, capsys.readouterr().out
 
     expected, _ = read()
@@ -181,7 +181,9 @@ def test_every_change_in_a_cache_is_found_and_mended(
     assert fitted is not None
     assert not said
     files = [
-        path for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")] if path.is_file() and path.name != LOCK
+        path
+        for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")]
+        if path.is_file() and path.name != LOCK_FILE
     ]
     hit = Counter(
         path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files
@@ -229,6 +231,6 @@ def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
     ranks = Ranks([*words[:-1], str(tmp_path / "run")], tmp_path / "log", environment={"MGD_TIMM_CACHE": str(cache)})
     assert ranks.wait(180) == [0], ranks.said()
     assert f"warning: {images} is damaged (checksum of image 59): it is written anew from the source" in ranks.said()
-    assert f"skipped a damaged checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
+    assert f"skipped a corrupt checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
     assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
     report("corruption: damaged images and heads in the cache: said, and the same student")

@@ -16,7 +16,7 @@ from forked import Ranks
 from small import command, digest, environment, write_pictures
 
 from mgd_timm.distributed.watchdog import CODE
-from mgd_timm.storage.checkpoint import newest, verify
+from mgd_timm.storage.checkpoint import load_newest, verify
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
@@ -176,7 +176,7 @@ def test_a_launch_ends_within_a_minute(waiting: Launch, report: Callable[[str], 
     assert not any(psutil.pid_exists(pid) for pid in waiting.pids)
     for checkpoint in waiting.checkpoints.glob("0*"):
         verify(checkpoint)
-    assert newest(waiting.checkpoints, pytest.fail) is not None
+    assert load_newest(waiting.checkpoints, pytest.fail) is not None
     report(
         f"hangs: a launch with the limit as it is, a read of rank {who} of 2: it ended after {seconds:.0f} s, and "
         "named it"

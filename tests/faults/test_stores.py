@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from small import digest, holding
 
 from mgd_timm.data.dataset import load_images
+from mgd_timm.distributed import collectives
 from mgd_timm.distributed.collectives import leave
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.recipe import Data
-from mgd_timm.storage import lock as locking
+from mgd_timm.storage.lock import Lock
 from mgd_timm.teachers.outputs.memory import StoredOutputs, store_outputs
 
 VIEWS = 40  # a shard of 60 images each
@@ -67,9 +68,9 @@ def start(words: list[str], folder: Path, name: str, processes: int = 1) -> Rank
 def wait_and_show(folder: Path, data: Path) -> int:
     """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single
     image."""
-    locking.SLICE = 1.0
+    collectives.WAIT_SECONDS = 1.0
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
-    with locking.held_by_main(locking.Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
+    with collectives.held_by_main(Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
         accelerator.wait_for_everyone()
     shown = outputs(data, accelerator)
     save_file({"embedding": shown.embedding, "logits": shown.logits}, folder / f"rank {accelerator.process_index}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mgd_timm.data.decode import ENDINGS, EVAL_SPLITS, DataError, cache_folder, decode, spaced_digest
 from mgd_timm.storage.checkpoint import State
-from mgd_timm.storage.lock import kept
+from mgd_timm.storage.lock import load_or_create
 
 _LABELS = (".cls", ".json", ".txt")
 _SPLITS = ("train", *EVAL_SPLITS)
@@ -211,7 +211,7 @@ def _indexed(path: Path) -> _Index:
         }
         return State({"index": made}, {})
 
-    found = kept(place, f"index of {path}", make, print).tensors["index"]
+    found = load_or_create(place, f"index of {path}", make, print).tensors["index"]
     return _Index(found["offsets"].numpy(), found["sizes"].numpy(), _words(found["names"]), _words(found["labels"]))
 
 
