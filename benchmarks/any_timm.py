@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from mgd_timm.criteria import Objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, show_as_many
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.models.build import build_named, build_tap, check_classifier
 from mgd_timm.models.fold_batchnorm import folded
@@ -223,7 +223,7 @@ def by_steps(name: str, side: int, options: dict[str, Any]) -> Row:
             if role == "student":
                 check_classifier(own.model)
             other = build_tap(build_named(SMALL, size, CLASSES), size, "stages")
-            show_as_many("stages", own, other)
+            match_number_of_maps("stages", own, other)
             distil_once(*((own, other) if role == "student" else (other, own)), size)
 
         for row["side"] in (side, 2 * side, 4 * side):

@@ -15,7 +15,7 @@ from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.criteria.terms import hyper_parameters
-from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.models.build import build_named, build_tap, check_classifier, check_model_name, load_model
 
@@ -92,7 +92,7 @@ class Connection:
         kind = CRITERIA[name]
         reads = (kind.needs | kind.student_needs, kind.needs)
         taps = [self._tap(*end, read, preact=kind.preact) for end, read in zip(self.ends, reads, strict=True)]
-        show_as_many(self.maps, *taps)
+        match_number_of_maps(self.maps, *taps)
         student, teacher = (tap.shapes(size[1:]) for tap, (_, size) in zip(taps, self.ends, strict=True))
         labels = torch.arange(self.num_samples) % student.num_classes
         return Pair(student, teacher, self.num_samples, labels, taps[1].classifier)

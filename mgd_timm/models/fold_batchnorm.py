@@ -56,8 +56,7 @@ def _fold(tap: FeatureTap, chosen: list[int], expected: list[Tensor]) -> Feature
 
 
 def _features(tap: FeatureTap) -> list[Tensor]:
-    with tap._probing():
-        shown = tap(tap._image(tap.input_size))
+    shown = tap.probe()
     parts = [shown.logits, shown.embedding, *shown.maps, *([shown.cam] if shown.cam is not None else [])]
     return [part for part in parts if part.numel()]  # there are no logits without a classifier
 
@@ -80,8 +79,7 @@ def _follows(tap: FeatureTap) -> list[tuple[Any, Any]]:
             found.append((made[id(inputs[0])][0], module))
 
     handles = [m.register_forward_hook(note) for m in tap.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]
-    with tap._probing():
-        tap(tap._image(tap.input_size))
+    tap.probe()
     for handle in handles:
         handle.remove()
     normed = [id(convolution) for convolution, _ in found]

@@ -17,7 +17,7 @@ from mgd_timm.criteria.terms import criterion_names, needs, parse_terms
 from mgd_timm.data.dataset import Defaults, Images, StoreSource
 from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-from mgd_timm.features import FeatureTap, Pair, Shapes, show_as_many
+from mgd_timm.features import FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import (
     build_student,
@@ -169,7 +169,8 @@ def build_networks(
         for place, model in enumerate(teachers)
     ]
     other = _connect_peer(recipe, images) if recipe.peer is not None else None
-    show_as_many(recipe.maps, tap, *(teacher.tap for teacher, _ in whole), *([other] if other is not None else []))
+    others = [*(teacher.tap for teacher, _ in whole), *([other] if other is not None else [])]
+    match_number_of_maps(recipe.maps, tap, *others)
     shapes = tap.shapes(images.input_size[1:])
     seen = other.shapes(images.input_size[1:]) if other is not None else shapes
     alone = Pair(shapes, seen, images.num_samples, images.trained_labels())

@@ -20,7 +20,7 @@ from mgd_timm.data.mixed_source import MIXED
 from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, Live, Teacher
 from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
-from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_tap, set_memory_format
 from mgd_timm.models.fold_batchnorm import folded
@@ -164,7 +164,7 @@ def student_stages(
         theirs = (images.input_size[0], *teacher.size(images.input_size[1:]))
         tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
         seen = build_tap(model, theirs, recipe.maps, preact=preact)
-        show_as_many(recipe.maps, tap, seen)
+        match_number_of_maps(recipe.maps, tap, seen)
         set_seed(recipe.seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=seen.shapes(theirs[1:]))
         trainee = Distiller(tap, Objective(**{name: (1.0, build_criterion(term, own, recipe))}))
