@@ -31,7 +31,7 @@ from mgd_timm.data.dataset import Source, load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.connect import build_networks, defaults_of
 from mgd_timm.recipe.options import as_dict, digest

@@ -28,8 +28,8 @@ from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.build import build_named, build_tap
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.objective import build_objective
 from mgd_timm.recipe.recipe import Recipe, make_recipe
@@ -97,7 +97,7 @@ class Step:
         words = (recipe.maps if needs(recipe, "maps", student=student) else None for student in (True, False))
         sides = ((case.student, size), (case.teacher, seen_size))
         tap, seen = (
-            build_tap(build_named(name, side, case.classes), side, word)
+            build_tap(build_model(name, side, case.classes), side, word)
             for (name, side), word in zip(sides, words, strict=True)
         )
         labels = torch.arange(case.batch_size, device="cpu") % case.classes
@@ -106,7 +106,7 @@ class Step:
         half = (0.5, 0.5, 0.5)
         with torch.device("cpu"):  # it compares values
             view = InputAdapter(half, half, half, half, seen_size[1:]) if seen_size != size else None
-        self.teacher = Teacher(folded(seen) or seen, heads, view=view, digest="not needed")
+        self.teacher = Teacher(fold_batchnorm(seen) or seen, heads, view=view, digest="not needed")
         self.trainee = Distiller(tap, build_objective(recipe, pair)).train()
         for module, name in ((self.teacher, case.teacher), (self.trainee, case.student)):
             if name.startswith("cifar_"):  # as a run on a CPU

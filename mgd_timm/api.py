@@ -14,7 +14,9 @@ from torch import nn
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distributed.collectives import local_main_first
 from mgd_timm.distributed.launch import build_accelerator
-from mgd_timm.models.build import check_channels, check_class_names, check_module, load_model, shown_by
+from mgd_timm.models.checks import check_channels, check_class_names, check_module
+from mgd_timm.models.load import load_model
+from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.data import OF_TRAINING
@@ -165,7 +167,7 @@ def evaluate_named(
     height, width = inputs["input_size"][1:]
     if recipe.data.img_size is None and inputs["fixed_input_size"] and height == width:
         recipe = replace(recipe, data=replace(recipe.data, img_size=height))
-    shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
+    shown = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(
         recipe.data, recipe.seed, shown, say=accelerator.print, main_first=partial(local_main_first, accelerator)
     )

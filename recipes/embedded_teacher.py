@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from mgd_timm import evaluate, export_model
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.recipe.data import EMBEDDED
 
 

@@ -18,8 +18,8 @@ from mgd_timm.features.probe import (
     call_head_again,
     give_no_logits,
 )
-from mgd_timm.models.build import check_classifier
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:
@@ -251,7 +251,7 @@ def test_a_teacher_without_a_classifier_is_folded():
     model = build("test_resnet", 32)
     model.reset_classifier(0)
     tap = FeatureTap(model, (-1,), input_size=(3, 32, 32)).eval()
-    fold = folded(tap)
+    fold = fold_batchnorm(tap)
     assert fold is not None
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fold.modules())
     with torch.no_grad():

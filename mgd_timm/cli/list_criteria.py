@@ -17,7 +17,9 @@ from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.criteria.terms import hyper_parameters
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.models.build import build_named, build_tap, check_classifier, check_model_name, load_model
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.load import check_model_name, load_model
 
 
 def paragraphs(kind: type) -> list[str]:
@@ -159,7 +161,7 @@ def connect(
     built = [
         model
         if model is not None
-        else build_named(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
+        else build_model(name, (channels, *theirs[1:]) if fixed and name == teacher else size, classes)
         for name, model in ends.items()
     ]
     return Connection(built[0], built[-1], size, maps, num_samples)

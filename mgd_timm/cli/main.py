@@ -83,7 +83,7 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--tag", type=str | None, default=None, help="timm's tag of the weights; default: the run's")
     values = parser.parse_args(list(arguments))
     from mgd_timm.export.timm_folder import export_model
-    from mgd_timm.models.build import load_model
+    from mgd_timm.models.load import load_model
 
     model = load_model(values.run)
     given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}

@@ -20,14 +20,14 @@ FORMS = (
 )
 
 
-def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
+def select_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
     """Give a teacher the data's classes in the data's order, in place; one that has them already is left alone.
 
     Under "auto" so is one of as many classes where nothing says what they are called: numbers for names, or no names,
     unless their number is ImageNet's and the data's names are among ImageNet's.
 
     Raises:
-        ValueError: As of `teacher_rows` and `keep_rows`.
+        ValueError: As of `find_teacher_rows` and `select_rows`.
     """
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
     if getattr(model, "num_classes", 0) == len(class_names):
@@ -35,13 +35,13 @@ def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None
         own = list(names) if isinstance(names, list | tuple) else numbers
         if own == list(class_names) != numbers:
             return
-        known = _Names(class_names_of(model) or ())
+        known = _Names(read_class_names(model) or ())
         if spec == "auto" and numbers in (own, list(class_names)) and not any(map(known.rows, class_names)):
             return
-    keep_rows(model, teacher_rows(spec, model, class_names), class_names)
+    select_rows(model, find_teacher_rows(spec, model, class_names), class_names)
 
 
-def class_names_of(model: nn.Module) -> list[tuple[str, ...]] | None:
+def read_class_names(model: nn.Module) -> list[tuple[str, ...]] | None:
     """What each class of a model is called, every name of it; None where nothing says so.
 
     The weights' own label names, else those of the ImageNet that has this number of classes: synsets (n01440764) and
@@ -92,7 +92,7 @@ class _Names:
         return found or set.intersection(*(self.single.get(_plain(part), set()) for part in word.split(",")))
 
 
-def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> list[int]:
+def find_teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> list[int]:
     """For each class of the data, the row of the teacher's classifier that is this class.
 
     Args:
@@ -104,7 +104,7 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
         ValueError: No such file or another form; a class that the teacher does not know, or knows twice; two classes of
             one row.
     """
-    names = class_names_of(model)
+    names = read_class_names(model)
     if spec == "auto":
         if names is None:
             raise ValueError(
@@ -171,7 +171,7 @@ def _read(spec: str, class_names: Sequence[str]) -> list[str | int]:
     return [int(word) if isinstance(word, str) and word.isdecimal() else word for word in words]
 
 
-def keep_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str]) -> None:
+def select_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str]) -> None:
     """Cut a model's classifier down to some of its rows, in place, and let its config say what is left.
 
     Args:

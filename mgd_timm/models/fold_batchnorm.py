@@ -13,7 +13,7 @@ _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)  # of these exactly: a subclass may stan
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
-def folded(tap: FeatureTap) -> FeatureTap | None:
+def fold_batchnorm(tap: FeatureTap) -> FeatureTap | None:
     """A copy of a tap whose BatchNorms stand in the weights of the convolutions before them, for inference.
 
     Which convolution a BatchNorm follows is seen on a forward pass, so no layer is named. What is folded is checked:

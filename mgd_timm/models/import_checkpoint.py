@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from mgd_timm.models.build import channel_values, check_model_name, load_state
-from mgd_timm.models.describe import describe
+from mgd_timm.models.load import check_model_name, load_state_dict
+from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values
 
 # Where weights stand in a training script's checkpoint, in this order: averaged ones first, as timm's own loader takes
 # them.
@@ -33,7 +33,7 @@ _RENAMES = {
 }
 
 
-def read_public(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU: of a safetensors file, or of one that torch.save wrote.
 
     The latter holds a dict of tensors, or one under the key `model`, `state_dict` or `net`; a moving average beside it,
@@ -122,7 +122,7 @@ def _weights(path: Path, content: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in content.items()}
 
 
-def load_public(
+def load_public_checkpoint(
     path: str | os.PathLike[str],
     architecture: str,
     *,
@@ -139,7 +139,7 @@ def load_public(
     nothing that is computed here depends on them.
 
     Args:
-        path: The file, as `read_public` takes it.
+        path: The file, as `read_public_checkpoint` takes it.
         architecture: timm's name, cifar_* among them. What public files of a cifar_* family name otherwise is renamed.
         num_classes: What the classifier must have; by default what it has.
         in_chans: Channels of the image; by default those of the first convolution's weights.
@@ -149,12 +149,12 @@ def load_public(
         class_names: In the order of the classifier; by default numbers, which fit any data of as many classes.
 
     Raises:
-        ValueError: What `read_public` refuses, an unknown architecture, weights of another one (the first names and
-            shapes that differ are given), or values that do not fit the weights.
+        ValueError: As for `read_public_checkpoint`; an unknown architecture, weights of another one (the first names
+            and shapes that differ are given), or values that do not fit the weights.
     """
     path = Path(path)
     check_model_name(architecture)
-    public = read_public(path)
+    public = read_public_checkpoint(path)
     renames = _RENAMES.get(architecture.partition(".")[0], {})
     state = {_renamed(name, renames): tensor for name, tensor in public.items()}
     if len(state) != len(public):
@@ -170,14 +170,14 @@ def load_public(
         model = timm.create_model(architecture, pretrained=False, **options)
     except Exception as error:  # an architecture may raise anything at numbers that it does not take
         raise ValueError(f"{architecture} cannot be built for {options}: {error}") from error
-    load_state(model, architecture, path, state)
+    load_state_dict(model, architecture, path, state)
     count = int(getattr(model, "num_classes", 0))
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(count))
     if len(names) != count:
         raise ValueError(f"{len(names)} class names were given, the classifier in {path} has {count} outputs.")
     mean, std = _per_channel("mean", mean, config, channels), _per_channel("std", std, config, channels)
     size = (channels, *(config.get("input_size") or (3, 224, 224))[1:])
-    describe(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
+    describe_weights(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
     return model
 
 
@@ -211,7 +211,7 @@ def _channels(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
 def _per_channel(
     name: str, given: Sequence[float] | None, config: Mapping[str, Any], channels: int
 ) -> tuple[float, ...]:
-    values = tuple(float(value) for value in given) if given is not None else channel_values(config, name)
+    values = tuple(float(value) for value in given) if given is not None else read_channel_values(config, name)
     if values is None or len(values) != channels:
         have = f"{name}={values}" + ("" if given is not None else ", the architecture's own")
         raise ValueError(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from mgd_timm.models.build import channel_values
+from mgd_timm.models.pretrained_cfg import read_channel_values
 
 
 class InputAdapter(nn.Module):
@@ -70,7 +70,7 @@ def build_input_adapter(
         side: Height and width in pixels for a teacher whose input size is not fixed; None leaves the size alone.
     """
     config = getattr(teacher, "pretrained_cfg", {}) or {}
-    its_mean, its_std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
+    its_mean, its_std = read_channel_values(config, "mean") or (), read_channel_values(config, "std") or ()
     if len(its_mean) != len(mean) or len(its_std) != len(std):
         its_mean, its_std = tuple(mean), tuple(std)
     inputs = get_model_input_config(teacher)

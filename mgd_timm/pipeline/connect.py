@@ -19,23 +19,13 @@ from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.features import FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
-from mgd_timm.models.build import (
-    build_student,
-    build_tap,
-    channel_values,
-    check_channels,
-    check_model_name,
-    check_no_checkpoint,
-    check_student,
-    class_conflict,
-    load_model,
-    set_memory_format,
-    shown_by,
-)
-from mgd_timm.models.classes import fit_classes
-from mgd_timm.models.describe import describe
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_student, build_tap, set_memory_format
+from mgd_timm.models.checks import check_channels, check_student, find_class_conflict
+from mgd_timm.models.classes import select_classes
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import build_input_adapter
+from mgd_timm.models.load import check_model_name, check_no_checkpoint, load_model
+from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values, read_defaults
 from mgd_timm.objective import SeveralTeachers, build_objective, build_several
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
@@ -98,7 +88,7 @@ def suit_teachers(models: Sequence[nn.Module], recipe: Recipe, images: Images) -
         spec = recipe.classes_of(place)
         if spec not in (None, "none"):
             try:
-                fit_classes(model, str(spec), images.class_names)
+                select_classes(model, str(spec), images.class_names)
             except ValueError as error:
                 if len(models) == 1:
                     raise
@@ -244,7 +234,7 @@ def _connect_teacher(
     check_probe(tap, recipe)
     classifier, own_digest = tap.classifier, module_digest(model)
     if recipe.fold_teacher:
-        tap = folded(tap) or tap
+        tap = fold_batchnorm(tap) or tap
     teacher = Teacher(tap, view=view, digest=own_digest, logits=logits).to(accelerator.device)
     set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
     return teacher, classifier
@@ -257,7 +247,7 @@ def _shows_logits(recipe: Recipe, model: nn.Module, images: Images, left_out: bo
     """
     count = int(getattr(model, "num_classes", 0) or 0)
     name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
-    conflict = class_conflict(model, "teacher", images.class_names) if count == images.num_classes else None
+    conflict = find_class_conflict(model, "teacher", images.class_names) if count == images.num_classes else None
     if count == images.num_classes and conflict is None and not left_out:
         return True
     kinds = {term.criterion: CRITERIA[term.criterion] for term in parse_terms(recipe).values() if term.weight}
@@ -325,7 +315,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
     data = recipe.data
     small = isinstance(images.train, StoreSource)
     shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
-    describe(
+    describe_weights(
         model,
         input_size=images.input_size,
         mean=images.mean,
@@ -357,9 +347,9 @@ def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | 
         found = get_pretrained_cfg(recipe.student)
         config = found.to_dict() if found is not None else {}
     weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
-    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
+    mean, std = read_channel_values(weights, "mean"), read_channel_values(weights, "std")
     fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
-    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
+    return replace(read_defaults(config), mean=mean if fits else None, std=std if fits else None)
 
 
 def fingerprint(

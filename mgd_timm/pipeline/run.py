@@ -17,7 +17,8 @@ from mgd_timm.distiller import Live, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
-from mgd_timm.models.build import check_model_name, set_memory_format
+from mgd_timm.models.build import set_memory_format
+from mgd_timm.models.load import check_model_name
 from mgd_timm.pipeline.checks import check_storable, check_taught
 from mgd_timm.pipeline.connect import Networks, build_networks, defaults_of, load_teachers, suit_teachers
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder

@@ -15,7 +15,8 @@ from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_tap, class_conflict, set_memory_format
+from mgd_timm.models.build import build_tap, set_memory_format
+from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.input_adapter import build_input_adapter
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Optim, Recipe
@@ -32,7 +33,7 @@ def needs_new_head(model: nn.Module, images: Images) -> bool:
     """Whether a model's classifier is not of the data's classes, by their number or by their names."""
     return (
         getattr(model, "num_classes", 0) != images.num_classes
-        or class_conflict(model, "teacher", images.class_names) is not None
+        or find_class_conflict(model, "teacher", images.class_names) is not None
     )
 
 

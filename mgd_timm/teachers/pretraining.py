@@ -23,7 +23,7 @@ from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, sha
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_tap, set_memory_format
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
@@ -169,7 +169,7 @@ def student_stages(
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=seen.shapes(theirs[1:]))
         trainee = Distiller(tap, Objective(**{name: (1.0, build_criterion(term, own, recipe))}))
         if recipe.fold_teacher:
-            seen = folded(seen) or seen
+            seen = fold_batchnorm(seen) or seen
         stages.append(Stage(name, term, trainee, tap, Teacher(seen, view=teacher.view, digest=teacher.digest), lr))
     return stages
 

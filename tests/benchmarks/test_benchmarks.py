@@ -27,7 +27,7 @@ from report import macs
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mgd_timm.models.build import build_named
+from mgd_timm.models.build import build_model
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage import checkpoint
@@ -161,7 +161,7 @@ def counted() -> counts.Counts:
 
 
 def test_the_macs_of_a_step_are_those_of_its_networks(counted: counts.Counts) -> None:
-    teacher, student = (build_named(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
+    teacher, student = (build_model(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
     first = next(module for module in student.modules() if isinstance(module, torch.nn.Conv2d))
     widths = {"teacher": (64, 10), "student": (student.head_hidden_size, None)}
     heads = {

@@ -13,7 +13,7 @@ from small import FAST, call
 import mgd_timm
 from mgd_timm.cli import main as cli
 from mgd_timm.cli.main import main
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.recipe.data import OF_TRAINING
 from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
 

@@ -18,7 +18,7 @@ import mgd_timm.models  # noqa: F401 - registers cifar_*
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.cifar.base import CifarNet
-from mgd_timm.models.describe import describe
+from mgd_timm.models.pretrained_cfg import describe_weights
 
 # The specification's table for 100 classes: parameters, billions of multiply-adds, width of the embedding, channels and
 # sides.
@@ -620,7 +620,7 @@ def test_an_exported_network_loads_in_timm(name, tmp_path):
     torch.manual_seed(0)
     full = "cifar_resnet8" if name == "cifar_resnet14" else name
     model = timm.create_model(full, num_classes=4, in_chans=1)
-    describe(
+    describe_weights(
         model,
         input_size=(1, 28, 28),
         mean=(0.3,),

@@ -11,7 +11,7 @@ import mgd_timm
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.connect import build_networks, load_teachers, suit_teachers
 from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from mgd_timm.features import Defaults
 
-def describe(
+
+def describe_weights(
     model: nn.Module,
     *,
     input_size: tuple[int, int, int],
@@ -57,3 +59,22 @@ def describe(
     config |= {"num_classes": len(class_names), "label_names": list(class_names), **(shown or {})}
     model.pretrained_cfg = config  # type: ignore[assignment]
     model.default_cfg = config  # type: ignore[assignment]
+
+
+def read_defaults(config: Mapping[str, Any]) -> Defaults:
+    """How a pretrained_cfg says that images are shown to the model."""
+    return Defaults(
+        mean=read_channel_values(config, "mean"),
+        std=read_channel_values(config, "std"),
+        img_size=int((config.get("input_size") or (3, 224, 224))[-1]),
+        interpolation=str(config.get("interpolation") or "bicubic"),
+        crop_pct=float(config.get("crop_pct") or 0.875),
+    )
+
+
+def read_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    """Mean or std of a pretrained_cfg, which may come from outside; None where it is no list of numbers."""
+    values = config.get(name)
+    if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
+        return None
+    return tuple(float(v) for v in values)

@@ -1,0 +1,77 @@
+"""FIXME: one line."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+
+
+def check_classifier(student: nn.Module) -> None:
+    """Raise ValueError for a model that is to be trained and has no classifier: its export could not be loaded back."""
+    if not getattr(student, "num_classes", 0):
+        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
+        raise ValueError(
+            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
+            "timm's encoders (*_enc) take none: choose an architecture that does."
+        )
+
+
+def check_module(module: nn.Module, role: str) -> None:
+    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
+    if not hasattr(module, "num_classes"):
+        raise ValueError(
+            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
+            "built."
+        )
+    for name, weight in module.named_parameters():
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True."
+            )
+
+
+def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
+    """Raise ValueError unless a model takes images of `in_chans` channels."""
+    channels = get_model_input_config(model)["input_size"][0]
+    if channels != in_chans:
+        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
+        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {way_out}")
+
+
+def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
+    """Raise ValueError unless the student takes the images, has the data's number of classes, and can be trained."""
+    check_classifier(student)
+    check_channels(student, "student", in_chans)
+    count = getattr(student, "num_classes", 0)
+    if count != num_classes:
+        raise ValueError(f"the model has {count} classes, the data {num_classes}: build it with as many.")
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
+
+
+def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -> None:
+    """Raise ValueError where weights and data both name their classes, and differ in a name or in the order."""
+    conflict = find_class_conflict(model, role, class_names)
+    if conflict is not None:
+        raise ValueError(
+            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
+            "it was trained on; a teacher's are put in the data's order by --teacher-classes auto."
+        )
+
+
+def find_class_conflict(model: nn.Module, role: str, class_names: Sequence[str]) -> str | None:
+    """The first class whose name differs between the weights and the data.
+
+    None where none does, or one of both has no names.
+    """
+    names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
+    numbers = [str(i) for i in range(len(class_names))]
+    if not isinstance(names, list | tuple) or numbers in (list(names), list(class_names)):
+        return None
+    if len(names) != len(class_names):
+        return f"the {role} names {len(names)} classes, the data {len(class_names)}"
+    for index, (known, given) in enumerate(zip(names, class_names, strict=True)):
+        if known != given:
+            return f"class {index} is {known!r} to the {role} and {given!r} in the data"
+    return None
