@@ -1,4 +1,4 @@
-"""Networks from a recipe, with every check that bad input deserves before the first update."""
+"""Build models: a student, an architecture for an image size and classes, a tap, and their memory format."""
 
 from typing import Any
 
@@ -7,14 +7,13 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
-import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_weights
 
 
 def build_model(name: str, input_size: tuple[int, int, int], num_classes: int, **options: Any) -> nn.Module:
-    """A timm model for an image size and a number of classes.
+    """Build a timm model for an image size and a number of classes.
 
     Raises:
         ValueError: Unknown name, or an argument that the architecture does not take.
@@ -40,12 +39,12 @@ def build_student(
     drop: float = 0.0,
     drop_path: float | None = None,
 ) -> nn.Module:
-    """A student for an image size and a number of classes, with random, published or given weights.
+    """Build a student for an image size and a number of classes, with random, published or given weights.
 
     Args:
-        name: Of timm's architecture.
+        name: timm's name of the architecture.
         input_size: (channels, height, width) of the images.
-        num_classes: Of the data.
+        num_classes: Number of classes of the data.
         pretrained: Start from the published weights.
         checkpoint: A safetensors file to start from.
         drop: Dropout rate; 0 leaves the architecture's own.
@@ -70,24 +69,30 @@ def build_student(
 def build_tap(
     model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
 ) -> FeatureTap:
-    """The features of a model that a recipe's word for maps stands for (maps.choose_maps); None for none.
+    """Build the FeatureTap of a model, with the maps that a word stands for.
+
+    Args:
+        model: A timm model.
+        input_size: (channels, height, width) of the images.
+        maps: A word for maps (features.maps.choose_maps); None for no maps.
+        preact, cam: As for FeatureTap; preact is ignored without maps.
 
     Raises:
-        ValueError: As FeatureTap and maps.choose_maps.
+        ValueError: As for FeatureTap and choose_maps.
     """
     return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 
 
 def set_memory_format(module: nn.Module, name: str, channels_last: bool | None, device: torch.device) -> None:
-    """Convert a module to channels-last where that is asked for, or left open and known to be safe.
+    """Convert a module to channels-last if that is asked for, or if it is left open and known to be safe.
 
     It is safe on GPUs and for cifar_* networks. On CPUs, oneDNN's backward of a strided 1x1 convolution with few
-    channels ends the process (BasicBlock).
+    channels ends the process (see models.cifar.cifar_resnet.BasicBlock).
 
     Args:
         module: Converted in place.
-        name: The architecture in it.
-        channels_last: None leaves it open.
+        name: Name of its architecture.
+        channels_last: None converts it where that is safe.
         device: Where it runs.
     """
     safe = device.type == "cuda" or name.startswith("cifar_")

@@ -1,4 +1,4 @@
-"""FIXME: one line."""
+"""Check that a model fits its role and the data, before the first update."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,12 @@ from timm.models import get_model_input_config
 from torch import nn
 
 
-def check_classifier(student: nn.Module) -> None:
-    """Raise ValueError for a model that is to be trained and has no classifier: its export could not be loaded back."""
-    if not getattr(student, "num_classes", 0):
-        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
-        raise ValueError(
-            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
-            "timm's encoders (*_enc) take none: choose an architecture that does."
-        )
-
-
 def check_module(module: nn.Module, role: str) -> None:
-    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
+    """Check that a module from user code is a timm model with float32 weights.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not hasattr(module, "num_classes"):
         raise ValueError(
             f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
@@ -31,16 +25,12 @@ def check_module(module: nn.Module, role: str) -> None:
             )
 
 
-def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
-    """Raise ValueError unless a model takes images of `in_chans` channels."""
-    channels = get_model_input_config(model)["input_size"][0]
-    if channels != in_chans:
-        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
-        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {way_out}")
-
-
 def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
-    """Raise ValueError unless the student takes the images, has the data's number of classes, and can be trained."""
+    """Check that a student takes the images, has as many classes as the data, and can be trained.
+
+    Raises:
+        ValueError: It does not.
+    """
     check_classifier(student)
     check_channels(student, "student", in_chans)
     count = getattr(student, "num_classes", 0)
@@ -50,8 +40,38 @@ def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
         raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
 
 
+def check_classifier(student: nn.Module) -> None:
+    """Check that a model that is to be trained has a classifier: without one its export could not be loaded back.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not getattr(student, "num_classes", 0):
+        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
+        raise ValueError(
+            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
+            "timm's encoders (*_enc) take none: choose an architecture that does."
+        )
+
+
+def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
+    """Check that a model takes images of `in_chans` channels.
+
+    Raises:
+        ValueError: It takes another number.
+    """
+    channels = get_model_input_config(model)["input_size"][0]
+    if channels != in_chans:
+        fix = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
+        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {fix}")
+
+
 def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -> None:
-    """Raise ValueError where weights and data both name their classes, and differ in a name or in the order."""
+    """Check that weights and data that both name their classes have the same names in the same order.
+
+    Raises:
+        ValueError: They differ.
+    """
     conflict = find_class_conflict(model, role, class_names)
     if conflict is not None:
         raise ValueError(
@@ -61,9 +81,10 @@ def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -
 
 
 def find_class_conflict(model: nn.Module, role: str, class_names: Sequence[str]) -> str | None:
-    """The first class whose name differs between the weights and the data.
+    """Describe the first class that weights and data name differently.
 
-    None where none does, or one of both has no names.
+    Returns:
+        None where there is none, or where weights or data have no names (or numbers for names).
     """
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
     numbers = [str(i) for i in range(len(class_names))]

@@ -1,4 +1,4 @@
-"""The pretrained_cfg of trained weights: how they were trained, and how images are shown to them."""
+"""Read and write timm's pretrained_cfg: where weights come from, and how their images are normalised and resized."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,28 @@ from typing import Any
 from torch import nn
 
 from mgd_timm.features import Defaults
+
+_SOURCE_KEYS = (
+    "url",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "file",
+    "source",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "state_dict",
+    "custom_load",
+)
+_INPUT_AND_LABEL_KEYS = (
+    "label_names",
+    "label_descriptions",
+    "label_offset",
+    "test_input_size",
+    "test_crop_pct",
+    "pool_size",
+)
 
 
 def describe_weights(
@@ -17,52 +39,30 @@ def describe_weights(
     class_names: tuple[str, ...],
     license: str,
     tag: str,
-    shown: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace what the architecture's default weights said (tag, licence, source, mean, std, labels) by what is true
-    here.
+    """Replace the pretrained_cfg of the architecture's default weights by one that describes the model's own weights.
 
     Args:
-        model: Described in place.
-        input_size: Channels, height, width.
+        model: Its `pretrained_cfg` and `default_cfg` are set.
+        input_size: (channels, height, width).
         mean, std: Per channel, of pixels in [0, 1].
-        class_names: In the order of the classifier.
-        license: Of the weights.
-        tag: timm's word for the weights.
-        shown: crop_pct, crop_mode and interpolation of an evaluation, as far as they are not the architecture's.
+        class_names: Names of the classes, in the order of the classifier.
+        license: Licence of the weights.
+        tag: timm's tag of the weights.
+        evaluation: crop_pct, crop_mode and interpolation where they differ from the architecture's.
     """
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
-    for key in (
-        "url",
-        "hf_hub_id",
-        "hf_hub_filename",
-        "file",
-        "source",
-        "origin_url",
-        "paper_name",
-        "paper_ids",
-        "notes",
-        "state_dict",
-    ):
-        config.pop(key, None)
-    for key in (
-        "label_names",
-        "label_descriptions",
-        "label_offset",
-        "test_input_size",
-        "test_crop_pct",
-        "pool_size",
-        "custom_load",
-    ):
+    for key in (*_SOURCE_KEYS, *_INPUT_AND_LABEL_KEYS):
         config.pop(key, None)
     config |= {"tag": tag, "license": license, "input_size": input_size, "mean": mean, "std": std}
-    config |= {"num_classes": len(class_names), "label_names": list(class_names), **(shown or {})}
+    config |= {"num_classes": len(class_names), "label_names": list(class_names), **(evaluation or {})}
     model.pretrained_cfg = config  # type: ignore[assignment]
     model.default_cfg = config  # type: ignore[assignment]
 
 
 def read_defaults(config: Mapping[str, Any]) -> Defaults:
-    """How a pretrained_cfg says that images are shown to the model."""
+    """Read how a model expects its images from its pretrained_cfg."""
     return Defaults(
         mean=read_channel_values(config, "mean"),
         std=read_channel_values(config, "std"),
@@ -73,7 +73,11 @@ def read_defaults(config: Mapping[str, Any]) -> Defaults:
 
 
 def read_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    """Mean or std of a pretrained_cfg, which may come from outside; None where it is no list of numbers."""
+    """Read the mean or std from a pretrained_cfg.
+
+    Returns:
+        One value per channel; None where there is no list of numbers, as the file may be untrusted.
+    """
     values = config.get(name)
     if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
         return None

@@ -323,7 +323,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe) -> None:
         class_names=images.class_names,
         license=recipe.license,
         tag=weights_tag(recipe),
-        shown={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
+        evaluation={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
     )
 
 

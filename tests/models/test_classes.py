@@ -42,9 +42,9 @@ def test_a_name_of_several_classes_and_an_unknown_one_are_refused_with_the_ways_
     with pytest.raises(ValueError, match=r"several classes as 'crane' \(rows 134, 517\).*fit-teacher-head") as caught:
         find_teacher_rows("auto", network(), ["tench", "crane", "no such animal"])
     assert "does not know 'no such animal'" in str(caught.value)
-    with pytest.raises(ValueError, match="'Tinca tinca' is to the teacher the class that 'tench' is"):
+    with pytest.raises(ValueError, match="'Tinca tinca' and 'tench' are the same class of the teacher"):
         find_teacher_rows("auto", network(), ["tench", "Tinca tinca"])
-    with pytest.raises(ValueError, match="nothing says what the teacher's 7 classes are called"):
+    with pytest.raises(ValueError, match="the names of the teacher's 7 classes are not known"):
         find_teacher_rows("auto", network(num_classes=7), ["a", "b"])
 
 
@@ -64,18 +64,18 @@ def test_a_file_names_or_counts_the_teachers_classes(tmp_path, file, text):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("short.txt", "0\n1\n", "2 classes, the data has 3"),
         ("beyond.txt", "0\n1\n1000\n", "does not know 1000"),
-        ("lacking.json", '{"a": 1}', "says nothing of the data's classes b, c"),
+        ("missing.json", '{"a": 1}', "the data's classes b, c are missing"),
         ("broken.json", "[0, 1", "cannot be read"),
         ("kinds.json", "[0, 1.5, true]", "expected a text file"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path, file, text, said):
+def test_files_that_do_not_fit_are_refused(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         find_teacher_rows(str(tmp_path / file), network(), ["a", "b", "c"])
     with pytest.raises(ValueError, match="no such file"):
         find_teacher_rows(str(tmp_path / "none.txt"), network(), ["a", "b", "c"])

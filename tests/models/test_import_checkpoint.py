@@ -307,15 +307,15 @@ def test_old_files_have_no_counters_and_half_precision_is_widened(tmp_path):
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [
-        ("cifar_resnet14", "cifar_resnet8", [r"foreign \['layer1.1.conv1.weight'"]),
+        ("cifar_resnet14", "cifar_resnet8", [r"unexpected \['layer1.1.conv1.weight'"]),
         ("cifar_resnet8", "cifar_resnet14", [r"missing \['layer1.1.conv1.weight'"]),
         (
             "cifar_resnet8",
             "cifar_resnet8x05",
             [r"of another shape \['conv1.weight \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)'"],
         ),
-        ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"foreign \['block0.0.weight'"]),
-        ("cifar_resnet8", "cifar_shufflev1", ["missing", "foreign", "of another shape"]),
+        ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"unexpected \['block0.0.weight'"]),
+        ("cifar_resnet8", "cifar_shufflev1", ["missing", "unexpected", "of another shape"]),
         ("cifar_wrn_16_1", "cifar_wrn_16_2", ["missing", "of another shape"]),
     ],
 )
