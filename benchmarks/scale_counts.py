@@ -106,7 +106,7 @@ class Step:
         half = (0.5, 0.5, 0.5)
         with torch.device("cpu"):  # it compares values
             view = InputAdapter(half, half, half, half, seen_size[1:]) if seen_size != size else None
-        self.teacher = Teacher(fold_batchnorm(seen) or seen, heads, view=view, digest="not needed")
+        self.teacher = Teacher(fold_batchnorm(seen) or seen, heads, input_adapter=view, digest="not needed")
         self.trainee = Distiller(tap, build_objective(recipe, pair)).train()
         for module, name in ((self.teacher, case.teacher), (self.trainee, case.student)):
             if name.startswith("cifar_"):  # as a run on a CPU
@@ -132,7 +132,7 @@ class Step:
             if self.case.stored:
                 features = Features(torch.zeros(count, self.case.classes), torch.zeros(count, teacher.tap.embed_dim))
             else:
-                features = teacher.tap(teacher.view(self.batch.images))
+                features = teacher.tap(teacher.input_adapter(self.batch.images))
             enter("heads")
             if teacher.heads is None:
                 return features

@@ -147,15 +147,15 @@ def find_teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -
         problems += [f"it knows several classes as {few(several)}"] if several else []
         examples = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
-            f"teacher_classes={spec!r}: {' and '.join(problems)}. It has {count} classes{examples}. Give a file; {FORMS}. Or "
-            "fit it a classifier of the data's classes with --fit-teacher-head probe."
+            f"teacher_classes={spec!r}: {' and '.join(problems)}. It has {count} classes{examples}. Give a file; "
+            f"{FORMS}. Or fit it a classifier of the data's classes with --fit-teacher-head probe."
         )
     for index, name in enumerate(class_names):
         if rows[index] in rows[:index]:
             other = class_names[rows.index(rows[index])]
             raise ValueError(
-                f"teacher_classes={spec!r}: {name!r} and {other!r} are the same class of the teacher: each needs a class "
-                "of its own."
+                f"teacher_classes={spec!r}: {name!r} and {other!r} are the same class of the teacher: each needs a "
+                "class of its own."
             )
     return rows
 

@@ -235,7 +235,7 @@ def _connect_teacher(
     classifier, own_digest = tap.classifier, module_digest(model)
     if recipe.fold_teacher:
         tap = fold_batchnorm(tap) or tap
-    teacher = Teacher(tap, view=view, digest=own_digest, logits=logits).to(accelerator.device)
+    teacher = Teacher(tap, input_adapter=view, digest=own_digest, logits=logits).to(accelerator.device)
     set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
     return teacher, classifier
 

@@ -13,7 +13,7 @@ from torch import nn
 from mgd_timm.criteria.terms import parse_terms
 from mgd_timm.data.dataset import Images, Source, load_images
 from mgd_timm.data.mixed_source import taught
-from mgd_timm.distiller import Live, Teacher, shard_teacher
+from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
@@ -198,7 +198,7 @@ def _train_student(
     if stored is not None:
         teach = stored.teacher(teachers[0].heads)
     elif teachers and networks.objective.needs:
-        teach = Live(*teachers)
+        teach = LiveTeachers(*teachers)
     upkeep = Upkeep(
         folder=Path(recipe.output),
         fingerprint=networks.fingerprint,

@@ -104,7 +104,7 @@ def fit_teacher_heads(
         name = "teacher_head" if len(models) == 1 else f"teacher_head_{number}"
         view = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
         tap = build_tap(model, (images.input_size[0], *(view.size or images.input_size[1:])), None)
-        teacher = Teacher(tap, view=view).to(accelerator.device)
+        teacher = Teacher(tap, input_adapter=view).to(accelerator.device)
         set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
         found.append(_fit_one(name, teacher, images, recipe, accelerator, quiet))
     return found
@@ -148,7 +148,9 @@ def _fit_one(
         if probe:
             upkeep = replace(upkeep, memory_advice="give a smaller --heads-batch-size.")
         trainee: nn.Module = (
-            _Probe(cast(nn.Module, teacher.tap.classifier)) if probe else _FineTuning(teacher.tap, teacher.view)
+            _Probe(cast(nn.Module, teacher.tap.classifier))
+            if probe
+            else _FineTuning(teacher.tap, teacher.input_adapter)
         )
         trainee.requires_grad_(True)
         try:

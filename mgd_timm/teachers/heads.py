@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
-from mgd_timm.distiller import Live, Teacher
+from mgd_timm.distiller import LiveTeachers, Teacher
 from mgd_timm.distributed.collectives import on_main
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
@@ -152,7 +152,7 @@ def _fit_fresh_heads(
         accelerator,
         seed=recipe.seed,
         batch_size=batch_size,
-        teach=stored.features if stored is not None else Live(teacher),
+        teach=stored.features if stored is not None else LiveTeachers(teacher),
         compile=recipe.compile,
         watch=watch if held is not None else None,
         upkeep=Upkeep(

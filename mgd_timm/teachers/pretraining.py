@@ -18,13 +18,12 @@ from mgd_timm.criteria.terms import Term, build_criterion, fitted_first, hyper_p
 from mgd_timm.data.dataset import Images, cache_folder
 from mgd_timm.data.mixed_source import MIXED
 from mgd_timm.data.rng import set_seed
-from mgd_timm.distiller import Distiller, Live, Teacher
+from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
 from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_tap, set_memory_format
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
-from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage import checkpoint
@@ -97,7 +96,7 @@ def shown_by_teacher(teacher: Teacher, images: Images, recipe: Recipe, accelerat
         "folded": recipe.fold_teacher,
         "compiled": recipe.compile,
         "channels_last": recipe.channels_last,
-        "view": teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view),
+        "view": teacher.describe_input(),
         "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
         "shown": {k: v for k, v in as_dict(recipe.data, digest_only=True).items() if k not in MIXED},
         "seed": recipe.seed,
@@ -170,7 +169,8 @@ def student_stages(
         trainee = Distiller(tap, Objective(**{name: (1.0, build_criterion(term, own, recipe))}))
         if recipe.fold_teacher:
             seen = fold_batchnorm(seen) or seen
-        stages.append(Stage(name, term, trainee, tap, Teacher(seen, view=teacher.view, digest=teacher.digest), lr))
+        twin = Teacher(seen, input_adapter=teacher.input_adapter, digest=teacher.digest)
+        stages.append(Stage(name, term, trainee, tap, twin, lr))
     return stages
 
 
@@ -232,7 +232,7 @@ def _carry_out(stage: Stage, images: Images, recipe: Recipe, accelerator: Accele
             accelerator,
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
-            teach=Live(stage.teacher),
+            teach=LiveTeachers(stage.teacher),
             compile=recipe.compile,
             upkeep=Upkeep(
                 folder=folder,

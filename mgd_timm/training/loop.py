@@ -23,7 +23,7 @@ from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data.dataset import Source, epoch_ids
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import cut_updates
-from mgd_timm.distiller import AnyFeatures, Live
+from mgd_timm.distiller import LiveTeachers, TeacherFeatures
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import any_process, share
 from mgd_timm.distributed.headway import Steps
@@ -38,7 +38,7 @@ from mgd_timm.training.optimizer_state import build_optimizer, build_schedule
 from mgd_timm.training.signals import Stopped, noted_signals
 from mgd_timm.training.step import Wrapper, compile_mode, reads_logits
 
-Teach = Callable[[Batch], AnyFeatures]
+Teach = Callable[[Batch], TeacherFeatures]
 Watch = Callable[[nn.Module | None], Metrics]
 
 
@@ -80,7 +80,7 @@ def fit(
         seed: Of order and dropout.
         batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global
             batch. With `optim.find_batch_size` where the search for what memory admits starts.
-        teach: Gives the teacher's features of a batch, as `distiller.Live` does; None passes no teacher.
+        teach: Gives the teacher's features of a batch, as `distiller.LiveTeachers` does; None passes no teacher.
         watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
@@ -159,7 +159,7 @@ class _Loop:
         kept = self.statistics.names() if self.statistics is not None else []
         mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
         wrapper = Wrapper(trainee, slot, mode, kept)
-        self.teach = teach.compiled(slot, mode) if mode is not None and isinstance(teach, Live) else teach
+        self.teach = teach.compile(slot, mode) if mode is not None and isinstance(teach, LiveTeachers) else teach
         self.compiled = compile
         # DDP waits for the gradient of every parameter, unless it looks in each step which there will be.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not reads_logits(trainee))
@@ -339,7 +339,7 @@ class _Loop:
             for criterion in criteria:
                 criterion.alone = False
 
-    def _shown(self, batch: Batch) -> AnyFeatures | None:
+    def _shown(self, batch: Batch) -> TeacherFeatures | None:
         if self.teach is None:
             return None
         with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast

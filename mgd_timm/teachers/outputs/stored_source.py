@@ -13,7 +13,6 @@ from mgd_timm.data.dataset import FileSource, Images, Source, StoreSource
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.outputs.layout import FORMAT, Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
@@ -73,7 +72,7 @@ def open_store(recipe: Recipe, teacher: Teacher, images: Images, accelerator: Ac
     assert recipe.teacher_views is not None
     assert recipe.teacher_view_seed is not None
     assert isinstance(images.train, StoreSource | FileSource)
-    view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
+    view = teacher.describe_input()
     made_of = {
         "format": FORMAT,
         "teacher": teacher.digest,
