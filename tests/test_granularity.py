@@ -228,10 +228,10 @@ def test_a_teacher_without_the_right_heads_is_refused(student, teacher):
     bare, full = Teacher(teacher.tap)(images()), teacher(images())
     encoders = Teacher(teacher.tap, GranularityHeads(64, None, SMALL))(images())
     mag, mas = (cls(pair, build_objective(pair, "ce", "kd"), SMALL) for cls in (MAG, MAS))
-    with pytest.raises(ValueError, match="'abstract' of 4 dims: the teacher shows codes of no heads"):
+    with pytest.raises(ValueError, match="'abstract' of 4 dims: the teacher has no codes"):
         mag(ours, bare, batch())
     with pytest.raises(
-        ValueError, match=r"'abstract' of 64 dims: the teacher shows codes of \{'abstract': 4, 'detailed': 24\}"
+        ValueError, match=r"'abstract' of 64 dims: the teacher has codes of \{'abstract': 4, 'detailed': 24\}"
     ):
         MAG(pair, build_objective(pair, "ce"))(ours, full, batch())
     assert mag(ours, encoders, batch())["abstract"] > 0  # MAG reads no views

@@ -1,4 +1,4 @@
-"""A trained student as timm reads it: model.safetensors, config.json, and recipe.json with where it comes from."""
+"""Export a trained student as a folder that timm loads: model.safetensors, config.json and recipe.json (its origin)."""
 
 import json
 import shutil
@@ -22,14 +22,17 @@ def export_model(
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for
     bit.
 
-    The folder appears whole or not at all. `cifar_*` networks load after `import mgd_timm.models`.
+    The folder is written atomically. `cifar_*` networks load after `import mgd_timm.models`.
 
     Args:
-        model: A timm model, alone: no heads, encoders or adapters. What `mgd_timm.distill` returns knows its mean, std,
-            labels, licence and tag.
-        folder: Where; must not exist unless `overwrite`.
-        provenance: What to put into recipe.json beside versions and the digest of the weights.
+        model: A timm model without heads, encoders or adapters. Its pretrained_cfg is written: mean, std, labels,
+            licence and tag, which the students of `mgd_timm.distill` have from models.pretrained_cfg.describe_weights.
+        folder: Must not exist unless `overwrite`.
+        provenance: Written to recipe.json beside versions and the digest of the weights.
         overwrite: Replace an earlier export.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: Not a timm model.
@@ -47,7 +50,7 @@ def export_model(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
 
-    def fill(draft: Path) -> None:
+    def write(draft: Path) -> None:
         draft.mkdir()
         # Contiguous: safetensors refuses channels-last weights.
         plain = {
@@ -56,9 +59,8 @@ def export_model(
         }
         save_file(plain, draft / "model.safetensors", metadata={"format": "pt"})
         names = config.get("label_names")
-        inputs = get_model_input_config(
-            model
-        )  # what the module was built for; pretrained_cfg may say what its weights were
+        # The size that the module was built for: pretrained_cfg may hold that of its original weights.
+        inputs = get_model_input_config(model)
         size = inputs["input_size"]
         if config.get("input_size") and not inputs["fixed_input_size"]:
             size = (size[0], *config["input_size"][1:])
@@ -73,13 +75,13 @@ def export_model(
         (draft / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
 
     old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
-    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
     if target.exists():
-        write_atomically(new, fill)
+        write_atomically(new, write)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         new.rename(target)
     else:
-        write_atomically(target, fill)
+        write_atomically(target, write)
     shutil.rmtree(old, ignore_errors=True)
     return target

@@ -261,7 +261,7 @@ def test_families(tmp_path, name):
         again = import_checkpoint(tmp_path / "ours.pth", name, tmp_path / "again")
         assert same(timm.create_model(f"local-dir:{again}", pretrained=True).state_dict(), model.state_dict())
         torch.save({**state, **model.state_dict()}, tmp_path / "both.pth")
-        with pytest.raises(ValueError, match="under its public name and under ours"):
+        with pytest.raises(ValueError, match="under both its public name and ours"):
             import_checkpoint(tmp_path / "both.pth", name, tmp_path / "no")
 
 
