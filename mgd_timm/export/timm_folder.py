@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -35,12 +36,10 @@ def export_model(
         The folder.
 
     Raises:
-        ValueError: Not a timm model.
+        ValueError: The model was not built by timm.
         FileExistsError: The folder exists.
-        OSError: A full disk or another fault; nothing half-written is left.
+        OSError: The folder could not be written; nothing partial is left.
     """
-    from safetensors.torch import save_file
-
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     if not config.get("architecture"):
         raise ValueError(
@@ -51,28 +50,7 @@ def export_model(
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
 
     def write(draft: Path) -> None:
-        draft.mkdir()
-        # Contiguous: safetensors refuses channels-last weights.
-        plain = {
-            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, t in model.state_dict().items()
-        }
-        save_file(plain, draft / "model.safetensors", metadata={"format": "pt"})
-        names = config.get("label_names")
-        # The size that the module was built for: pretrained_cfg may hold that of its original weights.
-        inputs = get_model_input_config(model)
-        size = inputs["input_size"]
-        if config.get("input_size") and not inputs["fixed_input_size"]:
-            size = (size[0], *config["input_size"][1:])
-        data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
-        save_config_for_hf(
-            model,
-            str(draft / "config.json"),
-            model_config={"label_names": names},
-            data_config={**data, "input_size": size},
-        )
-        origin = {"versions": versions(), "model_sha256": sha256(draft / "model.safetensors"), **(provenance or {})}
-        (draft / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
+        _write_files(draft, model, config, provenance or {})
 
     old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
     shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
@@ -85,3 +63,27 @@ def export_model(
         write_atomically(target, write)
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _write_files(folder: Path, model: nn.Module, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    # Contiguous: safetensors refuses channels-last weights.
+    weights = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # The size that the module was built for: pretrained_cfg may hold that of its original weights.
+    inputs = get_model_input_config(model)
+    size = inputs["input_size"]
+    if config.get("input_size") and not inputs["fixed_input_size"]:
+        size = (size[0], *config["input_size"][1:])
+    data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
+    save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        model_config={"label_names": config.get("label_names")},
+        data_config={**data, "input_size": size},
+    )
+    origin = {"versions": versions(), "model_sha256": sha256(folder / "model.safetensors"), **provenance}
+    (folder / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")

@@ -39,7 +39,7 @@ class FeatureTap(nn.Module):
         indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative indices
             count from the end. Or a word for them (`maps.choose_maps`), at `input_size`.
         input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
-        preact: Return the maps as they were before their last activation, which cifar_* networks can show.
+        preact: Return the maps as they were before their last activation, which only cifar_* networks can do.
         cam: Return class activation maps too.
 
     Raises:

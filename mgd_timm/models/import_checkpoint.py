@@ -206,9 +206,9 @@ def _read_per_channel(
 ) -> tuple[float, ...]:
     values = tuple(float(value) for value in given) if given is not None else read_channel_values(config, name)
     if values is None or len(values) != channels:
-        shown = f"{name}={values}" + ("" if given is not None else ", the architecture's own")
+        text = f"{name}={values}" + ("" if given is not None else ", the architecture's own")
         raise ValueError(
-            f"{shown}: expected one value for each of the {channels} channels that the weights take; give --{name}."
+            f"{text}: expected one value for each of the {channels} channels that the weights take; give --{name}."
         )
     if not all(abs(value) < float("inf") and (value > 0 or name == "mean") for value in values):
         raise ValueError(

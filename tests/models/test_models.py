@@ -91,7 +91,9 @@ def test_sizes(name):
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.num_features == model.head_hidden_size == width
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert not [conv for conv in convs if conv.kernel_size == (1, 1) and conv.stride != (1, 1)]  # see BasicBlock.before
+    assert not [
+        conv for conv in convs if conv.kernel_size == (1, 1) and conv.stride != (1, 1)
+    ]  # see BasicBlock.forward_preact
     with FlopCounterMode(display=False) as counter:
         final, maps = model.forward_intermediates(x)
         embedding = model.forward_head(final, pre_logits=True)

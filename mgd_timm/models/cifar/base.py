@@ -30,8 +30,7 @@ def _take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list
 
 
 def activate(act: nn.Module, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
-    """Return the activation of x and the map to show: with `preact` x itself, which an in-place activation must not
-    change."""
+    """Return the activation of x, and the map: the same, or with `preact` x itself, unchanged by the activation."""
     if preact:
         return act(x.clone()), x
     x = act(x)
@@ -39,18 +38,20 @@ def activate(act: nn.Module, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """A block that ends in an activation: `before` it, `forward` with it, and `both`."""
+    """A block that ends in an activation."""
 
     last_act = "act2"
 
-    def before(self, x: Tensor) -> Tensor:
+    def forward_preact(self, x: Tensor) -> Tensor:
+        """Return the output before the last activation."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.last_act)(self.before(x))
+        return getattr(self, self.last_act)(self.forward_preact(x))
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return activate(getattr(self, self.last_act), self.before(x), preact=True)
+    def forward_with_preact(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output, and the output before the last activation."""
+        return activate(getattr(self, self.last_act), self.forward_preact(x), preact=True)
 
 
 class CifarNet(nn.Module):
@@ -68,7 +69,7 @@ class CifarNet(nn.Module):
 
     classifier_name: ClassVar[str] = "fc"
     stages: ClassVar[tuple[tuple[str, ...], ...]] = (("layer1",), ("layer2",), ("layer3",))  # modules of every stage
-    shown: ClassVar[tuple[str, ...]] = ("act1", "layer1", "layer2", "layer3")  # the module that gives each map
+    map_modules: ClassVar[tuple[str, ...]] = ("act1", "layer1", "layer2", "layer3")  # the module that gives each map
     tail: ClassVar[tuple[str, ...]] = ()  # modules between the last map and the pooling
     feature_cfg: ClassVar[dict[str, Any]] = {}  # arguments of timm's features_only
     feature_info: list[dict[str, Any]]
@@ -92,7 +93,7 @@ class CifarNet(nn.Module):
         """Describe the maps and add the classifier; `width` is the embedding's where a tail changes it."""
         self.feature_info = [
             {"num_chs": number, "reduction": reduction, "module": module}
-            for number, reduction, module in zip(channels, reductions, self.shown, strict=True)
+            for number, reduction, module in zip(channels, reductions, self.map_modules, strict=True)
         ]
         self.num_features = self.head_hidden_size = width or channels[-1]
         self.reset_classifier(self.num_classes, self.global_pool)
@@ -139,12 +140,12 @@ class CifarNet(nn.Module):
             self._init_classifier(fresh)
         setattr(self, self.classifier_name, fresh.train(self.training))
 
-    def _run(self, functions: Iterable[Callable[[Any], Any]], x: Tensor, whole: nn.Module | None = None) -> Any:
+    def _run(self, functions: Iterable[Callable[[Any], Any]], x: Tensor, module: nn.Module | None = None) -> Any:
         """Apply the functions in turn, or the module that consists of them, so that its hooks run."""
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(list(functions), x)
-        if whole is not None:
-            return whole(x)
+        if module is not None:
+            return module(x)
         for function in functions:
             x = function(x)
         return x
@@ -158,9 +159,9 @@ class CifarNet(nn.Module):
         stages = [cast(nn.Sequential, self.get_submodule(name)) for name in self.stages[index - 1]]
         blocks = [block for stage in stages for block in stage]  # a pruned stage has none
         if preact and blocks:
-            return self._run([*blocks[:-1], cast(Block, blocks[-1]).both], x)
+            return self._run([*blocks[:-1], cast(Block, blocks[-1]).forward_with_preact], x)
         for stage in stages:
-            x = self._run(stage, x, whole=stage)
+            x = self._run(stage, x, module=stage)
         return x, x
 
     def _tail(self, x: Any) -> Tensor:
@@ -175,12 +176,12 @@ class CifarNet(nn.Module):
         """
         name = (getattr(self, "pretrained_cfg", None) or {}).get("architecture") or type(self).__name__
         x = _check_side(x, self.feature_info[-1]["reduction"], name)
-        carried, shown = self._stem(x, preact)
-        maps = [shown] if 0 in take else []
+        carried, stem_map = self._stem(x, preact)
+        maps = [stem_map] if 0 in take else []
         for index in range(1, last + 1):
-            carried, shown = self._stage(index, carried, preact)
+            carried, stage_map = self._stage(index, carried, preact)
             if index in take:
-                maps.append(shown)
+                maps.append(stage_map)
         if last == len(self.stages):
             return self._tail(carried), maps
         return carried if isinstance(carried, Tensor) else carried[0], maps
@@ -244,7 +245,7 @@ class CifarNet(nn.Module):
 def conv_bn(
     in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """Build a convolution without bias, padded to keep the size but for its stride, and its BatchNorm."""
+    """Build a convolution without bias, padded so that only its stride changes the size, and its BatchNorm."""
     conv = nn.Conv2d(in_chs, out_chs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(out_chs)
 
@@ -276,5 +277,5 @@ def default_cfg(pool: int, first_conv: str = "conv1", classifier: str = "fc") ->
 def create(kind: type[CifarNet], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a network with timm's builder."""
     # timm's own out_indices may reach past feature_info.
-    feature_cfg = {"out_indices": tuple(range(len(kind.shown))), **kind.feature_cfg}
+    feature_cfg = {"out_indices": tuple(range(len(kind.map_modules))), **kind.feature_cfg}
     return build_model_with_cfg(kind, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
