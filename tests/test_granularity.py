@@ -206,7 +206,7 @@ def kd_host(pair: Pair) -> Objective:
         (lambda: Granularity("a", 4, -1.0), "temperature=-1.0"),
         (lambda: Granularity("a", 4, 2.0, -1.0), "weight=-1.0"),
         (lambda: Granularity("a", 4, 2.0, float("nan")), "weight=nan"),
-        (lambda: GranularityHeads(8, 10, ()), "one or more of distinct names"),
+        (lambda: GranularityHeads(8, 10, ()), "one or more, with distinct names"),
         (lambda: GranularityHeads(8, 10, (SMALL[0], SMALL[0])), "distinct names"),
         (lambda: HeadFitting(GranularityHeads(8, None)), "heads with decoders"),
         (lambda: MAG(plain_pair(), kd_host(plain_pair()), (Granularity("kd", 4, 2.0),)), "'kd' has the name of a term"),
