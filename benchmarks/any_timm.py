@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 from mgd_timm.criteria import Objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, show_as_many
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG, GranularityHeads
-from mgd_timm.models.build import build_named, build_tap, check_classifier
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.objective import build_objective
 from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import make_recipe
@@ -77,7 +78,7 @@ def tapped(model: nn.Module, size: tuple[int, int, int]) -> tuple[FeatureTap, in
 @functools.cache
 def partner(count: int) -> Shapes:
     with torch.device("meta"):
-        shapes = build_tap(build_named(PARTNER, (3, 224, 224), CLASSES), (3, 224, 224), "stages").shapes(224)
+        shapes = build_tap(build_model(PARTNER, (3, 224, 224), CLASSES), (3, 224, 224), "stages").shapes(224)
     return shapes._replace(maps=shapes.maps[-count:])
 
 
@@ -178,7 +179,7 @@ def by_shapes(name: str) -> Row:
     connected: list[Any] = []
 
     def connect() -> None:
-        model = build_named(name, size, CLASSES, **options)
+        model = build_model(name, size, CLASSES, **options)
         row.update(size=list(size), parameters=sum(p.numel() for p in model.parameters()))
         connected.extend((model, *tapped(model, size)))
 
@@ -198,7 +199,7 @@ def by_shapes(name: str) -> Row:
 def distil_once(student: FeatureTap, teacher: FeatureTap, size: tuple[int, int, int]) -> None:
     """One step of SGD, as a run takes it."""
     shapes = student.shapes(size[1:]), teacher.shapes(size[1:])
-    frozen = Teacher(folded(teacher) or teacher, GranularityHeads(teacher.embed_dim, CLASSES))
+    frozen = Teacher(fold_batchnorm(teacher) or teacher, GranularityHeads(teacher.embed_dim, CLASSES))
     trainee = Distiller(student, objective_of(*shapes)).train()
     optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-3)
     batch = pictures(size)
@@ -221,11 +222,11 @@ def by_steps(name: str, side: int, options: dict[str, Any]) -> Row:
         def step(role: str = role) -> None:
             torch.manual_seed(0)
             size = (3, row["side"], row["side"])
-            own, _ = tapped(build_named(name, size, CLASSES, **options), size)
+            own, _ = tapped(build_model(name, size, CLASSES, **options), size)
             if role == "student":
                 check_classifier(own.model)
-            other = build_tap(build_named(SMALL, size, CLASSES), size, "stages")
-            show_as_many("stages", own, other)
+            other = build_tap(build_model(SMALL, size, CLASSES), size, "stages")
+            match_number_of_maps("stages", own, other)
             distil_once(*((own, other) if role == "student" else (other, own)), size)
 
         for row["side"] in (side, 2 * side, 4 * side):

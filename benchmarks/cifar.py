@@ -26,11 +26,12 @@ from accelerate import Accelerator
 from report import machine, markdown, read_metrics
 from torch import Tensor, nn
 
-from mgd_timm.data.dataset import Source, load_images
+from mgd_timm.data.dataset import load_images
+from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.connect import connect, defaults_of, finish_teachers
 from mgd_timm.pipeline.plan import context_of, terms_of

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Pair
-from mgd_timm.models.build import build_named, build_tap
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.storage.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,7 +74,7 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     kind, size = CRITERIA[name], (3, side, side)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    models = [build_named(model, size, CLASSES) for model in (teacher_name, student_name)]
+    models = [build_model(model, size, CLASSES) for model in (teacher_name, student_name)]
     # The networks may differ in their number of stages.
     counts = [len(build_tap(model, size, "stages").indices) for model in models]
     maps = "stages" if len(set(counts)) == 1 else str(min(counts))
@@ -85,7 +85,7 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     ]
     seen, tap = (network.to(device) for network in taps)
     shapes = Pair(tap.shapes(side), seen.shapes(side), SAMPLES, torch.arange(SAMPLES) % CLASSES, seen.classifier)
-    frozen = Teacher(folded(seen) or seen).to(device)
+    frozen = Teacher(fold_batchnorm(seen) or seen).to(device)
     objective = Objective(task=(1.0, CrossEntropy(shapes)), **{name: (kind.weight, kind(shapes))})
     trainee = Distiller(tap, objective).to(device).train()
     if device.type == "cuda" or student_name.startswith("cifar_"):

@@ -77,7 +77,7 @@ def main() -> None:
 def table(found: dict[str, list[Any]], teacher: float) -> str:
     from report import macs, markdown
 
-    from mgd_timm.models.build import load_model
+    from mgd_timm.models.load import load_model
 
     student = found["alone"][0].student
     rows = []

@@ -32,7 +32,7 @@ import scale_several
 from report import machine
 from scale_counts import PHASES, Case, Counts, Op, as_values, count
 
-from mgd_timm.recipe.recipe import Heads
+from mgd_timm.recipe.heads import Heads
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 

@@ -27,8 +27,8 @@ from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.build import build_named, build_tap
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import Recipe, make_recipe
@@ -97,7 +97,7 @@ class Step:
         words = (recipe.maps if terms.needs("maps", student=student) else None for student in (True, False))
         sides = ((case.student, size), (case.teacher, seen_size))
         tap, seen = (
-            build_tap(build_named(name, side, case.classes), side, word)
+            build_tap(build_model(name, side, case.classes), side, word)
             for (name, side), word in zip(sides, words, strict=True)
         )
         labels = torch.arange(case.batch_size, device="cpu") % case.classes
@@ -106,7 +106,7 @@ class Step:
         half = (0.5, 0.5, 0.5)
         with torch.device("cpu"):  # it compares values
             view = InputAdapter(half, half, half, half, seen_size[1:]) if seen_size != size else None
-        self.teacher = Teacher(folded(seen) or seen, heads, view=view, digest="not needed")
+        self.teacher = Teacher(fold_batchnorm(seen) or seen, heads, view=view, digest="not needed")
         self.trainee = Distiller(tap, objective_of(recipe, terms, [pair])).train()
         for module, name in ((self.teacher, case.teacher), (self.trainee, case.student)):
             if name.startswith("cifar_"):  # as a run on a CPU
@@ -132,7 +132,7 @@ class Step:
             if self.case.stored:
                 features = Features(torch.zeros(count, self.case.classes), torch.zeros(count, teacher.tap.embed_dim))
             else:
-                features = teacher.tap(teacher.view(self.batch.images))
+                features = teacher.tap(teacher.input_adapter(self.batch.images))
             enter("heads")
             if teacher.heads is None:
                 return features

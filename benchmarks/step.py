@@ -41,8 +41,9 @@ from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
-from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.recipe.recipe import Data, Optim
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
@@ -184,7 +185,7 @@ def ours(
     teacher_tap, tap = (FeatureTap(network.to(device), input_size=size) for network in (teacher, student))
     pair = Pair(tap.shapes(args.size), teacher_tap.shapes(args.size))
     if not args.no_fold:
-        teacher_tap = folded(teacher_tap) or teacher_tap
+        teacher_tap = fold_batchnorm(teacher_tap) or teacher_tap
     frozen = Teacher(teacher_tap, GranularityHeads(teacher_tap.embed_dim, args.classes).to(device))
     terms = Objective(task=(0.2, CrossEntropy(pair)), kd=(0.8, KD(pair)))
     objective = MAS(pair, terms) if taught else Objective(task=(1.0, CrossEntropy(pair)))

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from mgd_timm.export.timm_folder import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
+    from mgd_timm.recipe.data import Data
     from mgd_timm.recipe.granularity import Granularity
-    from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe
+    from mgd_timm.recipe.heads import Heads
+    from mgd_timm.recipe.optim import Optim
+    from mgd_timm.recipe.recipe import Recipe
 
 _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "train"),

@@ -15,12 +15,14 @@ from torch import nn
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distributed.collectives import local_main_first
 from mgd_timm.distributed.launch import build_accelerator
-from mgd_timm.models.build import check_channels, check_class_names, check_module, load_model, shown_by
+from mgd_timm.models.checks import check_channels, check_class_names, check_module
+from mgd_timm.models.load import load_model
+from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.data import OF_TRAINING
+from mgd_timm.recipe.data import OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, unknown
-from mgd_timm.recipe.recipe import OF_DISTILLING, Data, Recipe, flatten, make_recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, flatten, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise
 
@@ -215,7 +217,7 @@ def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator) ->
     data = recipe.data
     if data.img_size is None and inputs["fixed_input_size"] and height == width:
         data = replace(data, img_size=height)
-    shown = shown_by(getattr(network, "pretrained_cfg", {}) or {})
+    shown = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
     images = load_images(
         data, recipe.seed, shown, log=accelerator.print, main_first=partial(local_main_first, accelerator)
     )

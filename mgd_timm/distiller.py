@@ -1,4 +1,4 @@
-"""The frozen teacher, and the one module that trains."""
+"""The modules that run in a training step: the frozen Teacher, and the Distiller or MutualLearning that is trained."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,24 +16,24 @@ from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.objective import SeveralTeachers
 from mgd_timm.storage.digests import module_digest
 
-AnyFeatures = Features | tuple[Features, ...]
-"""Of a teacher, or of several."""
+TeacherFeatures = Features | tuple[Features, ...]
+"""Features of one teacher, or of each of several."""
 
 
 class Teacher(nn.Module):
-    """A frozen teacher with its granularity heads: no gradient, always in eval mode, never in a checkpoint.
+    """A frozen teacher with its granularity heads: without gradients, always in eval mode, never in a checkpoint.
 
     Args:
         tap: The teacher's features.
-        heads: Fitted heads with decoders; None shows no codes and no views.
-        view: What to do with the student's normalised images first (another mean, std or size); see
-            teacher_view.InputAdapter.
-        digest: sha256 of the weights, for what is kept of this teacher, where the tap's are folded; by default
-            computed.
-        logits: Show its logits. Those of other classes than the data's are better not shown: their width is then 0.
+        heads: Fitted heads with decoders; None for no codes and no views.
+        view: The input adapter, applied to the student's normalised images first, for another mean, std or size; see
+            models.input_adapter.InputAdapter.
+        digest: sha256 of the weights, which identifies what is cached of this teacher; by default computed. Give that
+            of the original weights where the tap's are folded.
+        logits: Return logits. Without them, as for classes that are not the data's, their width is 0.
 
     Raises:
-        ValueError: Heads of another embedding width.
+        ValueError: The heads are for another embedding width.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
                     f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it."
                 )
         self.tap, self.heads = tap, heads
-        self.view = view if view is not None else nn.Identity()
+        self.input_adapter = view if view is not None else nn.Identity()
         self.shows_logits = logits and tap.num_classes > 0
         self.digest = digest if digest is not None else module_digest(tap.model)
         self.requires_grad_(False)
@@ -61,23 +61,29 @@ class Teacher(nn.Module):
 
     # "Teacher", not Self, which beartype refuses in a class that it does not decorate as a whole.
     def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 - whatever it is
-        """Stays in eval mode: BatchNorm statistics and dropout of a teacher never move."""
+        """Stay in eval mode: no dropout, and BatchNorm statistics never change."""
         return super().train(False)
 
     def with_heads(self, heads: GranularityHeads) -> "Teacher":
-        """The same teacher with fitted heads, on the device that it is on."""
+        """Return the same teacher with fitted heads, on its present device."""
         device = next(self.tap.parameters()).device
-        return Teacher(self.tap, heads, view=self.view, digest=self.digest, logits=self.shows_logits).to(device)
+        copied = Teacher(self.tap, heads, view=self.input_adapter, digest=self.digest, logits=self.shows_logits)
+        return copied.to(device)
+
+    def describe_input(self) -> object:
+        """Return how the input is adapted, as JSON values for fingerprints."""
+        adapter = self.input_adapter
+        return adapter.values() if isinstance(adapter, InputAdapter) else repr(adapter)
 
     def size(self, image_size: tuple[int, ...]) -> tuple[int, int]:
-        """(height, width) at which the teacher sees images of a size."""
-        fixed = self.view.size if isinstance(self.view, InputAdapter) else None
-        return fixed or (image_size[0], image_size[1])
+        """Return (height, width) of the teacher's input for images of a size (height, width), in pixels."""
+        adapted = self.input_adapter.size if isinstance(self.input_adapter, InputAdapter) else None
+        return adapted or (image_size[0], image_size[1])
 
-    @torch.no_grad()  # not inference_mode: adapters that read teacher maps save them for backward
+    @torch.no_grad()  # not inference_mode: criteria that read teacher maps save them for backward
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Features with the heads' codes and views."""
-        features: Features = self.tap(self.view(images))
+        """Return features with the heads' codes and views."""
+        features: Features = self.tap(self.input_adapter(images))
         if not self.shows_logits:
             features = features._replace(logits=features.logits[:, :0], cam=None)
         if self.heads is None:
@@ -86,51 +92,50 @@ class Teacher(nn.Module):
         return features._replace(codes=codes, views=self.heads.decode(codes))
 
 
-def is_whole(batch: Batch, slot_size: int) -> bool:
-    """Whether a batch is a slot of a whole update, which are of one size or, dealt unevenly, one sample smaller.
+def is_full(batch: Batch, micro_batch_size: int) -> bool:
+    """Return whether a batch is a full micro-batch; those of an update that is dealt unevenly are one sample smaller.
 
-    A batch of another size, an epoch's last, is not worth compiling again for.
+    Another size, as that of an epoch's last batch, is not worth compiling for.
     """
-    return slot_size - len(batch.labels) in (0, 1)
+    return micro_batch_size - len(batch.labels) in (0, 1)
 
 
 def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
-    """A copy of a frozen teacher, cut up between all processes, which have to ask it the same number of times from now
-    on.
+    """Copy a frozen teacher and shard it over all processes. Each of them must call it equally often from then on.
 
     Args:
-        teacher: It is moved to the CPU.
-        accelerator: Device and processes, several of them.
+        teacher: Moved to the CPU.
+        accelerator: Of several processes.
     """
     names = [f"tap.{name}" for name in units(teacher.tap)]
-    parts = copy.deepcopy(teacher.to("cpu"))
-    cut(parts, names, accelerator)
-    return parts
+    sharded = copy.deepcopy(teacher.to("cpu"))
+    cut(sharded, names, accelerator)
+    return sharded
 
 
-class Live:
-    """Teachers as `fit` asks them about a batch: the features of one, or of each of several.
+class LiveTeachers:
+    """Computes teachers' features of a batch for `fit`, where stored outputs would read them.
 
     Args:
-        teachers: With or without heads.
+        teachers: One or several, with or without heads.
     """
 
     def __init__(self, *teachers: Teacher) -> None:
         self.teachers = teachers
 
-    def __call__(self, batch: Batch) -> AnyFeatures:
-        """Features of a batch's images."""
-        return _together(self.teachers, batch)
+    def __call__(self, batch: Batch) -> TeacherFeatures:
+        """Return the features of one teacher, or of each of several."""
+        return _compute_features(self.teachers, batch)
 
-    def compiled(self, slot_size: int, mode: str) -> Callable[[Batch], AnyFeatures]:
-        """The same, compiled for whole batches of `slot_size` (see `is_whole`) with torch.compile's `mode`."""
-        fast = [torch.compile(teacher, dynamic=False, mode=mode) for teacher in self.teachers]
-        return lambda batch: _together(fast if is_whole(batch, slot_size) else self.teachers, batch)
+    def compile(self, micro_batch_size: int, mode: str) -> Callable[[Batch], TeacherFeatures]:
+        """Return the same function, compiled with torch.compile's `mode` for full micro-batches (see `is_full`)."""
+        compiled = [torch.compile(teacher, dynamic=False, mode=mode) for teacher in self.teachers]
+        return lambda batch: _compute_features(compiled if is_full(batch, micro_batch_size) else self.teachers, batch)
 
 
-def _together(teachers: Sequence[Callable[..., Features]], batch: Batch) -> AnyFeatures:
-    found = tuple(look(batch.images) for look in teachers)
-    return found[0] if len(found) == 1 else found
+def _compute_features(teachers: Sequence[Callable[..., Features]], batch: Batch) -> TeacherFeatures:
+    features = tuple(teacher(batch.images) for teacher in teachers)
+    return features[0] if len(features) == 1 else features
 
 
 class Distiller(nn.Module):
@@ -146,27 +151,27 @@ class Distiller(nn.Module):
         self.student, self.objective = student, objective
 
     def forward(
-        self, batch: Batch, teacher: AnyFeatures | None = None
+        self, batch: Batch, teacher: TeacherFeatures | None = None
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
-        """Weighted losses by name, and the student's logits.
+        """Return weighted losses by name, and the student's logits.
 
         Raises:
-            ValueError: Without a teacher, for an objective that reads one.
+            ValueError: No teacher is given, and the objective reads one.
         """
         student: Features = self.student(batch.images)
         if teacher is None:
             if self.objective.needs:
                 raise ValueError(
-                    f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: give its features."
+                    f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: pass its features."
                 )
-            teacher = student  # no term looks at it
+            teacher = student  # no term reads it
         return self.objective(student, teacher, batch), student.logits
 
 
 class MutualLearning(nn.Module):
-    """Two students that teach each other, in one module: to each one's objective the other is the teacher, detached.
+    """Two students that teach each other, in one module: the teacher of each objective is the other student, detached.
 
-    Under MAG each learns the other's codes as well, which the encoders of both give (MGD-DML).
+    Under MAG each also learns the other's codes, which the encoders of both compute (MGD-DML).
 
     Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors'
     code.
@@ -174,13 +179,13 @@ class MutualLearning(nn.Module):
     Differs: both are updated at once from one forward pass of each (the paper: one after the other, each time after new
     forward passes; the MGD authors: one after the other from one pass, which with one rule for both is the same).
     Divergences of codes are means over the batch, as in MAG; the MGD authors' also divide by the codes' width. Constant
-    codes of both encoders minimise their divergence, as nothing else holds them: the gain of the codes is to be
-    watched, not assumed.
+    codes of both encoders minimise their divergence, and no other term prevents them: measure the gain of the codes, do
+    not assume it.
 
     Args:
         student, peer: Features of both.
-        objective: The student's, or a MAG around it.
-        peer_objective: The peer's, of its own parameters.
+        objective: The student's objective, or a MAG around it.
+        peer_objective: The peer's, with parameters of its own.
     """
 
     def __init__(
@@ -195,26 +200,26 @@ class MutualLearning(nn.Module):
         batch: Batch,
         teacher: Features | None = None,  # noqa: ARG002 - there is none
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
-        """Weighted losses by name, the peer's as peer_NAME, and the student's logits."""
-        one = _with_codes(self.student(batch.images), self.objective)
-        two = _with_codes(self.peer(batch.images), self.peer_objective)
-        terms = self.objective(one, _detached(two), batch)
-        peers = self.peer_objective(two, _detached(one), batch)
-        return {**terms, **{f"peer_{name}": term for name, term in peers.items()}}, one.logits
+        """Return weighted losses by name, the peer's as peer_NAME, and the student's logits."""
+        student = _add_codes(self.student(batch.images), self.objective)
+        peer = _add_codes(self.peer(batch.images), self.peer_objective)
+        terms = self.objective(student, _detach(peer), batch)
+        peer_terms = self.peer_objective(peer, _detach(student), batch)
+        return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
 
 
-def _with_codes(shown: Features, objective: Objective | MAG) -> Features:
-    return (
-        shown._replace(codes=objective.student_heads.encode(shown.embedding)) if isinstance(objective, MAG) else shown
-    )
+def _add_codes(features: Features, objective: Objective | MAG) -> Features:
+    if not isinstance(objective, MAG):
+        return features
+    return features._replace(codes=objective.student_heads.encode(features.embedding))
 
 
-def _detached(shown: Features) -> Features:
+def _detach(features: Features) -> Features:
     return Features(
-        shown.logits.detach(),
-        shown.embedding.detach(),
-        tuple(m.detach() for m in shown.maps),
-        {name: code.detach() for name, code in shown.codes.items()},
+        features.logits.detach(),
+        features.embedding.detach(),
+        tuple(m.detach() for m in features.maps),
+        {name: code.detach() for name, code in features.codes.items()},
         {},
-        shown.cam.detach() if shown.cam is not None else None,
+        features.cam.detach() if features.cam is not None else None,
     )

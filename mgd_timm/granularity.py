@@ -1,9 +1,9 @@
-"""Multi-Granularity Distillation: the paper's heads and its two objectives, whole.
+"""Multi-Granularity Distillation: the paper's heads, how they are fitted, and its two objectives.
 
 Reference: Shao, Chen, "Multi-granularity for knowledge distillation" (arXiv 2108.06681). Two encoder-decoder heads
 analyse the frozen teacher's embedding at an abstract (narrow code) and a detailed (wide code) granularity. MAG: the
-student learns the codes. MAS: it learns as well from the mean of the teacher's logits and the heads' views, the stable
-excitation.
+student learns the codes. MAS: it also learns from the stable excitation, the mean of the teacher's logits and the
+heads' views.
 """
 
 import contextlib
@@ -26,23 +26,24 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _outside_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    # Shapes alone (meta) know no autocast, and torch refuses to switch it off there.
+    # The meta device has no autocast, and torch refuses to disable it there.
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class GranularityHeads(nn.Module):
     """An encoder (embedding to code) and a decoder (code to class logits) per granularity, in at least float32.
 
-    Differs: nothing in the layers: Linear-ReLU-Linear both ways, hidden width the embedding's, no norm. Computed
-    outside autocast, as T^2 magnifies bfloat16 rounding of the codes.
+    The layers are the paper's: Linear-ReLU-Linear in both, as wide inside as the embedding, without normalisation.
+
+    Differs: computed outside autocast, as T^2 magnifies the bfloat16 rounding of the codes.
 
     Args:
         embed_dim: Width of the network's embedding.
-        num_classes: float of classes of the views; None builds encoders only, which is all that a student needs.
-        granularities: Levels of detail, of distinct names.
+        num_classes: Number of classes of the views; None builds encoders only, which is all that a student needs.
+        granularities: Levels of detail, with distinct names.
 
     Raises:
-        ValueError: No granularity, or two of one name.
+        ValueError: No granularity, or two with the same name.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class GranularityHeads(nn.Module):
         super().__init__()
         names = [g.name for g in granularities]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"granularities {names}: expected one or more of distinct names.")
+            raise ValueError(f"granularities {names}: expected one or more, with distinct names.")
         self.granularities = tuple(granularities)
         self.encoders = nn.ModuleDict({g.name: _mlp(embed_dim, embed_dim, g.dim) for g in granularities})
         self.decoders = nn.ModuleDict()
@@ -59,38 +60,41 @@ class GranularityHeads(nn.Module):
             self.decoders.update({g.name: _mlp(g.dim, embed_dim, num_classes) for g in granularities})
 
     def encode(self, embedding: Float[Tensor, "b d"]) -> dict[str, Float[Tensor, "b g"]]:
-        """Codes by granularity, each [batch, dim]."""
+        """Return codes by granularity, each [batch, dim]."""
         with _outside_autocast(embedding):
             embedding = at_least_float32(embedding)
             return {name: encoder(embedding) for name, encoder in self.encoders.items()}
 
     def decode(self, codes: dict[str, Float[Tensor, "b g"]]) -> dict[str, Float[Tensor, "b k"]]:
-        """Views by granularity, each [batch, classes]; empty for heads of encoders only."""
+        """Return views by granularity, each [batch, classes]; none without decoders."""
         with _outside_autocast(next(iter(codes.values()))):
             return {name: decoder(at_least_float32(codes[name])) for name, decoder in self.decoders.items()}
 
 
 def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tensor, "b k"]]) -> Float[Tensor, "b k"]:
-    """Mean of the teacher's logits and the heads' views: raw scores, before any softmax. Without logits: of the views
-    alone."""
-    shown = [logits] if logits.shape[1] else []
-    return torch.stack([at_least_float32(scores) for scores in (*shown, *views.values())]).mean(0)
+    """Return the mean of the teacher's logits and the heads' views, before any softmax.
+
+    Args:
+        logits: [batch, classes], or [batch, 0] for a teacher without logits: the mean is then of the views alone.
+        views: By granularity, each [batch, classes].
+    """
+    scores = [logits, *views.values()] if logits.shape[1] else list(views.values())
+    return torch.stack([at_least_float32(one) for one in scores]).mean(0)
 
 
 class HeadFitting(nn.Module):
-    """Fits all heads in one run on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
+    """Fits all heads at once on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
 
-    A teacher that shows no logits (a self-supervised one, or one of other classes) gives views of the labels alone:
-    CE(view, y).
+    With a teacher without logits (a self-supervised one, or one of other classes) the loss is CE(view, y) alone.
 
     Differs: one pass and one optimiser for all heads (the authors' scripts: one pass each). The heads share no
-    parameter, so with one learning rate the gradients are the same.
+    parameters, so with one learning rate the gradients are the same.
 
     Args:
         heads: Heads with decoders.
 
     Raises:
-        ValueError: Heads without decoders.
+        ValueError: The heads have no decoders.
     """
 
     def __init__(self, heads: GranularityHeads) -> None:
@@ -100,7 +104,7 @@ class HeadFitting(nn.Module):
         self.heads = heads
 
     def forward(self, batch: Batch, teacher: Features) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
-        """A loss per granularity, and the stable logits. `batch.images` is not read."""
+        """Return a loss per granularity, and the stable excitation. `batch.images` is not read."""
         views = self.heads.decode(self.heads.encode(teacher.embedding))
         dtype = next(iter(views.values())).dtype
         labels = batch.labels.to(dtype) if batch.labels.is_floating_point() else batch.labels
@@ -120,16 +124,16 @@ class HeadFitting(nn.Module):
 class MAG(nn.Module):
     """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).
 
-    Shaped like an Objective, so it wraps any of them. The student gets encoders only, of its own width: a decoder would
-    never see a gradient. They are dropped when the student is exported.
+    It is called like an Objective, and wraps any of them. The student gets encoders of its own width, which are not
+    exported, and no decoders: these would never get a gradient.
 
     Args:
-        pair: Shapes of both networks; any two embedding widths.
-        objective: The host method's terms; None for the codes alone.
-        granularities: As the teacher's heads have them. One of weight 0 is left out.
+        pair: Shapes of both networks, with any two embedding widths.
+        objective: The other terms of the loss; None for the codes alone.
+        granularities: Those of the teacher's heads. Those of weight 0 are left out.
 
     Raises:
-        ValueError: No granularity with a weight, or one with the name of a term.
+        ValueError: No granularity has a weight, or one has the name of a term.
     """
 
     def __init__(
@@ -145,47 +149,46 @@ class MAG(nn.Module):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The parts of the teacher's features that are read."""
+        """Parts of the teacher's features that are read."""
         return (self.objective.needs if self.objective is not None else frozenset()) | {"embedding"}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        """The objective's weighted terms, and one per granularity; the student's codes are computed where it shows
-        none.
+        """Return the objective's weighted terms, and one per granularity.
 
         Raises:
-            ValueError: The teacher shows no codes of a granularity, or codes of another width.
+            ValueError: The teacher has no codes of a granularity, or codes of another width.
         """
         terms = self.objective(student, teacher, batch) if self.objective is not None else {}
         return {**terms, **self.code_terms(student, teacher)}
 
     def code_terms(self, student: Features, teacher: Features) -> dict[str, Float[Tensor, ""]]:
-        """One weighted term per granularity.
+        """Return one weighted term per granularity; the student's codes are computed where its features have none.
 
         Raises:
-            ValueError: As of `forward`.
+            ValueError: As for `forward`.
         """
         terms = {}
         codes = student.codes or self.student_heads.encode(student.embedding)
         for g in self.granularities:
             if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
-                shown = {name: code.shape[1] for name, code in teacher.codes.items()}
+                widths = {name: code.shape[1] for name, code in teacher.codes.items()}
+                found = f"codes of {widths}" if widths else "no codes"
                 raise ValueError(
-                    f"granularity {g.name!r} of {g.dim} dims: the teacher shows codes of {shown or 'no heads'}. Give "
-                    "Teacher(tap, heads) the heads of the same granularities."
+                    f"granularity {g.name!r} of {g.dim} dims: the teacher has {found}. Give "
+                    "Teacher(tap, heads) heads of the same granularities."
                 )
             terms[g.name] = g.weight * kl_divergence(codes[g.name], teacher.codes[g.name], g.temperature)
         return terms
 
 
 class MAS(MAG):
-    """Stable excitation distillation: MAG after teacher.logits := mean of the teacher's logits and the heads' views.
+    """Stable excitation distillation: MAG with the stable excitation as the teacher's logits.
 
     Args:
-        pair, objective, granularities: As for MAG; the objective needs a term with a weight that reads the teacher's
-            logits.
+        pair, objective, granularities: As for MAG; the objective needs a weighted term that reads the teacher's logits.
 
     Raises:
-        ValueError: No term of the objective reads the teacher's logits, so that MAS would be MAG.
+        ValueError: No weighted term of the objective reads the teacher's logits: MAS would be MAG.
     """
 
     def __init__(
@@ -200,18 +203,18 @@ class MAS(MAG):
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        """As MAG, from the stable excitation.
+        """Return the terms of MAG, computed with the stable excitation.
 
         Raises:
-            ValueError: The teacher shows no views.
+            ValueError: The teacher has no views.
         """
         return super().forward(student, self.stable(teacher), batch)
 
     def stable(self, teacher: Features) -> Features:
-        """The teacher with the stable excitation as its logits.
+        """Return the teacher's features with the stable excitation as logits.
 
         Raises:
-            ValueError: The teacher shows no views.
+            ValueError: The teacher has no views.
         """
         if not teacher.views:
             raise ValueError("MAS needs the teacher's views: give Teacher(tap, heads) heads with decoders.")

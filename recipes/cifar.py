@@ -23,7 +23,7 @@ from mgd_timm.cli.parser import given_options, run_parser
 from mgd_timm.criteria.terms import build_criterion
 from mgd_timm.data.dataset import Images
 from mgd_timm.distributed.collectives import join
-from mgd_timm.models.build import build_named
+from mgd_timm.models.build import build_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe import presets
@@ -107,7 +107,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
 
 def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
     """What criteria refuse about the pair is said before the teacher is trained."""
-    teacher, student = (build_named(name, images.input_size, images.num_classes) for name in (network, recipe.student))
+    teacher, student = (build_model(name, images.input_size, images.num_classes) for name in (network, recipe.student))
     connection = Connection(teacher, student, images.input_size, recipe.maps, images.num_samples)
     terms = terms_of(recipe)
     for term in terms.active.values():

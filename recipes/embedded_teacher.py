@@ -8,8 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-from mgd_timm import evaluate, export_model
-from mgd_timm.models.build import load_model
+from mgd_timm.api import evaluate
+from mgd_timm.export.timm_folder import export_model
+from mgd_timm.models.load import load_model
 from mgd_timm.recipe.data import EMBEDDED
 
 

@@ -30,7 +30,8 @@ from mgd_timm.cli.main import guarded
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.distributed.collectives import join, local_main_first
-from mgd_timm.models.build import channel_values, load_model
+from mgd_timm.models.load import load_model
+from mgd_timm.models.pretrained_cfg import read_channel_values
 from mgd_timm.recipe.recipe import make_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def options_for(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     inputs = get_model_input_config(model)
     channels, height = inputs["input_size"][:2]
     preset = PRESETS[args.preset]
-    mean, std = channel_values(config, "mean"), channel_values(config, "std")
+    mean, std = read_channel_values(config, "mean"), read_channel_values(config, "std")
     known = mean is not None and std is not None and len(mean) == len(std) == channels
     named = ("dataset", "data_dir", "input_key", "target_key", "train_split", "eval_split", "val_split", "workers")
     given = {name: value for name in named if (value := getattr(args, name)) is not None}

@@ -20,10 +20,11 @@ import mgd_timm
 from mgd_timm.api import evaluate_named
 from mgd_timm.data.dataset import load_images
 from mgd_timm.features import Defaults
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.connect import defaults_of
 from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.recipe import Data, Recipe
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.recipe import Recipe
 
 SHORT = {"epochs": 1, "heads_epochs": 1, "heads_augmentations": 1}
 

@@ -10,10 +10,16 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.mobilenetv5 import MobileNetV5Encoder
 from torch import Tensor, nn
 
-from mgd_timm.features import FeatureTap, Shapes, choose_maps
-from mgd_timm.models.build import check_classifier
-from mgd_timm.models.fold_batchnorm import folded
-from mgd_timm.models.input_adapter import InputAdapter
+from mgd_timm.features import FeatureTap, Shapes, choose_maps, match_number_of_maps
+from mgd_timm.features.probe import (
+    apply_classifier,
+    apply_conv_classifier,
+    average_classifiers,
+    call_head_again,
+    give_no_logits,
+)
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 
 
 def build(name: str, size: int | None = None, **kwargs) -> nn.Module:
@@ -170,6 +176,23 @@ def test_other_classifiers(name):
         torch.testing.assert_close(tap(images(64)).logits, model(images(64)))
 
 
+@pytest.mark.parametrize(
+    ("name", "num_classes", "expected"),
+    [
+        ("vit_tiny_patch16_224", 7, apply_classifier),
+        ("resnetv2_18", 7, apply_conv_classifier),
+        ("levit_128s", 7, average_classifiers),
+        ("crossvit_tiny_240", 7, call_head_again),
+        ("vit_tiny_patch16_224", 0, give_no_logits),
+    ],
+)
+def test_the_probe_finds_how_the_embedding_becomes_logits(name, num_classes, expected):
+    """The examples of the probe's documentation."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=num_classes)
+    assert FeatureTap(model)._classify is expected
+
+
 def test_the_classifier_maps_the_embedding_to_logits():
     tap = FeatureTap(build("test_vit", 32)).eval()
     features = tap(images(32))
@@ -229,7 +252,7 @@ def test_a_teacher_without_a_classifier_is_folded():
     model = build("test_resnet", 32)
     model.reset_classifier(0)
     tap = FeatureTap(model, (-1,), input_size=(3, 32, 32)).eval()
-    fold = folded(tap)
+    fold = fold_batchnorm(tap)
     assert fold is not None
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fold.modules())
     with torch.no_grad():
@@ -326,41 +349,15 @@ def test_choose_maps(sides, word, expected):
     assert choose_maps([(16, side, side) for side in sides], word) == expected
 
 
+@pytest.mark.parametrize(("maps", "expected"), [("stages", (3, 4)), ("all", (0, 1, 2, 3, 4)), (None, ())])
+def test_only_under_stages_two_taps_show_as_many_maps_as_the_one_with_fewer(maps, expected):
+    tap = FeatureTap(build("test_resnet", 32), maps)
+    other = FeatureTap(build("test_resnet", 32), (0, 2))
+    match_number_of_maps(maps, tap, other)
+    assert (tap.indices, other.indices) == (expected, (0, 2))
+
+
 @pytest.mark.parametrize("word", ["", "0", "4", "-1", "every", "1.5", "²"])
 def test_choose_maps_refuses(word):
     with pytest.raises(ValueError, match="'stages', 'last', 'mid', 'all' or a number from 1 to 3"):
         choose_maps([(16, 8, 8)] * 3, word)
-
-
-def triangle(inputs: int, outputs: int) -> Tensor:
-    """Weights [outputs, inputs] of an antialiased bilinear resize, by its definition."""
-    scale = inputs / outputs
-    support = max(scale, 1.0)
-    rows = []
-    for i in range(outputs):
-        row = [max(0.0, 1 - abs(j + 0.5 - (i + 0.5) * scale) / support) for j in range(inputs)]
-        rows.append([weight / sum(row) for weight in row])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("size", [None, (8, 8), (4, 6), (16, 12)])
-def test_teacher_view(size):
-    mean, std, its_mean, its_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    column = [torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std, its_mean, its_std)]
-    expected = (pixels - column[2]) / column[3]
-    if size:
-        expected = torch.einsum("ih,bchw,jw->bcij", triangle(8, size[0]), expected, triangle(8, size[1]))
-    view = InputAdapter(mean, std, its_mean, its_std, size)
-    torch.testing.assert_close(view(((pixels - column[0]) / column[1]).float()).double(), expected, rtol=0, atol=3e-6)
-    assert not view.state_dict()
-
-
-def test_teacher_view_of_the_same_kind_changes_nothing():
-    x = images(8)
-    assert InputAdapter((0.5,) * 3, (0.2,) * 3, (0.5,) * 3, (0.2,) * 3)(x) is x
-
-
-def test_teacher_view_refuses_another_number_of_channels():
-    with pytest.raises(ValueError, match="one value per channel"):
-        InputAdapter((0.5,), (0.2,), (0.5,) * 3, (0.2,) * 3)

@@ -206,7 +206,7 @@ def kd_host(pair: Pair) -> Objective:
         (lambda: Granularity("a", 4, -1.0), "temperature=-1.0"),
         (lambda: Granularity("a", 4, 2.0, -1.0), "weight=-1.0"),
         (lambda: Granularity("a", 4, 2.0, float("nan")), "weight=nan"),
-        (lambda: GranularityHeads(8, 10, ()), "one or more of distinct names"),
+        (lambda: GranularityHeads(8, 10, ()), "one or more, with distinct names"),
         (lambda: GranularityHeads(8, 10, (SMALL[0], SMALL[0])), "distinct names"),
         (lambda: HeadFitting(GranularityHeads(8, None)), "heads with decoders"),
         (lambda: MAG(plain_pair(), kd_host(plain_pair()), (Granularity("kd", 4, 2.0),)), "'kd' has the name of a term"),
@@ -228,10 +228,10 @@ def test_a_teacher_without_the_right_heads_is_refused(student, teacher):
     bare, full = Teacher(teacher.tap)(images()), teacher(images())
     encoders = Teacher(teacher.tap, GranularityHeads(64, None, SMALL))(images())
     mag, mas = (cls(pair, build_objective(pair, "ce", "kd"), SMALL) for cls in (MAG, MAS))
-    with pytest.raises(ValueError, match="'abstract' of 4 dims: the teacher shows codes of no heads"):
+    with pytest.raises(ValueError, match="'abstract' of 4 dims: the teacher has no codes"):
         mag(ours, bare, batch())
     with pytest.raises(
-        ValueError, match=r"'abstract' of 64 dims: the teacher shows codes of \{'abstract': 4, 'detailed': 24\}"
+        ValueError, match=r"'abstract' of 64 dims: the teacher has codes of \{'abstract': 4, 'detailed': 24\}"
     ):
         MAG(pair, build_objective(pair, "ce"))(ours, full, batch())
     assert mag(ours, encoders, batch())["abstract"] > 0  # MAG reads no views

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str]) -> None:
     """Carry out the command."""
     values = _parser().parse_args(list(arguments))
     from mgd_timm.export.timm_folder import export_model  # once the flags are known to be right, as it loads torch
-    from mgd_timm.models.build import load_model
+    from mgd_timm.models.load import load_model
 
     model = load_model(values.run)
     given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}

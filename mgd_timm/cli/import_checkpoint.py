@@ -63,19 +63,19 @@ def import_checkpoint(
         architecture: Its name in timm.
         folder: Folder to write; must not exist unless `overwrite`.
         overwrite: Replace the folder.
-        **options: As `load_public` takes them.
+        **options: As `load_public_checkpoint` takes them.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: As `load_public`.
+        ValueError: As `load_public_checkpoint`.
         FileExistsError: The folder exists.
     """
     from mgd_timm.export.timm_folder import export_model  # not before the flags are known to be right: it loads torch
-    from mgd_timm.models.import_checkpoint import load_public
+    from mgd_timm.models.import_checkpoint import load_public_checkpoint
     from mgd_timm.storage.digests import sha256
 
-    model = load_public(path, architecture, **options)
+    model = load_public_checkpoint(path, architecture, **options)
     origin = {"imported": {"file": Path(path).name, "sha256": sha256(Path(path))}, "architecture": architecture}
     return export_model(model, Path(folder), provenance=origin, overwrite=overwrite)

@@ -15,9 +15,11 @@ from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.criteria.terms import hyper_parameters
-from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.models.build import build_named, build_tap, check_classifier, check_model_name, load_model
+from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.load import check_model_name, load_model
 from mgd_timm.recipe.options import flag
 
 
@@ -93,7 +95,7 @@ class Connection:
         kind = CRITERIA[name]
         reads = (kind.needs | kind.student_needs, kind.needs)
         taps = [self._tap(*end, read, preact=kind.preact) for end, read in zip(self.ends, reads, strict=True)]
-        show_as_many(self.maps, *taps)
+        match_number_of_maps(self.maps, *taps)
         student, teacher = (tap.shapes(size[1:]) for tap, (_, size) in zip(taps, self.ends, strict=True))
         labels = torch.arange(self.num_samples) % student.num_classes
         return Pair(student, teacher, self.num_samples, labels, taps[1].classifier)
@@ -150,7 +152,7 @@ def connect(
     size = (channels, img_size or own[1], img_size or own[2])
     teacher_size = (channels, *theirs[1:]) if fixed else size
     built = [
-        trained[name] if name in trained else build_named(name, input_size, classes)
+        trained[name] if name in trained else build_model(name, input_size, classes)
         for name, input_size in ((teacher, teacher_size), (student, size))
     ]
     return Connection(built[0], built[1], size, maps, num_samples)

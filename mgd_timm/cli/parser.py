@@ -15,8 +15,11 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, get_loader
 
 from mgd_timm.cli.help import Text, format_help, text_of
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.heads import Heads
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import fits, flag
-from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Data, Heads, Optim, Recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Recipe
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}

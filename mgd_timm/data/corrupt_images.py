@@ -12,10 +12,10 @@ from mgd_timm.data.decode import DataError
 from mgd_timm.data.loader import read_ahead
 from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.rows import Rows
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.checkpoint import State
-from mgd_timm.storage.lock import kept
+from mgd_timm.storage.lock import load_or_create
 
 SKIP_HINT = "Or skip up to N corrupt images with --max-bad N."
 
@@ -71,7 +71,7 @@ def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRow
         log(f"checked {len(rows):,} images of split {rows.split!r}: {len(found)} cannot be decoded")
         return State({}, {"corrupt": {str(row): reason for row, reason in found.items()}})
 
-    known = kept(folder, f"list of the corrupt images of split {rows.split!r}", create, log)
+    known = load_or_create(folder, f"list of the corrupt images of split {rows.split!r}", create, log)
     return CheckedRows(rows, digest, {int(row): reason for row, reason in known.values["corrupt"].items()})
 
 

@@ -23,8 +23,7 @@ from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.data.transforms import SMALL, check_small_options, timm_transform
 from mgd_timm.features import Defaults
-from mgd_timm.recipe.data import EMBEDDED
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import EMBEDDED, Data
 
 Log = Callable[[str], None]
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mgd_timm.data.corrupt_images import CheckedRows
 from mgd_timm.data.decode import DataError, to_pil
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
+from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.cache import cache_folder
-from mgd_timm.storage.checkpoint import write_whole
 from mgd_timm.storage.lock import Lock
-from mgd_timm.storage.safetensors_header import checked_header
+from mgd_timm.storage.safetensors_header import read_header
 
 FILE = "images.safetensors"
 CHECKED_AT_ONCE = 1 << 30  # bytes
@@ -54,7 +54,7 @@ class CachedImages:
         size = int(np.prod(shape, dtype=np.int64))
         expected = {"sums": ("I64", [shape[0]], 8 * shape[0]), "images": ("U8", list(shape), size)}
         try:
-            found, _ = checked_header(path)
+            found, _ = read_header(path)
             if found != expected:
                 raise ValueError("its header is of other images")
             tensors = load_file(path)
@@ -174,7 +174,7 @@ def load_or_create(
         images = decode_all()
         rows = images.numpy()
         sums = np.fromiter((_checksum(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)
-        write_whole(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
+        write_atomically(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
         log(f"cached {len(images)} images of split {split!r}, {images.numel() / 1e6:.0f} MB")
         try:
             return CachedImages(path, shape)

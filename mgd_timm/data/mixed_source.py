@@ -15,7 +15,7 @@ from mgd_timm.data.sampler import repeated_order
 from mgd_timm.data.sources import Source, epoch_ids
 from mgd_timm.data.transforms import mix_batch, to_distributions
 from mgd_timm.features import Batch
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 MIXING_OPTIONS = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch", "aug_repeats"}
 """Options of Data that only the student's batches depend on."""

@@ -15,7 +15,7 @@ from mgd_timm.data.rng import mix, seeded
 from mgd_timm.data.sampler import epoch_order
 from mgd_timm.data.transforms import augment_small, normalise
 from mgd_timm.features import Batch
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 
 @runtime_checkable  # for the checks of shapes under pytest

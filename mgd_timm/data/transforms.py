@@ -20,7 +20,7 @@ from torch import Tensor
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.rng import mix, normal, seeded, uniform
 from mgd_timm.features import Defaults
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 SMALL = 96
 """Pixels a side: up to here a decoded image is cached, as it costs less to store than to decode again."""

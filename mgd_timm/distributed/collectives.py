@@ -132,7 +132,7 @@ def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them
     together."""
     try:
-        on_main(accelerator, lock.attempt)
+        on_main(accelerator, lock.try_acquire)
         yield
     finally:
         lock.release()

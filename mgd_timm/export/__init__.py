@@ -1,1 +1,1 @@
-"""What leaves a run: a folder that timm.create_model loads."""
+"""Exports of a run: a folder that timm.create_model loads."""

@@ -1,4 +1,4 @@
-"""A trained student as timm reads it: model.safetensors, config.json, and recipe.json with where it comes from."""
+"""Export a trained student as a folder that timm loads: model.safetensors, config.json and recipe.json (its origin)."""
 
 import json
 import shutil
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mgd_timm.storage.checkpoint import write_whole
+from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.digests import sha256
 from mgd_timm.storage.versions import versions
 
@@ -22,22 +23,23 @@ def export_model(
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for
     bit.
 
-    The folder appears whole or not at all. `cifar_*` networks load after `import mgd_timm.models`.
+    The folder is written atomically. `cifar_*` networks load after `import mgd_timm.models`.
 
     Args:
-        model: A timm model, alone: no heads, encoders or adapters. What `mgd_timm.distill` returns knows its mean, std,
-            labels, licence and tag.
-        folder: Where; must not exist unless `overwrite`.
-        provenance: What to put into recipe.json beside versions and the digest of the weights.
+        model: A timm model without heads, encoders or adapters. Its pretrained_cfg is written: mean, std, labels,
+            licence and tag, which the students of `mgd_timm.distill` have from models.pretrained_cfg.describe_weights.
+        folder: Must not exist unless `overwrite`.
+        provenance: Written to recipe.json beside versions and the digest of the weights.
         overwrite: Replace an earlier export.
 
-    Raises:
-        ValueError: Not a timm model.
-        FileExistsError: The folder exists.
-        OSError: A full disk or another fault; nothing half-written is left.
-    """
-    from safetensors.torch import save_file
+    Returns:
+        The folder.
 
+    Raises:
+        ValueError: The model was not built by timm.
+        FileExistsError: The folder exists.
+        OSError: The folder could not be written; nothing partial is left.
+    """
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     if not config.get("architecture"):
         raise ValueError(
@@ -47,39 +49,41 @@ def export_model(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
 
-    def fill(draft: Path) -> None:
-        draft.mkdir()
-        # Contiguous: safetensors refuses channels-last weights.
-        plain = {
-            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, t in model.state_dict().items()
-        }
-        save_file(plain, draft / "model.safetensors", metadata={"format": "pt"})
-        names = config.get("label_names")
-        inputs = get_model_input_config(
-            model
-        )  # what the module was built for; pretrained_cfg may say what its weights were
-        size = inputs["input_size"]
-        if config.get("input_size") and not inputs["fixed_input_size"]:
-            size = (size[0], *config["input_size"][1:])
-        data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
-        save_config_for_hf(
-            model,
-            str(draft / "config.json"),
-            model_config={"label_names": names},
-            data_config={**data, "input_size": size},
-        )
-        origin = {"versions": versions(), "model_sha256": sha256(draft / "model.safetensors"), **(provenance or {})}
-        (draft / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
+    def write(draft: Path) -> None:
+        _write_files(draft, model, config, provenance or {})
 
     old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
-    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
     if target.exists():
-        write_whole(new, fill)
+        write_atomically(new, write)
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         new.rename(target)
     else:
-        write_whole(target, fill)
+        write_atomically(target, write)
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _write_files(folder: Path, model: nn.Module, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    # Contiguous: safetensors refuses channels-last weights.
+    weights = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # The size that the module was built for: pretrained_cfg may hold that of its original weights.
+    inputs = get_model_input_config(model)
+    size = inputs["input_size"]
+    if config.get("input_size") and not inputs["fixed_input_size"]:
+        size = (size[0], *config["input_size"][1:])
+    data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
+    save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        model_config={"label_names": config.get("label_names")},
+        data_config={**data, "input_size": size},
+    )
+    origin = {"versions": versions(), "model_sha256": sha256(folder / "model.safetensors"), **provenance}
+    (folder / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")

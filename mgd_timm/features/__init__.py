@@ -2,7 +2,7 @@
 
 from mgd_timm.features.contract import Batch, Defaults, Features, Pair, Shapes
 from mgd_timm.features.maps import choose_maps, resolve_indices
-from mgd_timm.features.tap import FeatureTap, show_as_many
+from mgd_timm.features.tap import FeatureTap, match_number_of_maps
 
 __all__ = [
     "Batch",
@@ -12,6 +12,6 @@ __all__ = [
     "Pair",
     "Shapes",
     "choose_maps",
+    "match_number_of_maps",
     "resolve_indices",
-    "show_as_many",
 ]

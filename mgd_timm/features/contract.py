@@ -1,4 +1,4 @@
-"""What every network shows: Batch, Features, Shapes and Pair."""
+"""Batch, Features, Shapes and Pair: what passes between data, networks and criteria."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +16,16 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network shows of a batch. `codes` and `views` are the granularity heads' and empty without them.
+    """What a network computes of a batch.
 
-    `logits` of a network without a classifier have no columns. `cam`: class activation maps, the classifier at every
-    position of the last map; their mean is the logits. None unless tapped.
+    Args:
+        logits: Without columns where the network has no classifier.
+        embedding: timm's pre-logits.
+        maps: The chosen maps, shallow to deep.
+        codes: Of the granularity heads, by granularity; empty without heads.
+        views: Logits of the granularity heads, by granularity; empty without heads.
+        cam: Class activation maps: the classifier at every position of the last map. Their mean over positions is the
+            logits. None unless asked for.
     """
 
     logits: Float[Tensor, "b k"]
@@ -31,10 +37,13 @@ class Features(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Sizes of a network's features: (channels, height, width) of each tapped map, (height, width) of class activation
-    maps.
+    """Sizes of a network's features.
 
-    `num_classes` is 0 without a classifier.
+    Args:
+        num_classes: Width of the logits; 0 without a classifier.
+        embed_dim: Width of the embedding.
+        maps: (channels, height, width) of each chosen map.
+        cam: (height, width) of class activation maps.
     """
 
     num_classes: int
@@ -44,8 +53,14 @@ class Shapes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """All that a criterion may know when it is built; `labels` are class ids by sample id, -1 for samples held out of
-    training."""
+    """All that a criterion may know when it is built.
+
+    Args:
+        student, teacher: Sizes of their features.
+        num_samples: Of the training split.
+        labels: Class ids by sample id, -1 for samples held out of training.
+        teacher_classifier: The module that maps the teacher's embedding to its logits, where there is one.
+    """
 
     student: Shapes
     teacher: Shapes
@@ -56,7 +71,13 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a recipe leaves open and the models know: mean and std of weights, and a model's nominal input."""
+    """How a model expects its images, for what the recipe leaves open.
+
+    Args:
+        mean, std: Per channel, of pixels in [0, 1].
+        img_size: Side in pixels.
+        interpolation, crop_pct: Of evaluation, as in timm.
+    """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

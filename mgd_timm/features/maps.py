@@ -1,20 +1,19 @@
-"""Which of a network's maps are looked at."""
+"""Choose which of a network's maps to use."""
 
 from collections.abc import Sequence
 
 
 def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
-    """Indices of the maps that a recipe's word stands for.
+    """Return the indices of the maps that a word stands for.
 
     Args:
         sizes: (channels, height, width) of every map of the model, shallow to deep.
-        maps: "last"; "all"; "mid": all but the first, which is the stem's in CIFAR's networks, as RepDistiller pairs
-            them; "stages": the deepest map of each of the last (up to) four resolutions, or four evenly spaced maps
-            where the resolution never changes (ViT, mixers); or a number N of evenly spaced maps, the last one
-            included.
+        maps: "last"; "all"; "mid": all but the first, which is the stem's in cifar_* networks (RepDistiller's choice);
+            "stages": the deepest map of each of the last four resolutions (or fewer), or four evenly spaced maps where
+            the resolution never changes (ViT, mixers); or a number N of evenly spaced maps that end in the last one.
 
     Raises:
-        ValueError: Another word, or more maps than the model has.
+        ValueError: An unknown word, or more maps than the model has.
     """
     count = len(sizes)
     if maps == "last":
@@ -28,17 +27,17 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
         maps = str(min(4, count))
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
         raise ValueError(
-            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, which is all the "
-            "model has."
+            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, the number of maps "
+            "that the model has."
         )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
 
 def resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """Indices from 0 of the `count` maps of the network `name`.
+    """Return indices as numbers from 0 to `count` - 1; negative ones count from the end.
 
     Raises:
-        ValueError: Indices out of range, doubled, or not in ascending order.
+        ValueError: Indices out of range, repeated, or not in ascending order. The message names the network `name`.
     """
     resolved = tuple(i + count if i < 0 else i for i in indices)
     if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):

@@ -1,249 +1,19 @@
-"""Networks from a recipe, with every check that bad input deserves before the first update."""
+"""Build models: a student, an architecture for an image size and classes, a tap, and their memory format."""
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
-from timm.models import get_arch_pretrained_cfgs, get_model_input_config, get_pretrained_cfg, resolve_model_input_args
-from torch import Tensor, nn
+from timm.models import resolve_model_input_args
+from torch import nn
 
-import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
-from mgd_timm.features import Defaults, FeatureTap
-from mgd_timm.recipe.data import EMBEDDED
-from mgd_timm.recipe.options import unknown
+from mgd_timm.features import FeatureTap
+from mgd_timm.models.checks import check_classifier
+from mgd_timm.models.load import check_model_name, load_weights
 
 
-def check_model_name(name: str) -> None:
-    """Raise ValueError with the nearest names unless timm knows the architecture, and the tag where there is one."""
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        place = name.removeprefix("local-dir:").removeprefix("hf-hub:")
-        if name == "embedded" or place != name or Path(place).exists():
-            raise ValueError(
-                f"unknown model {name!r}: an architecture of timm is expected (mgd-timm list models); a student "
-                "starts from weights of its own by --student-checkpoint FILE.safetensors."
-            )
-        if "/" in name:
-            raise ValueError(f"unknown model {name!r}: there is no such folder, and timm has no such name.")
-        raise unknown("model", name, timm.list_models())
-    if tag and name not in get_arch_pretrained_cfgs(architecture):
-        known = [found for found in timm.list_pretrained(f"{architecture}*") if found.split(".")[0] == architecture]
-        if known:
-            raise unknown("pretrained weights", name, known)
-        raise ValueError(
-            f"unknown pretrained weights {name!r}: none are published; the architecture alone is {architecture!r}."
-        )
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors and the file system raise several kinds
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}).") from error
-
-
-def load_weights(model: nn.Module, name: str, path: str) -> None:
-    """Load a safetensors file strictly.
-
-    Raises:
-        ValueError: The file is not readable, or its keys or shapes differ; the first ones are named.
-    """
-    load_state(model, name, path, read_safetensors(path))
-
-
-def load_state(model: nn.Module, name: str, origin: str | Path, state: dict[str, Tensor]) -> None:
-    """Load weights strictly; only BatchNorm's counters of batches may be missing, which old files lack and nothing here
-    reads.
-
-    Raises:
-        ValueError: Other names, shapes or kinds of numbers than the model's; the first ones are given.
-    """
-    expected = model.state_dict()
-    state = {**{key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}, **state}
-    lacking, foreign = (
-        [key for key in one if key not in other] for one, other in ((expected, state), (state, expected))
-    )
-    both = [key for key in expected if key in state]
-    unlike = [key for key in both if expected[key].shape != state[key].shape]
-    kinds = [key for key in both if expected[key].is_floating_point() != state[key].is_floating_point()]
-    if lacking or foreign or unlike or kinds:
-        shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in unlike[:3]]
-        types = [f"{key} {state[key].dtype} instead of {expected[key].dtype}" for key in kinds[:3]]
-        parts = {"missing": lacking[:3], "foreign": foreign[:3], "of another shape": shapes, "of another type": types}
-        said = ", ".join(f"{word} {values}" for word, values in parts.items() if values)
-        raise ValueError(
-            f"{origin} does not fit {name}: {said}. Every weight must be there, the classifier's too: name the "
-            "architecture that the file was written from."
-        )
-    model.load_state_dict(state)
-
-
-def load_model(
-    spec: str, checkpoint: str | None = None, *, in_chans: int = 3, classifier_required: bool = True
-) -> nn.Module:
-    """A model with its weights and the classifier that it was trained with: timm is never asked for another one.
-
-    Args:
-        spec: A run folder, an exported folder (`local-dir:PATH`), "embedded", `hf-hub:ID`, a timm name with published
-            weights, or an architecture of timm beside `checkpoint`.
-        checkpoint: A safetensors file of the architecture's weights.
-        in_chans: Channels that the weights of `checkpoint` take.
-        classifier_required: Refuse a `checkpoint` that lacks the classifier; otherwise the model has none either.
-
-    Raises:
-        ValueError: Unknown name, no weights, weights given twice, or a checkpoint that does not fit.
-    """
-    folder = _weights_folder(spec)
-    if folder is not None or spec.startswith("hf-hub:"):
-        check_no_checkpoint(checkpoint, spec)
-    if folder is not None:
-        return _load_folder(folder)
-    if spec.startswith("hf-hub:"):
-        return _create_pretrained(spec)
-    check_model_name(spec)
-    if checkpoint is None:
-        if not timm.is_model_pretrained(spec):
-            raise ValueError(
-                f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
-                "local-dir:PATH or a run folder; mgd-timm train makes one."
-            )
-        return _create_pretrained(spec)
-    return _load_checkpoint(spec, checkpoint, in_chans, classifier_required)
-
-
-def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_required: bool) -> nn.Module:
-    """An architecture with as many classes as the classifier in a safetensors file has."""
-    config = get_pretrained_cfg(name)
-    key = config.classifier if config is not None else None
-    key = key[0] if isinstance(key, tuple | list) else key
-    weight = read_safetensors(checkpoint).get(f"{key}.weight")
-    if weight is None and classifier_required:
-        raise ValueError(
-            f"{checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
-            "noise. Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have "
-            "one, or let it teach without logits (--teacher-classes none)."
-        )
-    model = timm.create_model(name, num_classes=0 if weight is None else weight.shape[0], in_chans=in_chans)
-    load_weights(model, name, checkpoint)
-    return model
-
-
-def check_no_checkpoint(checkpoint: str | None, spec: str) -> None:
-    """Raise ValueError for a checkpoint beside a teacher that has its own weights, of which one would be ignored."""
-    if checkpoint is not None:
-        raise ValueError(
-            f"teacher_checkpoint={checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or name "
-            "its architecture beside the file."
-        )
-
-
-def _weights_folder(spec: str) -> Path | None:
-    if spec == "embedded":
-        return EMBEDDED / "teacher"
-    path = Path(spec.removeprefix("local-dir:"))
-    for folder in (path / "export", path):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path} is a run that has not finished: it holds no export yet. Continue it with --resume.")
-    if spec.startswith("local-dir:") or path.is_dir():
-        raise ValueError(f"{path}: no export in it (config.json and model.safetensors); mgd-timm export writes one.")
-    return None
-
-
-def _load_folder(folder: Path) -> nn.Module:
-    """A model from a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(
-            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from "
-            "another file."
-        )
-    _check_config(folder / "config.json")
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except Exception as error:  # an architecture may raise anything at arguments from outside
-        raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
-    load_weights(model, str(getattr(model, "pretrained_cfg", {}).get("architecture")), str(weights))
-    return model
-
-
-# Arguments of timm's factory, not of an architecture: they name files, or wrap the model.
-_FACTORY = {
-    "features_only",
-    "feature_cfg",
-    "checkpoint_path",
-    "cache_dir",
-    "kwargs_filter",
-    "scriptable",
-    "exportable",
-    "no_jit",
-}
-
-
-def _check_config(path: Path) -> None:
-    """Refuse a config.json that is not one, or whose model_args reach past the architecture: it may come from
-    anywhere."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}): write it anew with mgd-timm export.") from error
-    kinds = {"architecture": str, "pretrained_cfg": dict, "model_args": dict}
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(
-            f"{path}: expected an object with the name of an 'architecture': write it anew with mgd-timm export."
-        )
-    for key, kind in kinds.items():
-        if key in config and not isinstance(config[key], kind):
-            expected = "a name" if kind is str else "an object"
-            raise ValueError(
-                f"{path}: {key!r} is {config[key]!r}, expected {expected}: write it anew with mgd-timm export."
-            )
-    for key in config.get("model_args", {}):
-        if key in _FACTORY or key.startswith("pretrained"):
-            raise ValueError(f"{path}: model_args has {key!r}, which is no argument of an architecture: remove it.")
-
-
-def _create_pretrained(name: str) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client raises a dozen kinds
-        raise ValueError(
-            f"the weights of {name!r} cannot be had ({type(error).__name__}: {error}). Offline, give local-dir:PATH "
-            "or a file."
-        ) from error
-
-
-def shown_by(config: Mapping[str, Any]) -> Defaults:
-    """How a pretrained_cfg says that images are shown to the model."""
-    return Defaults(
-        mean=channel_values(config, "mean"),
-        std=channel_values(config, "std"),
-        img_size=int((config.get("input_size") or (3, 224, 224))[-1]),
-        interpolation=str(config.get("interpolation") or "bicubic"),
-        crop_pct=float(config.get("crop_pct") or 0.875),
-    )
-
-
-def channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    """Mean or std of a pretrained_cfg, which may come from outside; None where it is no list of numbers."""
-    values = config.get(name)
-    if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
-        return None
-    return tuple(float(v) for v in values)
-
-
-def build_named(name: str, input_size: tuple[int, int, int], num_classes: int, **options: Any) -> nn.Module:
-    """A timm model for an image size and a number of classes.
+def build_model(name: str, input_size: tuple[int, int, int], num_classes: int, **options: Any) -> nn.Module:
+    """Build a timm model for an image size and a number of classes.
 
     Raises:
         ValueError: Unknown name, or an argument that the architecture does not take.
@@ -269,12 +39,12 @@ def build_student(
     drop: float = 0.0,
     drop_path: float | None = None,
 ) -> nn.Module:
-    """A student for an image size and a number of classes, with random, published or given weights.
+    """Build a student for an image size and a number of classes, with random, published or given weights.
 
     Args:
-        name: Of timm's architecture.
+        name: timm's name of the architecture.
         input_size: (channels, height, width) of the images.
-        num_classes: Of the data.
+        num_classes: Number of classes of the data.
         pretrained: Start from the published weights.
         checkpoint: A safetensors file to start from.
         drop: Dropout rate; 0 leaves the architecture's own.
@@ -289,104 +59,40 @@ def build_student(
         options["drop_rate"] = drop
     if drop_path is not None:
         options["drop_path_rate"] = drop_path
-    model = build_named(name, input_size, num_classes, **options)
+    model = build_model(name, input_size, num_classes, **options)
     check_classifier(model)
     if checkpoint is not None:
         load_weights(model, name, checkpoint)
     return model
 
 
-def check_classifier(student: nn.Module) -> None:
-    """Raise ValueError for a model that is to be trained and has no classifier: its export could not be loaded back."""
-    if not getattr(student, "num_classes", 0):
-        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
-        raise ValueError(
-            f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
-            "timm's encoders (*_enc) take none: choose an architecture that does."
-        )
-
-
-def check_module(module: nn.Module, role: str) -> None:
-    """Raise ValueError for a module of a user's that is no model of timm's, or whose weights are not float32."""
-    if not hasattr(module, "num_classes"):
-        raise ValueError(
-            f"{role}: a {type(module).__name__}, which has no num_classes: expected a model that timm.create_model "
-            "built."
-        )
-    for name, weight in module.named_parameters():
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"{role}: its {name} is {weight.dtype}, expected torch.float32: give model.float(), and amp=True."
-            )
-
-
-def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
-    """Raise ValueError unless a model takes images of `in_chans` channels."""
-    channels = get_model_input_config(model)["input_size"][0]
-    if channels != in_chans:
-        way_out = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
-        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {way_out}")
-
-
-def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
-    """Raise ValueError unless the student takes the images, has the data's number of classes, and can be trained."""
-    check_classifier(student)
-    check_channels(student, "student", in_chans)
-    count = getattr(student, "num_classes", 0)
-    if count != num_classes:
-        raise ValueError(f"the model has {count} classes, the data {num_classes}: build it with as many.")
-    if not any(weight.requires_grad for weight in student.parameters()):
-        raise ValueError("all of the student's weights are frozen: call student.requires_grad_(True) first.")
-
-
-def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -> None:
-    """Raise ValueError where weights and data both name their classes, and differ in a name or in the order."""
-    conflict = class_conflict(model, role, class_names)
-    if conflict is not None:
-        raise ValueError(
-            f"{conflict}: both need the same classes in one order. Rename or reorder the data's, or use the data that "
-            "it was trained on; a teacher's are put in the data's order by --teacher-classes auto."
-        )
-
-
-def class_conflict(model: nn.Module, role: str, class_names: Sequence[str]) -> str | None:
-    """The first class whose name differs between the weights and the data.
-
-    None where none does, or one of both has no names.
-    """
-    names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
-    numbers = [str(i) for i in range(len(class_names))]
-    if not isinstance(names, list | tuple) or numbers in (list(names), list(class_names)):
-        return None
-    if len(names) != len(class_names):
-        return f"the {role} names {len(names)} classes, the data {len(class_names)}"
-    for index, (known, given) in enumerate(zip(names, class_names, strict=True)):
-        if known != given:
-            return f"class {index} is {known!r} to the {role} and {given!r} in the data"
-    return None
-
-
 def build_tap(
     model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
 ) -> FeatureTap:
-    """The features of a model that a recipe's word for maps stands for (maps.choose_maps); None for none.
+    """Build the FeatureTap of a model, with the maps that a word stands for.
+
+    Args:
+        model: A timm model.
+        input_size: (channels, height, width) of the images.
+        maps: A word for maps (features.maps.choose_maps); None for no maps.
+        preact, cam: As for FeatureTap; preact is ignored without maps.
 
     Raises:
-        ValueError: As FeatureTap and maps.choose_maps.
+        ValueError: As for FeatureTap and choose_maps.
     """
     return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
 
 
 def set_memory_format(module: nn.Module, name: str, channels_last: bool | None, device: torch.device) -> None:
-    """Convert a module to channels-last where that is asked for, or left open and known to be safe.
+    """Convert a module to channels-last if that is asked for, or if it is left open and known to be safe.
 
     It is safe on GPUs and for cifar_* networks. On CPUs, oneDNN's backward of a strided 1x1 convolution with few
-    channels ends the process (BasicBlock).
+    channels ends the process (see models.cifar.cifar_resnet.BasicBlock).
 
     Args:
         module: Converted in place.
-        name: The architecture in it.
-        channels_last: None leaves it open.
+        name: Name of its architecture.
+        channels_last: None converts it where that is safe.
         device: Where it runs.
     """
     safe = device.type == "cuda" or name.startswith("cifar_")

@@ -1,4 +1,4 @@
-"""A teacher of other classes than the data's: the rows of its classifier that are the data's classes."""
+"""Select and reorder the rows of a teacher's classifier so that its classes are the data's."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,41 +11,50 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from mgd_timm.features.probe import eval_without_gradients, probe_image
 from mgd_timm.recipe.options import few
 
 FORMS = (
     "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or "
-    "index of it (a line that begins with # is a remark); or a .yaml or .json file, a list in the data's order or a "
+    "index of it (a line that begins with # is a comment); or a .yaml or .json file, a list in the data's order or a "
     "mapping from the data's names"
 )
 
 
-def fit_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
-    """Give a teacher the data's classes in the data's order, in place; one that has them already is left alone.
+def select_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
+    """Give a teacher the data's classes in the data's order, in place.
 
-    Under "auto" so is one of as many classes where nothing says what they are called: numbers for names, or no names,
-    unless their number is ImageNet's and the data's names are among ImageNet's.
+    A teacher that has them already is unchanged. Under "auto", so is a teacher of as many classes whose names are not
+    known, or are numbers; unless it has as many classes as ImageNet, and the data's names are among ImageNet's.
+
+    Args:
+        model: The teacher, with its classifier.
+        spec: As for `find_teacher_rows`.
+        class_names: Names of the data's classes, in its order.
 
     Raises:
-        ValueError: As of `teacher_rows` and `keep_rows`.
+        ValueError: As for `find_teacher_rows` and `select_rows`.
     """
     names = (getattr(model, "pretrained_cfg", {}) or {}).get("label_names")
     if getattr(model, "num_classes", 0) == len(class_names):
-        numbers = [str(i) for i in range(len(class_names))]  # stand for no names
+        numbers = [str(i) for i in range(len(class_names))]  # numbers mean that there are no names
         own = list(names) if isinstance(names, list | tuple) else numbers
         if own == list(class_names) != numbers:
             return
-        known = _Names(class_names_of(model) or ())
+        known = _ClassLookup(read_class_names(model) or ())
         if spec == "auto" and numbers in (own, list(class_names)) and not any(map(known.rows, class_names)):
             return
-    keep_rows(model, teacher_rows(spec, model, class_names), class_names)
+    select_rows(model, find_teacher_rows(spec, model, class_names), class_names)
 
 
-def class_names_of(model: nn.Module) -> list[tuple[str, ...]] | None:
-    """What each class of a model is called, every name of it; None where nothing says so.
+def read_class_names(model: nn.Module) -> list[tuple[str, ...]] | None:
+    """Read every name of each class of a model: its own name first, then its synonyms.
 
-    The weights' own label names, else those of the ImageNet that has this number of classes: synsets (n01440764) and
-    their lemmas.
+    The names are the weights' label names, or else those of the ImageNet subset that has this number of classes:
+    synsets (n01440764) and their lemmas.
+
+    Returns:
+        None where the names are not known.
     """
     config = getattr(model, "pretrained_cfg", {}) or {}
     names, count = config.get("label_names"), getattr(model, "num_classes", 0)
@@ -66,56 +75,64 @@ def _lemmas(description: str) -> list[str]:
     return [part.strip() for part in description.partition(":")[0].split(",") if part.strip()]
 
 
-def _plain(name: str) -> str:
+def _normalise(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
-class _Names:
-    """Which classes a word may stand for, of those whose names are given."""
-
-    def __init__(self, names: Sequence[tuple[str, ...]]) -> None:
-        # A class's own name comes before what others are called as well: 'crane' may be one synset's name and another's
-        # lemma. So do all its lemmas together, as the hub's data sets name ImageNet's: 'maillot' is one, 'maillot, tank
-        # suit' another.
-        self.exact = {known[0]: {index} for index, known in enumerate(names)}
-        self.whole: dict[str, set[int]] = {}
-        self.single: dict[str, set[int]] = {}
-        for index, (own, *lemmas) in enumerate(names):
-            if lemmas:
-                self.whole.setdefault(_plain(", ".join(lemmas)), set()).add(index)
-            for name in (own, *lemmas):
-                self.single.setdefault(_plain(name), set()).add(index)
-
-    def rows(self, word: str) -> set[int]:
-        """Indices of the classes: none, one, or several that it does not tell apart."""
-        found = self.exact.get(word) or self.whole.get(_plain(word)) or self.single.get(_plain(word))
-        return found or set.intersection(*(self.single.get(_plain(part), set()) for part in word.split(",")))
-
-
-def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> list[int]:
-    """For each class of the data, the row of the teacher's classifier that is this class.
+class _ClassLookup:
+    """Looks up classes by any of their names.
 
     Args:
-        spec: "auto" looks the data's class names up among the teacher's; else a file (`FORMS`).
+        names: Every name of each class, its own first.
+    """
+
+    def __init__(self, names: Sequence[tuple[str, ...]]) -> None:
+        # A class's own name wins over synonyms of other classes: 'crane' may be one synset's name and another's lemma.
+        # So does the list of all its lemmas, which the hub's data sets use as ImageNet's names: 'maillot' is one class,
+        # 'maillot, tank suit' another.
+        self.by_name = {known[0]: {index} for index, known in enumerate(names)}
+        self.by_all_synonyms: dict[str, set[int]] = {}
+        self.by_any_name: dict[str, set[int]] = {}
+        for index, (own, *lemmas) in enumerate(names):
+            if lemmas:
+                self.by_all_synonyms.setdefault(_normalise(", ".join(lemmas)), set()).add(index)
+            for name in (own, *lemmas):
+                self.by_any_name.setdefault(_normalise(name), set()).add(index)
+
+    def rows(self, word: str) -> set[int]:
+        """Return the indices of the classes that a word names: none, one, or several if it is ambiguous."""
+        found = (
+            self.by_name.get(word)
+            or self.by_all_synonyms.get(_normalise(word))
+            or self.by_any_name.get(_normalise(word))
+        )
+        return found or set.intersection(*(self.by_any_name.get(_normalise(part), set()) for part in word.split(",")))
+
+
+def find_teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> list[int]:
+    """Find the row of the teacher's classifier for each class of the data.
+
+    Args:
+        spec: "auto" looks the data's class names up among the teacher's; otherwise a file (`FORMS`).
         model: The teacher, with its classifier.
-        class_names: Of the data, in its order.
+        class_names: Names of the data's classes, in its order.
 
     Raises:
-        ValueError: No such file or another form; a class that the teacher does not know, or knows twice; two classes of
-            one row.
+        ValueError: No such file or a malformed one; a class that the teacher does not know, or knows twice; two classes
+            of one row.
     """
-    names = class_names_of(model)
+    names = read_class_names(model)
     if spec == "auto":
         if names is None:
             raise ValueError(
-                f"teacher_classes='auto': nothing says what the teacher's {getattr(model, 'num_classes', 0)} classes "
-                f"are called: give a file instead; {FORMS}. Or fit it a classifier of the data's classes "
+                f"teacher_classes='auto': the names of the teacher's {getattr(model, 'num_classes', 0)} classes "
+                f"are not known: give a file instead; {FORMS}. Or fit it a classifier of the data's classes "
                 "(--fit-teacher-head probe), or let it teach without its logits (--teacher-classes none)."
             )
         wanted: list[str | int] = list(class_names)
     else:
-        wanted = _read(spec, class_names)
-    known = _Names(names or ())
+        wanted = _read_class_file(spec, class_names)
+    known = _ClassLookup(names or ())
     rows, unknown, several = [], [], []
     count = int(cast(Any, model).num_classes)
     for name, word in zip(class_names, wanted, strict=True):
@@ -126,25 +143,25 @@ def teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -> lis
             several.append(f"{word!r} (rows {', '.join(map(str, sorted(found)))})")
         rows.append(min(found, default=-1))
     if unknown or several:
-        said = [f"the teacher does not know {few(unknown)}"] if unknown else []
-        said += [f"it knows several classes as {few(several)}"] if several else []
-        such = f", such as {few([called[0] for called in names])}" if names else ""
+        problems = [f"the teacher does not know {few(unknown)}"] if unknown else []
+        problems += [f"it knows several classes as {few(several)}"] if several else []
+        examples = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
-            f"teacher_classes={spec!r}: {' and '.join(said)}. It has {count} classes{such}. Give a file; {FORMS}. Or "
-            "fit it a classifier of the data's classes with --fit-teacher-head probe."
+            f"teacher_classes={spec!r}: {' and '.join(problems)}. It has {count} classes{examples}. Give a file; "
+            f"{FORMS}. Or fit it a classifier of the data's classes with --fit-teacher-head probe."
         )
-    for place, name in enumerate(class_names):
-        if rows[place] in rows[:place]:
-            other = class_names[rows.index(rows[place])]
+    for index, name in enumerate(class_names):
+        if rows[index] in rows[:index]:
+            other = class_names[rows.index(rows[index])]
             raise ValueError(
-                f"teacher_classes={spec!r}: {name!r} is to the teacher the class that {other!r} is: a row stands for "
-                "one class."
+                f"teacher_classes={spec!r}: {name!r} and {other!r} are the same class of the teacher: each needs a "
+                "class of its own."
             )
     return rows
 
 
-def _read(spec: str, class_names: Sequence[str]) -> list[str | int]:
-    """The teacher's name or index of each class of the data, from a file."""
+def _read_class_file(spec: str, class_names: Sequence[str]) -> list[str | int]:
+    """Read the teacher's name or index of each class of the data from a file."""
     path = Path(spec)
     if not path.is_file():
         raise ValueError(
@@ -157,9 +174,9 @@ def _read(spec: str, class_names: Sequence[str]) -> list[str | int]:
         raise ValueError(f"{path}: cannot be read ({error}); {FORMS}.") from error
     if isinstance(listed, dict):
         known = {str(name): value for name, value in listed.items()}
-        lacking = [name for name in class_names if name not in known]
-        if lacking:
-            raise ValueError(f"{path}: says nothing of the data's classes {few(lacking)}; {FORMS}.")
+        missing = [name for name in class_names if name not in known]
+        if missing:
+            raise ValueError(f"{path}: the data's classes {few(missing)} are missing; {FORMS}.")
         listed = [known[name] for name in class_names]
     elif isinstance(listed, list):
         listed = [line for line in listed if not isinstance(line, str) or line.strip().partition("#")[0]]
@@ -171,16 +188,16 @@ def _read(spec: str, class_names: Sequence[str]) -> list[str | int]:
     return [int(word) if isinstance(word, str) and word.isdecimal() else word for word in words]
 
 
-def keep_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str]) -> None:
-    """Cut a model's classifier down to some of its rows, in place, and let its config say what is left.
+def select_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str]) -> None:
+    """Reduce a model's classifier to some of its rows, in place, and set the class names in its pretrained_cfg.
 
     Args:
         model: A timm model with a classifier.
-        rows: Indices of its classes, in the order that the logits are to have.
-        class_names: What these are called from now on.
+        rows: Indices of its classes, in the new order of the logits.
+        class_names: New names of these classes.
 
     Raises:
-        ValueError: A classifier without one linear layer of its own whose rows are the classes; the model is as it was.
+        ValueError: The classes are not the rows of a linear layer of the classifier; the model is unchanged.
     """
     count, name = int(cast(Any, model).num_classes), type(model).__name__
     found = cast(Any, model).get_classifier()
@@ -190,33 +207,34 @@ def keep_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str])
         layers += linear[-1:]
         if not linear:
             raise ValueError(
-                f"{name} has no linear layer whose {count} rows are its classes: they cannot be chosen. Fit it a "
+                f"{name} has no linear layer whose {count} rows are its classes: they cannot be selected. Fit it a "
                 "classifier of the data's classes (--fit-teacher-head finetune)."
             )
     before = _logits(model)[:, list(rows)]
-    whole = [(layer.weight, layer.bias) for layer in layers]
-    kept = torch.tensor(list(rows))
+    original = [(layer.weight, layer.bias) for layer in layers]
+    selected = torch.tensor(list(rows))
     for layer in layers:
-        layer.weight = nn.Parameter(layer.weight.detach()[kept].clone(), layer.weight.requires_grad)
+        layer.weight = nn.Parameter(layer.weight.detach()[selected].clone(), layer.weight.requires_grad)
         if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.detach()[kept].clone(), layer.bias.requires_grad)
-        _say_count(layer, len(rows))
+            layer.bias = nn.Parameter(layer.bias.detach()[selected].clone(), layer.bias.requires_grad)
+        _set_num_outputs(layer, len(rows))
     model.num_classes = len(rows)  # type: ignore[assignment]
     after = _logits(model)
     if after.shape != before.shape or not torch.allclose(after, before, rtol=1e-4, atol=1e-5):
-        for layer, (weight, bias) in zip(layers, whole, strict=True):
+        for layer, (weight, bias) in zip(layers, original, strict=True):
             layer.weight, layer.bias = weight, bias
-            _say_count(layer, count)
+            _set_num_outputs(layer, count)
         model.num_classes = count  # type: ignore[assignment]
         raise ValueError(
-            f"{name}'s logits are not the rows of one linear layer: its classes cannot be chosen (--fit-teacher-head)."
+            f"{name}'s logits are not the rows of one linear layer: its classes cannot be selected. Fit it a "
+            "classifier of the data's classes (--fit-teacher-head finetune)."
         )
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     config.pop("label_descriptions", None)
     model.pretrained_cfg = {**config, "num_classes": len(rows), "label_names": tuple(class_names)}  # type: ignore[assignment]
 
 
-def _say_count(layer: nn.Linear | nn.Conv2d, count: int) -> None:
+def _set_num_outputs(layer: nn.Linear | nn.Conv2d, count: int) -> None:
     if isinstance(layer, nn.Linear):
         layer.out_features = count
     else:
@@ -224,15 +242,7 @@ def _say_count(layer: nn.Linear | nn.Conv2d, count: int) -> None:
 
 
 def _logits(model: nn.Module) -> Tensor:
-    """Logits of a smooth picture in eval mode; the modules' modes are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    size = tuple(get_model_input_config(model)["input_size"])
-    weight = next(model.parameters())
-    images = (torch.arange(2 * size[0] * size[1] * size[2], dtype=torch.float32) * 0.37).sin().reshape(2, *size)
-    try:
-        with torch.no_grad():
-            found: Tensor = model.eval()(images.to(weight.device, weight.dtype)).float()
-            return found
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """Return the logits of the probe image in eval mode."""
+    with eval_without_gradients(model):
+        logits: Tensor = model(probe_image(model, tuple(get_model_input_config(model)["input_size"])))
+        return logits.float()

@@ -1,4 +1,4 @@
-"""A teacher sees the student's picture as it was trained to see pictures."""
+"""Adapt the student's images to the normalisation and size that a teacher expects."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,19 @@ from jaxtyping import Float
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from mgd_timm.models.build import channel_values
+from mgd_timm.models.pretrained_cfg import read_channel_values
 
 
 class InputAdapter(nn.Module):
-    """The same picture as the teacher expects it: re-normalised, and resized where the teacher's input size is fixed.
+    """Re-normalise images for the teacher, and resize them where it needs another size.
 
     Args:
-        mean, std: Normalisation that the images arrive in, one value per channel, of pixels in [0, 1].
+        mean, std: Normalisation of the images, one value per channel, of pixels in [0, 1].
         teacher_mean, teacher_std: Normalisation that the teacher was trained with.
-        size: (height, width) in pixels for the teacher; None leaves the size alone.
+        size: (height, width) in pixels for the teacher; None keeps the images' size.
+
+    Raises:
+        ValueError: Numbers of channels differ.
     """
 
     scale: Tensor
@@ -42,11 +45,11 @@ class InputAdapter(nn.Module):
         self.size = size
 
     def values(self) -> list[object]:
-        """What it does, as JSON values: scale and shift per channel, and the size."""
+        """Return scale and shift per channel, and the size, as JSON values for fingerprints."""
         return [self.scale.flatten().tolist(), self.shift.flatten().tolist(), self.size]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Images in the teacher's normalisation and size."""
+        """Return the images in the teacher's normalisation and size."""
         if not self.same:
             images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[2:]) != self.size:
@@ -61,16 +64,16 @@ def build_input_adapter(
     input_size: tuple[int, int, int],
     side: int | None = None,
 ) -> InputAdapter:
-    """The adapter from the student's images to a teacher's normalisation and size.
+    """Build the adapter from the student's images to a teacher's normalisation and size.
 
     Args:
-        teacher: Its pretrained_cfg says how it was trained to see images.
+        teacher: A timm model; its pretrained_cfg gives mean, std and input size.
         mean, std: Normalisation of the student's images, per channel, of pixels in [0, 1].
         input_size: (channels, height, width) of the student's images.
-        side: Height and width in pixels for a teacher whose input size is not fixed; None leaves the size alone.
+        side: Height and width in pixels for a teacher whose input size is not fixed; None keeps the images' size.
     """
     config = getattr(teacher, "pretrained_cfg", {}) or {}
-    its_mean, its_std = channel_values(config, "mean") or (), channel_values(config, "std") or ()
+    its_mean, its_std = read_channel_values(config, "mean") or (), read_channel_values(config, "std") or ()
     if len(its_mean) != len(mean) or len(its_std) != len(std):
         its_mean, its_std = tuple(mean), tuple(std)
     inputs = get_model_input_config(teacher)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from mgd_timm.criteria.terms import Terms
-from mgd_timm.models.build import check_model_name, class_conflict
+from mgd_timm.models.checks import find_class_conflict
+from mgd_timm.models.load import check_model_name
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.training.optimizer_state import check_names
 
@@ -97,7 +98,7 @@ def logits_conflict(model: nn.Module, class_names: Sequence[str]) -> str | None:
         return "no classifier"
     if count != len(class_names):
         return f"{count} classes, the data {len(class_names)}"
-    conflict = class_conflict(model, "teacher", class_names)
+    conflict = find_class_conflict(model, "teacher", class_names)
     return f"other classes ({conflict})" if conflict is not None else None
 
 

@@ -16,21 +16,14 @@ from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, show_as_many
+from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
-from mgd_timm.models.build import (
-    build_student,
-    build_tap,
-    channel_values,
-    check_channels,
-    check_model_name,
-    check_student,
-    set_memory_format,
-    shown_by,
-)
-from mgd_timm.models.describe import describe
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_student, build_tap, set_memory_format
+from mgd_timm.models.checks import check_channels, check_student
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import build_input_adapter
+from mgd_timm.models.load import check_model_name
+from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values, read_defaults
 from mgd_timm.objective import SeveralTeachers, build_objective
 from mgd_timm.pipeline.checks import check_several_teachers, check_teaches_without_logits, logits_conflict
 from mgd_timm.pipeline.fit_criteria import CriterionFit, fits_of_criteria, fits_of_student
@@ -104,7 +97,9 @@ def connect(
         for position, model in enumerate(teachers)
     ]
     peer = _connect_peer(recipe, terms, images) if recipe.peer is not None else None
-    show_as_many(recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else []))
+    match_number_of_maps(
+        recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else [])
+    )
     pairs = _pairs(tap, taught_by, peer, images)
     set_seed(recipe.seed, 4)
     objective = objective_of(recipe, terms, pairs)
@@ -139,8 +134,8 @@ def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks
 def _finished(teacher: Teacher, fold: bool, fitted: bool) -> Teacher:
     digest = module_digest(teacher.tap.model) if fitted else teacher.digest
     device = next(teacher.tap.parameters()).device
-    tap = (folded(teacher.tap) if fold else None) or teacher.tap
-    return Teacher(tap, view=teacher.view, digest=digest, logits=teacher.shows_logits).to(device)
+    tap = (fold_batchnorm(teacher.tap) if fold else None) or teacher.tap
+    return Teacher(tap, view=teacher.input_adapter, digest=digest, logits=teacher.shows_logits).to(device)
 
 
 def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
@@ -244,7 +239,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) ->
     data = recipe.data
     small = isinstance(images.train, SmallImageSource)
     shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
-    describe(
+    describe_weights(
         model,
         input_size=images.input_size,
         mean=images.mean,
@@ -252,7 +247,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) ->
         class_names=images.class_names,
         license=recipe.license,
         tag=_weights_tag(recipe, terms),
-        shown={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
+        evaluation={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
     )
 
 
@@ -276,9 +271,9 @@ def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | 
         found = get_pretrained_cfg(recipe.student)
         config = found.to_dict() if found is not None else {}
     weights: Mapping[str, Any] = config if recipe.student_pretrained else getattr(teacher, "pretrained_cfg", {})
-    mean, std = channel_values(weights, "mean"), channel_values(weights, "std")
+    mean, std = read_channel_values(weights, "mean"), read_channel_values(weights, "std")
     fits = mean is not None and std is not None and len(mean) == len(std) == recipe.data.in_chans
-    return replace(shown_by(config), mean=mean if fits else None, std=std if fits else None)
+    return replace(read_defaults(config), mean=mean if fits else None, std=std if fits else None)
 
 
 def _fingerprint(recipe: Recipe, images: Images, accelerator: Accelerator, networks: Networks) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from mgd_timm.criteria import Criterion, Objective
 from mgd_timm.criteria.terms import Term, Terms, build_criterion, hyper_parameters
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
-from mgd_timm.distiller import Distiller, Live, Teacher
-from mgd_timm.features import FeatureTap, Pair, show_as_many
+from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
+from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_tap, set_memory_format
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Optim, Recipe
+from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
 from mgd_timm.training.evaluation import Metrics
@@ -84,12 +85,12 @@ def fits_of_student(
         teacher_input = (images.input_size[0], *teacher.size(images.input_size[1:]))
         tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
         teacher_tap = build_tap(teacher.tap.model, teacher_input, recipe.maps, preact=preact)
-        show_as_many(recipe.maps, tap, teacher_tap)
+        match_number_of_maps(recipe.maps, tap, teacher_tap)
         set_seed(recipe.seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=teacher_tap.shapes(teacher_input[1:]))
         criterion = build_criterion(term, own, standardise_logits=terms.standardise_logits)
         trainee = Distiller(tap, Objective(**{name: (1.0, criterion)}))
-        frozen = Teacher(teacher_tap, view=teacher.view, digest=teacher.digest)
+        frozen = Teacher(teacher_tap, view=teacher.input_adapter, digest=teacher.digest)
         options = [tap.name, recipe.drop, recipe.drop_path]
         fits.append(CriterionFit(name, term, trainee, tap, frozen, lr, options))
     return fits
@@ -152,7 +153,7 @@ def _fit_one(one: CriterionFit, optim: Optim, context: RunContext) -> Metrics:
             context.accelerator,
             seed=context.seed,
             batch_size=context.data.batch_size,
-            teach=Live(one.teacher),
+            teach=LiveTeachers(one.teacher),
             compile=context.compile,
             upkeep=context.upkeep(f"fitting/{one.name}", made_of),
         ).losses

@@ -9,8 +9,8 @@ from torch import nn
 
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
-from mgd_timm.models.build import check_no_checkpoint, load_model
-from mgd_timm.models.classes import fit_classes
+from mgd_timm.models.classes import select_classes
+from mgd_timm.models.load import check_no_checkpoint, load_model
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.classifier import needs_new_classifier, reset_classifier
 
@@ -51,7 +51,7 @@ def adapt_teachers_to_data(models: Sequence[nn.Module], recipe: Recipe, images: 
         spec = recipe.classes_of(position)
         if spec not in (None, "none"):
             try:
-                fit_classes(model, str(spec), images.class_names)
+                select_classes(model, str(spec), images.class_names)
             except ValueError as error:
                 if len(models) == 1:
                     raise

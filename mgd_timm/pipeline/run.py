@@ -13,7 +13,7 @@ from torch import nn
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
-from mgd_timm.distiller import Live, Teacher, shard_teacher
+from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, on_main
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
@@ -27,7 +27,7 @@ from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
-from mgd_timm.storage import checkpoint
+from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
@@ -183,7 +183,7 @@ def _train_student(
     if stored is not None:
         teach = stored_teacher(teachers[0].heads)
     elif teachers and networks.objective.needs:
-        teach = Live(*teachers)
+        teach = LiveTeachers(*teachers)
     return fit(
         trainee,
         mixed_source(images, recipe.data, recipe.seed) if stored is None else stored,
@@ -290,7 +290,7 @@ def _write_results(
     if networks.peer is not None:
         of_peer = {**provenance, "metrics": summary["peer"]}
         export_model(networks.peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
-    checkpoint.write_text(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
+    write_text_atomically(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
 
 def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable[[str], None]) -> None:

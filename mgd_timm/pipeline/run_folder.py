@@ -11,7 +11,7 @@ import yaml
 from mgd_timm.data.dataset import Images
 from mgd_timm.recipe.options import as_dict, differences
 from mgd_timm.recipe.recipe import PARTS, Recipe, flatten, make_recipe
-from mgd_timm.storage import checkpoint
+from mgd_timm.storage.atomic_write import PARTIAL_PREFIX, remove_partial_writes, write_text_atomically
 from mgd_timm.storage.versions import versions
 
 
@@ -39,7 +39,7 @@ def continued(folder: Path, recipe: Recipe) -> Recipe:
         # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at
         # once.
         if folder.exists() and (
-            not folder.is_dir() or any(not path.name.startswith(checkpoint.ASIDE) for path in folder.iterdir())
+            not folder.is_dir() or any(not path.name.startswith(PARTIAL_PREFIX) for path in folder.iterdir())
         ):
             raise ValueError(
                 f"{folder} holds no run to resume (no recipe.yaml), but other files: choose another --output."
@@ -97,7 +97,7 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[st
     """Write what a run starts with, the steps per update as its command named them; what is there of an earlier start
     stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(folder)
+    remove_partial_writes(folder)
     if recipe.resume and not (folder / "recipe.yaml").exists():
         say(f"{folder}: nothing to resume there, a new run starts")
     kept = replace(recipe, resume=False, optim=replace(recipe.optim, grad_accum_steps=steps))
@@ -107,7 +107,7 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[st
         texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.corrupt)
     for name, text in texts.items():
         if not (folder / name).exists():  # of a start that was killed, or to be kept
-            checkpoint.write_text(folder / name, text())
+            write_text_atomically(folder / name, text())
 
 
 def read_recipe(folder: Path) -> Recipe:

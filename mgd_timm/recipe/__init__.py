@@ -1,6 +1,8 @@
 """What a run is: frozen dataclasses of options."""
 
 from mgd_timm.recipe.data import Data
-from mgd_timm.recipe.recipe import Heads, Optim, Recipe
+from mgd_timm.recipe.heads import Heads
+from mgd_timm.recipe.optim import Optim
+from mgd_timm.recipe.recipe import Recipe
 
 __all__ = ["Data", "Heads", "Optim", "Recipe"]

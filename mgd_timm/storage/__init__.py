@@ -1,1 +1,1 @@
-"""Files that survive kills: atomic writes, checkpoints, locks, safetensors headers."""
+"""Files that survive kills: atomic writes, checkpoints, locks, digests and safetensors headers."""

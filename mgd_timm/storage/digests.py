@@ -1,4 +1,4 @@
-"""sha256 of files and of networks."""
+"""sha256 digests of files and modules."""
 
 import hashlib
 from pathlib import Path
@@ -8,16 +8,16 @@ from torch import nn
 
 
 def module_digest(module: nn.Module) -> str:
-    """sha256 over a module's state: names, shapes, types and bytes."""
-    total = hashlib.sha256()
+    """Return the sha256 of a module's state_dict: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""One run at a time fills a folder that runs share; the others wait for it, and say for whom.
+"""Lock a folder that runs share, so that one run at a time writes to it while the others wait and log for whom.
 
-The lock is the operating system's, on a file in the folder: it is free once its holder has ended, however that ended.
-To read takes no lock, as files appear whole or not at all.
+The lock is the operating system's, on a file in the folder: it is released when its holder ends, however that happens.
+Reading takes no lock, as files appear complete or not at all.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ import psutil
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mgd_timm.storage.checkpoint import State, newest, save, sweep
+from mgd_timm.storage.atomic_write import remove_partial_writes
+from mgd_timm.storage.checkpoint import State, load_newest, save
 
-LOCK, HOLDER = ".lock", ".holder.json"
-_POLL = 0.5
+LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
+_POLL_SECONDS = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
-_FOR_ALL = 0o666
-"""Mode of the lock's file, whatever the umask: who may write in the folder may hold the lock after another user."""
+_LOCK_FILE_MODE = 0o666  # whatever the umask: anyone who may write in the folder may take the lock after another user
 
 
 class Lock:
-    """The right to write in a folder, in one process. Who gets it removes what a killed holder left half written.
+    """An exclusive lock on a folder, held by one process. Acquiring it removes the partial writes of a killed holder.
 
     Args:
-        folder: Made where it lacks.
-        what: What messages call it.
-        say: Takes one line for the user.
-        progress: How far the holder is, in a few words; shown while waiting.
+        folder: Created if it is missing.
+        what: Name of its content in messages.
+        log: Takes one line for the user.
+        progress: Returns how far the holder is, in a few words; shown while waiting.
         quiet: Show no progress.
     """
 
@@ -44,23 +44,22 @@ class Lock:
         self,
         folder: Path,
         what: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         progress: Callable[[], str] = lambda: "",
         quiet: bool = False,
     ) -> None:
-        self.folder, self.what, self.say, self.progress, self.quiet = folder, what, say, progress, quiet
-        # The other kind of lock, a file that is there or not, would outlive a holder that was killed on another
-        # machine.
-        self._lock = FileLock(folder / LOCK, mode=_FOR_ALL, fallback_to_soft=False)
-        self._since: float | None = None
+        self.folder, self.what, self.log, self.progress, self.quiet = folder, what, log, progress, quiet
+        # A soft lock, a file that exists or not, would outlive a holder that was killed on another machine.
+        self._lock = FileLock(folder / LOCK_FILE, mode=_LOCK_FILE_MODE, fallback_to_soft=False)
+        self._waiting_since: float | None = None
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "Lock":
         try:
-            self.attempt()
+            self.try_acquire()
         except BaseException:
-            self._close_bar()  # what is said of Ctrl-C gets a line of its own
+            self._close_bar()  # so that the message of Ctrl-C begins on a new line
             raise
         return self
 
@@ -69,19 +68,22 @@ class Lock:
     ) -> None:
         self.release()
 
-    def attempt(self, seconds: float = math.inf) -> bool:
-        """Whether the lock is held, after up to so many seconds of waiting for another run, which is said.
+    def try_acquire(self, seconds: float = math.inf) -> bool:
+        """Wait up to `seconds` for the lock, and log that another run holds it.
+
+        Returns:
+            Whether the lock is held now.
 
         Raises:
-            OSError: Nothing can be written in the folder.
+            OSError: The folder cannot be written.
         """
         began = time.monotonic()
-        while not self._take():
-            if self._since is None:
-                self._since = began
-                self.say(f"{self.what}: {self._holder()} writes it; waiting for it to end")
+        while not self._acquire_now():
+            if self._waiting_since is None:
+                self._waiting_since = began
+                self.log(f"{self.what}: {self._describe_holder()} writes it; waiting for it to end")
             if self._bar is None:
-                name = f"waiting for {self._holder()}"
+                name = f"waiting for {self._describe_holder()}"
                 self._bar = tqdm(
                     desc=name, bar_format="{desc}: {elapsed}{postfix}", mininterval=1.0, disable=self.quiet
                 )
@@ -89,19 +91,19 @@ class Lock:
             self._bar.update(0)
             if time.monotonic() - began >= seconds:
                 return False
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         self._close_bar()
-        if self._since is not None:
-            self.say(f"{self.what}: free after {time.monotonic() - self._since:.0f} s")
-            self._since = None
+        if self._waiting_since is not None:
+            self.log(f"{self.what}: free after {time.monotonic() - self._waiting_since:.0f} s")
+            self._waiting_since = None
         return True
 
     def release(self) -> None:
-        """Let others in, where it is held."""
+        """Release the lock if it is held."""
         self._close_bar()
         if self._lock.is_locked:
             with contextlib.suppress(OSError):
-                (self.folder / HOLDER).unlink()
+                (self.folder / HOLDER_FILE).unlink()
             self._lock.release()
 
     def _close_bar(self) -> None:
@@ -109,63 +111,62 @@ class Lock:
             self._bar.close()
             self._bar = None
 
-    def _take(self) -> bool:
+    def _acquire_now(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(
-                dir=self.folder
-            ):  # the lock of a folder may be had where nothing can be written
+            # A lock file of an earlier run can be locked even where nothing can be written.
+            with tempfile.TemporaryFile(dir=self.folder):
                 pass
             self._lock.acquire(timeout=0)
         except Timeout:
             return False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                why = f"{self.what} cannot be written ({error}): free its folder for writing, or choose another one"
-                raise OSError(error.errno, why) from error
-            self.say(
-                f"warning: {self.what}: its file system has no locks ({error}). Another run that fills it meanwhile "
-                "does the same work once more; whole files are whole all the same."
+                raise OSError(
+                    error.errno,
+                    f"{self.what} cannot be written ({error}): make its folder writable, or choose another one",
+                ) from error
+            self.log(
+                f"warning: {self.what}: its file system has no locks ({error}). Another run that writes it at the "
+                "same time repeats the same work; files are complete all the same."
             )
             return True
-        sweep(self.folder)  # without a lock it might be what another run writes just now
-        with contextlib.suppress(OSError):  # a full disk: who waits then cannot say for whom
-            (self.folder / HOLDER).unlink(missing_ok=True)  # of one that was killed, perhaps another user
-            (self.folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        remove_partial_writes(self.folder)  # only under the lock: another run may be writing them without it
+        with contextlib.suppress(OSError):  # on a full disk, waiting runs cannot name the holder
+            (self.folder / HOLDER_FILE).unlink(missing_ok=True)  # of a killed holder, perhaps of another user
+            (self.folder / HOLDER_FILE).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         return True
 
-    def _holder(self) -> str:
-        """Who holds the lock, as far as that is known."""
+    def _describe_holder(self) -> str:
+        """Name the holder's host and process, as far as they are known."""
         try:
-            found = json.loads((self.folder / HOLDER).read_text())
-            host, pid = str(found["host"]), int(found["pid"])
+            holder = json.loads((self.folder / HOLDER_FILE).read_text())
+            host, pid = str(holder["host"]), int(holder["pid"])
         except (OSError, ValueError, LookupError, TypeError):
             return "another run"
-        if host == socket.gethostname() and not psutil.pid_exists(
-            pid
-        ):  # one that was killed: its follower has not said so yet
-            return "another run"
+        if host == socket.gethostname() and not psutil.pid_exists(pid):
+            return "another run"  # the file is of a killed holder; the present one has not replaced it yet
         return f"another run ({host}, pid {pid})"
 
 
-def kept(place: Path, what: str, make: Callable[[], State], say: Callable[[str], None]) -> State:
-    """The state in a folder of the cache: found, or made where it lacks or is damaged, by one run while others wait.
+def load_or_create(folder: Path, what: str, create: Callable[[], State], log: Callable[[str], None]) -> State:
+    """Load the state that is stored in a folder, or create and store it under the folder's lock.
 
     Args:
-        place: A folder of its own.
-        what: What messages call it.
-        make: Makes it.
-        say: Takes one line for the user.
+        folder: Where it is stored, as a checkpoint.
+        what: Its name in messages.
+        create: Creates it.
+        log: Takes one line for the user.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The folder cannot be written.
     """
-    known = newest(place, say)
-    if known is not None:
-        return known
-    with Lock(place, f"{what} ({place})", say):
-        known = newest(place, lambda _: None)  # another run's, meanwhile
-        if known is None:
-            known = make()
-            save(place, 1, known)
-    return known
+    state = load_newest(folder, log)
+    if state is not None:
+        return state
+    with Lock(folder, f"{what} ({folder})", log):
+        state = load_newest(folder, lambda _: None)  # another run may have created it in the meantime
+        if state is None:
+            state = create()
+            save(folder, 1, state)
+    return state

@@ -1,41 +1,53 @@
-"""Headers of safetensors files, checked byte for byte: for files that are mapped and whose numbers have digests of
-their own."""
+"""Read and check the header of a safetensors file, for files that are mapped and hold digests of their own rows."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_LONGEST = 2**16  # bytes of a header; a flipped bit in its length may ask for 2^63
+_MAX_BYTES = 2**16  # of a header; a flipped bit in its length may ask for 2^63
 
 
-def checked_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int]], dict[str, str]]:
-    """Type, shape and bytes of each tensor, and the metadata, of a file as safetensors wrote it and of the length that
-    it names.
+class TensorInfo(NamedTuple):
+    """A tensor of the file: safetensors' name of its type, its shape, and its size in bytes."""
+
+    dtype: str
+    shape: list[int]
+    num_bytes: int
+
+
+class Header(NamedTuple):
+    """Tensors by name, and the metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read a header, and check that every byte of it is as safetensors wrote it and that the file has the right length.
 
     Raises:
-        PermissionError: This user may not read it.
-        ValueError: The header was changed or the file has another length, in words that go into "it is damaged (...)".
+        PermissionError: The user may not read the file.
+        ValueError: The header was changed, or the file has another length. The message completes "it is corrupt (...)".
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length < _LONGEST else b""
-        header: dict[str, Any] = json.loads(text)
-        # As safetensors writes it, so that no byte of it may differ.
-        same = text.rstrip(b" ") == json.dumps(header, separators=(",", ":")).encode()
-        metadata = header.pop("__metadata__", {})
-        parts = {
-            name: (part["dtype"], part["shape"], part["data_offsets"][1] - part["data_offsets"][0])
-            for name, part in header.items()
+            text = file.read(length) if length < _MAX_BYTES else b""
+        content: dict[str, Any] = json.loads(text)
+        unchanged = text.rstrip(b" ") == json.dumps(content, separators=(",", ":")).encode()
+        metadata = content.pop("__metadata__", {})
+        tensors = {
+            name: TensorInfo(info["dtype"], info["shape"], info["data_offsets"][1] - info["data_offsets"][0])
+            for name, info in content.items()
         }
-        whole = 8 + length + sum(span for *_, span in parts.values())
+        expected_size = 8 + length + sum(info.num_bytes for info in tensors.values())
         size = path.stat().st_size
-    except PermissionError:  # no damage: nobody is to be told to delete it
+    except PermissionError:  # the file is not corrupt: nobody should be told to delete it
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error
-    if not same:
+    if not unchanged:
         raise ValueError("its header is not as it was written")
-    if size != whole:
-        raise ValueError(f"it has {size:,} bytes instead of {whole:,}")
-    return parts, metadata
+    if size != expected_size:
+        raise ValueError(f"it has {size:,} bytes instead of {expected_size:,}")
+    return Header(tensors, metadata)

@@ -1,4 +1,4 @@
-"""Versions of what decides a run, for the files that it writes."""
+"""Versions that a run records in the files that it writes."""
 
 import shutil
 import subprocess
@@ -10,7 +10,10 @@ _PACKAGES = ("mgd-timm", "torch", "timm", "accelerate", "datasets", "safetensors
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a run, and the commit where this package is a git checkout."""
+    """Return the versions of Python and of the packages that a run depends on.
+
+    Where this package is a git checkout, the commit is among them.
+    """
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:

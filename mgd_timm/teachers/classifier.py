@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_tap, class_conflict
+from mgd_timm.models.build import build_tap
+from mgd_timm.models.checks import find_class_conflict
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Optim
 from mgd_timm.teachers.outputs.memory import store_outputs
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
 from mgd_timm.training.checkpointer import Upkeep
@@ -28,7 +29,7 @@ def needs_new_classifier(model: nn.Module, images: Images) -> bool:
     """True unless a model's classifier is of the data's classes, by their number and by their names."""
     return (
         getattr(model, "num_classes", 0) != images.num_classes
-        or class_conflict(model, "teacher", images.class_names) is not None
+        or find_class_conflict(model, "teacher", images.class_names) is not None
     )
 
 
@@ -125,7 +126,7 @@ def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context
     for number, teacher in enumerate(teachers, start=1):
         name = "teacher_head" if len(teachers) == 1 else f"teacher_head_{number}"
         tap = build_tap(teacher.tap.model, (input_size[0], *teacher.size(input_size[1:])), None)  # no maps are needed
-        found.append(_fit_one(name, Teacher(tap, view=teacher.view, digest=teacher.digest), options, context))
+        found.append(_fit_one(name, Teacher(tap, view=teacher.input_adapter, digest=teacher.digest), options, context))
     return found
 
 
@@ -142,7 +143,7 @@ def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunCo
         try:
             if options.how == "probe":
                 return _fit_probe(teacher, optim, options, context.upkeep(name, made_of), context)
-            trainee = _FineTuning(teacher.tap, teacher.view).requires_grad_(True)
+            trainee = _FineTuning(teacher.tap, teacher.input_adapter).requires_grad_(True)
             return fit(
                 trainee,
                 context.images.train,

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from mgd_timm.data.rng import set_seed
-from mgd_timm.distiller import Live, Teacher
+from mgd_timm.distiller import LiveTeachers, Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
+from mgd_timm.recipe.heads import Heads
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Heads, Optim
 from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.pretraining import RunContext, load_or_fit
@@ -121,7 +122,7 @@ def _fit_fresh(
         accelerator,
         seed=context.seed,
         batch_size=max(2, -(-options.heads_batch_size // accelerator.num_processes)),  # one step of all processes
-        teach=stored.features if stored is not None else Live(teacher),
+        teach=stored.features if stored is not None else LiveTeachers(teacher),
         compile=context.compile,
         watch=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
         upkeep=replace(

@@ -16,7 +16,6 @@ from mgd_timm.data.dataset import Images
 from mgd_timm.data.mixed_source import MIXING_OPTIONS
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
-from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.storage import checkpoint
@@ -77,13 +76,13 @@ class RunContext:
 
     def teacher_fingerprint(self, teacher: Teacher) -> dict[str, Any]:
         """What decides the teacher's features before the run: network, images, input adapter, precision."""
-        images, view = self.images, teacher.view
+        images = self.images
         return {
             "teacher": [teacher.tap.name, teacher.digest],
             "folded": self.fold_teacher,
             "compiled": self.compile,
             "channels_last": self.channels_last,
-            "view": view.values() if isinstance(view, InputAdapter) else repr(view),
+            "input": teacher.describe_input(),
             "images": [images.train.digest, list(images.mean), list(images.std), list(images.input_size)],
             "shown": {k: v for k, v in as_dict(self.data, digest_only=True).items() if k not in MIXING_OPTIONS},
             "seed": self.seed,
@@ -138,7 +137,7 @@ def _load_cached(
     found: list[checkpoint.State | None] = [None]
 
     def look() -> Metrics | None:
-        found[0] = checkpoint.newest(folder, log)
+        found[0] = checkpoint.load_newest(folder, log)
         return dict(found[0].values["metrics"]) if found[0] is not None else None
 
     metrics = of_main(accelerator, look)

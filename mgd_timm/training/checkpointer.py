@@ -17,6 +17,7 @@ from mgd_timm.distributed.collectives import on_main
 from mgd_timm.distributed.sharding import Replicated, load_parts
 from mgd_timm.recipe.options import differences
 from mgd_timm.storage import checkpoint
+from mgd_timm.storage.atomic_write import remove_partial_writes, write_text_atomically
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.optimizer_state import load_optimizer_state, optimizer_state
 
@@ -152,8 +153,8 @@ class Keeper:
         folder, stage = self.upkeep.folder, self.upkeep.stage
         if folder is None or not self.upkeep.resume:
             return None
-        on_main(self.accelerator, lambda: checkpoint.sweep(folder / "checkpoints"))
-        state = checkpoint.newest(folder / "checkpoints", self.accelerator.print)
+        on_main(self.accelerator, lambda: remove_partial_writes(folder / "checkpoints"))
+        state = checkpoint.load_newest(folder / "checkpoints", self.accelerator.print)
         self._check_same(state)
         if state is None:
             self.accelerator.print(f"{stage}: no checkpoint in {folder}, starting at the beginning")
@@ -169,7 +170,7 @@ class Keeper:
             progress = self._load(state)
             self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
         if folder is not None:
-            on_main(self.accelerator, lambda: checkpoint.sweep(folder))  # of metrics.jsonl
+            on_main(self.accelerator, lambda: remove_partial_writes(folder))  # of metrics.jsonl
             on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
         return progress
 
@@ -204,7 +205,7 @@ class Keeper:
 
 
 def _append(path: Path, line: str) -> None:
-    checkpoint.write_text(path, (path.read_text() if path.exists() else "") + line)
+    write_text_atomically(path, (path.read_text() if path.exists() else "") + line)
 
 
 def _forget(path: Path, stage: str, updates: int) -> None:
@@ -217,4 +218,4 @@ def _forget(path: Path, stage: str, updates: int) -> None:
             rows.append(json.loads(line))
     kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    checkpoint.write_text(path, text)
+    write_text_atomically(path, text)

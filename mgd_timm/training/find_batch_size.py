@@ -9,7 +9,7 @@ from torch import nn
 
 from mgd_timm.distributed.collectives import any_process
 from mgd_timm.recipe.derived import num_slots
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 
 
 def executable_batch_size(

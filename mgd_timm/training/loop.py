@@ -23,7 +23,7 @@ from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import cut_updates
 from mgd_timm.data.sources import Source, epoch_ids
-from mgd_timm.distiller import AnyFeatures, Live
+from mgd_timm.distiller import LiveTeachers, TeacherFeatures
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import any_process, share
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
@@ -31,7 +31,7 @@ from mgd_timm.distributed.sharding import place
 from mgd_timm.features import Batch
 from mgd_timm.granularity import HeadFitting
 from mgd_timm.recipe.derived import slot_size
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.checkpointer import Keeper, NonFiniteError, Progress, Upkeep
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.find_batch_size import executable_batch_size
@@ -39,7 +39,7 @@ from mgd_timm.training.optimizer_state import build_optimizer, build_schedule
 from mgd_timm.training.signals import Stopped, noted_signals
 from mgd_timm.training.step import Wrapper, compile_mode, reads_logits
 
-Teach = Callable[[Batch], AnyFeatures]
+Teach = Callable[[Batch], TeacherFeatures]
 Watch = Callable[[nn.Module | None], Metrics]
 
 
@@ -160,7 +160,7 @@ class _Loop:
         kept = self.statistics.names() if self.statistics is not None else []
         mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
         wrapper = Wrapper(trainee, slot, mode, kept)
-        self.teach = teach.compiled(slot, mode) if mode is not None and isinstance(teach, Live) else teach
+        self.teach = teach.compile(slot, mode) if mode is not None and isinstance(teach, LiveTeachers) else teach
         self.compiled = compile
         # DDP waits for the gradient of every parameter, unless it looks in each step which there will be.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not reads_logits(trainee))
@@ -351,7 +351,7 @@ class _Loop:
             for criterion in criteria:
                 criterion.alone = False
 
-    def _shown(self, batch: Batch) -> AnyFeatures | None:
+    def _shown(self, batch: Batch) -> TeacherFeatures | None:
         if self.teach is None:
             return None
         with self.accelerator.autocast():  # the teacher stands outside the wrapped module, and so outside its autocast

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from mgd_timm.distributed.sharding import part_of
 from mgd_timm.features import FeatureTap
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import unknown
-from mgd_timm.recipe.recipe import Optim
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 

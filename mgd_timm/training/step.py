@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mgd_timm.criteria import CrossEntropy
 from mgd_timm.criteria.base import Criterion, Objective
-from mgd_timm.distiller import AnyFeatures, is_whole
+from mgd_timm.distiller import TeacherFeatures, is_full
 from mgd_timm.features import Batch
 
 
@@ -36,10 +36,10 @@ class Wrapper(nn.Module):
             for name in module.synchronised
         ]
 
-    def forward(self, batch: Batch, teacher: AnyFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, batch: Batch, teacher: TeacherFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again
         for."""
-        trainee = self.compiled[0] if self.compiled and is_whole(batch, self.slot_size) else self.trainee
+        trainee = self.compiled[0] if self.compiled and is_full(batch, self.slot_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
         return found[0], found[
             1

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mgd_timm.models.build import build_named
+from mgd_timm.models.build import build_model
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage import checkpoint
@@ -59,7 +59,7 @@ def arguments(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_student_in_a_pass_ends_as_it_does_alone(arguments: list[str], tmp_path: Path) -> None:
     grid.main(arguments)
     (folder,) = tmp_path.glob("pass-*")
-    state = checkpoint.newest(folder / "checkpoints", print)
+    state = checkpoint.load_newest(folder / "checkpoints", print)
     assert state is not None
     args = grid.parse(arguments)
     for arm in ("alone", "MAS+KD", "MAG+AT"):
@@ -164,7 +164,7 @@ def counted() -> counts.Counts:
 
 
 def test_the_macs_of_a_step_are_those_of_its_networks(counted: counts.Counts) -> None:
-    teacher, student = (build_named(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
+    teacher, student = (build_model(name, (3, 32, 32), 10) for name in (CASE.teacher, CASE.student))
     first = next(module for module in student.modules() if isinstance(module, torch.nn.Conv2d))
     widths = {"teacher": (64, 10), "student": (student.head_hidden_size, None)}
     heads = {

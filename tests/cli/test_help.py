@@ -9,9 +9,11 @@ import pytest
 
 from mgd_timm.cli.main import COMMANDS, main
 from mgd_timm.cli.parser import TRAIN_NAMES, run_parser
-from mgd_timm.recipe.data import OF_TRAINING
+from mgd_timm.recipe.data import OF_TRAINING, Data
+from mgd_timm.recipe.heads import Heads
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import flag
-from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Data, Heads, Optim, Recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Recipe
 
 FIELDS = [
     field for kind in (Recipe, Data, Optim, Heads) for field in dataclasses.fields(kind) if field.name not in PARTS

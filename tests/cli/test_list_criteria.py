@@ -7,14 +7,14 @@ import pytest
 from mgd_timm.cli.list_criteria import Connection, connect, labelled, markdown, paper, paragraphs, table
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.criteria.terms import hyper_parameters
-from mgd_timm.models.build import build_named
+from mgd_timm.models.build import build_model
 
 METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
 def connection(teacher: str, student: str, side: int, maps: str) -> Connection:
     size = (3, side, side)
-    return Connection(build_named(teacher, size, 10), build_named(student, size, 10), size, maps, 1000)
+    return Connection(build_model(teacher, size, 10), build_model(student, size, 10), size, maps, 1000)
 
 
 def test_the_docs_are_current():

@@ -8,7 +8,7 @@ import torch
 
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.decode import DataError
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 
 def write(folder: Path, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from mgd_timm.data import corrupt_images
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_folder
 
 CPU = torch.device("cpu")

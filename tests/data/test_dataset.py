@@ -16,11 +16,10 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.transforms import normalise
 from mgd_timm.features import Defaults
-from mgd_timm.recipe.data import EMBEDDED
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import EMBEDDED, Data
+from mgd_timm.storage.atomic_write import default_file_mode
 from mgd_timm.storage.cache import cache_folder
-from mgd_timm.storage.checkpoint import file_mode
-from mgd_timm.storage.lock import LOCK
+from mgd_timm.storage.lock import LOCK_FILE
 
 
 def test_the_embedded_data_set_is_balanced_licensed_small_and_its_own_pngs() -> None:
@@ -78,7 +77,7 @@ def test_the_cache_is_written_once_and_mapped(small: Path, tmp_path: Path, monke
     data = read(small, log=said.append)
     files = sorted(cache_folder().glob("images/*/*.safetensors"))
     assert len(files) == len(said) == 2
-    assert {file.stat().st_mode & 0o777 for file in files} == {file_mode()}
+    assert {file.stat().st_mode & 0o777 for file in files} == {default_file_mode()}
     inodes = [file.stat().st_ino for file in files]
     again = read(small, log=said.append)
     assert [file.stat().st_ino for file in files] == inodes
@@ -96,7 +95,7 @@ def test_a_full_disk_leaves_no_file_in_the_cache(
     with small_disk("size=4m"):
         with pytest.raises(OSError, match=r"no room to write .*images/.*safetensors: nothing was changed there"):
             load_images(Data(), 0, log=print)
-        assert [path for path in tmp_path.rglob("*.*") if path.name != LOCK] == []
+        assert [path for path in tmp_path.rglob("*.*") if path.name != LOCK_FILE] == []
 
 
 def test_labels_are_those_of_all_training_rows(small: Path) -> None:

@@ -14,7 +14,7 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.image_cache import FILE, CachedImages, load_or_create
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 SHAPE = (40, 3, 9, 7)
 IMAGES = torch.randint(0, 256, SHAPE, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

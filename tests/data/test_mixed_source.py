@@ -11,7 +11,8 @@ from mgd_timm.data.mixed_source import MixedSource, mixed_source
 from mgd_timm.data.sampler import cut_updates
 from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.plan import terms_of
-from mgd_timm.recipe.recipe import Data, make_recipe
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.recipe import make_recipe
 
 CPU = torch.device("cpu")
 

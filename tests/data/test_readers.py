@@ -15,7 +15,7 @@ from mgd_timm.data.decode import decode
 from mgd_timm.data.readers import open as reader_choice
 from mgd_timm.data.readers.rows import ReadSplit
 from mgd_timm.data.readers.scan import LocalFolder
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from traced import launch, recorded
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers.streams import StreamSource, open_streams, shuffled
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers import tars
 from mgd_timm.data.sources import LargeImageSource
 from mgd_timm.features import Batch
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_folder
 
 

@@ -14,7 +14,8 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.rng import mix, uniform
 from mgd_timm.data.transforms import erase, mix_batch, normalise, pad_crop_flip, to_distributions
-from mgd_timm.recipe.recipe import Data, make_recipe
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.recipe import make_recipe
 
 CPU = torch.device("cpu")
 

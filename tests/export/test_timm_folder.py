@@ -13,7 +13,7 @@ from torch import nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.export.timm_folder import export_model
-from mgd_timm.models.describe import describe
+from mgd_timm.models.pretrained_cfg import describe_weights
 
 ABOUT = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "license": "mit", "tag": "mas_distilled"}
 
@@ -24,7 +24,8 @@ def student(name: str, classes: int = 5, size: int = 64, **options) -> nn.Module
     for module in model.modules():  # running statistics as after training
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
-    describe(model, input_size=(3, size, size), class_names=tuple(f"class {i}" for i in range(classes)), **ABOUT)
+    class_names = tuple(f"class {i}" for i in range(classes))
+    describe_weights(model, input_size=(3, size, size), class_names=class_names, **ABOUT)
     return model
 
 

@@ -19,9 +19,9 @@ from small import digest, write_pictures
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.image_cache import FILE
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.recipe.recipe import Data
-from mgd_timm.storage.checkpoint import State, load, newest
-from mgd_timm.storage.lock import LOCK
+from mgd_timm.recipe.data import Data
+from mgd_timm.storage.checkpoint import State, load, load_newest
+from mgd_timm.storage.lock import LOCK_FILE
 
 FLIPS, TRUNCATIONS, SEED = 200, 100, 5
 CACHE_FLIPS, CACHE_TRUNCATIONS = 12, 4  # of each file
@@ -46,9 +46,9 @@ def same(one: State, two: State) -> bool:
 
 
 def assert_found(checkpoints: Path, before: State, case: str) -> None:
-    """The newest is refused in words that name it, and the one before it is read."""
+    """The load_newest is refused in words that name it, and the one before it is read."""
     said: list[str] = []
-    found = newest(checkpoints, said.append)
+    found = load_newest(checkpoints, said.append)
     assert found is not None, case
     assert same(found, before), case
     assert len(said) == 1, case
@@ -79,7 +79,7 @@ def test_every_flipped_bit_and_truncation_is_found(run: tuple, tmp_path: Path, r
         assert_found(checkpoints, before, case)
         hit[path.name] += 1
         path.write_bytes(whole)
-    assert newest(checkpoints, pytest.fail) is not None  # whole again
+    assert load_newest(checkpoints, pytest.fail) is not None  # whole again
     seconds = time.monotonic() - began
     report(f"corruption, seed {SEED}: {FLIPS} bits, {TRUNCATIONS} truncations, {dict(hit)}: all found; {seconds:.0f} s")
 
@@ -170,7 +170,7 @@ def test_every_change_in_a_cache_is_found_and_mended(
         return found, capsys.readouterr().out
 
     def heads() -> tuple[State | None, str]:
-        found = newest(place, print)
+        found = load_newest(place, print)
         return found, capsys.readouterr().out
 
     expected, _ = read()
@@ -182,7 +182,9 @@ def test_every_change_in_a_cache_is_found_and_mended(
     assert fitted is not None
     assert not said
     files = [
-        path for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")] if path.is_file() and path.name != LOCK
+        path
+        for path in [*(tmp_path / "cache").rglob("*"), *place.rglob("*")]
+        if path.is_file() and path.name != LOCK_FILE
     ]
     hit = Counter(
         path.relative_to(tmp_path / "cache").parts[0] if tmp_path in path.parents else "heads" for path in files

@@ -24,7 +24,8 @@ import pytest
 from forked import Ranks
 from small import digest
 
-from mgd_timm.storage.checkpoint import ASIDE, verify
+from mgd_timm.storage.atomic_write import PARTIAL_PREFIX
+from mgd_timm.storage.checkpoint import verify
 
 ROOM = 40_000  # bytes that the limit on files leaves: half of the smallest tensors, more than the small files
 
@@ -54,7 +55,7 @@ def full_at(number: int, room: int | None, filler: str, counted: str, *words: st
 
     def mkdtemp(*args: Any, **options: Any) -> str:
         nonlocal writes
-        if options.get("prefix") == ASIDE:
+        if options.get("prefix") == PARTIAL_PREFIX:
             writes += 1
             if writes == number:
                 if room is not None:
@@ -88,7 +89,7 @@ def fill(path: Path) -> None:
 
 def check_whole(place: Path) -> None:
     """What an interrupted run left: nothing half-written, whole checkpoints, readable texts."""
-    assert [str(path) for path in place.rglob(f"{ASIDE}*")] == []
+    assert [str(path) for path in place.rglob(f"{PARTIAL_PREFIX}*")] == []
     for manifest in place.rglob("manifest.json"):
         verify(manifest.parent)
     for path in place.rglob("*.json"):

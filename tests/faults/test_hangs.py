@@ -16,7 +16,7 @@ import pytest
 from forked import Ranks
 from small import command, digest, environment, write_pictures
 
-from mgd_timm.storage.checkpoint import newest, verify
+from mgd_timm.storage.checkpoint import load_newest, verify
 
 TIMEOUT = 30.0
 """Seconds: `--process-timeout`."""
@@ -185,7 +185,7 @@ def test_a_launch_ends_all(waiting: Launch, report: Callable[[str], None]) -> No
     assert not any(psutil.pid_exists(pid) for pid in waiting.pids)
     for checkpoint in waiting.checkpoints.glob("0*"):
         verify(checkpoint)
-    assert newest(waiting.checkpoints, pytest.fail) is not None
+    assert load_newest(waiting.checkpoints, pytest.fail) is not None
     report(
         f"hangs: a launch by torchrun, a read in a reader of one of 2: it ended after {seconds:.0f} s, readers and all"
     )

@@ -17,7 +17,7 @@ import pytest
 from forked import Ranks
 from small import digest
 
-from mgd_timm.storage.checkpoint import ASIDE
+from mgd_timm.storage.atomic_write import PARTIAL_PREFIX
 
 KILLS, PER_RUN = 50, 5
 TASKS = {seed: 2 if seed % 5 in (2, 4) else 1 for seed in range(KILLS // PER_RUN)}
@@ -27,7 +27,7 @@ TASKS = {seed: 2 if seed % 5 in (2, 4) else 1 for seed in range(KILLS // PER_RUN
 def saving(folder: Path) -> bool:
     """Whether a checkpoint is being written just now, of the heads or of the student."""
     return any(
-        next(place.glob(f"{ASIDE}*"), None)
+        next(place.glob(f"{PARTIAL_PREFIX}*"), None)
         for place in (folder / "run" / "checkpoints", folder / "run/heads/checkpoints")
     )
 

@@ -14,7 +14,7 @@ import pytest
 from forked import Ranks
 from small import command, environment, write_pictures
 
-from mgd_timm.storage.checkpoint import newest, verify
+from mgd_timm.storage.checkpoint import load_newest, verify
 
 
 def launched(words: list[str], processes: int, checkpoints: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
@@ -62,7 +62,7 @@ def test_a_launch_ends(
     assert not any(rank.is_running() for rank in ranks)
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("0*"):
         verify(checkpoint)
-    assert newest(tmp_path / "run" / "checkpoints", pytest.fail) is not None
+    assert load_newest(tmp_path / "run" / "checkpoints", pytest.fail) is not None
     report(f"ranks: {kind.name} of rank {who} of {processes}: the launch ended after {seconds:.0f} s")
 
 

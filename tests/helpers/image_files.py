@@ -17,7 +17,7 @@ from PIL import Image
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.sources import SmallImageSource, Source
 from mgd_timm.features import Batch, Defaults
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 CPU = torch.device("cpu")
 Cell = bytes | dict[str, Any]

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.criteria import CRITERIA, Objective
-from mgd_timm.distiller import Distiller, Live, Teacher, shard_teacher
+from mgd_timm.distiller import Distiller, LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import leave
 from mgd_timm.distributed.sharding import Sharded, units
 from mgd_timm.features import Batch, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.evaluation import evaluate_taps
 from mgd_timm.training.loop import fit
@@ -98,7 +98,7 @@ def distil(
         here,
         seed=3,
         batch_size=per_step,
-        teach=Live(frozen),
+        teach=LiveTeachers(frozen),
         watch=watch,
         averaged=trainee.student,
         upkeep=Upkeep(folder=folder, quiet=True, resume=resume is not None),

@@ -14,7 +14,7 @@ from torch import nn
 
 from mgd_timm.distributed.collectives import join, leave
 from mgd_timm.features import Batch
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.loop import fit
 

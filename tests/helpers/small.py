@@ -126,7 +126,7 @@ def end_at(
 
 def _hold(folder: Path, ready: Event) -> None:
     lock = Lock(folder, "", print)
-    assert lock.attempt(0)
+    assert lock.try_acquire(0)
     ready.set()
     time.sleep(600)
 

@@ -10,7 +10,7 @@ import torch
 from families import ENCODERS, FAMILIES
 from torch import nn
 
-from mgd_timm.models.build import build_named
+from mgd_timm.models.build import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ class Idle(nn.Linear):
 def test_a_parameter_without_a_gradient_is_noticed() -> None:
     size = (3, 64, 64)
     with torch.device("meta"):
-        model = build_named("test_resnet", size, 10)
+        model = build_model("test_resnet", size, 10)
         model.fc = Idle(model.fc)
         tap, count = sweep.tapped(model, size)
         with pytest.raises(ValueError, match=r"no gradient for 1 parameters: student\.model\.fc\.unread"):

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.classes import class_names_of, fit_classes, keep_rows, teacher_rows
+from mgd_timm.models.classes import find_teacher_rows, read_class_names, select_classes, select_rows
 
 SYNSETS = ["n01440764", "n02102040", "n02979186"]  # tench, English springer, cassette player
 ROWS = [0, 217, 482]
@@ -28,24 +28,24 @@ def network(name: str = "test_resnet", **options) -> torch.nn.Module:
     ids=["synsets", "lemmas", "spelled otherwise"],
 )
 def test_auto_finds_imagenet_classes_by_synset_and_by_any_of_their_names(names):
-    assert teacher_rows("auto", network(), names) == ROWS
+    assert find_teacher_rows("auto", network(), names) == ROWS
 
 
 def test_auto_reads_the_label_names_of_the_weights():
     model = network(num_classes=3)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["cat", "dog", "bird"]}
-    assert class_names_of(model) == [("cat",), ("dog",), ("bird",)]
-    assert teacher_rows("auto", model, ["bird", "cat"]) == [2, 0]
+    assert read_class_names(model) == [("cat",), ("dog",), ("bird",)]
+    assert find_teacher_rows("auto", model, ["bird", "cat"]) == [2, 0]
 
 
 def test_a_name_of_several_classes_and_an_unknown_one_are_refused_with_the_ways_out():
     with pytest.raises(ValueError, match=r"several classes as 'crane' \(rows 134, 517\).*fit-teacher-head") as caught:
-        teacher_rows("auto", network(), ["tench", "crane", "no such animal"])
+        find_teacher_rows("auto", network(), ["tench", "crane", "no such animal"])
     assert "does not know 'no such animal'" in str(caught.value)
-    with pytest.raises(ValueError, match="'Tinca tinca' is to the teacher the class that 'tench' is"):
-        teacher_rows("auto", network(), ["tench", "Tinca tinca"])
-    with pytest.raises(ValueError, match="nothing says what the teacher's 7 classes are called"):
-        teacher_rows("auto", network(num_classes=7), ["a", "b"])
+    with pytest.raises(ValueError, match="'Tinca tinca' and 'tench' are the same class of the teacher"):
+        find_teacher_rows("auto", network(), ["tench", "Tinca tinca"])
+    with pytest.raises(ValueError, match="the names of the teacher's 7 classes are not known"):
+        find_teacher_rows("auto", network(num_classes=7), ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -60,25 +60,25 @@ def test_a_name_of_several_classes_and_an_unknown_one_are_refused_with_the_ways_
 )
 def test_a_file_names_or_counts_the_teachers_classes(tmp_path, file, text):
     (tmp_path / file).write_text(text)
-    assert teacher_rows(str(tmp_path / file), network(), ["a", "b", "c"]) == ROWS
+    assert find_teacher_rows(str(tmp_path / file), network(), ["a", "b", "c"]) == ROWS
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("short.txt", "0\n1\n", "2 classes, the data has 3"),
         ("beyond.txt", "0\n1\n1000\n", "does not know 1000"),
-        ("lacking.json", '{"a": 1}', "says nothing of the data's classes b, c"),
+        ("missing.json", '{"a": 1}', "the data's classes b, c are missing"),
         ("broken.json", "[0, 1", "cannot be read"),
         ("kinds.json", "[0, 1.5, true]", "expected a text file"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path, file, text, said):
+def test_files_that_do_not_fit_are_refused(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=said):
-        teacher_rows(str(tmp_path / file), network(), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        find_teacher_rows(str(tmp_path / file), network(), ["a", "b", "c"])
     with pytest.raises(ValueError, match="no such file"):
-        teacher_rows(str(tmp_path / "none.txt"), network(), ["a", "b", "c"])
+        find_teacher_rows(str(tmp_path / "none.txt"), network(), ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_kept_rows_give_the_same_logits(name, size):
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(images)
-        keep_rows(model, [5, 0, 999], ["x", "y", "z"])
+        select_rows(model, [5, 0, 999], ["x", "y", "z"])
         torch.testing.assert_close(model(images), whole[:, [5, 0, 999]])
     assert model.num_classes == 3
     assert model.pretrained_cfg["label_names"] == ("x", "y", "z")
@@ -110,28 +110,29 @@ def test_the_kept_rows_give_the_same_logits(name, size):
 def test_a_teacher_of_the_same_classes_is_left_alone_and_one_of_another_order_is_put_in_order():
     model = network(num_classes=3)
     before = model.get_classifier().weight.clone()
-    fit_classes(model, "auto", ["a", "b", "c"])  # it has three nameless classes: the data's
+    select_classes(model, "auto", ["a", "b", "c"])  # it has three nameless classes: the data's
     assert torch.equal(model.get_classifier().weight, before)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["b", "c", "a"]}
-    fit_classes(model, "auto", ["a", "b", "c"])
+    select_classes(model, "auto", ["a", "b", "c"])
     assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])
     assert json.dumps(model.pretrained_cfg["label_names"]) == '["a", "b", "c"]'
 
 
 def test_imagenets_classes_by_all_their_names_together_as_data_sets_of_the_hub_have_them():
-    assert teacher_rows("auto", network(), ["maillot, tank suit", "maillot", "tench, Tinca tinca"]) == [639, 638, 0]
+    names = ["maillot, tank suit", "maillot", "tench, Tinca tinca"]
+    assert find_teacher_rows("auto", network(), names) == [639, 638, 0]
 
 
 def test_auto_orders_as_many_nameless_classes_where_imagenets_names_say_how():
     model = network()
-    known = class_names_of(model)
+    known = read_class_names(model)
     names = [", ".join(lemmas) for _, *lemmas in known]
     labels = [name if names.count(name) == 1 else known[row][0] for row, name in enumerate(names)]
     before = model.get_classifier().weight.clone()
-    fit_classes(model, "auto", sorted(labels))  # as folders stand in their order
+    select_classes(model, "auto", sorted(labels))  # as folders stand in their order
     assert torch.equal(model.get_classifier().weight, before[[labels.index(name) for name in sorted(labels)]])
     other = network()
-    fit_classes(other, "auto", [f"kind {i}" for i in range(1000)])
+    select_classes(other, "auto", [f"kind {i}" for i in range(1000)])
     assert torch.equal(other.get_classifier().weight, before)
 
 
@@ -139,7 +140,7 @@ def test_a_file_puts_as_many_nameless_classes_in_order(tmp_path):
     (tmp_path / "order.txt").write_text("# the data's order\n2\n0\n1\n")
     model = network(num_classes=3)
     before = model.get_classifier().weight.clone()
-    fit_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])
+    select_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])
     assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])
-    fit_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])  # and not once more
+    select_classes(model, str(tmp_path / "order.txt"), ["a", "b", "c"])  # and not once more
     assert torch.equal(model.get_classifier().weight, before[[2, 0, 1]])

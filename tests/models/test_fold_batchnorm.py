@@ -7,7 +7,7 @@ from torch import nn
 
 import mgd_timm.models  # noqa: F401
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
 
 
 def network(name: str) -> nn.Module:
@@ -34,7 +34,7 @@ def test_the_features_of_any_batch_are_the_same_in_float64(name: str) -> None:
     size = 32 if name.startswith("cifar") else 64
     tap = FeatureTap(network(name), [0, -1], input_size=(3, size, size)).double().eval()
     before = {key: value.clone() for key, value in tap.state_dict().items()}
-    twin = folded(tap)
+    twin = fold_batchnorm(tap)
     assert twin is not None
     assert norms(twin) < norms(tap)
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
@@ -48,18 +48,18 @@ def test_the_features_of_any_batch_are_the_same_in_float64(name: str) -> None:
 
 
 def test_every_norm_behind_a_convolution_is_folded() -> None:
-    assert norms(folded(FeatureTap(network("cifar_resnet20"), input_size=(3, 32, 32))) or nn.Identity()) == 0
+    assert norms(fold_batchnorm(FeatureTap(network("cifar_resnet20"), input_size=(3, 32, 32))) or nn.Identity()) == 0
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
 def test_a_network_without_such_norms_is_left_alone(name: str) -> None:
-    assert folded(FeatureTap(timm.create_model(name, num_classes=3))) is None
+    assert fold_batchnorm(FeatureTap(timm.create_model(name, num_classes=3))) is None
 
 
 def test_a_residual_of_raw_convolutions_keeps_its_norm_and_the_others_are_folded() -> None:
     """In a WRN of width 1 the stem's output is the first residual as well."""
     tap = FeatureTap(network("cifar_wrn_16_1"), input_size=(3, 32, 32)).eval()
-    twin = folded(tap)
+    twin = fold_batchnorm(tap)
     assert twin is not None
     assert 0 < norms(twin) < norms(tap)
 
@@ -79,6 +79,6 @@ def test_a_convolution_that_is_read_elsewhere_too_is_not_folded() -> None:
 
     model = network("cifar_resnet8")
     model.layer1 = nn.Sequential(Leaky())
-    twin = folded(FeatureTap(model, input_size=(3, 32, 32)))
+    twin = fold_batchnorm(FeatureTap(model, input_size=(3, 32, 32)))
     assert twin is not None
     assert norms(twin.model.layer1) == norms(twin) == 1

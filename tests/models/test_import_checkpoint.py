@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from mgd_timm.cli.import_checkpoint import import_checkpoint
 from mgd_timm.cli.main import main
-from mgd_timm.models.build import load_model
-from mgd_timm.models.import_checkpoint import read_public
+from mgd_timm.models.import_checkpoint import read_public_checkpoint
+from mgd_timm.models.load import load_model
 from mgd_timm.storage.digests import sha256
 
 NAME = "cifar_resnet8x05"
@@ -68,7 +68,7 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_layouts(tmp_path, wrap, zipped):
     state = network().state_dict()
     torch.save(wrap(state), tmp_path / "public.pth", _use_new_zipfile_serialization=zipped)
-    found = read_public(tmp_path / "public.pth")
+    found = read_public_checkpoint(tmp_path / "public.pth")
     assert same(found, dict(state))
     assert {type(value) for value in found.values()} == {Tensor}
 
@@ -77,13 +77,13 @@ def test_safetensors_whatever_the_name(tmp_path):
     state = dict(network().state_dict())
     for name in ("weights.safetensors", "weights.bin"):
         save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / name)
-        assert same(dict(sorted(read_public(tmp_path / name).items())), dict(sorted(state.items())))
+        assert same(dict(sorted(read_public_checkpoint(tmp_path / name).items())), dict(sorted(state.items())))
 
 
 def test_a_prefix_is_dropped_from_all_or_none(tmp_path):
     state = {"module.a": torch.ones(1), "b": torch.ones(2)}
     torch.save(state, tmp_path / "x.pt")
-    assert list(read_public(str(tmp_path / "x.pt"))) == ["module.a", "b"]
+    assert list(read_public_checkpoint(str(tmp_path / "x.pt"))) == ["module.a", "b"]
 
 
 class Command:
@@ -109,7 +109,7 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped, place):
     }[place]
     torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
     for attempt in (
-        lambda: read_public(tmp_path / "evil.pt"),
+        lambda: read_public_checkpoint(tmp_path / "evil.pt"),
         lambda: import_checkpoint(tmp_path / "evil.pt", NAME, tmp_path / "out"),
     ):
         with pytest.raises(ValueError, match=r"evil.pt holds more than tensors: \w+\.mkdir.* nothing of it was run"):
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_n
         checkpoint_dir=str(tmp_path),
     )
     saver.save_checkpoint(0, metric=1.0)
-    read = read_public(tmp_path / "model_best.pth.tar")
+    read = read_public_checkpoint(tmp_path / "model_best.pth.tar")
     assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
     averaged = network()
     with torch.no_grad():
@@ -138,13 +138,13 @@ def test_a_checkpoint_of_timms_train_script_is_read_and_code_in_its_options_is_n
     saver.model_ema = ModelEmaV3(averaged)
     saver.save_checkpoint(1, metric=2.0)
     assert torch.equal(
-        read_public(tmp_path / "model_best.pth.tar")["fc.bias"], averaged.fc.bias
+        read_public_checkpoint(tmp_path / "model_best.pth.tar")["fc.bias"], averaged.fc.bias
     )  # as timm's own loader reads it
     for options in (argparse.Namespace(evil=Command(tmp_path / "ran")), Fraction(1, 2)):
         content = {"state_dict": model.state_dict(), "args": options}
         torch.save(content, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=r"last\.pth holds more than tensors: .*write its weights alone"):
-            read_public(tmp_path / "last.pth")
+            read_public_checkpoint(tmp_path / "last.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -159,12 +159,12 @@ def test_damaged_files(tmp_path, kind):
     for length in (1, 8, 9, 64, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"public.pth: cannot be read as .*: fetch it again"):
-            read_public(path)
+            read_public_checkpoint(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is empty: fetch it again"):
-        read_public(path)
+        read_public_checkpoint(path)
     path.write_bytes(whole)
-    assert len(read_public(path)) == len(network().state_dict())
+    assert len(read_public_checkpoint(path)) == len(network().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_damaged_files(tmp_path, kind):
 def test_what_is_no_checkpoint(tmp_path, text):
     (tmp_path / "x.pth").write_bytes(text)
     with pytest.raises(ValueError, match=r"x.pth: cannot be read as a checkpoint"):
-        read_public(tmp_path / "x.pth")
+        read_public_checkpoint(tmp_path / "x.pth")
 
 
 def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "absent.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
-            read_public(path)
+            read_public_checkpoint(path)
 
 
 def test_a_program_is_no_checkpoint(tmp_path):
@@ -187,7 +187,7 @@ def test_a_program_is_no_checkpoint(tmp_path):
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
     with pytest.raises(ValueError, match="is a TorchScript program, not weights"):
-        read_public(tmp_path / "x.pt")
+        read_public_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_program_is_no_checkpoint(tmp_path):
 def test_what_holds_no_tensors_by_name(tmp_path, content, expected):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=expected):
-        read_public(tmp_path / "x.pt")
+        read_public_checkpoint(tmp_path / "x.pt")
 
 
 # Ours, and how public files of the family call the beginning of a name.
@@ -261,7 +261,7 @@ def test_families(tmp_path, name):
         again = import_checkpoint(tmp_path / "ours.pth", name, tmp_path / "again")
         assert same(timm.create_model(f"local-dir:{again}", pretrained=True).state_dict(), model.state_dict())
         torch.save({**state, **model.state_dict()}, tmp_path / "both.pth")
-        with pytest.raises(ValueError, match="under its public name and under ours"):
+        with pytest.raises(ValueError, match="under both its public name and ours"):
             import_checkpoint(tmp_path / "both.pth", name, tmp_path / "no")
 
 
@@ -307,15 +307,15 @@ def test_old_files_have_no_counters_and_half_precision_is_widened(tmp_path):
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [
-        ("cifar_resnet14", "cifar_resnet8", [r"foreign \['layer1.1.conv1.weight'"]),
+        ("cifar_resnet14", "cifar_resnet8", [r"unexpected \['layer1.1.conv1.weight'"]),
         ("cifar_resnet8", "cifar_resnet14", [r"missing \['layer1.1.conv1.weight'"]),
         (
             "cifar_resnet8",
             "cifar_resnet8x05",
             [r"of another shape \['conv1.weight \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)'"],
         ),
-        ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"foreign \['block0.0.weight'"]),
-        ("cifar_resnet8", "cifar_shufflev1", ["missing", "foreign", "of another shape"]),
+        ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"unexpected \['block0.0.weight'"]),
+        ("cifar_resnet8", "cifar_shufflev1", ["missing", "unexpected", "of another shape"]),
         ("cifar_wrn_16_1", "cifar_wrn_16_2", ["missing", "of another shape"]),
     ],
 )

@@ -18,7 +18,7 @@ import mgd_timm.models  # noqa: F401 - registers cifar_*
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.cifar.base import CifarNet
-from mgd_timm.models.describe import describe
+from mgd_timm.models.pretrained_cfg import describe_weights
 
 # The specification's table for 100 classes: parameters, billions of multiply-adds, width of the embedding, channels and
 # sides.
@@ -91,7 +91,9 @@ def test_sizes(name):
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.num_features == model.head_hidden_size == width
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert not [conv for conv in convs if conv.kernel_size == (1, 1) and conv.stride != (1, 1)]  # see BasicBlock.before
+    assert not [
+        conv for conv in convs if conv.kernel_size == (1, 1) and conv.stride != (1, 1)
+    ]  # see BasicBlock.forward_preact
     with FlopCounterMode(display=False) as counter:
         final, maps = model.forward_intermediates(x)
         embedding = model.forward_head(final, pre_logits=True)
@@ -620,7 +622,7 @@ def test_an_exported_network_loads_in_timm(name, tmp_path):
     torch.manual_seed(0)
     full = "cifar_resnet8" if name == "cifar_resnet14" else name
     model = timm.create_model(full, num_classes=4, in_chans=1)
-    describe(
+    describe_weights(
         model,
         input_size=(1, 28, 28),
         mean=(0.3,),

@@ -12,7 +12,7 @@ import mgd_timm
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.connect import connect, finish_teachers
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, terms_of

@@ -14,7 +14,7 @@ import pytest
 from forked import Ranks, command_line
 from small import FAST, call, digest, end_at, write_pictures
 
-from mgd_timm.storage.checkpoint import ASIDE
+from mgd_timm.storage.atomic_write import PARTIAL_PREFIX
 
 pytestmark = pytest.mark.slow
 
@@ -79,13 +79,13 @@ def test_killed_while_the_heads_are_fitted(small_data, tmp_path, monkeypatch):
             code, _ = end_at(1, output / "heads" / "checkpoints", signal.SIGKILL, *words)
             assert code == -signal.SIGKILL
             assert not (output / "checkpoints").exists()
-            (output / "heads" / f"{ASIDE}x").mkdir(
+            (output / "heads" / f"{PARTIAL_PREFIX}x").mkdir(
                 exist_ok=True
             )  # as a kill in the midst of a write to metrics.jsonl leaves it
             words.append("--resume")
         done = call(*words)
         assert done.returncode == 0, done.stderr
-        assert not list(output.rglob(f"{ASIDE}*"))
+        assert not list(output.rglob(f"{PARTIAL_PREFIX}*"))
         assert ("heads: resumed after update" in done.stdout) == (name == "killed")
         outputs.append(digest(output / "export" / "model.safetensors"))
     assert outputs[0] == outputs[1]

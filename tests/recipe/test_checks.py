@@ -6,8 +6,11 @@ import re
 
 import pytest
 
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.heads import Heads
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import Range, flag
-from mgd_timm.recipe.recipe import Data, Heads, Optim, Recipe, make_recipe
+from mgd_timm.recipe.recipe import Recipe, make_recipe
 
 FIELDS = {field.name: field for kind in (Recipe, Data, Optim, Heads) for field in dataclasses.fields(kind)}
 RANGES = {

@@ -14,7 +14,7 @@ from small import environment, write_pictures
 
 import mgd_timm.models  # noqa: F401  # registers cifar_*
 from mgd_timm.export.timm_folder import export_model
-from mgd_timm.models.describe import describe
+from mgd_timm.models.pretrained_cfg import describe_weights
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import make_recipe
 
@@ -92,7 +92,7 @@ def test_a_pair_runs_with_all_its_augmentation(tmp_path: Path) -> None:
     """DeiT's, with small networks, on pictures of three classes."""
     pictures = write_pictures(tmp_path / "pictures", 24, 100)
     teacher = timm.create_model("cifar_resnet8x4", num_classes=3)
-    describe(
+    describe_weights(
         teacher,
         input_size=(3, 32, 32),
         mean=(0.5, 0.5, 0.5),

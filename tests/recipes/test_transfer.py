@@ -20,10 +20,10 @@ import mgd_timm
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.data import EMBEDDED
-from mgd_timm.recipe.recipe import Data, make_recipe
+from mgd_timm.recipe.data import EMBEDDED, Data
+from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.training.evaluation import evaluate_taps
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: corruption, full disks and kills are real ones."""
+"""Checkpoints under real corruption, full disks and kills: complete, or absent."""
 
 import ast
 import errno
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import mgd_timm
-from mgd_timm.storage.checkpoint import CheckpointError, State, load, newest, save, sweep, verify, write_whole
+from mgd_timm.storage.atomic_write import remove_partial_writes
+from mgd_timm.storage.checkpoint import CheckpointError, State, load, load_newest, save, verify
 
 SmallDisk = Callable[[str], AbstractContextManager[None]]
 
@@ -106,7 +107,7 @@ def test_round_trip_of_every_type_and_shape(tmp_path: Path) -> None:
     assert_equal(load(save(tmp_path / "checkpoints", 7, written)), written)
 
 
-def test_what_is_read_does_not_follow_the_file(tmp_path: Path) -> None:
+def test_loaded_tensors_do_not_depend_on_the_file(tmp_path: Path) -> None:
     """A resumed run trains on these tensors while their checkpoint is deleted."""
     path = save(tmp_path, 1, state())
     read = load(path)
@@ -128,26 +129,26 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_only_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     for number in (8, 9, 10, 11, 99_999_999, 100_000_000):  # the last has a digit more
         save(tmp_path, number, state(number), keep=keep)
     expected = ["00000008", "00000009", "00000010", "00000011", "99999999", "100000000"][-keep:]
     assert names(tmp_path) == sorted(expected)
-    found = newest(tmp_path, pytest.fail)
+    found = load_newest(tmp_path, pytest.fail)
     assert found is not None
     assert_equal(found, state(100_000_000))
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest(tmp_path, pytest.fail) is None
-    assert newest(tmp_path / "missing", pytest.fail) is None
+def test_load_newest_is_none_without_a_checkpoint(tmp_path: Path) -> None:
+    assert load_newest(tmp_path, pytest.fail) is None
+    assert load_newest(tmp_path / "missing", pytest.fail) is None
     (tmp_path / "report.html").touch()
     (tmp_path / "123").touch()
     (tmp_path / "export").mkdir()
-    assert newest(tmp_path, pytest.fail) is None
+    assert load_newest(tmp_path, pytest.fail) is None
 
 
-def test_a_number_is_written_once_and_again_where_it_is_damaged(tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_once_and_rewritten_if_corrupt(tmp_path: Path) -> None:
     path = save(tmp_path, 1, state())
     inode = path.stat().st_ino
     assert save(tmp_path, 1, state()) == path
@@ -158,14 +159,14 @@ def test_a_number_is_written_once_and_again_where_it_is_damaged(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_newest_one_does_not_displace_what_is_saved_after_it(tmp_path: Path, keep: int) -> None:
+def test_a_corrupt_newest_checkpoint_does_not_displace_later_ones(tmp_path: Path, keep: int) -> None:
     for number in (10, 20):
         save(tmp_path, number, state(number))
     (tmp_path / "00000020" / "state.json").unlink()
     for number in (12, 14):
         save(tmp_path, number, state(number), keep=keep)
     assert names(tmp_path) == ["00000012", "00000014"][-keep:]
-    found = newest(tmp_path, pytest.fail)
+    found = load_newest(tmp_path, pytest.fail)
     assert found is not None
     assert_equal(found, state(14))
 
@@ -218,11 +219,11 @@ def test_every_corruption_is_found_and_the_older_checkpoint_used(
         with pytest.raises(CheckpointError, match="00000002"):
             load(folder / "00000002")
         said: list[str] = []
-        found = newest(folder, said.append)
+        found = load_newest(folder, said.append)
         assert found is not None
         assert_equal(found, state(1))
         assert len(said) == 1
-        assert said[0].startswith(f"skipped a damaged checkpoint: {folder / '00000002'}: ")
+        assert said[0].startswith(f"skipped a corrupt checkpoint: {folder / '00000002'}: ")
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -247,37 +248,19 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
             verify(path)
 
 
-def test_nothing_usable_is_none_and_said(tmp_path: Path) -> None:
+def test_load_newest_is_none_and_logs_each_corrupt_checkpoint(tmp_path: Path) -> None:
     said: list[str] = []
     for number in (1, 2):
         (save(tmp_path, number, state(number)) / "state.json").write_text("{}")
-    assert newest(tmp_path, said.append) is None
+    assert load_newest(tmp_path, said.append) is None
     assert ["00000002" in said[0], "00000001" in said[1]] == [True, True]
 
 
-def test_sweep_removes_what_an_interrupted_write_left_and_nothing_else(tmp_path: Path) -> None:
-    save(tmp_path, 1, state())
-    (tmp_path / ".writing-abc" / "00000002").mkdir(parents=True)
-    (tmp_path / ".writing-abc" / "00000002" / "model.safetensors").write_bytes(b"half")
-    sweep(tmp_path)
-    assert names(tmp_path) == ["00000001"]
-
-
-def test_a_fault_while_writing_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1, state())
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(tmp_path, 2, State(state(2).tensors, {"updates": torch.tensor(2)}))
     assert names(tmp_path) == ["00000001"]
-
-    def half(draft: Path) -> None:
-        draft.write_text("half")
-        raise KeyboardInterrupt
-
-    (tmp_path / "file").write_text("whole")
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "file", half)
-    assert (tmp_path / "file").read_text() == "whole"
-    assert names(tmp_path) == ["00000001", "file"]
 
 
 def run_saver(folder: Path, *args: int, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -329,7 +312,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, small_disk: Sm
             assert caught.value.errno == errno.ENOSPC
             assert names(folder) == ["00000001", "00000002"]
         verify(folder / "00000001")
-        found = newest(folder, pytest.fail)
+        found = load_newest(folder, pytest.fail)
         assert found is not None
         assert_equal(found, State(big.tensors, {"updates": 2}))
         filler.unlink()
@@ -350,8 +333,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path: Path) -
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             reported = [first, *map(int, process.stdout.read().split())]
-        sweep(tmp_path)
-        found = newest(tmp_path, print)
+        remove_partial_writes(tmp_path)
+        found = load_newest(tmp_path, print)
         assert found is not None
         number = found.values["updates"]
         assert number in (reported[-1], reported[-1] + 1)  # killed between the rename and the report
@@ -378,7 +361,7 @@ def test_no_pickle_anywhere() -> None:
                 assert not {alias.name for alias in node.names} & {"save", "load"}, path
             if isinstance(node, ast.Attribute) and node.attr in ("save", "load", "hub"):
                 of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch"
-                assert not of_torch or (path.name, node.attr) == ("importing.py", "load"), path
+                assert not of_torch or (path.name, node.attr) == ("import_checkpoint.py", "load"), path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 loads += 1
                 assert [k.value.value for k in node.keywords if k.arg == "weights_only"] == [True], path

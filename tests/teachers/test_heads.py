@@ -12,7 +12,7 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import FeatureTap
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.classifier import fit_classifiers

@@ -17,11 +17,13 @@ import mgd_timm
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
-from mgd_timm.models.build import build_tap, load_model
-from mgd_timm.models.fold_batchnorm import folded
+from mgd_timm.models.build import build_tap
+from mgd_timm.models.fold_batchnorm import fold_batchnorm
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.recipe import Data, make_recipe
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.recipe import make_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -280,7 +282,7 @@ def test_a_stage_sees_maps_of_a_teacher_whose_folding_was_checked_on_them():
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     for preact, cam in ((False, True), (True, False)):
         tap = build_tap(model, size, "all", preact=preact, cam=cam).eval()
-        twin = folded(tap)
+        twin = fold_batchnorm(tap)
         assert twin is not None
         one, two = tap(images), twin(images)
         for a, b in zip(one.maps, two.maps, strict=True):

@@ -25,7 +25,7 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.build import load_model
+from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.plan import context_of, store_options_of
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.recipe import make_recipe

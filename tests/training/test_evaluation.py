@@ -13,8 +13,8 @@ from torch import nn
 import mgd_timm
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
-from mgd_timm.models.build import load_model
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.models.load import load_model
+from mgd_timm.recipe.data import Data
 from mgd_timm.training import evaluation
 from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise, pixel_noise
 

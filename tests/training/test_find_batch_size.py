@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from small import environment, launched
 from torch import nn
 
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.find_batch_size import executable_batch_size
 
 pytestmark = pytest.mark.slow

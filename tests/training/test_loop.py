@@ -15,7 +15,7 @@ from torch import nn
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting
 from mgd_timm.recipe.granularity import Granularity
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.checkpointer import NonFiniteError, Upkeep
 from mgd_timm.training.evaluation import evaluate
 from mgd_timm.training.loop import fit

@@ -13,7 +13,7 @@ from mgd_timm.criteria import CRITERIA, Objective
 from mgd_timm.distiller import Distiller, MutualLearning
 from mgd_timm.features import FeatureTap, Pair
 from mgd_timm.granularity import MAG
-from mgd_timm.recipe.recipe import Optim
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.optimizer_state import SCHEDULES, build_optimizer, build_schedule
 
 FAMILIES = {

@@ -11,7 +11,7 @@ from PIL import Image
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers.rows import ReadSplit, begin_digest
 from mgd_timm.data.readers.scan import LocalFolder
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError
 from mgd_timm.data.readers.rows import ReadSplit
 from mgd_timm.data.readers.scan import LocalFolder
 from mgd_timm.data.readers.tables import load_tables, read_table
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 
 def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:

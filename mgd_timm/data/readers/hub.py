@@ -5,8 +5,8 @@ from functools import partial
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers.rows import ReadSplit
 from mgd_timm.data.readers.tables import load_tables, read_table
+from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
-from mgd_timm.recipe.recipe import Data
 
 _KNOWN = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
 

@@ -7,7 +7,7 @@ from mgd_timm.data.decode import DataError
 from mgd_timm.data.readers import arrays, folder, hub, tables, tars
 from mgd_timm.data.readers.rows import ReadSplit
 from mgd_timm.data.readers.scan import LocalFolder, scan_folder
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 
 FORMATS: tuple[Callable[[LocalFolder, Data], dict[str, ReadSplit]], ...] = (
     arrays.find_splits,

@@ -29,8 +29,8 @@ from mgd_timm.data.readers.scan import scan_folder
 from mgd_timm.data.readers.tables import image_column, label_column
 from mgd_timm.data.rng import mix, seeded
 from mgd_timm.features import Batch
+from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
-from mgd_timm.recipe.recipe import Data
 
 _HEAD = 8  # the first images of a stream, which its digest covers
 

@@ -17,8 +17,8 @@ import numpy as np
 from mgd_timm.data.decode import DataError, decode
 from mgd_timm.data.readers.rows import ReadSplit, begin_digest, digest_images
 from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
+from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
-from mgd_timm.recipe.recipe import Data
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
 from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
 from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.checkpoint import State
-from mgd_timm.storage.lock import kept
+from mgd_timm.storage.lock import load_or_create
 
 _LABELS = (".cls", ".json", ".txt")
 _SPLITS = ("train", *EVAL_SPLITS)
@@ -217,7 +217,7 @@ def _load_index(path: Path, log: Callable[[str], None]) -> _Index:
         }
         return State({"index": index}, {})
 
-    found = kept(folder, f"index of {path}", create, log).tensors["index"]
+    found = load_or_create(folder, f"index of {path}", create, log).tensors["index"]
     names, labels = _from_bytes(found["names"]), _from_bytes(found["labels"])
     return _Index(found["offsets"].numpy(), found["sizes"].numpy(), names, labels)
 

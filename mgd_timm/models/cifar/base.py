@@ -1,4 +1,4 @@
-"""What the cifar_* networks share: timm's contract around a stem, stages that end in the maps, and one linear
+"""Base class of the cifar_* networks: timm's methods around a stem, stages whose outputs are the maps, and a linear
 classifier."""
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,25 +12,25 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 
-def _check_side(x: Tensor, least: int, name: str) -> Tensor:
+def _check_side(x: Tensor, smallest: int, name: str) -> Tensor:
     height, width = x.shape[-2:]
-    if height < least or width < least:
+    if height < smallest or width < smallest:
         raise ValueError(
             f"{name} cannot take images of {height}x{width} pixels: each of its strides must have something to halve, "
-            f"so the smallest side is {least} (--img-size {least}); cifar_* networks are made for 32x32."
+            f"so the smallest side is {smallest} (--img-size {smallest}); cifar_* networks are made for 32x32."
         )
     return x
 
 
-torch.fx.wrap("_check_side")  # a call in traced graphs, so that the sizes there stay open
+torch.fx.wrap("_check_side")  # kept as a call in traced graphs, so that they take any size
 
 
-def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+def _take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
     return feature_take_indices(count, indices if indices is None or isinstance(indices, int) else list(indices))
 
 
 def activate(act: nn.Module, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
-    """The activation of x, and the map to show: x itself with `preact`, which an activation in place must not reach."""
+    """Return the activation of x, and the map: the same, or with `preact` x itself, unchanged by the activation."""
     if preact:
         return act(x.clone()), x
     x = act(x)
@@ -38,25 +38,27 @@ def activate(act: nn.Module, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """A block that ends in an activation: `before` it, `forward` with it, and `both`."""
+    """A block that ends in an activation."""
 
     last_act = "act2"
 
-    def before(self, x: Tensor) -> Tensor:
+    def forward_preact(self, x: Tensor) -> Tensor:
+        """Return the output before the last activation."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.last_act)(self.before(x))
+        return getattr(self, self.last_act)(self.forward_preact(x))
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return activate(getattr(self, self.last_act), self.before(x), preact=True)
+    def forward_with_preact(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output, and the output before the last activation."""
+        return activate(getattr(self, self.last_act), self.forward_preact(x), preact=True)
 
 
 class CifarNet(nn.Module):
-    """A network for small images. Map 0 is the stem's, map i that of stage i; behind the last stage may stand a tail.
+    """A network for small images. Map 0 is the stem's, map i is that of stage i; a tail may follow the last stage.
 
-    A subclass builds its modules, then calls `_complete`. What differs from the plain case (`conv1`, `bn1`, `act1`,
-    then sequences of `Block`) is a method or a name to override.
+    A subclass builds its modules, then calls `_complete`. It overrides the methods or names in which it differs from
+    the plain case: `conv1`, `bn1`, `act1`, then sequences of `Block`.
 
     Args:
         num_classes: 0 for no classifier.
@@ -67,9 +69,9 @@ class CifarNet(nn.Module):
 
     classifier_name: ClassVar[str] = "fc"
     stages: ClassVar[tuple[tuple[str, ...], ...]] = (("layer1",), ("layer2",), ("layer3",))  # modules of every stage
-    shown: ClassVar[tuple[str, ...]] = ("act1", "layer1", "layer2", "layer3")  # the module that gives each map
+    map_modules: ClassVar[tuple[str, ...]] = ("act1", "layer1", "layer2", "layer3")  # the module that gives each map
     tail: ClassVar[tuple[str, ...]] = ()  # modules between the last map and the pooling
-    feature_cfg: ClassVar[dict[str, Any]] = {}  # what timm's features_only must know of the layout
+    feature_cfg: ClassVar[dict[str, Any]] = {}  # arguments of timm's features_only
     feature_info: list[dict[str, Any]]
     conv1: nn.Module
     bn1: nn.Module
@@ -91,7 +93,7 @@ class CifarNet(nn.Module):
         """Describe the maps and add the classifier; `width` is the embedding's where a tail changes it."""
         self.feature_info = [
             {"num_chs": number, "reduction": reduction, "module": module}
-            for number, reduction, module in zip(channels, reductions, self.shown, strict=True)
+            for number, reduction, module in zip(channels, reductions, self.map_modules, strict=True)
         ]
         self.num_features = self.head_hidden_size = width or channels[-1]
         self.reset_classifier(self.num_classes, self.global_pool)
@@ -105,11 +107,11 @@ class CifarNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _init_classifier(self, linear: nn.Linear) -> None:
-        """Torch's own initialisation stays."""
+        """Keep torch's own initialisation."""
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates."""
+        """Return timm's layer groups, for layer-wise learning rates."""
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^conv1|bn1", "blocks": [(blocks, None), *((rf"^{name}\.", (99999,)) for name in self.tail)]}
 
@@ -121,11 +123,11 @@ class CifarNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return getattr(self, self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier; 0 classes for none."""
+        """Replace the classifier by a new one; 0 classes for none."""
         if global_pool is not None:
             if global_pool not in ("avg", "") or (not global_pool and num_classes):
                 raise ValueError(f"global_pool={global_pool!r}: expected 'avg', or '' with num_classes=0.")
@@ -138,51 +140,54 @@ class CifarNet(nn.Module):
             self._init_classifier(fresh)
         setattr(self, self.classifier_name, fresh.train(self.training))
 
-    def _run(self, functions: Iterable[Callable[[Any], Any]], x: Tensor, whole: nn.Module | None = None) -> Any:
-        """Through the functions one by one, or through the module that they are the parts of, whose hooks then run."""
+    def _run(self, functions: Iterable[Callable[[Any], Any]], x: Tensor, module: nn.Module | None = None) -> Any:
+        """Apply the functions in turn, or the module that consists of them, so that its hooks run."""
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(list(functions), x)
-        if whole is not None:
-            return whole(x)
+        if module is not None:
+            return module(x)
         for function in functions:
             x = function(x)
         return x
 
     def _stem(self, x: Tensor, preact: bool) -> tuple[Any, Tensor]:
-        """What the first stage takes, and map 0."""
+        """Return the input of the first stage, and map 0."""
         return activate(self.act1, self.bn1(self.conv1(x)), preact)
 
     def _stage(self, index: int, x: Any, preact: bool) -> tuple[Any, Tensor]:
-        """What the next stage takes (a tensor, or a tuple that begins with one), and map `index`."""
+        """Return the input of the next stage (a tensor, or a tuple that begins with one), and map `index`."""
         stages = [cast(nn.Sequential, self.get_submodule(name)) for name in self.stages[index - 1]]
         blocks = [block for stage in stages for block in stage]  # a pruned stage has none
         if preact and blocks:
-            return self._run([*blocks[:-1], cast(Block, blocks[-1]).both], x)
+            return self._run([*blocks[:-1], cast(Block, blocks[-1]).forward_with_preact], x)
         for stage in stages:
-            x = self._run(stage, x, whole=stage)
+            x = self._run(stage, x, module=stage)
         return x, x
 
     def _tail(self, x: Any) -> Tensor:
-        """The last stage's output as the pooling takes it."""
+        """Return the input of the pooling."""
         return x
 
     def _walk(self, x: Tensor, take: Sequence[int], last: int, preact: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Through the stages up to `last`: what forward_features returns (after fewer stages, the last map), and the
-        maps."""
+        """Run the stages up to `last`.
+
+        Returns:
+            What forward_features returns (after fewer stages, the last map), and the maps.
+        """
         name = (getattr(self, "pretrained_cfg", None) or {}).get("architecture") or type(self).__name__
         x = _check_side(x, self.feature_info[-1]["reduction"], name)
-        carried, shown = self._stem(x, preact)
-        maps = [shown] if 0 in take else []
+        carried, stem_map = self._stem(x, preact)
+        maps = [stem_map] if 0 in take else []
         for index in range(1, last + 1):
-            carried, shown = self._stage(index, carried, preact)
+            carried, stage_map = self._stage(index, carried, preact)
             if index in take:
-                maps.append(shown)
+                maps.append(stage_map)
         if last == len(self.stages):
             return self._tail(carried), maps
         return carried if isinstance(carried, Tensor) else carried[0], maps
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        """What the pooling takes: the last map, behind the tail where there is one."""
+        """Return the input of the pooling: the last map, or the tail's output where there is one."""
         return self._walk(x, (), len(self.stages))[0]
 
     def forward_intermediates(
@@ -195,15 +200,15 @@ class CifarNet(nn.Module):
         intermediates_only: bool = False,
         preact: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's contract: the output of forward_features and the maps of `indices`, the stem's first.
+        """Return, as timm does, the output of forward_features and the maps of `indices`, the stem's first.
 
         Args:
-            preact: Show the maps as they were before their last activation, as the AB method reads them. The output of
-                forward_features is the same with and without it.
+            preact: Return the maps as they were before their last activation, which AB reads. The output of
+                forward_features is the same.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' maps exist here.")
-        take, last = _take(len(self.feature_info), indices)
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported.")
+        take, last = _take_indices(len(self.feature_info), indices)
         final, maps = self._walk(x, take, last if stop_early else len(self.stages), preact)
         return maps if intermediates_only else (final, maps)
 
@@ -213,8 +218,8 @@ class CifarNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """timm's contract: drop what the maps of `indices` do not need."""
-        take, last = _take(len(self.feature_info), indices)
+        """Drop, as timm does, the modules that the maps of `indices` do not need."""
+        take, last = _take_indices(len(self.feature_info), indices)
         for names in self.stages[last:]:
             for name in names:
                 parent, _, child = name.rpartition(".")
@@ -227,26 +232,26 @@ class CifarNet(nn.Module):
         return take
 
     def forward_head(self, x: Float[Tensor, "b c h w"], pre_logits: bool = False) -> Float[Tensor, "b ..."]:
-        """Pooled embedding [batch, dim] with `pre_logits`, else logits [batch, classes]."""
+        """Return the pooled embedding [batch, dim] with `pre_logits`, otherwise logits [batch, classes]."""
         out: Tensor = x.mean((2, 3)) if self.global_pool else x
         out = nn.functional.dropout(out, self.drop_rate, self.training)
         return out if pre_logits else self.get_classifier()(out)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
-        """Logits [batch, classes]."""
+        """Return logits [batch, classes]."""
         return self.forward_head(self.forward_features(x))
 
 
 def conv_bn(
     in_chs: int, out_chs: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """A convolution without bias that keeps the size but for its stride, and its BatchNorm."""
+    """Build a convolution without bias, padded so that only its stride changes the size, and its BatchNorm."""
     conv = nn.Conv2d(in_chs, out_chs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(out_chs)
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
-    """Channel i of every group in turn: (g c) becomes (c g)."""
+    """Interleave the groups of channels: (g c) becomes (c g)."""
     batch, channels, height, width = x.shape
     return (
         x.view(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
@@ -254,7 +259,7 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
 
 
 def default_cfg(pool: int, first_conv: str = "conv1", classifier: str = "fc") -> dict[str, Any]:
-    """timm's configuration: CIFAR-100's mean and std, and the side of the last map of a 32x32 image."""
+    """Return timm's configuration: CIFAR-100's mean and std, and `pool`, the side of the last map of a 32x32 image."""
     return {
         "num_classes": 100,
         "input_size": (3, 32, 32),
@@ -270,7 +275,7 @@ def default_cfg(pool: int, first_conv: str = "conv1", classifier: str = "fc") ->
 
 
 def create(kind: type[CifarNet], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """The network through timm's builder."""
+    """Build a network with timm's builder."""
     # timm's own out_indices may reach past feature_info.
-    feature_cfg = {"out_indices": tuple(range(len(kind.shown))), **kind.feature_cfg}
+    feature_cfg = {"out_indices": tuple(range(len(kind.map_modules))), **kind.feature_cfg}
     return build_model_with_cfg(kind, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -1,8 +1,8 @@
 """CIFAR MobileNetV2 of half width (Sandler et al., arXiv 1801.04381), as a timm model.
 
 Differs: ReLU instead of ReLU6, one stride fewer than the paper (total stride 16) and 1280 channels before the
-classifier at any width, as in RepDistiller, whose checkpoints have the same keys but for the classifier (`classifier.0`
-there).
+classifier at any width, as in RepDistiller, whose checkpoints have the same keys except the classifier's
+(`classifier.0` there).
 """
 
 from typing import Any, Literal
@@ -20,7 +20,7 @@ _GROUPS = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise and a linear 1x1 projection, and the input where nothing changes its shape."""
+    """1x1 expansion, 3x3 depthwise and linear 1x1 projection; the input is added where the shape stays the same."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(CifarNet):
     """MobileNetV2 for small images: stride 2 in the stem, total stride 16.
 
-    The maps are those of the stem and of groups 2, 3, 5 and 7 (counted from 1), linear but for the stem's. `preact` is
-    ignored: the groups have no last activation to take back, and the stem's map stays as it is too.
+    The maps are those of the stem and of groups 2, 3, 5 and 7 (counted from 1), without an activation except for the
+    stem's. `preact` is ignored: the groups have no last activation, and the stem's map stays the same too.
 
     Args:
         width: Factor of the paper's channels.
-        expansion: Factor of a block's channels within it, t; 1 in the first group.
+        expansion: Factor t of the channels inside a block; 1 in the first group.
         num_classes: 0 for no classifier.
         in_chans: Channels of the image.
         global_pool: "avg", or "" for an unpooled head without a classifier.
@@ -55,7 +55,7 @@ class CifarMobileNetV2(CifarNet):
 
     classifier_name = "classifier"
     stages = (("blocks.0", "blocks.1"), ("blocks.2",), ("blocks.3", "blocks.4"), ("blocks.5", "blocks.6"))
-    shown = ("conv1.2", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
+    map_modules = ("conv1.2", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
     tail = ("conv2",)
     feature_cfg = {"flatten_sequential": True}
 
@@ -92,7 +92,7 @@ class CifarMobileNetV2(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates."""
+        """Return timm's layer groups, for layer-wise learning rates."""
         blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
         return {"stem": r"^conv1", "blocks": [(blocks, None), (r"^conv2", (99999,))]}
 

@@ -31,7 +31,7 @@ class BasicBlock(Block):
         self.stride = stride
         self.act2 = nn.ReLU(inplace=True)
 
-    def before(self, x: Tensor) -> Tensor:
+    def forward_preact(self, x: Tensor) -> Tensor:
         """The sum before the last ReLU."""
         shortcut = x
         if self.downsample is not None:

@@ -1,7 +1,7 @@
-"""CIFAR ResNet-50: bottlenecks behind a stem of stride 1 (He et al., arXiv 1512.03385), as a timm model.
+"""CIFAR ResNet-50: bottlenecks after a stem of stride 1 (He et al., arXiv 1512.03385), as a timm model.
 
 Differs: the paper has a strided 7x7 stem and pooling; here a 3x3 one, as in RepDistiller, whose checkpoints have the
-same keys but for the classifier (`linear` there).
+same keys except the classifier's (`linear` there).
 """
 
 from typing import Any, Literal
@@ -32,7 +32,7 @@ class Bottleneck(Block):
         self.shortcut = nn.Sequential(*conv_bn(in_chs, out_chs, 1)) if stride != 1 or in_chs != out_chs else None
         self.act3 = nn.ReLU(inplace=True)
 
-    def before(self, x: Tensor) -> Tensor:
+    def forward_preact(self, x: Tensor) -> Tensor:
         """The sum before the last ReLU."""
         out = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
         out = self.bn3(self.conv3(out))
@@ -54,7 +54,7 @@ class CifarResNet50(CifarNet):
     """
 
     stages = (("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    shown = ("act1", "layer1", "layer2", "layer3", "layer4")
+    map_modules = ("act1", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """CIFAR ShuffleNet with three groups (Zhang et al., arXiv 1707.01083), as a timm model.
 
-Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and a ReLU behind the depthwise convolution, as in
-RepDistiller, whose checkpoints have the same keys but for the classifier (`linear` there).
+Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and a ReLU after the depthwise convolution, as in
+RepDistiller, whose checkpoints have the same keys except the classifier's (`linear` there).
 """
 
 from typing import Any, Literal
@@ -37,7 +37,7 @@ class Unit(Block):
         self.conv3, self.bn3 = conv_bn(middle, out_chs, 1, groups=groups)
         self.act3 = nn.ReLU(inplace=True)
 
-    def before(self, x: Tensor) -> Tensor:
+    def forward_preact(self, x: Tensor) -> Tensor:
         """Sum or concatenation before the last ReLU."""
         out = shuffle_channels(self.act1(self.bn1(self.conv1(x))), self.groups)
         out = self.bn3(self.conv3(self.act2(self.bn2(self.conv2(out)))))

@@ -1,7 +1,7 @@
 """CIFAR ShuffleNet V2 (Ma et al., arXiv 1807.11164), as a timm model.
 
 Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and the channels are shuffled at a unit's end, as in
-RepDistiller, whose checkpoints have the same keys but for the classifier (`linear` there).
+RepDistiller, whose checkpoints have the same keys except the classifier's (`linear` there).
 """
 
 from typing import Any, Literal
@@ -59,7 +59,7 @@ class Unit(nn.Module):
         passing, x = self._halves(x)
         return shuffle_channels(torch.cat([passing, self.act(x)], 1), 2)
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_preact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the halves before the last ReLU, which are not shuffled."""
         passing, x = self._halves(x)
         before = torch.cat([passing, x], 1)

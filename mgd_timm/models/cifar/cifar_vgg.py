@@ -23,21 +23,21 @@ def _pool_of_64(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2) if x.shape[-2:] == (8, 8) else x
 
 
-torch.fx.wrap("_pool_of_64")  # a call in traced graphs, so that the sizes there stay open
+torch.fx.wrap("_pool_of_64")  # kept as a call in traced graphs, so that they take any size
 
 
 class PoolOf64(nn.Module):
-    """The pooling that only images of 64x64 need: their map is 8x8 here."""
+    """Pooling that only images of 64x64 need: their map is 8x8 here."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _pool_of_64(x)
 
 
 class CifarVGG(CifarNet):
-    """VGG for small images: 2x2 pooling behind blocks 0, 1 and 2, and behind block 3 where the image is 64x64 (64 to 71
+    """VGG for small images: 2x2 pooling after blocks 0, 1 and 2, and after block 3 where the image is 64x64 (64 to 71
     pixels).
 
-    The maps are the five blocks' outputs behind their last ReLU and before pooling.
+    The maps are the five blocks' outputs after their last ReLU and before pooling.
 
     Args:
         depths: Convolutions of each of the five blocks.
@@ -49,7 +49,7 @@ class CifarVGG(CifarNet):
 
     classifier_name = "classifier"
     stages = tuple((f"pool{index}", f"block{index}", f"act{index}") for index in range(1, 5))
-    shown = ("act0", "act1", "act2", "act3", "act4")
+    map_modules = ("act0", "act1", "act2", "act3", "act4")
 
     def __init__(
         self,
@@ -69,7 +69,9 @@ class CifarVGG(CifarNet):
                 layers += [nn.Conv2d(in_chans, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 in_chans = width
             self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
-            self.add_module(f"act{index}", layers[-1])  # outside the block, whose output can be shown before it
+            self.add_module(
+                f"act{index}", layers[-1]
+            )  # outside the block, so that its output before the ReLU can be a map
         self._complete(_WIDTHS, (1, 2, 4, 8, 8))
         self._init_convs()
 
@@ -78,7 +80,7 @@ class CifarVGG(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates: a convolution and its BatchNorm are one layer."""
+        """Return timm's layer groups, for layer-wise learning rates: a convolution and its BatchNorm are one layer."""
         if coarse:
             return {"stem": r"^block0", "blocks": r"^block(\d+)"}
         layers = [(index, layer) for index, depth in enumerate(self.depths) for layer in range(depth) if index]

@@ -32,7 +32,7 @@ class PreActBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
-        """`normed`: bn1's output, where it was computed before; it is left as it is."""
+        """Compute the block; `normed` is bn1's output where it is known already, and is not modified."""
         out = self.act1(self.bn1(x) if normed is None else normed.clone())
         if self.convShortcut is not None:
             # A slice is the stride of a 1x1 convolution; see cifar_resnet.BasicBlock.
@@ -56,8 +56,8 @@ class CifarWRN(CifarNet):
     """Wide ResNet for small images: stride 1 in the stem, total stride 4.
 
     The maps are sums without an activation, the stem's a convolution alone. With `preact`, those of the groups are
-    shown behind the next BatchNorm (the next group's first, or the final one), where the next ReLU reads them; the
-    stem's stays.
+    taken after the next BatchNorm (the next group's first, or the final one), where the next ReLU reads them; the
+    stem's stays the same.
 
     Args:
         depth: 6n + 4 layers.
@@ -69,7 +69,7 @@ class CifarWRN(CifarNet):
     """
 
     stages = (("block1",), ("block2",), ("block3",))
-    shown = ("conv1", "block1", "block2", "block3")
+    map_modules = ("conv1", "block1", "block2", "block3")
     tail = ("bn1", "act1")
 
     def __init__(
@@ -99,7 +99,7 @@ class CifarWRN(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates."""
+        """Return timm's layer groups, for layer-wise learning rates."""
         blocks = r"^block(\d+)" if coarse else r"^block(\d+)\.layer\.(\d+)"
         return {"stem": r"^conv1", "blocks": [(blocks, None), (r"^bn1", (99999,))]}
 
@@ -111,15 +111,14 @@ class CifarWRN(CifarNet):
         groups: tuple[nn.Module, ...] = (self.block1, self.block2, self.block3)
         blocks: list[Any] = list(getattr(groups[index - 1], "layer", ()))  # a pruned group has none
         if not preact:
-            x = self._run(blocks, x, whole=groups[index - 1])
+            x = self._run(blocks, x, module=groups[index - 1])
             return x, x
         if not all(isinstance(group, Group) for group in groups):
             raise ValueError(
-                "preact=True: a pruned network lacks the BatchNorm behind its last map; take one that is whole."
+                "preact=True: a pruned network lacks the BatchNorm after its last map: use one that is not pruned."
             )
-        if isinstance(
-            x, tuple
-        ):  # the map before, and what this group's first BatchNorm made of it: once, or it would count twice
+        # The previous map with the output of this group's first BatchNorm, which must not count a batch twice.
+        if isinstance(x, tuple):
             x = blocks.pop(0)(*x)
         x = self._run(blocks, x)
         following = self.bn1 if index == len(groups) else groups[index].get_submodule("layer.0.bn1")

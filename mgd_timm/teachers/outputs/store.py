@@ -31,9 +31,9 @@ from mgd_timm.distributed.collectives import decided, held_by_main, meet, of_mai
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.options import differences, digest
-from mgd_timm.storage import checkpoint
+from mgd_timm.storage.atomic_write import write_atomically, write_text_atomically
 from mgd_timm.storage.lock import Lock
-from mgd_timm.storage.safetensors_header import checked_header
+from mgd_timm.storage.safetensors_header import read_header
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import (
     DTYPES,
@@ -164,7 +164,7 @@ class TeacherStore:
         """
         path = self.path(view, shard)
         try:
-            found, metadata = checked_header(path)
+            found, metadata = read_header(path)
         except ValueError as error:
             raise damaged_shard(path, str(error)) from error
         parts = self.layout.parts(self._count(shard))
@@ -236,7 +236,7 @@ class TeacherStore:
     def _begin(self) -> None:
         """Write store.json where it lacks."""
         if not (self.folder / INDEX).exists():
-            checkpoint.write_text(
+            write_text_atomically(
                 self.folder / INDEX, listed({"fingerprint": self.fingerprint, "written_by": versions()})
             )
 
@@ -292,7 +292,7 @@ class TeacherStore:
             bar.update(len(slot))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
         mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}
-        checkpoint.write_whole(self.path(view, shard), lambda draft: save_file(room, draft, metadata=mark))
+        write_atomically(self.path(view, shard), lambda draft: save_file(room, draft, metadata=mark))
 
     # -- reading
     # ----------------------------------------------------------------------------------------------------------------

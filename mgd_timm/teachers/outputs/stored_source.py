@@ -15,7 +15,6 @@ from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.teachers.outputs.layout import FORMAT, Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 
@@ -96,12 +95,11 @@ def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelera
         OSError: The disk has no room for what lacks.
     """
     assert isinstance(images.train, SmallImageSource | LargeImageSource)
-    view = teacher.view.values() if isinstance(teacher.view, InputAdapter) else repr(teacher.view)
     made_of: dict[str, Any] = {
         "format": FORMAT,
         "teacher": teacher.digest,
         "architecture": teacher.tap.name,  # timm has several that compute other things from the same weights
-        "teacher_view": json.loads(json.dumps(view)),  # tuples as lists, as they are read back
+        "teacher_input": json.loads(json.dumps(teacher.describe_input())),  # tuples as lists, as they are read back
         "images": images.train.digest,
         "mean": list(images.mean),
         "std": list(images.std),
