@@ -75,7 +75,7 @@ def fit_heads(
 def _store_serves(store: TeacherStore, options: Heads) -> bool:
     """True if the heads can be fitted on a store: their targets at T=8 are what the smaller logits say."""
     stored = options.heads_protocol == "stored"
-    return stored and options.heads_augmentations <= store.views and not store.layout.top_k
+    return stored and options.heads_augmentations <= store.passes and not store.layout.top_k
 
 
 def _log_accuracy(heads: GranularityHeads, metrics: Metrics, context: RunContext) -> None:

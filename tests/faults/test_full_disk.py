@@ -195,7 +195,7 @@ def test_a_small_disk_that_is_full_at_every_write(
         "run/summary.json",
     ]
     names += ["run/export", "run/heads/metrics.jsonl", "run/heads/checkpoints/", "cache/heads/"]
-    names += ["store/store.json", "store/view-"] if kind == "a store" else ["run/fitting/", "cache/ft/"]
+    names += ["store/store.json", "store/pass-"] if kind == "a store" else ["run/fitting/", "cache/ft/"]
     assert [name for name in names if name not in found] == []
 
 

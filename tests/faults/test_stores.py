@@ -113,7 +113,7 @@ def until(condition: Callable[[], bool], run: Ranks) -> None:
 
 
 def shards(folder: Path) -> list[Path]:
-    return sorted((folder / "store").glob("view-*"))
+    return sorted((folder / "store").glob("pass-*"))
 
 
 def student(folder: Path, name: str) -> str:
@@ -128,7 +128,7 @@ def test_two_runs_at_once(words: list[str], tmp_path: Path, report: Callable[[st
     for run in runs:
         assert run.wait(120) == [0], run.said()
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
-        *(".lock", "store.json", *(f"view-{view:05d}-rows-000000000.safetensors" for view in range(VIEWS)))
+        *(".lock", "store.json", *(f"pass-{view:05d}-rows-000000000.safetensors" for view in range(VIEWS)))
     ]
     first, second = sorted(runs, key=lambda run: "waiting for it" in run.said())
     assert re.search(WAITED, second.said()), second.said()

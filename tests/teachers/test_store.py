@@ -92,7 +92,7 @@ def losses(output: Path) -> list[dict[str, float]]:
 def test_rows_are_what_the_teacher_shows_of_each_view(bench, written):
     _, _, teacher, opened, _ = bench
     stored = opened(written)
-    assert len(list(written.glob("view-*.safetensors"))) == 2 * 4
+    assert len(list(written.glob("pass-*.safetensors"))) == 2 * 4
     assert not stored.store.missing
     for epoch in range(4):
         slots = list(torch.randperm(320, generator=torch.Generator().manual_seed(epoch)).split(130))
@@ -184,7 +184,7 @@ def test_another_seed_host_and_student_write_nothing_and_another_number_of_views
     store = tmp_path / "store"
     common = {**LITTLE, "epochs": 1, "data": str(small_data), "teacher_store": str(store)}
     mgd_timm.distill(output=tmp_path / "1", **common, method="none")
-    assert "1 view x 320 images x (64 + 10) fp16 = 0.05 MB" in capsys.readouterr().out
+    assert "1 pass x 320 images x (64 + 10) fp16 = 0.05 MB" in capsys.readouterr().out
     before = state(store)
     assert len(before) == 2
     mgd_timm.distill(output=tmp_path / "2", **common, method="mag", seed=3, student="cifar_resnet8")
@@ -193,9 +193,9 @@ def test_another_seed_host_and_student_write_nothing_and_another_number_of_views
     mgd_timm.distill(output=tmp_path / "3", **common | {"epochs": 2}, method="none", val_split=0.1)
     after = state(store)
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"view-00001-rows-000000000.safetensors"}
+    assert set(after) - set(before) == {"pass-00001-rows-000000000.safetensors"}
     recipe = (tmp_path / "3" / "recipe.yaml").read_text()
-    assert "teacher_augmentations: 2\nteacher_view_seed: 0\nteacher_top_k: 0\n" in recipe
+    assert "teacher_augmentations: 2\nteacher_augmentation_seed: 0\nteacher_top_k: 0\n" in recipe
 
 
 def test_a_run_on_the_largest_logits(small_data, tmp_path):
@@ -272,16 +272,16 @@ def test_killed_while_writing_and_killed_while_training_goes_on_to_the_same_byte
     output, store = tmp_path / "run", tmp_path / "store"
     flags = words(small_data, output, store)
     process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    while process.poll() is None and len(list(store.glob("view-*"))) < 2:
+    while process.poll() is None and len(list(store.glob("pass-*"))) < 2:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     there = state(store)
-    assert 3 <= len(list(store.glob("view-*"))) + 1 < 9
+    assert 3 <= len(list(store.glob("pass-*"))) + 1 < 9
     code, errors = end_at(4, output / "checkpoints", signal.SIGKILL, *flags, "--resume")
     assert code == -signal.SIGKILL, errors
     assert contents(store).items() >= contents(whole / "store").items()
-    assert all(state(store)[name] == seen for name, seen in there.items() if name.startswith("view-"))
+    assert all(state(store)[name] == seen for name, seen in there.items() if name.startswith("pass-"))
     assert main([*flags, "--resume"]) == 0
     out = capsys.readouterr().out
     assert "nothing to write" in out
@@ -324,11 +324,11 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_a_later_call_goes_on(bench
                 (tmp_path / "hog").write_bytes(bytes(free - 12_000))
             return teacher(batch.images)
 
-        with pytest.raises(OSError, match=r"no room to write .*view-00000-rows-000000200") as caught:
+        with pytest.raises(OSError, match=r"no room to write .*pass-00000-rows-000000200") as caught:
             stored.store.fill(teach, stored.source, accelerator, 50, quiet=True)
         assert caught.value.errno == errno.ENOSPC
         there = state(tmp_path / "store")
-        assert sorted(there) == ["store.json", *(f"view-00000-rows-000000{n}.safetensors" for n in ("000", "100"))]
+        assert sorted(there) == ["store.json", *(f"pass-00000-rows-000000{n}.safetensors" for n in ("000", "100"))]
         with pytest.raises(
             OSError, match=r"needs 0\.07 MB more, and 0\.01 MB are free: choose fewer --teacher-augmentations"
         ):
@@ -343,13 +343,13 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_a_later_call_goes_on(bench
 def test_another_run_that_writes_is_waited_for_and_what_it_wrote_is_read(bench, written, tmp_path, capsys):
     """The other run holds the lock, writes half of the store, begins with another shard, and is killed."""
     accelerator, _, teacher, opened, _ = bench
-    store, stray = tmp_path / "store", tmp_path / "store" / ".writing-x" / "view-00001-rows-000000200.safetensors"
+    store, stray = tmp_path / "store", tmp_path / "store" / ".writing-x" / "pass-00001-rows-000000200.safetensors"
     stored = opened(store)
     assert len(stored.store.missing) == 8
 
     def work_and_die() -> None:
         time.sleep(0.5)
-        for path in [written / "store.json", *sorted(written.glob("view-*"))[:5]]:
+        for path in [written / "store.json", *sorted(written.glob("pass-*"))[:5]]:
             shutil.copy(path, store)
         there.update(state(store))
         stray.parent.mkdir()
@@ -380,7 +380,7 @@ def test_what_another_run_writes_meanwhile_is_refused_where_it_is_of_another_tea
     shutil.copytree(written, tmp_path / "store")
     before = state(tmp_path / "store")
     with pytest.raises(
-        StoreError, match=r"store of other teacher outputs \(view_seed: 0 -> 1\): choose another --teacher-store"
+        StoreError, match=r"store of other teacher outputs \(seed: 0 -> 1\): choose another --teacher-store"
     ):
         stored.fill(teacher, accelerator, 50, quiet=True)
     assert state(tmp_path / "store") == before
@@ -427,7 +427,7 @@ def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_da
     cases = {
         r"teacher: '\w+' -> '\w+'\)": {"teacher": other},
         r"transform\.pad: 4 -> 2\)": {"pad": 2},
-        r"view_seed: 0 -> 1\)": {"teacher_augmentation_seed": 1},
+        r"seed: 0 -> 1\)": {"teacher_augmentation_seed": 1},
         r"top_k: 0 -> 4\)": {"teacher_top_k": 4},
         r"mean: \[": {"images": replace(images, mean=(0.5, 0.5, 0.5))},
     }
@@ -497,7 +497,7 @@ def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys
 # -- damaged
 # ---------------------------------------------------------------------------------------------------------------------
 
-SHARD = "view-00001-rows-000000100.safetensors"
+SHARD = "pass-00001-rows-000000100.safetensors"
 WAY_OUT = rf"{SHARD} is damaged \(.*\): delete this file and start again"
 
 

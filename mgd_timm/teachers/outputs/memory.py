@@ -1,4 +1,4 @@
-"""Teacher outputs computed once: a few augmented views of every image, as a data set of embeddings and logits.
+"""Teacher outputs computed once: a few augmentations of every image, as a data set of embeddings and logits.
 
 The granularity heads read nothing else of a frozen teacher, so they are fitted on these rows instead of on live images.
 """
@@ -19,20 +19,21 @@ from mgd_timm.teachers.outputs.store import TeacherStore
 
 
 class StoredOutputs:
-    """A Source of rows: row `view * n + i` is what the teacher showed of image i in that view. Its batches hold no
-    images.
+    """A Source of rows: row `stored_pass * n + i` is what the teacher showed of image i in that pass.
+
+    Its batches hold no images.
 
     Args:
-        embedding: [views * n, dim].
-        logits: [views * n, classes].
+        embedding: [passes * n, dim].
+        logits: [passes * n, classes].
         labels: [n] class ids or [n, classes] distributions.
         digest: Of the images.
     """
 
     def __init__(self, embedding: Tensor, logits: Tensor, labels: Tensor, digest: str) -> None:
         self.embedding, self.logits, self.digest = embedding, logits, digest
-        views = len(embedding) // len(labels)
-        self.labels = labels.repeat(views, *[1] * (labels.ndim - 1))
+        passes = len(embedding) // len(labels)
+        self.labels = labels.repeat(passes, *[1] * (labels.ndim - 1))
         self.ids = torch.arange(len(embedding))
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
@@ -61,17 +62,17 @@ class StoredOutputs:
 def store_outputs(
     teach: Callable[[Batch], Features],
     source: Source,
-    views: int,
+    passes: int,
     accelerator: Accelerator,
     batch_size: int,
     quiet: bool = False,
 ) -> StoredOutputs:
-    """Show the teacher `views` views of every image, each process its share, and keep embeddings and logits in float32.
+    """Show the teacher `passes` augmentations of every image, each process its share, and keep float32 outputs.
 
     Args:
         teach: The teacher.
-        source: Images; view v is what it shows in epoch v.
-        views: How many.
+        source: Images; pass p is what it shows in epoch p.
+        passes: How many.
         accelerator: Device, processes and precision.
         batch_size: Images per process and step.
         quiet: No progress bar.
@@ -84,11 +85,11 @@ def store_outputs(
     hidden = quiet or not accelerator.is_main_process
     with (
         print_stacks_before_timeout(accelerator) as start_step,
-        tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar,
+        tqdm(total=passes * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar,
     ):
-        for view in range(views):
+        for stored_pass in range(passes):
             slots = mine.split(batch_size) if len(mine) else ()
-            batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
+            batches = source.batches([source.ids[p] for p in slots], stored_pass, accelerator.device)
             for positions in slots:
                 start_step()
                 batch = next(batches)
@@ -96,32 +97,32 @@ def store_outputs(
                     shown = teach(batch)
                 if whole is None:
                     widths = shown.embedding.shape[1], shown.logits.shape[1]
-                    whole = _room(views * len(source.ids), widths, accelerator)
+                    whole = _room(passes * len(source.ids), widths, accelerator)
                 for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
-                    rows[positions + view * len(source.ids)] = values.float().cpu()
+                    rows[positions + stored_pass * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
         if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
             found = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
             broadcast_object_list(found)  # the first process has an image; the last ones have none where there are few
             assert found[0] is not None
-            whole = whole or _room(views * len(source.ids), found[0], accelerator)
+            whole = whole or _room(passes * len(source.ids), found[0], accelerator)
             whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
     assert whole is not None
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
 
 
-def read_outputs(store: TeacherStore, source: Source, views: int, accelerator: Accelerator) -> StoredOutputs:
-    """As `store_outputs`, from the first views of a filled store.
+def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: Accelerator) -> StoredOutputs:
+    """As `store_outputs`, from the first passes of a filled store.
 
     Raises:
         ValueError: The outputs do not fit into memory, or a shard is damaged.
     """
     count = len(source.ids)
-    embedding, logits = _room(views * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
-    for view in range(views):
-        shown = store.features(source.ids, view, torch.device("cpu"))
-        embedding[view * count : (view + 1) * count] = shown.embedding
-        logits[view * count : (view + 1) * count] = shown.logits
+    embedding, logits = _room(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
+    for stored_pass in range(passes):
+        shown = store.features(source.ids, stored_pass, torch.device("cpu"))
+        embedding[stored_pass * count : (stored_pass + 1) * count] = shown.embedding
+        logits[stored_pass * count : (stored_pass + 1) * count] = shown.logits
     return StoredOutputs(embedding, logits, source.labels, source.digest)
 
 

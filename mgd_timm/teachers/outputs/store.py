@@ -2,8 +2,8 @@
 files.
 
 A store is a folder: `store.json` says whose outputs of which images it holds, and
-`view-00003-rows-000000000.safetensors` holds those of view 3 from sample id 0 on. A view is a function of (view seed,
-view number, sample id), so a store grows by views and what is there stays. Its rows are all images of the training
+`pass-00003-rows-000000000.safetensors` holds those of pass 3 from sample id 0 on. A pass is a function of (seed,
+pass number, sample id), so a store grows by passes and what is there stays. Its rows are all images of the training
 split, a validation cut's among them: another seed cuts off others.
 
 A shard appears whole or not at all, so an interrupted write goes on with the shards that lack. Its header carries the
@@ -11,6 +11,7 @@ digest of the fingerprint in store.json and the sha256 of its numbers. One run w
 """
 
 import errno
+import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -52,15 +53,15 @@ from mgd_timm.teachers.outputs.layout import (
 
 
 class TeacherStore:
-    """The outputs of one teacher on the views of one data set, in a folder. Making one reads what is there and writes
-    nothing.
+    """The outputs of one teacher on passes over one data set, in a folder. Making one reads what is there and
+    writes nothing.
 
     Args:
         folder: Where it lies; all processes must see the same one. It need not exist.
-        made_of: All that decides the outputs beside view number and sample id, as JSON values.
+        made_of: All that decides the outputs beside pass number and sample id, as JSON values.
         layout: What a row holds.
-        num_samples: Rows of a view; the row is the sample id.
-        views: How many views are wanted; there may be more.
+        num_samples: Rows of a pass; the row is the sample id.
+        passes: How many passes are wanted; there may be more.
         accelerator: Processes.
 
     Raises:
@@ -74,10 +75,10 @@ class TeacherStore:
         made_of: dict[str, Any],
         layout: Layout,
         num_samples: int,
-        views: int,
+        passes: int,
         accelerator: Accelerator,
     ) -> None:
-        self.folder, self.layout, self.num_samples, self.views = folder, layout, num_samples, views
+        self.folder, self.layout, self.num_samples, self.passes = folder, layout, num_samples, passes
         self.missing, self.digest = list[tuple[int, int]](), ""
         self.fingerprint = {
             **made_of,
@@ -120,14 +121,14 @@ class TeacherStore:
         return found
 
     def _find_missing(self) -> list[tuple[int, int]]:
-        """The (view, shard) pairs that lack, for which the disk must have room."""
+        """The (pass, shard) pairs that lack, for which the disk must have room."""
         missing = []
-        for view in range(self.views):
+        for stored_pass in range(self.passes):
             for shard in range(self.shards):
-                if self.path(view, shard).exists():
-                    self._recorded(view, shard)
+                if self.path(stored_pass, shard).exists():
+                    self._recorded(stored_pass, shard)
                 else:
-                    missing.append((view, shard))
+                    missing.append((stored_pass, shard))
         needed = sum(self.layout.size(self._count(shard)) for _, shard in missing)
         there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
         free = shutil.disk_usage(there).free
@@ -146,23 +147,23 @@ class TeacherStore:
 
     @property
     def shards(self) -> int:
-        """Shards of a view."""
+        """Shards of a pass."""
         return -(-self.num_samples // self.rows)
 
-    def path(self, view: int, shard: int) -> Path:
+    def path(self, stored_pass: int, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / f"view-{view:05d}-rows-{shard * self.rows:09d}.safetensors"
+        return self.folder / f"pass-{stored_pass:05d}-rows-{shard * self.rows:09d}.safetensors"
 
     def _count(self, shard: int) -> int:
         return min(self.rows, self.num_samples - shard * self.rows)
 
-    def _recorded(self, view: int, shard: int) -> str:
+    def _recorded(self, stored_pass: int, shard: int) -> str:
         """The sha256 that a shard's header gives for its numbers, after a check of the header and the file's length.
 
         Raises:
             StoreError: The file is not whole, or of another store.
         """
-        path = self.path(view, shard)
+        path = self.path(stored_pass, shard)
         try:
             found, metadata = read_header(path)
         except ValueError as error:
@@ -173,7 +174,7 @@ class TeacherStore:
         }:
             raise damaged_shard(path, "its header is not that of such a shard")
         owner, _, recorded = metadata.get(KEY, "").partition(" ")
-        if owner != f"{self.digest}:{view}:{shard}":
+        if owner != f"{self.digest}:{stored_pass}:{shard}":
             raise damaged_shard(path, "its header names another store or another place in it")
         return recorded
 
@@ -195,7 +196,8 @@ class TeacherStore:
 
         Args:
             teach: The teacher.
-            source: Images by sample id, also of those that are not among its `ids`; view v is what it shows in epoch v.
+            source: Images by sample id, also of those that are not among its `ids`; pass p is what it shows in epoch
+                p.
             accelerator: Device, processes and precision.
             batch_size: Images per process and step.
             quiet: No progress bar.
@@ -205,8 +207,9 @@ class TeacherStore:
                 other outputs.
             OSError: The disk is full, or another fault while writing. What is there is whole, and a later call goes on.
         """
-        rows = f"{self.views} view{'s' if self.views > 1 else ''} x {self.num_samples:,} images x {self.layout.words()}"
-        size = in_bytes(self.views * self.layout.size(self.num_samples))
+        passes = f"{self.passes} pass{'es' if self.passes > 1 else ''}"
+        rows = f"{passes} x {self.num_samples:,} images x {self.layout.words()}"
+        size = in_bytes(self.passes * self.layout.size(self.num_samples))
         accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
         if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
             return
@@ -224,14 +227,17 @@ class TeacherStore:
 
     def _left(self) -> str:
         return (
-            f"{len(self.missing)} of {self.views * self.shards} shards to write" if self.missing else "nothing to write"
+            f"{len(self.missing)} of {self.passes * self.shards} shards to write"
+            if self.missing
+            else "nothing to write"
         )
 
     def _progress(self) -> str:
         """How far another run is."""
-        there = {path.name for path in self.folder.glob("view-*")}
-        wanted = [self.path(view, shard).name in there for view in range(self.views) for shard in range(self.shards)]
-        return f"{sum(wanted)} of {len(wanted)} shards are there"
+        there = {path.name for path in self.folder.glob("pass-*")}
+        wanted = itertools.product(range(self.passes), range(self.shards))
+        written = sum(self.path(stored_pass, shard).name in there for stored_pass, shard in wanted)
+        return f"{written} of {self.passes * self.shards} shards are there"
 
     def _begin(self) -> None:
         """Write store.json where it lacks."""
@@ -252,14 +258,14 @@ class TeacherStore:
                 tqdm(total=total, desc="teacher store", unit="img", disable=hidden) as bar,
                 print_stacks_before_timeout(accelerator) as start_step,
             ):
-                for view, shard in mine:
-                    self._write(view, shard, teach, source, accelerator, batch_size, bar, start_step)
+                for stored_pass, shard in mine:
+                    self._write(stored_pass, shard, teach, source, accelerator, batch_size, bar, start_step)
 
         def check() -> None:
-            for view, shard in self.missing:
-                if not self.path(view, shard).exists():
+            for stored_pass, shard in self.missing:
+                if not self.path(stored_pass, shard).exists():
                     raise StoreError(
-                        f"{self.path(view, shard)} was written by another process and is not seen by process "
+                        f"{self.path(stored_pass, shard)} was written by another process and is not seen by process "
                         f"{accelerator.process_index}: --teacher-store needs a folder that all machines share."
                     )
 
@@ -269,7 +275,7 @@ class TeacherStore:
     @torch.no_grad()
     def _write(
         self,
-        view: int,
+        stored_pass: int,
         shard: int,
         teach: Callable[[Batch], Features],
         source: Source,
@@ -281,7 +287,7 @@ class TeacherStore:
         first, rows = shard * self.rows, self._count(shard)
         slots = torch.arange(first, first + rows).split(batch_size)
         room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.layout.parts(rows).items()}
-        batches = source.batches(slots, view, accelerator.device)
+        batches = source.batches(slots, stored_pass, accelerator.device)
         for slot in slots:
             start_step()
             batch = next(batches)
@@ -291,27 +297,27 @@ class TeacherStore:
                 room[name][slot - first] = part
             bar.update(len(slot))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
-        mark = {KEY: f"{self.digest}:{view}:{shard} {payload(room)}"}
-        write_atomically(self.path(view, shard), lambda draft: save_file(room, draft, metadata=mark))
+        mark = {KEY: f"{self.digest}:{stored_pass}:{shard} {payload(room)}"}
+        write_atomically(self.path(stored_pass, shard), lambda draft: save_file(room, draft, metadata=mark))
 
     # -- reading
     # ----------------------------------------------------------------------------------------------------------------
 
-    def features(self, ids: Int[Tensor, " b"], view: int, device: torch.device) -> Features:
-        """What the teacher showed of images in a view: logits and embedding in float32, on the device.
+    def features(self, ids: Int[Tensor, " b"], stored_pass: int, device: torch.device) -> Features:
+        """What the teacher showed of images in a pass: logits and embedding in float32, on the device.
 
         Args:
             ids: Sample ids, on the CPU.
-            view: Number of the view, less than `views`.
+            stored_pass: Number of the pass, less than `passes`.
             device: Where to.
 
         Raises:
             StoreError: A shard is damaged; each is verified when a run first touches it.
         """
-        parts = self._gather(ids, view, pinned=device.type == "cuda")
+        parts = self._gather(ids, stored_pass, pinned=device.type == "cuda")
         return self.layout.unpack({name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
-    def _gather(self, ids: Tensor, view: int, pinned: bool) -> dict[str, Tensor]:
+    def _gather(self, ids: Tensor, stored_pass: int, pinned: bool) -> dict[str, Tensor]:
         room = {
             name: torch.empty(shape, dtype=dtype, pin_memory=pinned)
             for name, (dtype, shape) in self.layout.parts(len(ids)).items()
@@ -319,7 +325,7 @@ class TeacherStore:
         shards = ids // self.rows
         touched = shards.unique().tolist() if self.shards > 1 else [0]
         for shard in touched:
-            tensors = self._shard(view, shard)
+            tensors = self._shard(stored_pass, shard)
             if len(touched) == 1:
                 for name, tensor in tensors.items():
                     torch.index_select(tensor, 0, ids - shard * self.rows, out=room[name])
@@ -330,13 +336,13 @@ class TeacherStore:
                     room[name][where] = tensor[rows]
         return room
 
-    def _shard(self, view: int, shard: int) -> dict[str, Tensor]:
+    def _shard(self, stored_pass: int, shard: int) -> dict[str, Tensor]:
         """A shard's tensors, mapped from its file; verified the first time."""
-        key = view, shard
+        key = stored_pass, shard
         if key not in self._open:
-            for other in [other for other in self._open if other[0] != view]:
-                del self._open[other]  # a run reads one view at a time: few files stay mapped
-            path, recorded = self.path(view, shard), self._recorded(view, shard)
+            for other in [other for other in self._open if other[0] != stored_pass]:
+                del self._open[other]  # a run reads one pass at a time: few files stay mapped
+            path, recorded = self.path(stored_pass, shard), self._recorded(stored_pass, shard)
             try:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:

@@ -46,7 +46,7 @@ class StoredSource:
 
     def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Batches of the epoch's pass, each with the teacher's logits and embedding of its images."""
-        stored_pass = epoch % self.store.views
+        stored_pass = epoch % self.store.passes
         for ids, batch in zip(slots, self.source.batches(slots, stored_pass, device), strict=True):
             # By the ids that were asked for, which lie on the CPU: to fetch the batch's would wait for the device.
             yield StoredBatch.of(batch, self.store.features(ids, stored_pass, batch.labels.device))
@@ -105,7 +105,7 @@ def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelera
         "std": list(images.std),
         "input_size": list(images.input_size),
         "transform": images.train.augmentation,
-        "view_seed": options.seed,
+        "seed": options.seed,
         "precision": str(accelerator.mixed_precision),
     }
     layout = Layout(teacher.tap.embed_dim, teacher.tap.num_classes, options.top_k)
