@@ -184,6 +184,8 @@ class MAG(nn.Module):
 class MAS(MAG):
     """Stable excitation distillation: MAG with the stable excitation as the teacher's logits.
 
+    The stable excitation is the mean of the teacher's logits and the heads' views.
+
     Args:
         pair, objective, granularities: As for MAG; the objective needs a weighted term that reads the teacher's logits.
 

@@ -6,30 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from cifar_networks import RESNETS, WIDE
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mgd_timm.models  # noqa: F401 - registers cifar_*
 from mgd_timm.models.cifar.cifar_resnet import BasicBlock, CifarResNet
-
-# The specification's table for 100 classes: parameters, billions of multiply-adds, channels of stem and stages.
-NARROWEST, NARROW, PLAIN, WIDE = (6, 6, 12, 24), (8, 8, 16, 32), (16, 16, 32, 64), (32, 64, 128, 256)
-TABLE = {
-    "cifar_resnet8": (83_892, None, PLAIN),
-    "cifar_resnet14": (181_108, None, PLAIN),
-    "cifar_resnet20": (278_324, 0.041, PLAIN),
-    "cifar_resnet32": (472_756, 0.069, PLAIN),
-    "cifar_resnet44": (667_188, None, PLAIN),
-    "cifar_resnet56": (861_620, 0.126, PLAIN),
-    "cifar_resnet110": (1_736_564, 0.253, PLAIN),
-    "cifar_resnet8x4": (1_233_540, 0.177, WIDE),
-    "cifar_resnet32x4": (7_433_860, 1.083, WIDE),
-    "cifar_resnet8x05": (22_924, None, NARROW),
-    "cifar_resnet14x05": (47_340, None, NARROW),
-    "cifar_resnet20x05": (71_756, None, NARROW),
-    "cifar_resnet20x0375": (41_194, None, NARROWEST),
-}
 
 
 def build(name: str = "cifar_resnet8", **kwargs) -> CifarResNet:
@@ -43,13 +26,13 @@ def images(height: int = 32, width: int = 32, channels: int = 3, batch: int = 2)
 
 def test_the_table_has_every_network():
     assert set(timm.list_models(module="cifar_resnet")) == set(
-        TABLE
+        RESNETS
     )  # the bottlenecks of cifar_resnet50 are another module
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", RESNETS)
 def test_sizes(name):
-    parameters, macs, widths = TABLE[name]
+    parameters, macs, widths = RESNETS[name]
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=100)
     assert sum(p.numel() for p in model.parameters()) == parameters
