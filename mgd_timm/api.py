@@ -127,7 +127,7 @@ def evaluate(
     Returns:
         "top1", "top5", "loss" and "n", the number of images; with `noise` also "noise", of each standard deviation as a
         string: "top1", "top5" and "loss" averaged over the noise seeds, "top1_std" between them, and "seeds", their
-            number.
+        number.
 
     Raises:
         ValueError: No such model, data or option, classes that differ, noise that is not from 0 to 1, or no noise seed.
