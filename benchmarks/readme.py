@@ -180,7 +180,7 @@ def headline() -> str:
     arms = json.loads((HERE / "results" / "demo.json").read_text())["arms"]
     measured = {
         "Fashion-MNIST, ResNet-20 -> ResNet-8x0.5, 8 epochs": {
-            arm: {seed: top1 for seed, top1 in enumerate(found["last_top1"])} for arm, found in arms.items()
+            arm: dict(enumerate(found["last_top1"])) for arm, found in arms.items()
         }
     }
     for row in grid.known_rows(HERE / "results" / "cifar.jsonl"):
