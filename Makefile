@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 TESTS := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick faults lint bench floors clean
+.PHONY: demo test quick faults lint docs bench floors clean
 
 demo: .venv/done  ## The main job: train one small student four ways, compare, export, load back.
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -17,13 +17,20 @@ quick: .venv/done  ## Before each commit: every test that is not marked slow, 90
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
 
-lint: .venv/done  ## Style, types, direction of imports.
+lint: .venv/done  ## Style, types, direction of imports, dead code, spelling; tests/docs checks links.
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 	.venv/bin/mypy
+	.venv/bin/vulture
+	.venv/bin/codespell
+	$(RUN) -m pytest -o addopts=-q tests/docs/test_pages.py
 
-bench: .venv/done  ## What the README claims, measured again on this machine.
+docs: .venv/done  ## The pages of docs/ as a site in docs/_build; a broken link is an error.
+	$(RUN) -m sphinx --fail-on-warning --keep-going --fresh-env -q docs docs/_build
+	@echo "docs/_build/index.html"
+
+bench: .venv/done  ## What docs/results.md says, measured again on this machine.
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/step.py --amp --rounds 4
 	$(RUN) benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10 --steps 150 --rounds 5
@@ -55,4 +62,4 @@ floors:  ## The suite on the lowest versions that pyproject.toml admits.
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floors runs
+	rm -rf .venv .venv-floors runs docs/_build

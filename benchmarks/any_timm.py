@@ -361,8 +361,8 @@ def document(body: dict[str, Any]) -> str:
     counted = ", ".join(f"{count} of them {number}" for number, count in body["map_counts"].items())
     return f"""# Any timm model
 
-Written by `python benchmarks/any_timm.py`, which says what is done; each architecture's maps, widths and parameters:
-benchmarks/results/any_timm.json. {about(body)}.
+On this page you find which of timm's architectures can teach and learn. `python benchmarks/any_timm.py` writes it, and
+says what is done; each architecture's maps, widths and parameters are in `benchmarks/results/any_timm.json`. {about(body)}.
 
 {summary(body)}
 

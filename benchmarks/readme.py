@@ -1,4 +1,7 @@
-"""Write the README's tables from benchmarks/results/: `python benchmarks/readme.py`, or with --check only compare."""
+"""Write the tables of README.md and docs/results.md from benchmarks/results/: `python benchmarks/readme.py`.
+
+With --check, fail if they differ.
+"""
 
 import argparse
 import json
@@ -15,7 +18,7 @@ import imagenette as nette
 from report import markdown
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "results.md")
 
 
 def about(row: dict[str, Any]) -> str:
@@ -172,7 +175,30 @@ def any_timm() -> str:
     return f"{sweep.summary(body)}\n\n`benchmarks/any_timm.py`; {sweep.about(body)}."
 
 
+def headline() -> str:
+    """One row per data set, for the README."""
+    arms = json.loads((HERE / "results" / "demo.json").read_text())["arms"]
+    measured = {
+        "Fashion-MNIST, ResNet-20 -> ResNet-8x0.5, 8 epochs": {
+            arm: dict(enumerate(found["last_top1"])) for arm, found in arms.items()
+        }
+    }
+    for row in grid.known_rows(HERE / "results" / "cifar.jsonl"):
+        name = "CIFAR-100, ResNet-56 -> ResNet-8, {epochs} epochs".format(**row)
+        measured.setdefault(name, {}).setdefault(row["arm"], {})[row["seed"]] = row["last"]
+    for row in each.known_rows(HERE / "results" / "imagenette.jsonl"):
+        name = "Imagenette, {teacher} -> {student}, {epochs} epochs".format(**row)
+        measured.setdefault(name, {}).setdefault(row["arm"], {})[row["seed"]] = row["top1"]
+    cells = []
+    for name, found in measured.items():
+        means = [each.spread(list(found[arm].values())) for arm in ("alone", "KD", "MAS+KD")]
+        gains = [top1 - found["KD"][seed] for seed, top1 in found["MAS+KD"].items()]
+        cells.append([name, *means, each.spread(gains, "+"), str(len(gains))])
+    return markdown(["data, teacher -> student", "alone", "KD", "MAS+KD", "MAS+KD over KD", "seeds"], cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
     "demo": demo,
     "step": step,
     "shortcuts": shortcuts,
@@ -188,8 +214,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     for name, make in TABLES.items():
-        if not any((HERE / "results" / f"{name}{ending}").is_file() for ending in (".json", ".jsonl")):
-            continue  # not measured yet
+        if f"<!-- {name} -->" not in text:
+            continue
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda m, make=make: f"{m[1]}{make()}\n{m[2]}",
@@ -203,12 +229,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the tables are not those of the results")
     args = parser.parse_args()
-    text = README.read_text()
-    if args.check:
-        raise SystemExit(
-            0 if filled(text) == text else "README.md: tables differ from benchmarks/results; run benchmarks/readme.py"
-        )
-    README.write_text(filled(text))
+    for page in PAGES:
+        text = page.read_text()
+        if args.check and filled(text) != text:
+            raise SystemExit(f"{page.name}: tables differ from benchmarks/results; run python benchmarks/readme.py")
+        if not args.check:
+            page.write_text(filled(text))
 
 
 if __name__ == "__main__":

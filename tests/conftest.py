@@ -20,6 +20,7 @@ _LONG = {
     "test_waiting",
     "test_main",
     "test_store",
+    "test_snippets",
 }
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 

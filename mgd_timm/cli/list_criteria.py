@@ -202,27 +202,35 @@ def table(connection: Connection) -> Iterator[str]:
 
 _HEAD = """# Methods
 
-Generated from the docstrings by `mgd-timm list criteria --markdown > docs/methods.md`; a test keeps it current.
-What each one needs for a pair of yours, and why one is refused: `mgd-timm list criteria --teacher NAME --student NAME`.
+After this page you can choose a method, its weight and its options. `mgd-timm list criteria --markdown` writes this
+page from the docstrings.
 
-Several at once, each with its weight, and a warm-up over which the weight rises from 0 (here 20 epochs); options by
-name:
+`mgd-timm list criteria --teacher NAME --student NAME` lists for a pair of yours what each method needs, and why one is
+refused:
 
+```bash
+mgd-timm list criteria --teacher resnet34 --student mobilenetv3_small_050 --img-size 64
 ```
-mgd-timm distill --teacher RUN --student NAME --criterion at:1000,crd:0.8,dkd:1:20 \\
+
+`--criterion` takes several methods, each with an optional weight and a warm-up over which the weight rises from 0 (here
+20 epochs). `--criterion-options` sets their options:
+
+<!-- not run: takes minutes -->
+```bash
+mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --criterion at:1000,crd:0.8,dkd:1:20 \\
     --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
 Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer
-NAME`), with `none` and `mag`. The task's loss is always there (`--task-weight`); `mag` and `mas` add logit KD of
-weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Another
-weight that is not given is the one below. Only what is asked for warms up.
+NAME`), with `none` and `mag`. The task's loss is always there (`--task-weight`). `mag` and `mas` add logit KD of
+weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Other
+weights are those of the table. Only what is asked for warms up.
 
 "Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only.
-"Fitting stage": `--fitting-epochs` before the run, kept by a digest; of `ab` and `fsp`, which fit the student's
-backbone, nothing else is left in the run. Maps: `--maps stages | last | mid | all | N`; RepDistiller's pairing on
-`cifar_*` networks is `mid`, which `recipes/cifar.py` uses, while `stages` shows the stem's map too where it has a
-resolution of its own.
+"Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; of `ab` and
+`fsp`, which fit the student's backbone, nothing else is left in the run. Maps: `--maps stages | last | mid | all | N`;
+RepDistiller's pairing on `cifar_*` networks is `mid`, which `recipes/cifar.py` uses, while `stages` shows the stem's
+map too where it has a resolution of its own.
 
 | name | method | paper | weight | needs |
 |---|---|---|---|---|
