@@ -282,7 +282,7 @@ def test_wrong_calls_are_refused_before_anything_is_written(transfer, kinds, tmp
         ({"teacher": None, "drop_path": 0.1}, "drop=0.0, drop_path=0.1: a frozen backbone"),
         (
             {"teacher": None, "adapt_batchnorm": True, "train_only": "all"},
-            "adapt_batchnorm: .* give train_only='classifier'",
+            "adapt_batchnorm: .* Give --train-only classifier",
         ),
         ({"teacher": None, "train_only": "clasifier"}, "unknown train_only 'clasifier': did you mean classifier"),
     ],
