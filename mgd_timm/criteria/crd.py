@@ -148,8 +148,8 @@ class CRD(Criterion):
                 raise ValueError(f"{name}={number}: expected 1 or more.")
         if check_temperature(temperature) < 0.02:
             raise ValueError(
-                f"temperature={temperature}: expected 0.02 or more, because exp(1 / temperature) would overflow float32; "
-                "the paper has 0.07."
+                f"temperature={temperature}: expected 0.02 or more, because exp(1 / temperature) would overflow "
+                "float32; the paper has 0.07."
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: expected 0 or more and below 1; the paper has 0.5.")
