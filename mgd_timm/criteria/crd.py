@@ -149,8 +149,8 @@ class CRD(Criterion):
                 raise ValueError(f"{name}={number}: expected 1 or more.")
         if check_temperature(temperature) < 0.02:
             raise ValueError(
-                f"temperature={temperature}: expected 0.02 or more, because exp(1 / temperature) overflows float32; "
-                "the paper has 0.07."
+                f"temperature={temperature}: expected 0.02 or more, because exp(1 / temperature) would overflow "
+                "float32; the paper has 0.07."
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: expected 0 or more and below 1; the paper has 0.5.")
@@ -291,6 +291,6 @@ def _labels(pair: Pair) -> Int[Tensor, " n"]:
     known = labels[labels >= 0].unique()
     if len(known) < 2:
         raise ValueError(
-            f"CRD needs negatives of other classes, but the data has {len(known)} class: use data of 2 or more classes."
+            f"CRD needs negatives of other classes, but all samples are of {len(known)} class: use other data."
         )
     return labels.long().clone()
