@@ -359,7 +359,7 @@ def document(body: dict[str, Any]) -> str:
     return f"""# Any timm model
 
 On this page you find which of timm's architectures can teach and learn. `python benchmarks/any_timm.py` writes it, and
-says what is done; each architecture's maps, widths and parameters are in `benchmarks/results/any_timm.json`. {about(body)}.
+says what is done. Maps, widths and parameters of each architecture: `benchmarks/results/any_timm.json`. {about(body)}.
 
 {summary(body)}
 
