@@ -458,6 +458,7 @@ def test_what_timm_makes_no_transform_of_is_refused(name: str, value: object, sa
         read(large, img_size=32, **{name: value})
 
 
+@pytest.mark.slow
 def test_readers_do_not_hold_up_the_exit(large: Path) -> None:
     script = f"""
 import torch

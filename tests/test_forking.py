@@ -40,6 +40,7 @@ def test_a_thread_that_computes_on_is_not():
     thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python's own fork is safe")
 def test_every_fork_of_a_process_that_reads_images_waits():
     code = (
