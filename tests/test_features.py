@@ -103,6 +103,7 @@ def check_without_a_classifier(model: nn.Module, x: Tensor, shapes: Shapes) -> N
         tap.freeze_backbone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "convnext_xxlarge", "levit_512", "shvit_s4"])
 def test_a_model_without_values(name):
     """On the meta device shapes and parameters decide."""
@@ -134,6 +135,7 @@ def test_dropout_that_would_be_drawn_twice_is_refused(name):
         FeatureTap(build(name, 64, drop_rate=0.5), input_size=(3, 64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["efficientvit_m0", "shvit_s1", "repvit_m1", "levit_128s", "iformer_t", "cpubone_nano", "lowformer_b0"]
 )
@@ -215,6 +217,7 @@ def test_state_dict_is_the_models_own():
     assert [key.removeprefix("model.") for key in tap.state_dict()] == list(model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_shows_the_mean_of_its_last_features(name):
     """Independently: timm's own pooling of the same weights, where it has one."""

@@ -161,9 +161,12 @@ def test_evaluate_gives_the_accuracy_of_the_run(mgd, trained):
     assert found["top1"] == pytest.approx(top1, abs=ONE_IMAGE)
     assert found["n"] == 100
     assert found["data"] == yaml.safe_load((trained / "recipe.yaml").read_text())["data"]["data_dir"]
-    assert (
-        json.loads(mgd("evaluate", trained, "--dataset", "embedded")[1].strip().splitlines()[-1])["data"] == "embedded"
-    )
+
+
+@pytest.mark.slow
+def test_evaluate_takes_other_data_than_the_run(mgd, trained):
+    found = json.loads(mgd("evaluate", trained, "--dataset", "embedded")[1].strip().splitlines()[-1])
+    assert (found["data"], found["n"]) == ("embedded", 10_000)
 
 
 def test_export_copies_the_student_under_a_licence(mgd, trained, tmp_path):

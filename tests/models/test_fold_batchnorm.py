@@ -27,6 +27,7 @@ def norms(module: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cifar_resnet20", "resnet18", "tf_efficientnet_lite0", "densenet121", "resnetv2_50", "repvgg_a0"]
 )

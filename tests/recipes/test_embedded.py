@@ -18,6 +18,7 @@ def origin():
     return json.loads((TEACHER / "recipe.json").read_text())
 
 
+@pytest.mark.slow
 def test_accuracy_on_the_embedded_test_images_is_the_recorded_one(origin):
     found = mgd_timm.evaluate("embedded")
     assert found["n"] == 4000

@@ -96,7 +96,7 @@ def test_an_error_of_memory_in_a_probe_names_the_same_flag(parts):
 def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, protocol):
     recipe, accelerator, images, teacher = parts
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    recipe = replace(recipe, heads=replace(recipe.heads, heads_protocol=protocol, heads_epochs=20))
+    recipe = replace(recipe, heads=replace(recipe.heads, heads_protocol=protocol, heads_epochs=40))
     fitted = fit_heads(teacher, recipe.heads, context_of(recipe, images, accelerator, quiet=True))
     heads, found = fitted.heads, fitted.metrics
     assert set(found) == {"teacher", "abstract", "detailed", "top1"}
@@ -104,7 +104,7 @@ def test_heads_learn_from_both_protocols_and_the_teacher_stays_bitwise(parts, pr
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert set(heads.encoders) == set(heads.decoders) == {"abstract", "detailed"}
     rows = [json.loads(line) for line in Path(recipe.output, "heads", "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == (10 if protocol == "stored" else 20)
+    assert len(rows) == (20 if protocol == "stored" else 40)
     assert rows[-1]["train"]["abstract"] < rows[0]["train"]["abstract"]
 
 

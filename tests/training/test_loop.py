@@ -262,11 +262,17 @@ def _runs(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", [str(name) for name in list_optimizers()])
+QUICK = ("sgd", "adamw", "lamb")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in map(str, list_optimizers())],
+)
 def test_every_optimizer_goes_on_to_the_same_bits(accelerator, tmp_path, name):
     if not _runs(name):
         pytest.skip(f"timm's {name} does not step a plain linear layer on this machine")
-    optim = Optim(epochs=3, opt=name, lr=1e-3)
+    optim = Optim(epochs=2, opt=name, lr=1e-3)
     whole, _, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2))
 
     class EndError(Exception):
@@ -284,7 +290,7 @@ def test_every_optimizer_goes_on_to_the_same_bits(accelerator, tmp_path, name):
         train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), watch=stop, upkeep=first)
     upkeep = Upkeep(folder=tmp_path, resume=True, quiet=True)
     resumed, source, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), upkeep=upkeep)
-    assert len(source.seen) == 6  # the last two of three epochs
+    assert len(source.seen) == 3  # the second epoch
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
