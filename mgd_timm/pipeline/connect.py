@@ -109,8 +109,10 @@ def connect(
         peer_objective = build_objective(terms, swapped, recipe.method, recipe.heads.granularities)
     fits: list[CriterionFit] = []
     if len(taught_by) == 1 and not isinstance(objective, SeveralTeachers):
-        fits = fits_of_criteria(recipe, terms, objective, taught_by[0])
-        fits += fits_of_student(recipe, terms, tap, taught_by[0], images, pairs[0])
+        lr, run_lr, teacher = recipe.fitting_lr, recipe.optim.lr, taught_by[0]
+        fits = fits_of_criteria(terms, objective, teacher, lr, run_lr)
+        lr = run_lr if lr is None else lr
+        fits += fits_of_student(terms, tap, teacher, images, pairs[0], maps=recipe.maps, seed=recipe.seed, lr=lr)
     networks = Networks(tap, objective, tuple(taught_by), peer, peer_objective, fits)
     return replace(networks, fingerprint=_fingerprint(recipe, images, accelerator, networks))
 

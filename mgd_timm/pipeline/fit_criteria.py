@@ -18,7 +18,6 @@ from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_tap, set_memory_format
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
 from mgd_timm.training.evaluation import Metrics
@@ -36,7 +35,6 @@ class CriterionFit:
         kept: The part of it that the run goes on with.
         teacher: The teacher as the criterion sees it.
         lr: Learning rate.
-        student_options: What else decides the student, where it is what is fitted.
     """
 
     name: str
@@ -45,14 +43,17 @@ class CriterionFit:
     kept: nn.Module
     teacher: Teacher
     lr: float
-    student_options: list[Any] | None = None
 
 
-def fits_of_criteria(recipe: Recipe, terms: Terms, objective: Objective | MAG, teacher: Teacher) -> list[CriterionFit]:
-    """The fits of modules of the objective's own criteria on the teacher."""
+def fits_of_criteria(
+    terms: Terms, objective: Objective | MAG, teacher: Teacher, lr: float | None, run_lr: float
+) -> list[CriterionFit]:
+    """The fits of modules of the objective's own criteria on the teacher.
+
+    Without `lr`, the rate is RepDistiller's for its paraphraser, or the run's where that is lower.
+    """
     plain = objective.objective if isinstance(objective, MAG) else objective
-    # RepDistiller's rate for its paraphraser, which it keeps from rising with the run's.
-    lr = min(0.01, recipe.optim.lr) if recipe.fitting_lr is None else recipe.fitting_lr
+    lr = min(0.01, run_lr) if lr is None else lr
     fits = []
     for name, term in terms.fitted_first("teacher").items():
         trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
@@ -63,46 +64,49 @@ def fits_of_criteria(recipe: Recipe, terms: Terms, objective: Objective | MAG, t
 
 
 def fits_of_student(
-    recipe: Recipe, terms: Terms, student: FeatureTap, teacher: Teacher, images: Images, pair: Pair
+    terms: Terms, student: FeatureTap, teacher: Teacher, images: Images, pair: Pair, *, maps: str, seed: int, lr: float
 ) -> list[CriterionFit]:
     """The fits of the student's backbone by one criterion alone, whose maps may be other ones than the run's.
 
     Args:
-        recipe: Of the run.
         terms: Of the run.
         student: Of the run; its model is fitted in place.
         teacher: Of the run, its BatchNorm as yet not folded: folding is checked on the maps that are tapped.
         images: Of the run.
         pair: Of the run.
+        maps: The recipe's word for maps.
+        seed: Of the run.
+        lr: Learning rate.
 
     Raises:
         ValueError: Networks without the maps that a criterion compares.
     """
-    lr = recipe.optim.lr if recipe.fitting_lr is None else recipe.fitting_lr
     fits = []
     for name, term in terms.fitted_first("student").items():
         preact = term.kind.preact
         teacher_input = (images.input_size[0], *teacher.size(images.input_size[1:]))
-        tap = build_tap(student.model, images.input_size, recipe.maps, preact=preact)
-        teacher_tap = build_tap(teacher.tap.model, teacher_input, recipe.maps, preact=preact)
-        match_number_of_maps(recipe.maps, tap, teacher_tap)
-        set_seed(recipe.seed, 7)
+        tap = build_tap(student.model, images.input_size, maps, preact=preact)
+        teacher_tap = build_tap(teacher.tap.model, teacher_input, maps, preact=preact)
+        match_number_of_maps(maps, tap, teacher_tap)
+        set_seed(seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=teacher_tap.shapes(teacher_input[1:]))
         criterion = build_criterion(term, own, standardise_logits=terms.standardise_logits)
         trainee = Distiller(tap, Objective(**{name: (1.0, criterion)}))
         frozen = Teacher(teacher_tap, view=teacher.input_adapter, digest=teacher.digest)
-        options = [tap.name, recipe.drop, recipe.drop_path]
-        fits.append(CriterionFit(name, term, trainee, tap, frozen, lr, options))
+        fits.append(CriterionFit(name, term, trainee, tap, frozen, lr))
     return fits
 
 
-def fit_criteria(fits: Sequence[CriterionFit], optim: Optim, epochs: int, context: RunContext) -> dict[str, Metrics]:
+def fit_criteria(
+    fits: Sequence[CriterionFit], optim: Optim, epochs: int, student_rates: Sequence[Any], context: RunContext
+) -> dict[str, Metrics]:
     """Carry out the fits, in place, and log each one's last losses.
 
     Args:
         fits: In this order.
         optim: The run's rule; their own learning rates are constant.
         epochs: Of each fit.
+        student_rates: Dropout and stochastic depth of the student, which decide what is fitted of it.
         context: Of the run.
 
     Returns:
@@ -122,14 +126,14 @@ def fit_criteria(fits: Sequence[CriterionFit], optim: Optim, epochs: int, contex
             if isinstance(one.trainee, Distiller):
                 _freeze_unreached(one, context)
             rule = replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
-            found[one.name] = _fit_one(one, rule, context)
+            found[one.name] = _fit_one(one, rule, student_rates, context)
         finally:
             for parameter, value in before.items():
                 parameter.requires_grad_(value)
     return found
 
 
-def _fit_one(one: CriterionFit, optim: Optim, context: RunContext) -> Metrics:
+def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], context: RunContext) -> Metrics:
     term, trainee = one.term, one.trainee
     defaults = {name: parameter.default for name, parameter in hyper_parameters(term.kind).items()}
     trained_shapes = [list(p.shape) for p in trainee.parameters() if p.requires_grad]
@@ -137,7 +141,7 @@ def _fit_one(one: CriterionFit, optim: Optim, context: RunContext) -> Metrics:
         **context.teacher_fingerprint(one.teacher),
         "criterion": [term.criterion, defaults | dict(term.options)],
         "trainee": [module_digest(trainee), trained_shapes],
-        "student": one.student_options,
+        "student": [trainee.student.name, *student_rates] if isinstance(trainee, Distiller) else None,
         "maps": [
             list(one.teacher.tap.indices),
             list(trainee.student.indices) if isinstance(trainee, Distiller) else [],

@@ -153,7 +153,9 @@ def _pretrain(
             teachers[position], metrics[name] = teacher.with_heads(fitted.heads), fitted.metrics
     networks.objective.to(context.accelerator.device)
     if networks.criterion_fits:
-        metrics["fitted"] = fit_criteria(networks.criterion_fits, recipe.optim, recipe.fitting_epochs, context)
+        metrics["fitted"] = fit_criteria(
+            networks.criterion_fits, recipe.optim, recipe.fitting_epochs, (recipe.drop, recipe.drop_path), context
+        )
     if recipe.shard_teacher:
         teachers = [shard_teacher(teacher, context.accelerator) for teacher in teachers]
     if stored is not None:

@@ -35,6 +35,7 @@ def test_workers_outlive_signals_to_the_process_group(large: Path) -> None:
     assert not alive
 
 
+@pytest.mark.slow
 def test_workers_do_not_hold_up_the_exit(large: Path) -> None:
     script = f"""
 import torch
