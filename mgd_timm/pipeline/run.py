@@ -23,7 +23,7 @@ from mgd_timm.pipeline.connect import Networks, connect, defaults_of, finish_tea
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
-from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
+from mgd_timm.pipeline.run_folder import check_new_folder, match_resumed_run, start_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
@@ -64,7 +64,10 @@ def run(
     """
     recipe = with_store_defaults(recipe)
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
-    recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
+    if recipe.resume:
+        recipe = match_resumed_run(folder, recipe)
+    else:
+        check_new_folder(folder)
     terms = terms_of(recipe)
     check_recipe(recipe, terms)
     recipe, accelerator = build_accelerator(recipe, steps_per_update)

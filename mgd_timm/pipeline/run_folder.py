@@ -1,4 +1,4 @@
-"""The folder of a run: begun, continued, and read again."""
+"""The folder of a run: start it, resume from it, and read its recipe."""
 
 import json
 from collections.abc import Callable
@@ -15,29 +15,23 @@ from mgd_timm.storage.atomic_write import PARTIAL_PREFIX, remove_partial_writes,
 from mgd_timm.storage.versions import versions
 
 
-def fresh(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe itself.
-
-    Raises:
-        FileExistsError: Something stands in its folder.
-    """
+def check_new_folder(folder: Path) -> None:
+    """Raise FileExistsError unless a run can start in the folder: it does not exist, or is empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
-    return recipe
 
 
-def continued(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the global batch of the run that it continues; as it is where nothing has begun yet.
+def match_resumed_run(folder: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe with the global batch of the run in the folder, or as it is where none has started yet.
 
-    Steps per update that are those of the run's start are left open: on another number of processes others make its
-    global batch.
+    Micro-batches per update that are those of the run's start are left open: another number of processes needs others
+    for the same global batch.
 
     Raises:
-        ValueError: A run of other values, or a folder of something else.
+        ValueError: The folder holds a run of another recipe, or something else than a run.
     """
     if not (folder / "recipe.yaml").is_file():
-        # Whoever restarts what was killed gives --resume from the first start on: that one may have been killed at
-        # once.
+        # --resume may be given from the first start on, which may have been killed before it wrote its recipe.
         if folder.exists() and (
             not folder.is_dir() or any(not path.name.startswith(PARTIAL_PREFIX) for path in folder.iterdir())
         ):
@@ -62,24 +56,20 @@ def continued(folder: Path, recipe: Recipe) -> Recipe:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A written recipe.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    """Return the options of a written recipe. Raise ValueError for a corrupt file."""
     try:
         values = yaml.safe_load(path.read_bytes())
         if not isinstance(values, dict) or not all(isinstance(values.get(part, {}), dict) for part in PARTS):
             raise ValueError("not a recipe")
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put it back, or start a new run with another --output."
+            f"{path} is corrupt ({error}): restore it, or start a new run with another --output."
         ) from error
     return values
 
 
 def _digested(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a written recipe that decides the weights."""
+    """Return the part of a written recipe that decides the weights."""
     return {
         f.name: {
             g.name: values.get(f.name, {}).get(g.name)
@@ -93,13 +83,20 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[str], None], steps: int | None) -> None:
-    """Write what a run starts with, the steps per update as its command named them; what is there of an earlier start
-    stays."""
+def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[str], None], steps: int | None) -> None:
+    """Write recipe, versions and corrupt images of a run, where an earlier start has not written them.
+
+    Args:
+        folder: Made where it lacks.
+        recipe: Of the run.
+        images: Of the run.
+        log: Takes a line for the user.
+        steps: Micro-batches per update, as the command named them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial_writes(folder)
     if recipe.resume and not (folder / "recipe.yaml").exists():
-        say(f"{folder}: nothing to resume there, a new run starts")
+        log(f"{folder}: nothing to resume, a new run starts")
     kept = replace(recipe, resume=False, optim=replace(recipe.optim, grad_accum_steps=steps))
     texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(kept), sort_keys=False)}
     texts["versions.json"] = lambda: json.dumps(versions(), indent=2) + "\n"
@@ -111,11 +108,7 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, say: Callable[[st
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        ValueError: No run there, or a damaged one.
-    """
+    """Return the recipe of a run folder. Raise ValueError where it holds no run, or a corrupt recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no recipe.yaml).")

@@ -214,7 +214,7 @@ def _forget(path: Path, stage: str, updates: int) -> None:
         return
     rows = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # half of a line, or a damaged one
+        with contextlib.suppress(json.JSONDecodeError):  # half of a line, or a corrupt one
             rows.append(json.loads(line))
     kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
     text = "".join(json.dumps(row) + "\n" for row in kept)

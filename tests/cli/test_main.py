@@ -365,7 +365,7 @@ def test_resume_starts_what_is_not_there_yet(mgd, small_data, tmp_path):
     ]
     code, out, _ = mgd(*words)
     assert code == 0
-    assert "run: nothing to resume there, a new run starts" in out
+    assert "run: nothing to resume, a new run starts" in out
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["resume"] is False
     (tmp_path / "run" / "versions.json").unlink()  # killed before it was written
     code, out, _ = mgd(*words)
@@ -409,8 +409,8 @@ def test_a_damaged_recipe_of_a_run_is_named(mgd, trained, small_data, tmp_path):
     path = tmp_path / "run" / "recipe.yaml"
     for text in ("student: [", "- 1", "data: 3", "\x00"):
         path.write_text(text)
-        refuse(mgd, ["recipe.yaml is damaged", "put it back"], "distill", *SHORT, "--output", "run", "--resume")
-        refuse(mgd, ["recipe.yaml is damaged"], "evaluate", "run")
+        refuse(mgd, ["recipe.yaml is corrupt", "restore it"], "distill", *SHORT, "--output", "run", "--resume")
+        refuse(mgd, ["recipe.yaml is corrupt"], "evaluate", "run")
 
 
 def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):

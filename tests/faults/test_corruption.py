@@ -52,7 +52,7 @@ def assert_found(checkpoints: Path, before: State, case: str) -> None:
     assert found is not None, case
     assert same(found, before), case
     assert len(said) == 1, case
-    assert said[0].startswith(f"skipped a damaged checkpoint: {max(checkpoints.iterdir())}: "), case
+    assert said[0].startswith(f"skipped a corrupt checkpoint: {max(checkpoints.iterdir())}: "), case
 
 
 def test_every_flipped_bit_and_truncation_is_found(run: tuple, tmp_path: Path, report: Callable[[str], None]) -> None:
@@ -130,21 +130,21 @@ def test_a_resumed_run_says_so_and_ends_with_the_same_student(
     codes = ranks.wait(180)
     if damage == "recipe":
         assert codes == [1]
-        assert "recipe.yaml is damaged" in ranks.said()
+        assert "recipe.yaml is corrupt" in ranks.said()
         assert "Traceback" not in ranks.said()
     else:
         assert codes == [0], ranks.said()
         skipped = {"newest": [newer], "both": [newer, older]}.get(damage, [])
-        assert ranks.said().count("skipped a damaged checkpoint") == len(skipped)
+        assert ranks.said().count("skipped a corrupt checkpoint") == len(skipped)
         for path in skipped:
             assert (
-                f"skipped a damaged checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
+                f"skipped a corrupt checkpoint: {path}: optimizer.safetensors does not match its sha256" in ranks.said()
             )
         assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(
             whole / "export" / "model.safetensors"
         )
         assert [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    report(f"corruption: {damage} damaged: said by the resumed run")
+    report(f"corruption: {damage} corrupt: logged by the resumed run")
 
 
 def test_every_change_in_a_cache_is_found_and_mended(
@@ -203,7 +203,7 @@ def test_every_change_in_a_cache_is_found_and_mended(
                 continue
             images, said = read()
             assert f"{path if path.name == FILE else path.parent}" in said, case
-            assert "damaged" in said or "corrupt" in said, case
+            assert "corrupt" in said, case
             assert path.read_bytes() == whole, case
             assert images.corrupt == expected.corrupt, case
             assert images.train.digest == expected.train.digest, case
@@ -232,6 +232,6 @@ def test_a_run_with_damaged_caches_says_so_and_ends_with_the_same_student(
     ranks = Ranks([*words[:-1], str(tmp_path / "run")], tmp_path / "log", environment={"MGD_TIMM_CACHE": str(cache)})
     assert ranks.wait(180) == [0], ranks.said()
     assert f"warning: {images} is corrupt (checksum of image 59): writing it again from the source" in ranks.said()
-    assert f"skipped a damaged checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
+    assert f"skipped a corrupt checkpoint: {heads.parent}: heads.safetensors does not match its sha256" in ranks.said()
     assert digest(tmp_path / "run" / "export" / "model.safetensors") == digest(whole / "export" / "model.safetensors")
-    report("corruption: damaged images and heads in the cache: said, and the same student")
+    report("corruption: corrupt images and heads in the cache: said, and the same student")

@@ -498,7 +498,7 @@ def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHARD = "pass-00001-rows-000000100.safetensors"
-WAY_OUT = rf"{SHARD} is damaged \(.*\): delete this file and start again"
+WAY_OUT = rf"{SHARD} is corrupt \(.*\): delete this file and start again"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ DTYPES = {torch.float16: "F16", torch.float32: "F32", torch.int16: "I16", torch.
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: of other outputs, or damaged; with the way out."""
+    """A store that cannot be used: of other outputs, or a corrupt one; it says what to do."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def read_index(path: Path) -> dict[str, Any]:
     return fingerprint
 
 
-def damaged_shard(path: Path, why: str) -> StoreError:
-    """What is said of a damaged shard."""
+def corrupt_shard_error(path: Path, why: str) -> StoreError:
+    """The error for a corrupt shard."""
     return StoreError(
-        f"{path} is damaged ({why}): delete this file and start again, a run that had begun with --resume; then it is "
+        f"{path} is corrupt ({why}): delete this file and start again, a run that had begun with --resume; then it is "
         "written anew."
     )
 

@@ -115,7 +115,7 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
     """As `store_outputs`, from the first passes of a filled store.
 
     Raises:
-        ValueError: The outputs do not fit into memory, or a shard is damaged.
+        ValueError: The outputs do not fit into memory, or a shard is corrupt.
     """
     count = len(source.ids)
     embedding, logits = _room(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)

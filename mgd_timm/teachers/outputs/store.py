@@ -44,7 +44,7 @@ from mgd_timm.teachers.outputs.layout import (
     SHARD_ROWS,
     Layout,
     StoreError,
-    damaged_shard,
+    corrupt_shard_error,
     in_bytes,
     listed,
     payload,
@@ -65,7 +65,7 @@ class TeacherStore:
         accelerator: Processes.
 
     Raises:
-        StoreError: The folder holds a store of other outputs, or a damaged file.
+        StoreError: The folder holds a store of other outputs, or a corrupt file.
         OSError: The disk has no room for what lacks.
     """
 
@@ -167,15 +167,15 @@ class TeacherStore:
         try:
             found, metadata = read_header(path)
         except ValueError as error:
-            raise damaged_shard(path, str(error)) from error
+            raise corrupt_shard_error(path, str(error)) from error
         parts = self.layout.parts(self._count(shard))
         if found != {
             name: (DTYPES[dtype], shape, dtype.itemsize * math.prod(shape)) for name, (dtype, shape) in parts.items()
         }:
-            raise damaged_shard(path, "its header is not that of such a shard")
+            raise corrupt_shard_error(path, "its header is not that of such a shard")
         owner, _, recorded = metadata.get(KEY, "").partition(" ")
         if owner != f"{self.digest}:{stored_pass}:{shard}":
-            raise damaged_shard(path, "its header names another store or another place in it")
+            raise corrupt_shard_error(path, "its header names another store or another place in it")
         return recorded
 
     # -- writing
@@ -312,7 +312,7 @@ class TeacherStore:
             device: Where to.
 
         Raises:
-            StoreError: A shard is damaged; each is verified when a run first touches it.
+            StoreError: A shard is corrupt; each is verified when a run first touches it.
         """
         parts = self._gather(ids, stored_pass, pinned=device.type == "cuda")
         return self.layout.unpack({name: part.to(device, non_blocking=True) for name, part in parts.items()})
@@ -346,9 +346,9 @@ class TeacherStore:
             try:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
-                raise damaged_shard(path, str(error)) from error
+                raise corrupt_shard_error(path, str(error)) from error
             if key not in self._verified and payload(tensors) != recorded:
-                raise damaged_shard(path, "its numbers do not match their sha256")
+                raise corrupt_shard_error(path, "its numbers do not match their sha256")
             self._verified.add(key)
             self._open[key] = tensors
         return self._open[key]

@@ -91,7 +91,7 @@ def open_store(options: StoreOptions, teacher: Teacher, images: Images, accelera
     """Open a store, as yet perhaps not filled, and the training images under its seed.
 
     Raises:
-        StoreError: The folder holds a store of other outputs, or a damaged file.
+        StoreError: The folder holds a store of other outputs, or a corrupt file.
         OSError: The disk has no room for what lacks.
     """
     assert isinstance(images.train, SmallImageSource | LargeImageSource)
