@@ -135,7 +135,7 @@ def test_two_runs_at_once(words: list[str], tmp_path: Path, report: Callable[[st
     assert int(re.search(WAITED, second.said())[1]) == first.ranks[0].pid  # type: ignore[index]
     assert "waiting for it" not in first.said()
     assert f"{VIEWS} of {VIEWS} shards to write" in first.said()
-    assert "another run has written to it; nothing to write" in second.said()
+    assert "another run has written shards; nothing to write" in second.said()
     assert student(tmp_path, "a") == student(tmp_path, "b")
     report(f"stores: two runs at once: one store, one student; {time.monotonic() - began:.0f} s")
 
@@ -152,7 +152,7 @@ def test_a_killed_writer_is_followed(words: list[str], tmp_path: Path, report: C
     first.signal(signal.SIGCONT, 1)
     first.wait(60)
     assert second.wait(120) == [0, 0], second.said()
-    left = re.search(rf"another run has written to it; (\d+) of {VIEWS} shards to write", second.said())
+    left = re.search(rf"another run has written shards; (\d+) of {VIEWS} shards to write", second.said())
     assert left is not None, second.said()
     assert 0 < int(left[1]) <= VIEWS - there
     assert not list((tmp_path / "store").glob(".writing-*"))

@@ -367,7 +367,7 @@ def test_another_run_that_writes_is_waited_for_and_what_it_wrote_is_read(bench, 
         rf"teacher store {store}: another run \(\S+, pid {other.pid}\) writes it; waiting for it to end", said[1]
     )
     assert re.fullmatch(rf"teacher store {store}: free after \d+ s", said[2])
-    assert said[3:] == ["teacher store: another run has written to it; 3 of 8 shards to write"]
+    assert said[3:] == ["teacher store: another run has written shards; 3 of 8 shards to write"]
     assert not stray.parent.exists()
     assert contents(store) == contents(written)
     assert len(there) == 6
@@ -542,7 +542,7 @@ def test_a_damaged_index_is_found_and_the_way_out_leads_out(bench, written, copy
     content = (copy / "store.json").read_bytes()
     for place in range(0, len(content), 7):
         (copy / "store.json").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(StoreError, match=r"store\.json .*: delete this file, and the next run"):
+        with pytest.raises(StoreError, match=r"store\.json .*: delete this file; the next run"):
             bench[3](copy)
     (copy / "store.json").unlink()
     bench[-1](copy)

@@ -1,5 +1,4 @@
-"""What a store of teacher outputs looks like on the disk: its rows, its shards and its index, and how damage is
-found."""
+"""The files of a store of teacher outputs: rows, shards and index, and how a corrupt one is found."""
 
 import hashlib
 import json
@@ -22,16 +21,16 @@ DTYPES = {torch.float16: "F16", torch.float32: "F32", torch.int16: "I16", torch.
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: of other outputs, or a corrupt one; it says what to do."""
+    """A store that cannot be used, because it holds other outputs or is corrupt."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a row holds: the embedding in float16, and all logits in float16 or the `top_k` largest with their classes.
 
-    With `top_k`, the other classes share one logit, rest = log(sum of their exp(logit) / their number), in float32: at
-    T=1 each kept class and the sum of the others have the probabilities that they had, but for rounding. At T > 1 the
-    sum of the others is larger than it was (equal logits are spread least), the more the fewer are kept.
+    With `top_k`, the other classes share one logit, rest = log(sum of their exp(logit) / their number), in float32. At
+    T=1 each kept class and the sum of the others keep their probabilities, but for rounding. At T > 1 the sum of the
+    others gets larger, the more so the fewer logits are kept.
 
     Args:
         embed_dim: Width of the embedding.
@@ -54,7 +53,7 @@ class Layout:
             )
 
     def parts(self, rows: int) -> dict[str, tuple[torch.dtype, list[int]]]:
-        """Type and shape of each tensor of `rows` rows."""
+        """Return type and shape of each tensor of `rows` rows."""
         parts: dict[str, tuple[torch.dtype, list[int]]] = {"embedding": (torch.float16, [rows, self.embed_dim])}
         if not self.top_k:
             return parts | {"logits": (torch.float16, [rows, self.num_classes])}
@@ -63,15 +62,11 @@ class Layout:
         return parts | {"values": (torch.float16, kept), "classes": (kind, kept), "rest": (torch.float32, [rows])}
 
     def size(self, rows: int) -> int:
-        """Bytes of `rows` rows."""
+        """Return the bytes of `rows` rows."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts(rows).values())
 
     def pack(self, shown: Features) -> dict[str, Tensor]:
-        """The rows of a batch, on the CPU.
-
-        Raises:
-            StoreError: A number that is not finite, or beyond float16's range.
-        """
+        """Return the rows of a batch, on the CPU. Raise StoreError for numbers that float16 cannot hold."""
         embedding, logits = shown.embedding.float().cpu(), shown.logits.float().cpu()
         parts = {"embedding": _half("embedding", embedding)}
         if not self.top_k:
@@ -85,15 +80,15 @@ class Layout:
         }
 
     def unpack(self, parts: dict[str, Tensor]) -> Features:
-        """Features in float32 from rows, on their device."""
+        """Return the features of rows, in float32 on the rows' device."""
         if not self.top_k:
             return Features(parts["logits"].float(), parts["embedding"].float())
         logits = parts["rest"][:, None].repeat(1, self.num_classes)
         logits.scatter_(1, parts["classes"].long(), parts["values"].float())
         return Features(logits, parts["embedding"].float())
 
-    def words(self) -> str:
-        """What a row holds, for the user."""
+    def describe(self) -> str:
+        """Return what a row holds, for the log."""
         kept = f"{self.num_classes}" if not self.top_k else f"{self.top_k} of {self.num_classes} logits"
         return f"({self.embed_dim} + {kept}) fp16"
 
@@ -102,31 +97,25 @@ def _half(name: str, values: Tensor) -> Tensor:
     half = values.half()
     if not half.isfinite().all():
         raise StoreError(
-            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, up to 65,504: leave "
+            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, which ends at 65,504: leave "
             "--teacher-store out for this teacher."
         )
     return half
 
 
-def listed(values: dict[str, Any]) -> str:
-    """The text of an index: the values and their digest."""
+def index_text(values: dict[str, Any]) -> str:
+    """Return the text of an index: the values and their digest."""
     return json.dumps({**values, "sha256": digest(values)}, indent=2) + "\n"
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The fingerprint in store.json.
-
-    Raises:
-        StoreError: It cannot be read, or does not match its digest.
-    """
-    way_out = "delete this file, and the next run with the teacher and the flags of the first one writes it anew"
+    """Return the fingerprint in store.json. Raise StoreError for a file that does not match its digest."""
+    way_out = "delete this file; the next run with the same teacher and flags writes it again"
     try:
         text = path.read_text()
         values = json.loads(text)
-        fingerprint, same = (
-            dict(values["fingerprint"]),
-            text == listed({name: values[name] for name in values if name != "sha256"}),
-        )
+        fingerprint = dict(values["fingerprint"])
+        same = text == index_text({name: values[name] for name in values if name != "sha256"})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error}): {way_out}.") from error
     if not same:
@@ -135,23 +124,23 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def corrupt_shard_error(path: Path, why: str) -> StoreError:
-    """The error for a corrupt shard."""
+    """Return the error for a corrupt shard."""
     return StoreError(
-        f"{path} is corrupt ({why}): delete this file and start again, a run that had begun with --resume; then it is "
-        "written anew."
+        f"{path} is corrupt ({why}): delete this file and start again, with --resume if the run had begun; the file is "
+        "then written again."
     )
 
 
-def payload(tensors: dict[str, Tensor]) -> str:
-    """sha256 of all numbers, in the order of their names."""
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of all numbers, in the order of the tensors' names."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
         whole.update(tensors[name].numpy().data)
     return whole.hexdigest()
 
 
-def in_bytes(count: int) -> str:
-    """A size, for the user."""
+def format_bytes(count: int) -> str:
+    """Return a size for the log."""
     return (
         f"{count / 1e9:.2f} GB"
         if count >= 1e9

@@ -36,16 +36,16 @@ class StoredOutputs:
         self.labels = labels.repeat(passes, *[1] * (labels.ndim - 1))
         self.ids = torch.arange(len(embedding))
 
-    def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
+    def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
         """Labels and row numbers; `features` gives what belongs to them."""
         self._to(device)
-        for rows in slots:
+        for rows in micro_batches:
             there = rows.to(device, non_blocking=True)
             labels = self.labels[there if self.labels.device == there.device else rows].to(device)
             yield Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
 
     def _to(self, device: torch.device) -> None:
-        """Onto a GPU that has room, so that no step of the heads' fitting waits for a transfer."""
+        """Move the outputs to a GPU that has room, so that no step of the fit waits for a transfer."""
         need = 4 * (self.embedding.numel() + self.logits.numel())
         if device.type == "cuda" and not self.logits.is_cuda and need < torch.cuda.mem_get_info(device)[0] // 4:
             self.embedding, self.logits, self.labels = (
@@ -88,16 +88,16 @@ def store_outputs(
         tqdm(total=passes * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar,
     ):
         for stored_pass in range(passes):
-            slots = mine.split(batch_size) if len(mine) else ()
-            batches = source.batches([source.ids[p] for p in slots], stored_pass, accelerator.device)
-            for positions in slots:
+            micro_batches = mine.split(batch_size) if len(mine) else ()
+            batches = source.batches([source.ids[p] for p in micro_batches], stored_pass, accelerator.device)
+            for positions in micro_batches:
                 start_step()
                 batch = next(batches)
                 with accelerator.autocast():
                     shown = teach(batch)
                 if whole is None:
                     widths = shown.embedding.shape[1], shown.logits.shape[1]
-                    whole = _room(passes * len(source.ids), widths, accelerator)
+                    whole = _zeros(passes * len(source.ids), widths, accelerator)
                 for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
                     rows[positions + stored_pass * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
@@ -105,20 +105,20 @@ def store_outputs(
             found = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
             broadcast_object_list(found)  # the first process has an image; the last ones have none where there are few
             assert found[0] is not None
-            whole = whole or _room(passes * len(source.ids), found[0], accelerator)
+            whole = whole or _zeros(passes * len(source.ids), found[0], accelerator)
             whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
     assert whole is not None
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
 
 
 def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: Accelerator) -> StoredOutputs:
-    """As `store_outputs`, from the first passes of a filled store.
+    """Read the first passes of a filled store, with the result of `store_outputs`.
 
     Raises:
         ValueError: The outputs do not fit into memory, or a shard is corrupt.
     """
     count = len(source.ids)
-    embedding, logits = _room(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
+    embedding, logits = _zeros(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
     for stored_pass in range(passes):
         shown = store.features(source.ids, stored_pass, torch.device("cpu"))
         embedding[stored_pass * count : (stored_pass + 1) * count] = shown.embedding
@@ -126,12 +126,8 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
     return StoredOutputs(embedding, logits, source.labels, source.digest)
 
 
-def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Zeros for embeddings and logits of `count` rows; refused where they do not fit into memory.
-
-    Raises:
-        ValueError: They need more than half of the free memory.
-    """
+def _zeros(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Return zeros for embeddings and logits. Raise ValueError where they need over half of the free memory."""
     need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
     if need > free // 2:
         raise ValueError(
@@ -143,7 +139,7 @@ def _room(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tupl
 
 
 def _sum(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """The sum over processes, in parts that fit on any device."""
+    """Return the sum over processes, computed in parts that fit on any device."""
     for part in rows.split(65536) if rows.numel() else ():
         part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
     return rows

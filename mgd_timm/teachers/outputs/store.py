@@ -1,5 +1,4 @@
-"""The teacher's outputs of a whole run, written once: every later student, host method and seed reads them from mapped
-files.
+"""A teacher's outputs on all passes of a run, written once and read by later students, host methods and seeds.
 
 A store is a folder: `store.json` says whose outputs of which images it holds, and
 `pass-00003-rows-000000000.safetensors` holds those of pass 3 from sample id 0 on. A pass is a function of (seed,
@@ -45,28 +44,27 @@ from mgd_timm.teachers.outputs.layout import (
     Layout,
     StoreError,
     corrupt_shard_error,
-    in_bytes,
-    listed,
-    payload,
+    format_bytes,
+    index_text,
     read_index,
+    tensors_sha256,
 )
 
 
 class TeacherStore:
-    """The outputs of one teacher on passes over one data set, in a folder. Making one reads what is there and
-    writes nothing.
+    """The outputs of one teacher on passes over one data set, in a folder. The constructor writes nothing.
 
     Args:
-        folder: Where it lies; all processes must see the same one. It need not exist.
-        made_of: All that decides the outputs beside pass number and sample id, as JSON values.
+        folder: Its folder, which all processes must see; it need not exist.
+        made_of: What decides the outputs beside pass number and sample id, as JSON values.
         layout: What a row holds.
         num_samples: Rows of a pass; the row is the sample id.
-        passes: How many passes are wanted; there may be more.
+        passes: Number of passes that are needed; there may be more.
         accelerator: Processes.
 
     Raises:
         StoreError: The folder holds a store of other outputs, or a corrupt file.
-        OSError: The disk has no room for what lacks.
+        OSError: The disk has no room for what is missing.
     """
 
     def __init__(
@@ -97,14 +95,16 @@ class TeacherStore:
     # ----------------------------------------------------------------------------------------------------------
 
     def _survey(self, accelerator: Accelerator) -> None:
-        """Let the main process look at what is there, and all take what it found."""
+        """Let the main process find what is there, and broadcast it."""
         self.fingerprint = of_main(accelerator, self._fingerprint_on_disk)
         self.digest = digest(self.fingerprint)
         self.missing = of_main(accelerator, self._find_missing)
 
     def _fingerprint_on_disk(self) -> dict[str, Any]:
-        """The fingerprint in store.json, which must be this one's but for the rows of a shard; this one's where it
-        lacks."""
+        """Return the fingerprint in store.json, or this store's own where there is no such file.
+
+        Both must be equal but for the rows of a shard.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise StoreError(f"{self.folder} is a file: --teacher-store takes a folder.")
         index = self.folder / INDEX
@@ -121,7 +121,7 @@ class TeacherStore:
         return found
 
     def _find_missing(self) -> list[tuple[int, int]]:
-        """The (pass, shard) pairs that lack, for which the disk must have room."""
+        """Return the missing (pass, shard) pairs. Raise OSError where the disk has no room for them."""
         missing = []
         for stored_pass in range(self.passes):
             for shard in range(self.shards):
@@ -135,34 +135,30 @@ class TeacherStore:
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"the teacher store {self.folder} needs {in_bytes(needed)} more, and {in_bytes(free)} are free: "
-                "choose fewer --teacher-augmentations, a --teacher-top-k, or a larger disk",
+                f"the teacher store {self.folder} needs {format_bytes(needed)} more, and {format_bytes(free)} are "
+                "free: choose fewer --teacher-augmentations, a --teacher-top-k, or a larger disk",
             )
         return missing
 
     @property
     def rows(self) -> int:
-        """Rows of a shard."""
+        """Number of rows of a shard."""
         return int(self.fingerprint["rows_per_shard"])
 
     @property
     def shards(self) -> int:
-        """Shards of a pass."""
+        """Number of shards of a pass."""
         return -(-self.num_samples // self.rows)
 
     def path(self, stored_pass: int, shard: int) -> Path:
-        """The file of a shard."""
+        """Return the file of a shard."""
         return self.folder / f"pass-{stored_pass:05d}-rows-{shard * self.rows:09d}.safetensors"
 
     def _count(self, shard: int) -> int:
         return min(self.rows, self.num_samples - shard * self.rows)
 
     def _recorded(self, stored_pass: int, shard: int) -> str:
-        """The sha256 that a shard's header gives for its numbers, after a check of the header and the file's length.
-
-        Raises:
-            StoreError: The file is not whole, or of another store.
-        """
+        """Return the sha256 in a shard's header. Raise StoreError where the file is cut off or of another store."""
         path = self.path(stored_pass, shard)
         try:
             found, metadata = read_header(path)
@@ -189,27 +185,25 @@ class TeacherStore:
         batch_size: int,
         quiet: bool = False,
     ) -> None:
-        """Write the shards that lack, each process its share; says the size first. Where nothing lacks, nothing is
-        written.
+        """Write the missing shards, each process its share, after logging the size.
 
-        One run writes at a time: another waits for it, and goes on with what then lacks.
+        One run writes at a time: another one waits, and then writes what is still missing.
 
         Args:
             teach: The teacher.
-            source: Images by sample id, also of those that are not among its `ids`; pass p is what it shows in epoch
-                p.
+            source: Images by sample id, also of those that are not among its `ids`; pass p has those of epoch p.
             accelerator: Device, processes and precision.
             batch_size: Images per process and step.
             quiet: No progress bar.
 
         Raises:
-            StoreError: Outputs beyond fp16; a folder that not all processes see; what another run has written is of
-                other outputs.
-            OSError: The disk is full, or another fault while writing. What is there is whole, and a later call goes on.
+            StoreError: Outputs beyond fp16, a folder that not all processes see, or one that another run has filled
+                with other outputs.
+            OSError: The disk is full, or another fault while writing. No shard is partial, and a later call continues.
         """
         passes = f"{self.passes} pass{'es' if self.passes > 1 else ''}"
-        rows = f"{passes} x {self.num_samples:,} images x {self.layout.words()}"
-        size = in_bytes(self.passes * self.layout.size(self.num_samples))
+        rows = f"{passes} x {self.num_samples:,} images x {self.layout.describe()}"
+        size = format_bytes(self.passes * self.layout.size(self.num_samples))
         accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
         if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
             return
@@ -220,7 +214,7 @@ class TeacherStore:
             before = len(self.missing)
             self._survey(accelerator)
             if len(self.missing) != before:
-                accelerator.print(f"teacher store: another run has written to it; {self._left()}")
+                accelerator.print(f"teacher store: another run has written shards; {self._left()}")
             on_main(accelerator, self._begin)
             self._write_missing(teach, source, accelerator, batch_size, quiet)
         self.missing = []
@@ -233,17 +227,15 @@ class TeacherStore:
         )
 
     def _progress(self) -> str:
-        """How far another run is."""
         there = {path.name for path in self.folder.glob("pass-*")}
         wanted = itertools.product(range(self.passes), range(self.shards))
         written = sum(self.path(stored_pass, shard).name in there for stored_pass, shard in wanted)
-        return f"{written} of {self.passes * self.shards} shards are there"
+        return f"{written} of {self.passes * self.shards} shards written"
 
     def _begin(self) -> None:
-        """Write store.json where it lacks."""
         if not (self.folder / INDEX).exists():
             write_text_atomically(
-                self.folder / INDEX, listed({"fingerprint": self.fingerprint, "written_by": versions()})
+                self.folder / INDEX, index_text({"fingerprint": self.fingerprint, "written_by": versions()})
             )
 
     def _write_missing(
@@ -265,8 +257,9 @@ class TeacherStore:
             for stored_pass, shard in self.missing:
                 if not self.path(stored_pass, shard).exists():
                     raise StoreError(
-                        f"{self.path(stored_pass, shard)} was written by another process and is not seen by process "
-                        f"{accelerator.process_index}: --teacher-store needs a folder that all machines share."
+                        f"{self.path(stored_pass, shard)} was written by another process, and process "
+                        f"{accelerator.process_index} does not see it: --teacher-store needs a folder that all "
+                        "machines share."
                     )
 
         _together(write, accelerator)
@@ -285,34 +278,34 @@ class TeacherStore:
         start_step: Callable[[], None],
     ) -> None:
         first, rows = shard * self.rows, self._count(shard)
-        slots = torch.arange(first, first + rows).split(batch_size)
+        micro_batches = torch.arange(first, first + rows).split(batch_size)
         room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.layout.parts(rows).items()}
-        batches = source.batches(slots, stored_pass, accelerator.device)
-        for slot in slots:
+        batches = source.batches(micro_batches, stored_pass, accelerator.device)
+        for ids in micro_batches:
             start_step()
             batch = next(batches)
             with accelerator.autocast():  # as live teaching
                 shown = teach(batch)
             for name, part in self.layout.pack(shown).items():
-                room[name][slot - first] = part
-            bar.update(len(slot))
+                room[name][ids - first] = part
+            bar.update(len(ids))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
-        mark = {KEY: f"{self.digest}:{stored_pass}:{shard} {payload(room)}"}
+        mark = {KEY: f"{self.digest}:{stored_pass}:{shard} {tensors_sha256(room)}"}
         write_atomically(self.path(stored_pass, shard), lambda draft: save_file(room, draft, metadata=mark))
 
     # -- reading
     # ----------------------------------------------------------------------------------------------------------------
 
     def features(self, ids: Int[Tensor, " b"], stored_pass: int, device: torch.device) -> Features:
-        """What the teacher showed of images in a pass: logits and embedding in float32, on the device.
+        """Return the teacher's logits and embedding of images in a pass, in float32 on the device.
 
         Args:
             ids: Sample ids, on the CPU.
             stored_pass: Number of the pass, less than `passes`.
-            device: Where to.
+            device: Of the result.
 
         Raises:
-            StoreError: A shard is corrupt; each is verified when a run first touches it.
+            StoreError: A shard is corrupt; each one is verified when a process first reads it.
         """
         parts = self._gather(ids, stored_pass, pinned=device.type == "cuda")
         return self.layout.unpack({name: part.to(device, non_blocking=True) for name, part in parts.items()})
@@ -337,7 +330,7 @@ class TeacherStore:
         return room
 
     def _shard(self, stored_pass: int, shard: int) -> dict[str, Tensor]:
-        """A shard's tensors, mapped from its file; verified the first time."""
+        """Return a shard's tensors, mapped from its file and verified the first time."""
         key = stored_pass, shard
         if key not in self._open:
             for other in [other for other in self._open if other[0] != stored_pass]:
@@ -347,7 +340,7 @@ class TeacherStore:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise corrupt_shard_error(path, str(error)) from error
-            if key not in self._verified and payload(tensors) != recorded:
+            if key not in self._verified and tensors_sha256(tensors) != recorded:
                 raise corrupt_shard_error(path, "its numbers do not match their sha256")
             self._verified.add(key)
             self._open[key] = tensors
@@ -355,9 +348,9 @@ class TeacherStore:
 
 
 def _together(action: Callable[[], None], accelerator: Accelerator) -> None:
-    """Carry something out on every process; what any of them raises is raised on all, once all are through.
+    """Run an action on every process, and raise on all what any of them raises.
 
-    One may have a shard more to write than another, which takes longer than a collective may.
+    One process may have a shard more to write than another, which may take longer than a collective's timeout.
     """
     failure: Exception | None = None
     try:
