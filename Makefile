@@ -14,7 +14,7 @@ test: .venv/done  ## The whole suite, a file at a time on every core.
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
 
-lint: .venv/done  ## Style, types, direction of imports, dead code, spelling; tests/docs checks links.
+lint: .venv/done  ## Style, types, direction of imports, dead code, spelling, links.
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
