@@ -17,7 +17,7 @@ quick: .venv/done  ## Before each commit: every test that is not marked slow, 90
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
 
-lint: .venv/done  ## Style, types, direction of imports, dead code, spelling; tests/docs checks links.
+lint: .venv/done  ## Style, types, direction of imports, dead code, spelling, links.
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports

@@ -1,4 +1,4 @@
-"""What is shown: costs, tables, pictures, and a README that says what was measured."""
+"""What is shown: costs, tables, pictures, and pages that say what was measured."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_machine_names_what_a_number_ran_on():
     assert {"cpu", "cores", "memory_gib", "gpu", "system"} == set(machine())
 
 
-def test_the_readmes_tables_are_those_of_the_results():
+def test_the_tables_of_pages_are_those_of_the_results():
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"], capture_output=True, text=True, check=False
     )
