@@ -33,7 +33,7 @@ from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
-from mgd_timm.pipeline.connect import connect, defaults_of, finish_teachers
+from mgd_timm.pipeline.connect import connect, find_defaults, finish_teachers
 from mgd_timm.pipeline.plan import context_of, terms_of
 from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
@@ -178,7 +178,7 @@ def run_pass(
     first = next(iter(cells.values()))
     first, accelerator = build_accelerator(first)
     network = load_model(teacher)
-    images = load_images(first.data, seed, defaults_of(first, network, None), log=accelerator.print)
+    images = load_images(first.data, seed, find_defaults(first, network, None), log=accelerator.print)
     taps: dict[str, nn.Module] = {}
     distillers: dict[str, nn.Module] = {}
     frozen: Teacher | None = None

@@ -21,7 +21,7 @@ from mgd_timm.api import evaluate_named
 from mgd_timm.data.dataset import load_images
 from mgd_timm.features import Defaults
 from mgd_timm.models.load import load_model
-from mgd_timm.pipeline.connect import defaults_of
+from mgd_timm.pipeline.connect import find_defaults
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.recipe import Recipe
@@ -279,7 +279,7 @@ def test_normalisation_of_the_wrong_kind_is_left_out(small_data, tmp_path):
     model = load_model("embedded")
     for wrong in (0.5, [], "0.5", [0.5, None, 0.5], (0.5, 0.5)):
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": wrong}
-        known = defaults_of(Recipe(), model, None)
+        known = find_defaults(Recipe(), model, None)
         assert known.mean is known.std is None
     for wrong in ([], 0.5):
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": wrong, "std": wrong}

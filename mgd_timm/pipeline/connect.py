@@ -118,7 +118,7 @@ def connect(
 
 
 def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks:
-    """The networks with teachers whose weights do not change any more.
+    """Return the networks with their final teachers.
 
     Args:
         networks: Connected.
@@ -141,7 +141,7 @@ def _finished(teacher: Teacher, fold: bool, fitted: bool) -> Teacher:
 
 
 def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
-    """Log what criteria have to say of the pair, and a warning where nothing of the teacher is used."""
+    """Log the criteria's remarks on the pair, and warn where nothing of the teacher is used."""
     for role, objective in (("", networks.objective), ("peer_", networks.peer_objective)):
         for criterion in objective.modules() if objective is not None else ():
             if isinstance(criterion, Criterion) and (remark := criterion.remark()) is not None:
@@ -152,7 +152,7 @@ def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
 
 
 def _pairs(student: FeatureTap, teachers: Sequence[Teacher], peer: FeatureTap | None, images: Images) -> list[Pair]:
-    """What criteria know of the student and each teacher; of the peer, or of the student alone, without a teacher."""
+    """Return a Pair for each teacher; without one, the pair of both students, or of the student with itself."""
     size = images.input_size[1:]
     shapes = student.shapes(size)
     other = peer.shapes(size) if peer is not None else shapes
@@ -164,8 +164,7 @@ def _pairs(student: FeatureTap, teachers: Sequence[Teacher], peer: FeatureTap | 
 
 
 def _teacher_shapes(teacher: Teacher, images: Images) -> Shapes:
-    """What a criterion sees of a teacher; the views that stand for logits it does not show are of the data's
-    classes."""
+    """Return a teacher's shapes; where views stand in for its logits, their classes are the data's."""
     shapes = teacher.tap.shapes(teacher.size(images.input_size[1:]))
     return shapes if teacher.shows_logits else shapes._replace(num_classes=images.num_classes)
 
@@ -205,7 +204,7 @@ def _connect_student(
 def _connect_teacher(
     recipe: Recipe, terms: Terms, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> Teacher:
-    """A frozen teacher as yet without heads; a silent one shows no logits."""
+    """Return a frozen teacher without heads; a silent one returns no logits."""
     check_channels(model, "teacher", images.input_size[0])
     conflict = logits_conflict(model, images.class_names)
     shows_logits = conflict is None and not silent
@@ -223,7 +222,7 @@ def _connect_teacher(
 
 
 def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
-    """The second student, from the seed."""
+    """Build the second student, with random weights."""
     assert recipe.peer is not None
     set_seed(recipe.seed, 6)
     as_student = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
@@ -237,7 +236,7 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) -> None:
-    """Let timm show images to the exported model as they were shown here: small ones whole, others by their centre."""
+    """Describe the model so that timm preprocesses images as here: small ones in full, others cropped at the centre."""
     data = recipe.data
     small = isinstance(images.train, SmallImageSource)
     shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
@@ -254,7 +253,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) ->
 
 
 def _weights_tag(recipe: Recipe, terms: Terms) -> str:
-    """timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
+    """Return timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
     if recipe.teacher is not None or recipe.peer is not None:
@@ -262,9 +261,8 @@ def _weights_tag(recipe: Recipe, terms: Terms) -> str:
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 
 
-def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
-    """Mean and std of the weights there are (the pretrained student's, else the teacher's), and the student's nominal
-    size."""
+def find_defaults(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | None) -> Defaults:
+    """Return mean and std of the pretrained student, else of the teacher, and the student's nominal input."""
     config: Mapping[str, Any] = {}
     if student is not None:
         config = getattr(student, "pretrained_cfg", {})
@@ -279,10 +277,10 @@ def defaults_of(recipe: Recipe, teacher: nn.Module | None, student: nn.Module | 
 
 
 def _fingerprint(recipe: Recipe, images: Images, accelerator: Accelerator, networks: Networks) -> dict[str, Any]:
-    """What decides the weights: the recipe's values with the global batch, images and networks by digest, precision.
+    """Return what decides the weights: options with the global batch, digests of images and networks, precision.
 
-    Not the number of processes, nor the batch size of a step: order, crops and learning rate do not depend on them. The
-    teachers' digests are those of the weights they begin with.
+    The number of processes and the batch size of a step are not among it: order, crops and learning rate do not depend
+    on them. The teachers' digests are those of their weights before a classifier is fitted.
     """
     peer = networks.peer
     return {

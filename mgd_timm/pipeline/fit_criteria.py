@@ -48,7 +48,7 @@ class CriterionFit:
 def fits_of_criteria(
     terms: Terms, objective: Objective | MAG, teacher: Teacher, lr: float | None, run_lr: float
 ) -> list[CriterionFit]:
-    """The fits of modules of the objective's own criteria on the teacher.
+    """Return the fits of modules of the objective's own criteria on the teacher.
 
     Without `lr`, the rate is RepDistiller's for its paraphraser, or the run's where that is lower.
     """
@@ -66,7 +66,7 @@ def fits_of_criteria(
 def fits_of_student(
     terms: Terms, student: FeatureTap, teacher: Teacher, images: Images, pair: Pair, *, maps: str, seed: int, lr: float
 ) -> list[CriterionFit]:
-    """The fits of the student's backbone by one criterion alone, whose maps may be other ones than the run's.
+    """Return the fits of the student's backbone by one criterion alone, whose maps may differ from the run's.
 
     Args:
         terms: Of the run.
@@ -100,7 +100,7 @@ def fits_of_student(
 def fit_criteria(
     fits: Sequence[CriterionFit], optim: Optim, epochs: int, student_rates: Sequence[Any], context: RunContext
 ) -> dict[str, Metrics]:
-    """Carry out the fits, in place, and log each one's last losses.
+    """Fit the criteria's modules or the student, in place, and log the last losses.
 
     Args:
         fits: In this order.
@@ -171,8 +171,7 @@ def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], cont
 
 
 def _freeze_unreached(one: CriterionFit, context: RunContext) -> None:
-    """Freeze what the criterion's loss gives no gradient, such as the classifier, which must neither decay nor be
-    waited for."""
+    """Freeze parameters without a gradient, such as the classifier's: they must not decay, and DDP must not wait."""
     train = context.images.train
     batch = next(train.batches([train.ids[:2]], 0, context.accelerator.device))
     parameters = list(one.trainee.parameters())

@@ -1,4 +1,4 @@
-"""A recipe, unpacked once: what the other wings are given in its place."""
+"""Unpack a recipe once into what the other wings take."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +18,7 @@ from mgd_timm.teachers.pretraining import RunContext
 
 
 def terms_of(recipe: Recipe) -> Terms:
-    """The terms of a recipe's loss.
-
-    Raises:
-        ValueError: As `parse_terms`.
-    """
+    """Return the terms of a recipe's loss. Raise ValueError as `parse_terms`."""
     if recipe.teacher is None and recipe.peer is None:
         return task_alone(recipe.smoothing)
     options = TermOptions(
@@ -39,7 +35,7 @@ def terms_of(recipe: Recipe) -> Terms:
 
 
 def objective_of(recipe: Recipe, terms: Terms, pairs: Sequence[Pair]) -> Objective | MAG | SeveralTeachers:
-    """The recipe's objective.
+    """Build the recipe's objective.
 
     Args:
         recipe: Of the run.
@@ -57,7 +53,7 @@ def objective_of(recipe: Recipe, terms: Terms, pairs: Sequence[Pair]) -> Objecti
 
 
 def context_of(recipe: Recipe, images: Images, accelerator: Accelerator, *, quiet: bool = False) -> RunContext:
-    """What everything that is trained in the recipe's run shares."""
+    """Return what everything that is trained in the run shares."""
     return RunContext(
         folder=Path(recipe.output),
         images=images,
@@ -74,7 +70,7 @@ def context_of(recipe: Recipe, images: Images, accelerator: Accelerator, *, quie
 
 
 def classifier_fit_of(recipe: Recipe) -> ClassifierFit | None:
-    """How the recipe fits its teachers' classifiers; None where they are used as they are."""
+    """Return how teachers' classifiers are fitted; None where they are used as they are."""
     if recipe.fit_teacher_head == "none" or recipe.teacher is None:
         return None
     return ClassifierFit(
@@ -88,7 +84,7 @@ def classifier_fit_of(recipe: Recipe) -> ClassifierFit | None:
 
 
 def store_options_of(recipe: Recipe) -> StoreOptions | None:
-    """The recipe's store of teacher outputs."""
+    """Return the options of the recipe's teacher store; None without one."""
     if recipe.teacher_store is None:
         return None
     return StoreOptions(

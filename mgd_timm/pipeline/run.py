@@ -19,7 +19,7 @@ from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
-from mgd_timm.pipeline.connect import Networks, connect, defaults_of, finish_teachers, log_remarks
+from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
@@ -73,14 +73,14 @@ def run(
     recipe, accelerator = build_accelerator(recipe, steps_per_update)
 
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
-    defaults = defaults_of(recipe, models[0] if models else None, student)
+    defaults = find_defaults(recipe, models[0] if models else None, student)
     main_first = partial(local_main_first, accelerator)
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
     adapt_teachers_to_data(models, recipe, images)
     networks = connect(recipe, terms, images, accelerator, models, student)
     context = context_of(recipe, images, accelerator, quiet=quiet)
     classifier_fit = classifier_fit_of(recipe)
-    if classifier_fit is None:  # else the store is of weights that are not there yet
+    if classifier_fit is None:  # otherwise the store belongs to weights that are fitted first
         networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
         stored = _open_store(recipe, networks, images, accelerator)
 
@@ -108,7 +108,7 @@ def run(
 
 
 def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
-    """The recipe's store of teacher outputs, as yet perhaps not filled."""
+    """Open the recipe's store of teacher outputs, which may not be filled yet."""
     options = store_options_of(recipe)
     return None if options is None else open_store(options, networks.teachers[0], images, accelerator)
 
@@ -121,7 +121,7 @@ def _evaluate_teachers(
     for teacher in teachers if images.evaluation is not None else ():
         assert images.evaluation is not None
         if not teacher.shows_logits:
-            accelerator.print(f"teacher {teacher.tap.name}: no accuracy, as it shows no logits of these classes")
+            accelerator.print(f"teacher {teacher.tap.name}: no accuracy, because it has no logits of these classes")
             found.append(None)
             continue
         row = evaluate_taps({"teacher": teacher}, images.evaluation, accelerator, batch_size)["teacher"]
