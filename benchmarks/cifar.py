@@ -41,7 +41,7 @@ from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.training.loop import fit
 
@@ -218,7 +218,7 @@ def run_pass(
     def teach(batch: Batch) -> Features:
         return frozen(batch.images)
 
-    upkeep = Upkeep(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
+    fit_options = FitOptions(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
     fitted = fit(
         cohort,
         images.train,
@@ -227,8 +227,8 @@ def run_pass(
         seed=seed,
         batch_size=first.data.batch_size,
         teach=teach,
-        watch=watch,
-        upkeep=upkeep,
+        evaluate=watch,
+        options=fit_options,
     )
     curves = [row["eval"] for row in read_metrics(folder) if row["stage"] == "cohort"]
     common = {

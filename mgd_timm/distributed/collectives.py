@@ -42,7 +42,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
     """Overwrite tensors by those of the main process.
 
     DDP keeps parameters equal, but each process has BatchNorm statistics of its own between two forwards.
@@ -53,7 +53,7 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
                 torch.distributed.broadcast(tensor.data, 0)
 
 
-def meet(arrived: bool, count: int) -> None:
+def wait_by_polling(arrived: bool, count: int) -> None:
     """Wait until `count` processes have arrived here, by polling the store: in a collective, the wait would time out.
 
     Args:
@@ -82,13 +82,13 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
     first = accelerator.is_local_main_process
     machines = sum(gather_object([first]))
     if not first:
-        meet(False, machines)
+        wait_by_polling(False, machines)
     yield
     if first:
-        meet(True, machines)  # of a machine that is done early too: a collective may follow
+        wait_by_polling(True, machines)  # of a machine that is done early too: a collective may follow
 
 
-def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that
     is gone. It may take longer than a collective.
     """
@@ -99,7 +99,7 @@ def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         except Exception as error:  # raised again below, on every process
             found[1] = error
     if accelerator.num_processes > 1:
-        meet(accelerator.is_main_process, 1)
+        wait_by_polling(accelerator.is_main_process, 1)
         broadcast_object_list(found)
     answer, failure = found
     if failure is not None:
@@ -107,18 +107,13 @@ def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return answer
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """As `of_main`, where what the action gives is for the main process alone."""
+def run_on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """As `broadcast_from_main`, where what the action gives is for the main process alone."""
 
     def act() -> None:
         action()
 
-    of_main(accelerator, act)
-
-
-def decided(accelerator: Accelerator, value: bool) -> bool:
-    """The main process's answer, on all."""
-    return of_main(accelerator, lambda: value)
+    broadcast_from_main(accelerator, act)
 
 
 def any_process(accelerator: Accelerator, mine: bool) -> bool:
@@ -128,11 +123,11 @@ def any_process(accelerator: Accelerator, mine: bool) -> bool:
 
 
 @contextlib.contextmanager
-def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
+def lock_on_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
     """The main process holds the lock while all go through the body, whose last step has to be one of all of them
     together."""
     try:
-        on_main(accelerator, lock.try_acquire)
+        run_on_main(accelerator, lock.try_acquire)
         yield
     finally:
         lock.release()

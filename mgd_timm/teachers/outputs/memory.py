@@ -35,10 +35,10 @@ class StoredOutputs:
         self.labels = labels.repeat(views, *[1] * (labels.ndim - 1))
         self.ids = torch.arange(len(embedding))
 
-    def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
+    def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
         """Labels and row numbers; `features` gives what belongs to them."""
         self._to(device)
-        for rows in slots:
+        for rows in micro_batches:
             there = rows.to(device, non_blocking=True)
             labels = self.labels[there if self.labels.device == there.device else rows].to(device)
             yield Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
@@ -87,9 +87,9 @@ def store_outputs(
         tqdm(total=views * len(mine), desc="teacher outputs", unit="img", disable=hidden, leave=False) as bar,
     ):
         for view in range(views):
-            slots = mine.split(batch_size) if len(mine) else ()
-            batches = source.batches([source.ids[p] for p in slots], view, accelerator.device)
-            for positions in slots:
+            micro_batches = mine.split(batch_size) if len(mine) else ()
+            batches = source.batches([source.ids[p] for p in micro_batches], view, accelerator.device)
+            for positions in micro_batches:
                 start_step()
                 batch = next(batches)
                 with accelerator.autocast():
