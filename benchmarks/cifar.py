@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.connect import connect, defaults_of, finish_teachers
-from mgd_timm.pipeline.plan import context_of, terms_of
+from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, terms_of
 from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
@@ -176,7 +175,8 @@ def run_pass(
     """Train the students of one seed's cells side by side; gives a result for each."""
     running = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
-    first, accelerator = build_accelerator(first)
+    accelerator = accelerator_of(first)
+    first = fix_global_batch(first, accelerator)
     network = load_model(teacher)
     images = load_images(first.data, seed, defaults_of(first, network, None), log=accelerator.print)
     taps: dict[str, nn.Module] = {}

@@ -1,4 +1,4 @@
-"""What several processes have to agree on: the main one's tensors, and the main one's failures."""
+"""What several processes agree on: the main process's tensors, values and failures."""
 
 import contextlib
 import itertools
@@ -15,19 +15,18 @@ from torch import Tensor
 from mgd_timm.recipe.recipe import PROCESS_TIMEOUT
 from mgd_timm.storage.lock import Lock
 
-_meetings = itertools.count()
+_waits = itertools.count()
 
 T = TypeVar("T")
 
 
 def timeout_after(seconds: float) -> InitProcessGroupKwargs:
-    """The process group's timeout: a collective that not all processes join fails. A process's first Accelerator sets
-    it."""
+    """Return the process group's timeout, after which a collective fails. A process's first Accelerator sets it."""
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
 def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
-    """The processes of this launch, for a script that looks around before its first run; a run finds them joined.
+    """Join the processes of this launch, for a script that needs them before its first run.
 
     Args:
         process_timeout: Seconds, as of `Recipe`.
@@ -36,8 +35,7 @@ def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of a command; left to the exit of Python, a process may end in an abort
-    (gloo)."""
+    """Leave the process group at the end of a command: with gloo, a process that merely exits may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -54,13 +52,13 @@ def broadcast_tensors(tensors: Iterable[Tensor], accelerator: Accelerator) -> No
 
 
 def wait_by_polling(arrived: bool, count: int) -> None:
-    """Wait until `count` processes have arrived here, by polling the store: in a collective, the wait would time out.
+    """Wait until `count` processes have arrived, by polling the store: a collective would time out.
 
     Args:
         arrived: Whether this process is one of them, or only waits for them.
         count: How many processes arrive. All processes call this, in the same order among other calls of it.
     """
-    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/meeting/{next(_meetings)}"
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/wait/{next(_waits)}"
     if arrived:
         store.add(key, 1)
     pause = 0.001
@@ -71,10 +69,9 @@ def wait_by_polling(arrived: bool, count: int) -> None:
 
 @contextlib.contextmanager
 def local_main_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter
-    together.
+    """Let the main process of each machine go first, for hours if need be; all processes enter and leave it.
 
-    Accelerate's own lets the others wait in a collective, which times out. The body has no collective.
+    Accelerate's own lets the others wait in a collective, which times out. The body must not contain a collective.
     """
     if accelerator.num_processes == 1:
         yield
@@ -85,12 +82,13 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
         wait_by_polling(False, machines)
     yield
     if first:
-        wait_by_polling(True, machines)  # of a machine that is done early too: a collective may follow
+        wait_by_polling(True, machines)  # also on a machine that is done early: a collective may follow
 
 
 def broadcast_from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that
-    is gone. It may take longer than a collective.
+    """Call `action` on the main process, and return its result on all. It may take longer than a collective.
+
+    What it raises is raised on all processes: they would wait for one that is gone.
     """
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -101,14 +99,14 @@ def broadcast_from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if accelerator.num_processes > 1:
         wait_by_polling(accelerator.is_main_process, 1)
         broadcast_object_list(found)
-    answer, failure = found
+    result, failure = found
     if failure is not None:
         raise failure
-    return answer
+    return result
 
 
 def run_on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """As `broadcast_from_main`, where what the action gives is for the main process alone."""
+    """Call `action` on the main process as `broadcast_from_main` does, and drop its result."""
 
     def act() -> None:
         action()
@@ -116,16 +114,15 @@ def run_on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     broadcast_from_main(accelerator, act)
 
 
-def any_process(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether any process says so, on all."""
-    flag = torch.tensor([float(mine)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum").item() > 0)
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether the flag is set on any process."""
+    total = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum")
+    return bool(total.item() > 0)
 
 
 @contextlib.contextmanager
 def lock_on_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
-    """The main process holds the lock while all go through the body, whose last step has to be one of all of them
-    together."""
+    """Hold the lock on the main process while all go through the body, which ends with a step of all together."""
     try:
         run_on_main(accelerator, lock.try_acquire)
         yield

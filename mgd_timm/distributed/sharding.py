@@ -33,7 +33,7 @@ from mgd_timm.features import FeatureTap
 LARGEST, SMALLEST = 1 / 8, 1 / 200
 
 
-def asked() -> bool:
+def fsdp_requested() -> bool:
     """Whether `accelerate launch` was configured for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
@@ -54,7 +54,7 @@ def check_sharding(accelerator: Accelerator) -> None:
             + ". Supported are one process, several on CPUs or GPUs (DDP), and FSDP2 "
             "(recipes/fsdp.yaml): configure one of these."
         )
-    if not asked():
+    if not fsdp_requested():
         return
     plugin = FullyShardedDataParallelPlugin()  # from the environment, as on a GPU accelerate's own
     refused = {
@@ -74,9 +74,9 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
 
 
-def sharded() -> bool:
+def is_sharding() -> bool:
     """Whether a fit is cut up between the processes that there are."""
-    return asked() and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return fsdp_requested() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Replicated:
@@ -228,7 +228,7 @@ class _Mirror:
 
 def make_data_parallel(trainee: nn.Module, accelerator: Accelerator) -> Replicated:
     """What trains, where the accelerator's configuration wants it: whole on each process, or cut up between them."""
-    return Sharded(trainee, accelerator) if sharded() else Replicated(trainee, accelerator)
+    return Sharded(trainee, accelerator) if is_sharding() else Replicated(trainee, accelerator)
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

@@ -15,14 +15,20 @@ from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, run_on_main
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.connect import Networks, connect, defaults_of, finish_teachers, log_remarks
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
-from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
+from mgd_timm.pipeline.plan import (
+    accelerator_of,
+    classifier_fit_of,
+    context_of,
+    fix_global_batch,
+    store_options_of,
+    terms_of,
+)
 from mgd_timm.pipeline.run_folder import continued, fresh, start_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
@@ -67,7 +73,8 @@ def run(
     recipe = continued(folder, recipe) if recipe.resume else fresh(folder, recipe)
     terms = terms_of(recipe)
     check_recipe(recipe, terms)
-    recipe, accelerator = build_accelerator(recipe, steps_per_update)
+    accelerator = accelerator_of(recipe)
+    recipe = fix_global_batch(recipe, accelerator, steps_per_update)
 
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = defaults_of(recipe, models[0] if models else None, student)
