@@ -29,19 +29,18 @@ from torch import Tensor, nn
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.connect import connect, find_defaults, finish_teachers
-from mgd_timm.pipeline.plan import context_of, terms_of
+from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, terms_of
 from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
 from mgd_timm.training.loop import fit
 
@@ -176,7 +175,8 @@ def run_pass(
     """Train the students of one seed's cells side by side; gives a result for each."""
     running = versions()  # of the code that runs, whatever is committed meanwhile
     first = next(iter(cells.values()))
-    first, accelerator = build_accelerator(first)
+    accelerator = accelerator_of(first)
+    first = fix_global_batch(first, accelerator)
     network = load_model(teacher)
     images = load_images(first.data, seed, find_defaults(first, network, None), log=accelerator.print)
     taps: dict[str, nn.Module] = {}
@@ -218,7 +218,7 @@ def run_pass(
     def teach(batch: Batch) -> Features:
         return frozen(batch.images)
 
-    upkeep = Upkeep(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
+    fit_options = FitOptions(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
     fitted = fit(
         cohort,
         images.train,
@@ -227,8 +227,8 @@ def run_pass(
         seed=seed,
         batch_size=first.data.batch_size,
         teach=teach,
-        watch=watch,
-        upkeep=upkeep,
+        evaluate=watch,
+        options=fit_options,
     )
     curves = [row["eval"] for row in read_metrics(folder) if row["stage"] == "cohort"]
     common = {

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.distributed.sharding import units
+from mgd_timm.distributed.sharding import fsdp_units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.build import build_model, build_tap
@@ -396,7 +396,7 @@ def count(case: Case, gpu: bool = False) -> Counts:
 def _gathered(trainee: nn.Module) -> tuple[int, int]:
     """Bytes of the largest part that FSDP gathers by itself, and of what it gathers once for the whole step."""
     taps = [module for module in trainee.modules() if isinstance(module, FeatureTap)]
-    sizes = [_bytes(tap.get_submodule(name).parameters()) for tap in taps for name in units(tap)]
+    sizes = [_bytes(tap.get_submodule(name).parameters()) for tap in taps for name in fsdp_units(tap)]
     return max(sizes, default=0), _bytes(trainee.parameters()) - sum(sizes)
 
 

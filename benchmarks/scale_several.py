@@ -18,7 +18,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
-from mgd_timm.distributed.sharding import place
+from mgd_timm.distributed.sharding import make_data_parallel
 from mgd_timm.training.optimizer_state import build_optimizer
 
 PROCESSES, STEPS = 2, 3
@@ -58,10 +58,10 @@ def _rank(rank: int, case: Case, fsdp: bool, ema: bool, folder: str) -> None:
 
     def build() -> None:
         step = real(case)
-        placement = place(step.trainee, accelerator)
-        held.extend((step, placement, placement.average(step.trainee.student) if ema else None))
-        optimizer = build_optimizer(placement.trainee, case.recipe.optim)
-        step.trainee, step.optimizer = placement.prepare(_Whole(placement.trainee).train(), optimizer)
+        parallel = make_data_parallel(step.trainee, accelerator)
+        held.extend((step, parallel, parallel.moving_average(step.trainee.student) if ema else None))
+        optimizer = build_optimizer(parallel.trainee, case.recipe.optim)
+        step.trainee, step.optimizer = parallel.prepare(_Whole(parallel.trainee).train(), optimizer)
         step.run()
         step.run()
         torch.distributed.barrier()

@@ -48,7 +48,7 @@ from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.outputs.stored_source import StoredSource, stored_teacher
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.loop import fit
 from mgd_timm.training.step import compile_mode
 
@@ -210,7 +210,7 @@ def ours(
         teach = stored_teacher(frozen.heads)
 
     def loop() -> None:
-        optim, upkeep = Optim(epochs=1, lr=0.05), Upkeep(quiet=True)
+        optim, fit_options = Optim(epochs=1, lr=0.05), FitOptions(quiet=True)
         fit(
             distiller,
             source,
@@ -220,7 +220,7 @@ def ours(
             batch_size=args.batch_size,
             teach=teach,
             compile=args.compile,
-            upkeep=upkeep,
+            options=fit_options,
         )
 
     return loop

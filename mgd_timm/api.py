@@ -14,10 +14,10 @@ from torch import nn
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distributed.collectives import local_main_first
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.models.checks import check_channels, check_class_names, check_module
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
+from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.recipe.data import OF_TRAINING, Data
@@ -174,7 +174,7 @@ def evaluate_named(
     model = _checked(model, "model")
     recipe = _evaluation_recipe(model, data, options)
     network = load_model(model) if isinstance(model, str) else model
-    recipe, accelerator = build_accelerator(recipe)
+    accelerator = accelerator_of(recipe)
     images = _images_for(network, recipe, accelerator)
     source = images.test if images.test is not None else images.val
     if source is None:

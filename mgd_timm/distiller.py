@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Objective
-from mgd_timm.distributed.sharding import cut, units
+from mgd_timm.distributed.sharding import fsdp_units, shard
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.models.input_adapter import InputAdapter
@@ -107,9 +107,9 @@ def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
         teacher: Moved to the CPU.
         accelerator: Of several processes.
     """
-    names = [f"tap.{name}" for name in units(teacher.tap)]
+    names = [f"tap.{name}" for name in fsdp_units(teacher.tap)]
     sharded = copy.deepcopy(teacher.to("cpu"))
-    cut(sharded, names, accelerator)
+    shard(sharded, names, accelerator)
     return sharded
 
 

@@ -1,4 +1,4 @@
-"""What several processes have to agree on: the main one's tensors, and the main one's failures."""
+"""What several processes agree on: the main process's tensors, values and failures."""
 
 import contextlib
 import itertools
@@ -15,19 +15,18 @@ from torch import Tensor
 from mgd_timm.recipe.recipe import PROCESS_TIMEOUT
 from mgd_timm.storage.lock import Lock
 
-_meetings = itertools.count()
+_waits = itertools.count()
 
 T = TypeVar("T")
 
 
 def timeout_after(seconds: float) -> InitProcessGroupKwargs:
-    """The process group's timeout: a collective that not all processes join fails. A process's first Accelerator sets
-    it."""
+    """Return the process group's timeout, after which a collective fails. A process's first Accelerator sets it."""
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
 def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
-    """The processes of this launch, for a script that looks around before its first run; a run finds them joined.
+    """Join the processes of this launch, for a script that needs them before its first run.
 
     Args:
         process_timeout: Seconds, as of `Recipe`.
@@ -36,13 +35,12 @@ def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of a command; left to the exit of Python, a process may end in an abort
-    (gloo)."""
+    """Leave the process group at the end of a command: with gloo, a process that merely exits may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
     """Overwrite tensors by those of the main process.
 
     DDP keeps parameters equal, but each process has BatchNorm statistics of its own between two forwards.
@@ -53,14 +51,14 @@ def share(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
                 torch.distributed.broadcast(tensor.data, 0)
 
 
-def meet(arrived: bool, count: int) -> None:
-    """Wait until `count` processes have arrived here, by polling the store: in a collective, the wait would time out.
+def wait_by_polling(arrived: bool, count: int) -> None:
+    """Wait until `count` processes have arrived, by polling the store: a collective would time out.
 
     Args:
         arrived: Whether this process is one of them, or only waits for them.
         count: How many processes arrive. All processes call this, in the same order among other calls of it.
     """
-    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/meeting/{next(_meetings)}"
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"mgd_timm/wait/{next(_waits)}"
     if arrived:
         store.add(key, 1)
     pause = 0.001
@@ -71,10 +69,9 @@ def meet(arrived: bool, count: int) -> None:
 
 @contextlib.contextmanager
 def local_main_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process of each machine goes first, all day if it decodes or waits for another run; all processes enter
-    together.
+    """Let the main process of each machine go first, for hours if need be; all processes enter and leave it.
 
-    Accelerate's own lets the others wait in a collective, which times out. The body has no collective.
+    Accelerate's own lets the others wait in a collective, which times out. The body must not contain a collective.
     """
     if accelerator.num_processes == 1:
         yield
@@ -82,15 +79,16 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
     first = accelerator.is_local_main_process
     machines = sum(gather_object([first]))
     if not first:
-        meet(False, machines)
+        wait_by_polling(False, machines)
     yield
     if first:
-        meet(True, machines)  # of a machine that is done early too: a collective may follow
+        wait_by_polling(True, machines)  # also on a machine that is done early: a collective may follow
 
 
-def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """What an action gives on the main process, on all; what it raises is raised on all: they would wait for one that
-    is gone. It may take longer than a collective.
+def broadcast_from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Call `action` on the main process, and return its result on all. It may take longer than a collective.
+
+    What it raises is raised on all processes: they would wait for one that is gone.
     """
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -99,40 +97,34 @@ def of_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         except Exception as error:  # raised again below, on every process
             found[1] = error
     if accelerator.num_processes > 1:
-        meet(accelerator.is_main_process, 1)
+        wait_by_polling(accelerator.is_main_process, 1)
         broadcast_object_list(found)
-    answer, failure = found
+    result, failure = found
     if failure is not None:
         raise failure
-    return answer
+    return result
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """As `of_main`, where what the action gives is for the main process alone."""
+def run_on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Call `action` on the main process as `broadcast_from_main` does, and drop its result."""
 
     def act() -> None:
         action()
 
-    of_main(accelerator, act)
+    broadcast_from_main(accelerator, act)
 
 
-def decided(accelerator: Accelerator, value: bool) -> bool:
-    """The main process's answer, on all."""
-    return of_main(accelerator, lambda: value)
-
-
-def any_process(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether any process says so, on all."""
-    flag = torch.tensor([float(mine)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum").item() > 0)
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether the flag is set on any process."""
+    total = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum")
+    return bool(total.item() > 0)
 
 
 @contextlib.contextmanager
-def held_by_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
-    """The main process holds the lock while all go through the body, whose last step has to be one of all of them
-    together."""
+def lock_on_main(lock: Lock, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock on the main process while all go through the body, which ends with a step of all together."""
     try:
-        on_main(accelerator, lock.try_acquire)
+        run_on_main(accelerator, lock.try_acquire)
         yield
     finally:
         lock.release()

@@ -1,10 +1,10 @@
-"""FSDP2: what trains is cut up between the processes, and is whole again where it is evaluated, saved and exported.
+"""FSDP2: what trains is sharded between the processes, and whole where it is evaluated, saved and exported.
 
-`torch.distributed.fsdp.fully_shard` changes a module for good (its class, its hooks). So a copy of it is cut up, and
-the module itself, which the caller holds, is without memory while the copy trains: `Sharded.whole` gives it the current
-values for a while. Accelerate's own FSDP2 path is for GPUs alone, casts all that enters the module to bfloat16 (the
-teacher's logits, the losses) and would put BatchNorm's weights in it; so accelerate decides and computes here as under
-DDP, and CPU and GPU run the same lines.
+`torch.distributed.fsdp.fully_shard` changes a module for good (its class, its hooks). So a copy of it is sharded, and
+the caller's module has no memory while the copy trains: `Sharded.full_parameters` gives it the current values for a
+while. Accelerate's own FSDP2 path is for GPUs alone, casts all that enters the module to bfloat16 (the teacher's
+logits, the losses) and would do so with BatchNorm's weights; so accelerate decides and computes here as under DDP, and
+CPU and GPU run the same lines.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from mgd_timm.distributed.collectives import share
+from mgd_timm.distributed.collectives import broadcast_tensors
 from mgd_timm.features import FeatureTap
 
 # Parts gathered one at a time: as large as that a few of them are little of the network, and worth a message between
@@ -33,7 +33,7 @@ from mgd_timm.features import FeatureTap
 LARGEST, SMALLEST = 1 / 8, 1 / 200
 
 
-def asked() -> bool:
+def fsdp_requested() -> bool:
     """Whether `accelerate launch` was configured for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
@@ -54,7 +54,7 @@ def check_sharding(accelerator: Accelerator) -> None:
             + ". Supported are one process, several on CPUs or GPUs (DDP), and FSDP2 "
             "(recipes/fsdp.yaml): configure one of these."
         )
-    if not asked():
+    if not fsdp_requested():
         return
     plugin = FullyShardedDataParallelPlugin()  # from the environment, as on a GPU accelerate's own
     refused = {
@@ -74,9 +74,9 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
 
 
-def sharded() -> bool:
+def is_sharding() -> bool:
     """Whether a fit is cut up between the processes that there are."""
-    return asked() and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return fsdp_requested() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Replicated:
@@ -95,24 +95,24 @@ class Replicated:
         model, prepared = self.accelerator.prepare(wrapper, optimizer)
         return model, prepared
 
-    def hold(self, model: Any) -> contextlib.AbstractContextManager[None]:
+    def no_sync(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """While it is open, gradients are added up and not exchanged."""
         return self.accelerator.no_sync(model)
 
-    def whole(self) -> contextlib.AbstractContextManager[None]:
+    def full_parameters(self) -> contextlib.AbstractContextManager[None]:
         """While it is open, the caller's module has the current values."""
         return contextlib.nullcontext()
 
-    def restore(self) -> None:
+    def copy_to_caller(self) -> None:
         """The caller's module has the current values from now on."""
 
-    def average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
+    def moving_average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
         """A moving average of a part of the trainee, what it is to follow, and the module that has its values in
-        `whole`."""
+        `full_parameters`."""
         ema = ModelEmaV3(part, **options)
         return ema, part, ema.module
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as a checkpoint holds them; all processes ask together, the main one saves."""
         return dict(tensors)
 
@@ -124,7 +124,7 @@ class Sharded(Replicated):
     as under DDP.
 
     Args:
-        trainee: The module to train: it is without memory but in `whole`, and after `restore`.
+        trainee: The module to train: it is without memory but in `full_parameters`, and after `copy_to_caller`.
         accelerator: Device, processes and precision; mixed precision is autocast's, weights travel as float32.
 
     Raises:
@@ -132,12 +132,13 @@ class Sharded(Replicated):
     """
 
     def __init__(self, trainee: nn.Module, accelerator: Accelerator) -> None:
-        names = [name for tap, kept in _taps(trainee) for name in (f"{tap}{unit}" for unit in units(kept))]
+        names = [name for tap, kept in _taps(trainee) for name in (f"{tap}{unit}" for unit in fsdp_units(kept))]
         super().__init__(copy.deepcopy(trainee), accelerator)
         self._caller, self._mirrors = trainee, [_Mirror(trainee, self.trainee)]
         _lay_flat(self.trainee)
-        share(self.trainee.parameters(), accelerator)  # as DDP does: parts of different copies would be no network
-        cut(self.trainee, names, accelerator)
+        # As DDP does: shards of different copies would be no network.
+        broadcast_tensors(self.trainee.parameters(), accelerator)
+        shard(self.trainee, names, accelerator)
 
     def prepare(self, wrapper: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """The trainee is cut up already: this adds autocast as accelerate does for DDP."""
@@ -149,7 +150,7 @@ class Sharded(Replicated):
         return convert_outputs_to_fp32(forward), optimizer
 
     @contextlib.contextmanager
-    def hold(self, model: Any) -> Iterator[None]:  # noqa: ARG002 - the trainee's own switch
+    def no_sync(self, model: Any) -> Iterator[None]:  # noqa: ARG002 - the trainee's own switch
         """Gradients are added up as a whole on each process, which takes the memory of an uncut gradient."""
         root = cast(FSDPModule, self.trainee)
         root.set_requires_gradient_sync(False)
@@ -159,25 +160,25 @@ class Sharded(Replicated):
             root.set_requires_gradient_sync(True)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def full_parameters(self) -> Iterator[None]:
         """While it is open, the caller's module and its average have memory, and the current values."""
-        self.restore()
+        self.copy_to_caller()
         try:
             yield
         finally:
             for mirror in self._mirrors:
                 mirror.release()
 
-    def restore(self) -> None:
+    def copy_to_caller(self) -> None:
         """The caller's module and its average have the current values from now on; all processes together."""
         for mirror in self._mirrors:
             mirror.fill()
 
-    def average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
+    def moving_average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
         """As ever, cut up like the part that it follows."""
         place = next(name for name, module in self._caller.named_modules() if module is part)
         followed = self.trainee.get_submodule(place)
-        with self.whole():
+        with self.full_parameters():
             ema = ModelEmaV3(part, foreach=False, **options)  # foreach takes no lists of cut and whole tensors
         whole = ema.module
         ema.module = copy.deepcopy(whole)
@@ -189,7 +190,7 @@ class Sharded(Replicated):
         self._mirrors.append(_Mirror(whole, ema.module))
         return ema, followed, whole
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the main process's CPU; nothing on the others."""
         found = {}
         for name, tensor in tensors.items():
@@ -225,27 +226,27 @@ class _Mirror:
             parameter.data = parameter.new_empty(0)
 
 
-def place(trainee: nn.Module, accelerator: Accelerator) -> Replicated:
+def make_data_parallel(trainee: nn.Module, accelerator: Accelerator) -> Replicated:
     """What trains, where the accelerator's configuration wants it: whole on each process, or cut up between them."""
-    return Sharded(trainee, accelerator) if sharded() else Replicated(trainee, accelerator)
+    return Sharded(trainee, accelerator) if is_sharding() else Replicated(trainee, accelerator)
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as this process holds it beside a tensor of that shape: its part, where that one is cut up."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def load_parts(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load whole tensors into a module that may be cut up."""
     own = module.state_dict()
     module.load_state_dict(
-        {name: part_of(value, own[name]) if name in own else value for name, value in tensors.items()}
+        {name: shard_like(value, own[name]) if name in own else value for name, value in tensors.items()}
     )
 
 
-def cut(module: nn.Module, names: Sequence[str], accelerator: Accelerator) -> None:
+def shard(module: nn.Module, names: Sequence[str], accelerator: Accelerator) -> None:
     """Cut a module's parameters up between all processes, in place and for good: its parts of these names, then what
     remains.
 
@@ -277,7 +278,7 @@ def _taps(module: nn.Module) -> list[tuple[str, FeatureTap]]:
     return [(f"{name}." if name else "", part) for name, part in module.named_modules() if isinstance(part, FeatureTap)]
 
 
-def units(tap: FeatureTap) -> list[str]:
+def fsdp_units(tap: FeatureTap) -> list[str]:
     """Names of the parts of a network that are gathered one at a time: all else is gathered once, for the whole step.
 
     A part's parameters are there while it is called, and only then. So they are found by one forward pass: the largest

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.distributed.collectives import decided, join, local_main_first
+from mgd_timm.distributed.collectives import broadcast_from_main, join, local_main_first
 from mgd_timm.pipeline.load_teachers import load_named_teacher
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.derived import with_global_batch
@@ -69,8 +69,8 @@ def stage(
     }
     folder = root / f"{name}-{digest(made_of)[:12]}"
     # The main process looks, before any of them writes there.
-    finished = decided(accelerator, (folder / "summary.json").is_file())
-    begun = decided(accelerator, (folder / "recipe.yaml").is_file())
+    finished = broadcast_from_main(accelerator, lambda: (folder / "summary.json").is_file())
+    begun = broadcast_from_main(accelerator, lambda: (folder / "recipe.yaml").is_file())
     if finished:
         accelerator.print(f"{name}: found in {folder}")
         return folder

@@ -159,7 +159,7 @@ def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], cont
             batch_size=context.data.batch_size,
             teach=LiveTeachers(one.teacher),
             compile=context.compile,
-            upkeep=context.upkeep(f"fitting/{one.name}", made_of),
+            options=context.fit_options(f"fitting/{one.name}", made_of),
         ).losses
 
     fitted = load_or_fit(one.name, one.kept, made_of, context.accelerator, fit_module)

@@ -1,6 +1,7 @@
 """Unpack a recipe once into what the other wings take."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -8,13 +9,67 @@ from accelerate import Accelerator
 from mgd_timm.criteria import Objective
 from mgd_timm.criteria.terms import TermOptions, Terms, parse_terms, task_alone
 from mgd_timm.data.dataset import Images
+from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Pair
 from mgd_timm.granularity import MAG
 from mgd_timm.objective import SeveralTeachers, build_objective, build_several
+from mgd_timm.recipe.derived import num_micro_batches, with_global_batch
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.classifier import ClassifierFit
 from mgd_timm.teachers.outputs.stored_source import StoreOptions
 from mgd_timm.teachers.pretraining import RunContext
+
+
+def accelerator_of(recipe: Recipe) -> Accelerator:
+    """Return the accelerator of a recipe's run.
+
+    Raises:
+        ValueError: As `build_accelerator`.
+    """
+    return build_accelerator(
+        amp_dtype=recipe.amp_dtype if recipe.amp else None,
+        grad_accum_steps=recipe.optim.grad_accum_steps or 1,
+        log_with=recipe.log_with,
+        folder=recipe.output,
+        process_timeout=recipe.process_timeout,
+        find_batch_size=recipe.optim.find_batch_size,
+        shard_teacher=recipe.shard_teacher,
+    )
+
+
+def fix_global_batch(recipe: Recipe, accelerator: Accelerator, start_steps: int | None = None) -> Recipe:
+    """Return the recipe with its global batch, set the accelerator's steps per update to those that make it, and log
+    both.
+
+    Args:
+        recipe: Of the run.
+        accelerator: Of the run; `accelerate launch` may have overridden the recipe's steps per update.
+        start_steps: Steps per update of the start of a run that is continued; logged if others make its global batch.
+
+    Raises:
+        ValueError: As `with_global_batch`.
+    """
+    processes, given = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    asked, fixed = recipe.optim.grad_accum_steps, recipe.optim.global_batch_size is not None
+    overridden = given != (asked or 1)
+    if overridden and not fixed:
+        recipe = replace(recipe, optim=replace(recipe.optim, grad_accum_steps=None))
+    recipe = with_global_batch(recipe, processes, given)
+    whole = recipe.optim.global_batch_size
+    assert whole is not None
+    steps = num_micro_batches(recipe.data.batch_size, processes, whole) // processes
+    accelerator.gradient_accumulation_steps = steps
+    accelerator.print(f"{whole} images per update in {steps} step{'s' if steps > 1 else ''}")
+    if overridden and fixed and given != steps:
+        accelerator.print(
+            f"accelerate's {given} steps per update are not used: the global batch is given, and takes {steps}."
+        )
+    if asked is None and start_steps not in (None, steps):
+        accelerator.print(
+            f"grad_accum_steps={start_steps} is of the run's start: its {whole} images per update stay, in {steps} "
+            "steps now."
+        )
+    return recipe
 
 
 def terms_of(recipe: Recipe) -> Terms:

@@ -14,15 +14,21 @@ from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
-from mgd_timm.distributed.collectives import local_main_first, on_main
-from mgd_timm.distributed.launch import build_accelerator
+from mgd_timm.distributed.collectives import local_main_first, run_on_main
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
-from mgd_timm.pipeline.plan import classifier_fit_of, context_of, store_options_of, terms_of
+from mgd_timm.pipeline.plan import (
+    accelerator_of,
+    classifier_fit_of,
+    context_of,
+    fix_global_batch,
+    store_options_of,
+    terms_of,
+)
 from mgd_timm.pipeline.run_folder import check_new_folder, match_resumed_run, start_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
@@ -33,9 +39,9 @@ from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
-from mgd_timm.training.loop import Fitted, Teach, Watch, fit
+from mgd_timm.training.loop import Evaluate, Fitted, Teach, fit
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def run(
         check_new_folder(folder)
     terms = terms_of(recipe)
     check_recipe(recipe, terms)
-    recipe, accelerator = build_accelerator(recipe, steps_per_update)
+    accelerator = accelerator_of(recipe)
+    recipe = fix_global_batch(recipe, accelerator, steps_per_update)
 
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = find_defaults(recipe, models[0] if models else None, student)
@@ -84,7 +91,7 @@ def run(
         networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
         stored = _open_store(recipe, networks, images, accelerator)
 
-    on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps_per_update))
+    run_on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps_per_update))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     before: dict[str, Any] = {}
     if classifier_fit is not None:
@@ -100,7 +107,7 @@ def run(
     summary = _summary(fitted, trained, before | pretrained, images, recipe, accelerator)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    on_main(accelerator, lambda: _write_results(recipe, networks, trained, summary, images))
+    run_on_main(accelerator, lambda: _write_results(recipe, networks, trained, summary, images))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
     _log_results(summary, folder, networks.student.name, accelerator.print)
@@ -197,12 +204,12 @@ def _train_student(
         seed=recipe.seed,
         batch_size=recipe.data.batch_size,
         teach=teach,
-        watch=_evaluation_of(networks, images.evaluation, recipe, accelerator)
+        evaluate=_evaluation_of(networks, images.evaluation, recipe, accelerator)
         if images.evaluation is not None
         else None,
         averaged=networks.student,
         compile=recipe.compile,
-        upkeep=Upkeep(
+        options=FitOptions(
             folder=context.folder,
             fingerprint=networks.fingerprint,
             stage="train" if not teachers and networks.peer is None else "distil",
@@ -215,7 +222,7 @@ def _train_student(
     )
 
 
-def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerator: Accelerator) -> Watch:
+def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerator: Accelerator) -> Evaluate:
     """Evaluation after an epoch: of the student (its average where there is one) and, by role, of what stands beside
     it."""
 

@@ -18,7 +18,7 @@ from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.teachers.outputs.memory import store_outputs
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.loop import fit
 
@@ -142,7 +142,7 @@ def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunCo
     def fit_module() -> Metrics:
         try:
             if options.how == "probe":
-                return _fit_probe(teacher, optim, options, context.upkeep(name, made_of), context)
+                return _fit_probe(teacher, optim, options, context.fit_options(name, made_of), context)
             trainee = _FineTuning(teacher.tap, teacher.input_adapter).requires_grad_(True)
             return fit(
                 trainee,
@@ -151,7 +151,7 @@ def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunCo
                 context.accelerator,
                 seed=context.seed,
                 batch_size=context.data.batch_size,
-                upkeep=context.upkeep(name, made_of),
+                options=context.fit_options(name, made_of),
             ).losses
         finally:
             teacher.requires_grad_(False)
@@ -165,7 +165,9 @@ def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunCo
     return fitted.metrics
 
 
-def _fit_probe(teacher: Teacher, optim: Optim, options: ClassifierFit, upkeep: Upkeep, context: RunContext) -> Metrics:
+def _fit_probe(
+    teacher: Teacher, optim: Optim, options: ClassifierFit, fit_options: FitOptions, context: RunContext
+) -> Metrics:
     """Train the classifier on stored embeddings."""
     accelerator = context.accelerator
     stored = store_outputs(
@@ -184,7 +186,7 @@ def _fit_probe(teacher: Teacher, optim: Optim, options: ClassifierFit, upkeep: U
         seed=context.seed,
         batch_size=max(2, -(-options.batch_size // accelerator.num_processes)),  # one step of all processes
         teach=stored.features,
-        upkeep=replace(upkeep, memory_advice="give a smaller --heads-batch-size."),
+        options=replace(fit_options, memory_hint="give a smaller --heads-batch-size."),
     ).losses
 
 

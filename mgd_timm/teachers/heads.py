@@ -14,7 +14,7 @@ from mgd_timm.recipe.options import as_dict
 from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.pretraining import RunContext, load_or_fit
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate
 from mgd_timm.training.loop import fit
 
@@ -63,7 +63,7 @@ def fit_heads(
     heads = heads.to(accelerator.device)
 
     def fit_module() -> Metrics:
-        return _fit_fresh(heads, teacher, options, context, store, context.upkeep(name, made_of, stage="heads"))
+        return _fit_fresh(heads, teacher, options, context, store, context.fit_options(name, made_of, stage="heads"))
 
     fitted = load_or_fit("heads", heads, made_of, accelerator, fit_module)
     if fitted.from_cache:
@@ -99,7 +99,7 @@ def _fit_fresh(
     options: Heads,
     context: RunContext,
     store: TeacherStore | None,
-    upkeep: Upkeep,
+    fit_options: FitOptions,
 ) -> Metrics:
     images, accelerator = context.images, context.accelerator
     stored = _stored_outputs(teacher, options, context, store)
@@ -124,11 +124,11 @@ def _fit_fresh(
         batch_size=max(2, -(-options.heads_batch_size // accelerator.num_processes)),  # one step of all processes
         teach=stored.features if stored is not None else LiveTeachers(teacher),
         compile=context.compile,
-        watch=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
-        upkeep=replace(
-            upkeep,
+        evaluate=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
+        options=replace(
+            fit_options,
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
-            memory_advice="give a smaller --heads-batch-size.",
+            memory_hint="give a smaller --heads-batch-size.",
         ),
     ).last
 

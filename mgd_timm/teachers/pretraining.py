@@ -15,13 +15,13 @@ from torch import nn
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.mixed_source import MIXING_OPTIONS
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.collectives import held_by_main, of_main, on_main, share
+from mgd_timm.distributed.collectives import broadcast_from_main, broadcast_tensors, lock_on_main, run_on_main
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.lock import Lock
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics
 
 
@@ -55,17 +55,17 @@ class RunContext:
     log_interval: int
     quiet: bool = False
 
-    def upkeep(self, name: str, fingerprint: dict[str, Any], **options: Any) -> Upkeep:
+    def fit_options(self, name: str, fingerprint: dict[str, Any], **options: Any) -> FitOptions:
         """Checkpoints and logs of what is trained before the run, in the folder `name` of the run's, which is made."""
         folder = self.folder / name
-        on_main(self.accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
+        run_on_main(self.accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
         options = {
             "advice": "Lower --fitting-lr, or clip gradients (--clip-grad 1).",
             "stage": folder.name,
             "quiet": self.quiet,
             **options,
         }
-        return Upkeep(
+        return FitOptions(
             folder=folder,
             fingerprint=fingerprint,
             resume=self.resume,
@@ -119,13 +119,13 @@ def load_or_fit(
     metrics = _load_cached(folder, kind, module, accelerator, print)
     if metrics is not None:
         return PreTrained(metrics, from_cache=True)
-    with held_by_main(Lock(folder, f"fitted {kind} ({folder})", accelerator.print), accelerator):
+    with lock_on_main(Lock(folder, f"fitted {kind} ({folder})", accelerator.print), accelerator):
         metrics = _load_cached(folder, kind, module, accelerator, lambda _: None)  # another run's, meanwhile
         if metrics is not None:
             return PreTrained(metrics, from_cache=True)
         metrics = fit_module()
         state = checkpoint.State({kind: module.state_dict()}, {"made_of": made_of, "metrics": metrics})
-        on_main(accelerator, lambda: checkpoint.save(folder, 1, state))
+        run_on_main(accelerator, lambda: checkpoint.save(folder, 1, state))
     return PreTrained(metrics, from_cache=False)
 
 
@@ -140,12 +140,12 @@ def _load_cached(
         found[0] = checkpoint.load_newest(folder, log)
         return dict(found[0].values["metrics"]) if found[0] is not None else None
 
-    metrics = of_main(accelerator, look)
+    metrics = broadcast_from_main(accelerator, look)
     if metrics is None:
         return None
     if found[0] is not None:
         module.load_state_dict(dict(found[0].tensors[kind]))
-    share(module.state_dict().values(), accelerator)
+    broadcast_tensors(module.state_dict().values(), accelerator)
     return metrics
 
 

@@ -13,8 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mgd_timm.distributed.collectives import on_main
-from mgd_timm.distributed.sharding import Replicated, load_parts
+from mgd_timm.distributed.collectives import run_on_main
+from mgd_timm.distributed.sharding import Replicated, load_full_tensors
 from mgd_timm.recipe.options import differences
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.atomic_write import remove_partial_writes, write_text_atomically
@@ -23,7 +23,7 @@ from mgd_timm.training.optimizer_state import load_optimizer_state, optimizer_st
 
 
 @dataclass(frozen=True)
-class Upkeep:
+class FitOptions:
     """What a run keeps and shows while it goes on.
 
     Args:
@@ -37,7 +37,7 @@ class Upkeep:
         quiet: No progress bar.
         track: Report to accelerate's trackers.
         advice: The way out that an error names where a loss or weight is not finite.
-        memory_advice: As `advice`, where memory runs out.
+        memory_hint: As `advice`, where memory runs out.
     """
 
     folder: Path | None = None
@@ -50,7 +50,7 @@ class Upkeep:
     quiet: bool = False
     track: bool = True
     advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
-    memory_advice: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
+    memory_hint: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
 
 
 @dataclass
@@ -84,13 +84,13 @@ class NonFiniteError(RuntimeError):
     """A loss is not a number or infinite: names the update and the term. Checkpoints hold the state before it."""
 
 
-class Keeper:
+class Checkpointer:
     """Saves a stage's state and finds it again.
 
     Args:
-        upkeep: What is kept, and where.
+        options: What is kept, and where.
         accelerator: Processes, and fp16's loss scale.
-        placement: Of the trainee's parts.
+        parallel: Of the trainee's parts.
         trainee: With the weights.
         optimizer: Bare, as accelerate does not wrap it.
         ema: The moving average, where there is one.
@@ -98,21 +98,21 @@ class Keeper:
 
     def __init__(
         self,
-        upkeep: Upkeep,
+        options: FitOptions,
         accelerator: Accelerator,
-        placement: Replicated,
+        parallel: Replicated,
         trainee: nn.Module,
         optimizer: Optimizer,
         ema: ModelEmaV3 | None,
     ) -> None:
-        self.upkeep, self.accelerator, self.placement = upkeep, accelerator, placement
+        self.options, self.accelerator, self.parallel = options, accelerator, parallel
         self.trainee, self.optimizer, self.ema = trainee, optimizer, ema
 
     def note(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
-        if self.upkeep.folder is not None:
-            path, line = self.upkeep.folder / "metrics.jsonl", json.dumps(row) + "\n"
-            on_main(self.accelerator, lambda: _append(path, line))
+        if self.options.folder is not None:
+            path, line = self.options.folder / "metrics.jsonl", json.dumps(row) + "\n"
+            run_on_main(self.accelerator, lambda: _append(path, line))
 
     def save(self, progress: Progress) -> None:
         """Commit a checkpoint, whole or not at all; older ones than the recipe keeps go.
@@ -121,14 +121,14 @@ class Keeper:
             NonFiniteError: A weight that is not finite, which is not saved.
             OSError: It could not be written; older ones are whole.
         """
-        if self.upkeep.folder is not None:
-            folder = self.upkeep.folder / "checkpoints"
+        if self.options.folder is not None:
+            folder = self.options.folder / "checkpoints"
             tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
             tensors["optimizer"], optimizer = optimizer_state(self.optimizer, self.trainee)
             if self.ema is not None:
                 tensors["ema"] = self.ema.module.state_dict()
-            tensors = {group: self.placement.gathered(held) for group, held in tensors.items()}
-            on_main(self.accelerator, lambda: self._save_here(folder, progress, tensors, optimizer))
+            tensors = {group: self.parallel.gather_full(held) for group, held in tensors.items()}
+            run_on_main(self.accelerator, lambda: self._save_here(folder, progress, tensors, optimizer))
 
     def _save_here(
         self, folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]
@@ -136,13 +136,13 @@ class Keeper:
         for name, tensor in tensors["trainee"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(
-                    f"{self.upkeep.stage}: {name} is not finite after update {progress.done} (epoch "
-                    f"{progress.epoch + 1}), which is not saved. {self.upkeep.advice}"
+                    f"{self.options.stage}: {name} is not finite after update {progress.done} (epoch "
+                    f"{progress.epoch + 1}), which is not saved. {self.options.advice}"
                 )
         scaler = getattr(self.accelerator, "scaler", None)
-        values = asdict(progress) | {"fingerprint": self.upkeep.fingerprint, "optimizer": optimizer}
+        values = asdict(progress) | {"fingerprint": self.options.fingerprint, "optimizer": optimizer}
         values["scaler"] = scaler.state_dict() if scaler is not None else None
-        checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.upkeep.checkpoint_hist)
+        checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.options.checkpoint_hist)
 
     def newest(self) -> checkpoint.State | None:
         """The newest whole checkpoint where the stage is to go on from one; None starts at the beginning.
@@ -150,10 +150,10 @@ class Keeper:
         Raises:
             checkpoint.CheckpointError: It is of another recipe, or the processes find different ones.
         """
-        folder, stage = self.upkeep.folder, self.upkeep.stage
-        if folder is None or not self.upkeep.resume:
+        folder, stage = self.options.folder, self.options.stage
+        if folder is None or not self.options.resume:
             return None
-        on_main(self.accelerator, lambda: remove_partial_writes(folder / "checkpoints"))
+        run_on_main(self.accelerator, lambda: remove_partial_writes(folder / "checkpoints"))
         state = checkpoint.load_newest(folder / "checkpoints", self.accelerator.print)
         self._check_same(state)
         if state is None:
@@ -164,14 +164,14 @@ class Keeper:
 
     def go_on(self, state: checkpoint.State | None) -> Progress:
         """Load a state, and drop the rows of metrics from after it; None loads nothing."""
-        folder, stage = self.upkeep.folder, self.upkeep.stage
+        folder, stage = self.options.folder, self.options.stage
         progress = Progress()
         if state is not None:
             progress = self._load(state)
             self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
         if folder is not None:
-            on_main(self.accelerator, lambda: remove_partial_writes(folder))  # of metrics.jsonl
-            on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
+            run_on_main(self.accelerator, lambda: remove_partial_writes(folder))  # of metrics.jsonl
+            run_on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
         return progress
 
     def _check_same(self, state: checkpoint.State | None) -> None:
@@ -181,23 +181,23 @@ class Keeper:
         if len(set(found)) > 1:
             said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
             raise checkpoint.CheckpointError(
-                f"rank 0 finds in {self.upkeep.folder} the checkpoint of {found[0]}, and {said}: all machines have to "
+                f"rank 0 finds in {self.options.folder} the checkpoint of {found[0]}, and {said}: all machines have to "
                 "see one --output folder."
             )
 
     def _check_fingerprint(self, state: checkpoint.State) -> None:
-        changed = differences(state.values["fingerprint"], self.upkeep.fingerprint)
+        changed = differences(state.values["fingerprint"], self.options.fingerprint)
         if changed:
             raise checkpoint.CheckpointError(
-                f"the checkpoint in {self.upkeep.folder} is of another recipe ({'; '.join(changed[:5])}): resume with "
+                f"the checkpoint in {self.options.folder} is of another recipe ({'; '.join(changed[:5])}): resume with "
                 "the flags of the first start, or choose another --output."
             )
 
     def _load(self, state: checkpoint.State) -> Progress:
-        load_parts(self.trainee, state.tensors["trainee"])
+        load_full_tensors(self.trainee, state.tensors["trainee"])
         load_optimizer_state(self.optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
         if self.ema is not None:
-            load_parts(self.ema.module, state.tensors["ema"])
+            load_full_tensors(self.ema.module, state.tensors["ema"])
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and state.values["scaler"] is not None:
             scaler.load_state_dict(state.values["scaler"])

@@ -25,22 +25,22 @@ from mgd_timm.data.sampler import cut_updates
 from mgd_timm.data.sources import Source, epoch_ids
 from mgd_timm.distiller import LiveTeachers, TeacherFeatures
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
-from mgd_timm.distributed.collectives import any_process, share
+from mgd_timm.distributed.collectives import any_process, broadcast_tensors
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
-from mgd_timm.distributed.sharding import place
+from mgd_timm.distributed.sharding import make_data_parallel
 from mgd_timm.features import Batch
 from mgd_timm.granularity import HeadFitting
-from mgd_timm.recipe.derived import slot_size
+from mgd_timm.recipe.derived import micro_batch_size
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import Keeper, NonFiniteError, Progress, Upkeep
+from mgd_timm.training.checkpointer import Checkpointer, FitOptions, NonFiniteError, Progress
 from mgd_timm.training.evaluation import Metrics
-from mgd_timm.training.find_batch_size import executable_batch_size
+from mgd_timm.training.find_batch_size import find_batch_size
 from mgd_timm.training.optimizer_state import build_optimizer, build_schedule
-from mgd_timm.training.signals import Stopped, noted_signals
+from mgd_timm.training.signals import Stopped, catch_signals
 from mgd_timm.training.step import Wrapper, compile_mode, reads_logits
 
 Teach = Callable[[Batch], TeacherFeatures]
-Watch = Callable[[nn.Module | None], Metrics]
+Evaluate = Callable[[nn.Module | None], Metrics]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def fit(
     seed: int,
     batch_size: int,
     teach: Teach | None = None,
-    watch: Watch | None = None,
+    evaluate: Evaluate | None = None,
     averaged: nn.Module | None = None,
     compile: bool = False,
-    upkeep: Upkeep | None = None,
+    options: FitOptions | None = None,
 ) -> Fitted:
     """Train a module whose forward(batch, teacher) gives its losses by name, and logits.
 
@@ -82,10 +82,10 @@ def fit(
         batch_size: Samples per process and step, at most, 2 or more; steps make up the rest of the recipe's global
             batch. With `optim.find_batch_size` where the search for what memory admits starts.
         teach: Gives the teacher's features of a batch, as `distiller.Live` does; None passes no teacher.
-        watch: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
+        evaluate: Evaluates each epoch, given the averaged module or None; its "top1" is what `best` follows.
         averaged: Part of the trainee to keep a moving average of, where the recipe asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
-        upkeep: What is kept and shown; by default nothing is kept.
+        options: What is kept and shown; by default nothing is kept.
 
     Raises:
         NonFiniteError: A loss that is not finite.
@@ -95,25 +95,23 @@ def fit(
             memory for 2.
         OSError: A checkpoint could not be written; older ones are whole.
     """
-    kept = upkeep if upkeep is not None else Upkeep()
+    kept = options if options is not None else FitOptions()
 
     def loop(size: int) -> _Loop:
-        return _Loop(trainee, source, optim, accelerator, seed, size, teach, watch, averaged, compile, kept)
+        return _Loop(trainee, source, optim, accelerator, seed, size, teach, evaluate, averaged, compile, kept)
 
     if optim.find_batch_size:
         optim = replace(
             optim, global_batch_size=_global_batch(batch_size, optim, accelerator)
         )  # it stays as it is at the start
-        batch_size = executable_batch_size(
-            lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size
-        )
+        batch_size = find_batch_size(lambda size: loop(size).try_update(), trainee, optim, accelerator, batch_size)
     training = loop(batch_size)
-    with noted_signals() as caught:
+    with catch_signals() as caught:
         try:
             return training.run(caught)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
-                error.add_note(f"{kept.stage}: {kept.memory_advice}")
+                error.add_note(f"{kept.stage}: {kept.memory_hint}")
             raise
 
 
@@ -131,16 +129,16 @@ class _Loop:
         seed: int,
         batch_size: int,
         teach: Teach | None,
-        watch: Watch | None,
+        evaluate: Evaluate | None,
         averaged: nn.Module | None,
         compile: bool,
-        upkeep: Upkeep,
+        options: FitOptions,
     ) -> None:
-        self.placement = place(trainee, accelerator)
-        trainee = self.placement.trainee
+        self.parallel = make_data_parallel(trainee, accelerator)
+        trainee = self.parallel.trainee
         self.trainee, self.source, self.optim, self.accelerator = trainee, source, optim, accelerator
-        self.seed, self.batch_size, self.watch, self.upkeep = seed, batch_size, watch, upkeep
-        self.stage_key = mix(*upkeep.stage.encode())
+        self.seed, self.batch_size, self.evaluate, self.options = seed, batch_size, evaluate, options
+        self.stage_key = mix(*options.stage.encode())
         processes = accelerator.num_processes
         self.global_batch = _global_batch(batch_size, optim, accelerator)
         self.clip_groups = trainee.clip_groups() if isinstance(trainee, HeadFitting) else [list(trainee.parameters())]
@@ -151,26 +149,29 @@ class _Loop:
         self.ema: ModelEmaV3 | None = None
         self.average: nn.Module | None = None
         if optim.model_ema and averaged is not None:
-            options = {"decay": optim.model_ema_decay, "use_warmup": optim.model_ema_warmup}
-            self.ema, self.averaged, self.average = self.placement.average(averaged, **options)
+            ema = {"decay": optim.model_ema_decay, "use_warmup": optim.model_ema_warmup}
+            self.ema, self.averaged, self.average = self.parallel.moving_average(averaged, **ema)
         self.bare_optimizer = optimizer
         # A module that was prepared before is passed back bare, without precision or processes: so a new wrapper for
         # every fit. The schedule is not prepared: accelerate would step it once per process, and not save it.
         self.statistics = RunningStatistics(trainee) if processes > 1 else None
         kept = self.statistics.names() if self.statistics is not None else []
-        mode, slot = compile_mode(accelerator) if compile else None, slot_size(batch_size, processes, self.global_batch)
+        mode, slot = (
+            compile_mode(accelerator) if compile else None,
+            micro_batch_size(batch_size, processes, self.global_batch),
+        )
         wrapper = Wrapper(trainee, slot, mode, kept)
         self.teach = teach.compile(slot, mode) if mode is not None and isinstance(teach, LiveTeachers) else teach
         self.compiled = compile
         # DDP waits for the gradient of every parameter, unless it looks in each step which there will be.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not reads_logits(trainee))
-        self.model, self.optimizer = self.placement.prepare(wrapper, optimizer)
-        self.keeper = Keeper(upkeep, accelerator, self.placement, trainee, optimizer, self.ema)
+        self.model, self.optimizer = self.parallel.prepare(wrapper, optimizer)
+        self.keeper = Checkpointer(options, accelerator, self.parallel, trainee, optimizer, self.ema)
         self.progress = Progress()
         self.pending: list[Tensor] = []
         self.names: list[str] = []
         # Several processes learn at a report that one of them was told to stop.
-        self.log_interval = upkeep.log_interval if processes == 1 else min(upkeep.log_interval, 10)
+        self.log_interval = options.log_interval if processes == 1 else min(options.log_interval, 10)
         self._reset_scaler()
 
     def _reset_scaler(self) -> None:
@@ -190,16 +191,18 @@ class _Loop:
             self._settle_sums()
         self.progress = self.keeper.go_on(state)
         total = self.optim.epochs * len(self.source.ids)
-        quiet = self.upkeep.quiet or not self.accelerator.is_main_process
+        quiet = self.options.quiet or not self.accelerator.is_main_process
         start = self.progress.epoch * len(self.source.ids) + int(self.progress.sums.get("n", 0))
         with (
-            tqdm(total=total, initial=start, desc=self.upkeep.stage, unit="img", disable=quiet, mininterval=1.0) as bar,
+            tqdm(
+                total=total, initial=start, desc=self.options.stage, unit="img", disable=quiet, mininterval=1.0
+            ) as bar,
             print_stacks_before_timeout(self.accelerator) as start_step,
         ):
             while self.progress.epoch < self.optim.epochs:
                 self._run_epoch(bar, caught, start_step)
         self.accelerator.free_memory()
-        self.placement.restore()
+        self.parallel.copy_to_caller()
         now = self.progress
         return Fitted(now.last, now.losses, now.best, now.best_epoch, now.done, now.seconds, self.average)
 
@@ -258,8 +261,8 @@ class _Loop:
             self.progress.done += 1
             last = self.progress.update == len(updates)
             save = (
-                self.upkeep.checkpoint_interval
-                and self.progress.done % self.upkeep.checkpoint_interval == 0
+                self.options.checkpoint_interval
+                and self.progress.done % self.options.checkpoint_interval == 0
                 and not last
             )
             alone = bool(caught) and processes == 1
@@ -283,7 +286,7 @@ class _Loop:
         row: Tensor | None = None
         for step in range(len(slots) // processes):
             held = step + 1 < len(slots) // processes
-            with self.placement.hold(self.model) if held else contextlib.nullcontext():
+            with self.parallel.no_sync(self.model) if held else contextlib.nullcontext():
                 numbers = self._train_step(slots, step, next(batches))
             row = numbers if row is None else row + numbers
         if self.optim.clip_grad is not None:
@@ -373,8 +376,8 @@ class _Loop:
             for name, value in zip(self.names, values, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteError(
-                        f"{self.upkeep.stage}: the term {name!r} is {value} at update {number} (epoch "
-                        f"{self.progress.epoch + 1}, lr {self._lr():.3g}). {self.upkeep.advice}"
+                        f"{self.options.stage}: the term {name!r} is {value} at update {number} (epoch "
+                        f"{self.progress.epoch + 1}, lr {self._lr():.3g}). {self.options.advice}"
                     )
                 self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
                 shown[name] = value / count
@@ -389,9 +392,9 @@ class _Loop:
         return bool(flat[0] > 0)
 
     def _track(self, values: Metrics) -> None:
-        if self.upkeep.track:
+        if self.options.track:
             self.accelerator.log(
-                {f"{self.upkeep.stage}/{name}": value for name, value in values.items()}, step=self.progress.done
+                {f"{self.options.stage}/{name}": value for name, value in values.items()}, step=self.progress.done
             )
 
     def _lr(self) -> float:
@@ -403,20 +406,26 @@ class _Loop:
         train = {name: value / count for name, value in now.sums.items()}
         train["top1"] = 100 * train.pop("hits")
         # What is evaluated is what is saved and exported: the main process's, where a buffer is each process's own.
-        share(self.trainee.buffers(), self.accelerator)
+        broadcast_tensors(self.trainee.buffers(), self.accelerator)
         if self.ema is not None:
-            share(self.ema.module.buffers(), self.accelerator)
+            broadcast_tensors(self.ema.module.buffers(), self.accelerator)
         metrics: Metrics = {}
-        if self.watch is not None:
-            with self.placement.whole():
-                metrics = self.watch(self.average)
+        if self.evaluate is not None:
+            with self.parallel.full_parameters():
+                metrics = self.evaluate(self.average)
         now.last = metrics
         now.losses = {name: value for name, value in train.items() if name != "top1"}
         now.epoch, now.update, now.sums = now.epoch + 1, 0, {}
         top1 = metrics.get("top1", -1.0)
         if top1 > now.best:
             now.best, now.best_epoch = top1, now.epoch
-        row = {"stage": self.upkeep.stage, "epoch": now.epoch, "updates": now.done, "lr": self._lr(), "train": train}
+        row = {
+            "stage": self.options.stage,
+            "epoch": now.epoch,
+            "updates": now.done,
+            "lr": self._lr(),
+            "train": train,
+        }
         row |= {"eval": metrics, "best_top1": now.best if now.best_epoch else None}
         row |= {
             "seconds": round(now.seconds, 3),
@@ -430,7 +439,7 @@ class _Loop:
         number = caught[0] if caught else signal.SIGTERM
         kept = (
             "its state is saved, --resume continues it"
-            if self.upkeep.folder is not None
+            if self.options.folder is not None
             else "without a folder nothing was saved"
         )
         raise Stopped(number, f"stopped by {signal.Signals(number).name} after update {self.progress.done}: {kept}")

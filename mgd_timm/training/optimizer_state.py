@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mgd_timm.distributed.sharding import part_of
+from mgd_timm.distributed.sharding import shard_like
 from mgd_timm.features import FeatureTap
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import unknown
@@ -119,7 +119,7 @@ def load_optimizer_state(
     assert names == values["names"], "an optimizer of another module"
     own = dict(module.named_parameters())
     state = {
-        names.index(name): {key: part_of(v, own[name]) if isinstance(v, Tensor) else v for key, v in entries.items()}
+        names.index(name): {key: shard_like(v, own[name]) if isinstance(v, Tensor) else v for key, v in entries.items()}
         for name, entries in _unpack(values["state"], tensors).items()
     }
     groups = _unpack(values["groups"], tensors)

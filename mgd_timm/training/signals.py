@@ -16,7 +16,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def catch_signals() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM is noted in; a second one acts at once, as without us."""
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():

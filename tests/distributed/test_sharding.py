@@ -149,24 +149,20 @@ def test_what_is_not_done_is_refused(monkeypatch, variable, value, named):
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"FSDP with {named}, which is not supported.*recipes/fsdp.yaml"):
-        build_accelerator(make_recipe())
+        build_accelerator()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_on_a_cpu_is_refused():
-    with pytest.raises(ValueError, match=r"fp16 on a CPU, where losses are not scaled .*: bfloat16 runs anywhere"):
-        build_accelerator(make_recipe(amp=True, amp_dtype="float16"))
+    with pytest.raises(ValueError, match=r"fp16 on a CPU: losses are not scaled .* Use --amp-dtype bfloat16"):
+        build_accelerator(amp_dtype="float16")
 
 
 def test_a_teacher_that_cannot_be_cut_up_is_refused():
-    with pytest.raises(ValueError, match="there is nobody to share the teacher with"):
-        build_accelerator(make_recipe(shard_teacher=True))
-    with pytest.raises(
-        ValueError, match="find_batch_size beside shard_teacher: a trial step of one process alone is none"
-    ):
-        build_accelerator(
-            make_recipe(shard_teacher=True, find_batch_size=True)
-        )  # or the others wait in the teacher for it
+    with pytest.raises(ValueError, match="--shard-teacher with one process: expected several"):
+        build_accelerator(shard_teacher=True)
+    with pytest.raises(ValueError, match="--find-batch-size with --shard-teacher: a process cannot try"):
+        build_accelerator(shard_teacher=True, find_batch_size=True)
     with pytest.raises(ValueError, match="there is no teacher, so there is nothing to cut up"):
         make_recipe(shard_teacher=True, teacher=None)
     with pytest.raises(ValueError, match="teacher_store='x' holds its outputs"):

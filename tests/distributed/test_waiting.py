@@ -11,7 +11,7 @@ import pytest
 from accelerate import Accelerator
 from forked import Ranks
 
-from mgd_timm.distributed.collectives import join, leave, local_main_first, of_main, on_main
+from mgd_timm.distributed.collectives import broadcast_from_main, join, leave, local_main_first, run_on_main
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.outputs.store import _together
@@ -44,8 +44,8 @@ def main_alone(accelerator: Accelerator, folder: Path) -> None:
         time.sleep(WORK)
         return "read"
 
-    assert of_main(accelerator, read) == "read"
-    on_main(accelerator, lambda: time.sleep(WORK))
+    assert broadcast_from_main(accelerator, read) == "read"
+    run_on_main(accelerator, lambda: time.sleep(WORK))
 
 
 def shards(accelerator: Accelerator, folder: Path) -> None:

@@ -67,7 +67,7 @@ def wait_and_show(folder: Path, data: Path) -> int:
     """One of two processes, whose collectives time out after 4 seconds: waits for a lock, then shows a teacher a single
     image."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
-    with held_by_main(Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
+    with lock_on_main(Lock(folder / "store", "the store", accelerator.print, quiet=True), accelerator):
         accelerator.wait_for_everyone()
     shown = outputs(data, accelerator)
     save_file({"embedding": shown.embedding, "logits": shown.logits}, folder / f"rank {accelerator.process_index}")

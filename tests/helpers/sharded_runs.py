@@ -20,11 +20,11 @@ import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
 from mgd_timm.criteria import CRITERIA, Objective
 from mgd_timm.distiller import Distiller, LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import leave
-from mgd_timm.distributed.sharding import Sharded, units
+from mgd_timm.distributed.sharding import Sharded, fsdp_units
 from mgd_timm.features import Batch, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import evaluate_taps
 from mgd_timm.training.loop import fit
 
@@ -40,8 +40,8 @@ class Noise:
         self.labels = torch.randint(0, 10, (count,), generator=generator)
         self.ids = torch.arange(count)
 
-    def batches(self, slots, epoch, device):
-        for ids in slots:
+    def batches(self, micro_batches, epoch, device):
+        for ids in micro_batches:
             yield Batch(self.images[ids], self.labels[ids], ids)
 
 
@@ -99,9 +99,9 @@ def distil(
         seed=3,
         batch_size=per_step,
         teach=LiveTeachers(frozen),
-        watch=watch,
+        evaluate=watch,
         averaged=trainee.student,
-        upkeep=Upkeep(folder=folder, quiet=True, resume=resume is not None),
+        options=FitOptions(folder=folder, quiet=True, resume=resume is not None),
     )
     weights = {name: tensor.double() for name, tensor in trainee.state_dict().items()}
     if fitted.averaged is not None:
@@ -154,16 +154,16 @@ def portion() -> dict[str, Any]:
     trainee, teacher = build("test_vit", 32)
     total = sum(parameter.numel() for parameter in trainee.parameters())
     frozen = sum(parameter.numel() for parameter in teacher.parameters())
-    names = units(trainee.student)
+    names = fsdp_units(trainee.student)
     before = [parameter.clone() for parameter in trainee.parameters()]
-    placement = Sharded(trainee, here)
+    parallel = Sharded(trainee, here)
     theirs = shard_teacher(teacher, here)
     released = sum(parameter.numel() for parameter in trainee.parameters())
-    with placement.whole():
+    with parallel.full_parameters():
         same = all(torch.equal(one, two) for one, two in zip(before, trainee.parameters(), strict=True))
     return {
         "total": total,
-        "local": held(placement.trainee),
+        "local": held(parallel.trainee),
         "teacher_total": frozen,
         "teacher_local": held(theirs),
         "released": released,

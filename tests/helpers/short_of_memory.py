@@ -15,7 +15,7 @@ from torch import nn
 from mgd_timm.distributed.collectives import join, leave
 from mgd_timm.features import Batch
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import Upkeep
+from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.loop import fit
 
 
@@ -28,8 +28,8 @@ class Rows:
         self.labels = torch.randint(0, 3, (self.count,), generator=generator)
         self.ids = torch.arange(self.count)
 
-    def batches(self, slots, epoch, device):
-        for ids in slots:
+    def batches(self, micro_batches, epoch, device):
+        for ids in micro_batches:
             yield Batch(self.images[ids], self.labels[ids], ids)
 
 
@@ -51,7 +51,7 @@ class Wide(nn.Module):
 def train(accelerator, batch_size: int, find: bool) -> nn.Module:
     trainee = Wide()
     optim = Optim(epochs=1, lr=0.1, global_batch_size=64, find_batch_size=find)
-    options = {"seed": 3, "batch_size": batch_size, "upkeep": Upkeep(quiet=True)}
+    options = {"seed": 3, "batch_size": batch_size, "options": FitOptions(quiet=True)}
     fit(trainee, Rows(), optim, accelerator, **options)
     return trainee
 

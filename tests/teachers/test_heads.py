@@ -10,10 +10,9 @@ import torch
 
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.load import load_model
-from mgd_timm.pipeline.plan import classifier_fit_of, context_of
+from mgd_timm.pipeline.plan import accelerator_of, classifier_fit_of, context_of, fix_global_batch
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
@@ -31,7 +30,9 @@ def parts(small_data, tmp_path, monkeypatch):
         "heads_epochs": 8,
         "heads_augmentations": 2,
     }
-    recipe, accelerator = build_accelerator(make_recipe(**options, heads_batch_size=64))
+    recipe = make_recipe(**options, heads_batch_size=64)
+    accelerator = accelerator_of(recipe)
+    recipe = fix_global_batch(recipe, accelerator)
     (tmp_path / "run").mkdir()
     images = load_images(recipe.data, recipe.seed)
     teacher = Teacher(FeatureTap(load_model("embedded"), input_size=images.input_size))

@@ -22,11 +22,10 @@ import mgd_timm
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
-from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Features, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.load import load_model
-from mgd_timm.pipeline.plan import context_of, store_options_of
+from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, store_options_of
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.heads import fit_heads
@@ -44,7 +43,9 @@ LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_augmentations
 def bench(small_data):
     """Accelerator, images, the embedded teacher, and `open(folder, **options)`, which makes a store of 4 shards a
     view."""
-    recipe, accelerator = build_accelerator(make_recipe(data_dir=str(small_data)))
+    recipe = make_recipe(data_dir=str(small_data))
+    accelerator = accelerator_of(recipe)
+    recipe = fix_global_batch(recipe, accelerator)
     teacher = Teacher(FeatureTap(load_model("embedded"), input_size=(3, 28, 28)))
     default = load_images(recipe.data, 0)
 
@@ -437,11 +438,11 @@ def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_da
         ):
             opened(written, **options)
     try:
-        _, half = build_accelerator(make_recipe(amp=True, data_dir=str(small_data)))
+        half = accelerator_of(make_recipe(amp=True, data_dir=str(small_data)))
         with pytest.raises(StoreError, match=r"precision: 'no' -> 'bf16'\)"):
             opened(written, accelerator=half)
     finally:
-        build_accelerator(make_recipe())
+        accelerator_of(make_recipe())
     assert state(written) == before
 
 

@@ -12,7 +12,7 @@ from small import environment, launched
 from torch import nn
 
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.find_batch_size import executable_batch_size
+from mgd_timm.training.find_batch_size import find_batch_size
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def search(attempt, batch_size: int = 64, global_batch: int = 40) -> tuple[int, 
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator()
     optim = Optim(global_batch_size=global_batch)
-    found = executable_batch_size(attempt, nn.Linear(2, 2), optim, accelerator, batch_size)
+    found = find_batch_size(attempt, nn.Linear(2, 2), optim, accelerator, batch_size)
     return found, accelerator.gradient_accumulation_steps
 
 

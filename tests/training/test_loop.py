@@ -16,7 +16,7 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting
 from mgd_timm.recipe.granularity import Granularity
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import NonFiniteError, Upkeep
+from mgd_timm.training.checkpointer import FitOptions, NonFiniteError
 from mgd_timm.training.evaluation import evaluate
 from mgd_timm.training.loop import fit
 from mgd_timm.training.optimizer_state import build_optimizer
@@ -36,8 +36,8 @@ class Rows:
         self.ids = torch.arange(count)
         self.seen: list[torch.Tensor] = []
 
-    def batches(self, slots, epoch, device):
-        for ids in slots:
+    def batches(self, micro_batches, epoch, device):
+        for ids in micro_batches:
             self.seen.append(ids)
             yield Batch(self.images[ids], self.labels[ids], ids)
 
@@ -62,7 +62,7 @@ def accelerator():
     return make
 
 
-def train(accelerator, optim, source=None, module=None, batch_size=4, **options):
+def train(accelerator, optim, source=None, module=None, batch_size=4, options=None, **more):
     module, source = module or Linear(), source or Rows(26)
     done = fit(
         module,
@@ -71,8 +71,8 @@ def train(accelerator, optim, source=None, module=None, batch_size=4, **options)
         accelerator,
         seed=3,
         batch_size=batch_size,
-        upkeep=options.pop("upkeep", Upkeep(quiet=True)),
-        **options,
+        options=options or FitOptions(quiet=True),
+        **more,
     )
     return module, source, done
 
@@ -211,7 +211,7 @@ def test_the_average_is_timms_after_every_update(accelerator, warmup):
         seen.append((average.weight.clone(), reference.module.weight.clone()))
         return {"top1": 0.0}
 
-    train(accelerator(), optim, module=module, averaged=module.layer, watch=watch, batch_size=26)
+    train(accelerator(), optim, module=module, averaged=module.layer, evaluate=watch, batch_size=26)
     assert len(seen) == 12  # one update each
     for ours, theirs in seen:
         assert torch.equal(ours, theirs)
@@ -285,11 +285,11 @@ def test_every_optimizer_goes_on_to_the_same_bits(accelerator, tmp_path, name):
         return {"top1": 0.0}
 
     calls: list[int] = []
-    first = Upkeep(folder=tmp_path, quiet=True)
+    first = FitOptions(folder=tmp_path, quiet=True)
     with pytest.raises(EndError):
-        train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), watch=stop, upkeep=first)
-    upkeep = Upkeep(folder=tmp_path, resume=True, quiet=True)
-    resumed, source, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), upkeep=upkeep)
+        train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), evaluate=stop, options=first)
+    options = FitOptions(folder=tmp_path, resume=True, quiet=True)
+    resumed, source, _ = train(accelerator(), optim, source=Rows(10), module=Linear(dropout=0.2), options=options)
     assert len(source.seen) == 3  # the second epoch
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -308,9 +308,9 @@ def test_weights_that_are_not_finite_are_not_saved(accelerator, tmp_path):
                 terms["task"] = terms["task"] + 0 * torch.sqrt(self.layer.weight.sum() * 0)
             return terms, logits
 
-    upkeep = Upkeep(folder=tmp_path, quiet=True)
+    options = FitOptions(folder=tmp_path, quiet=True)
     with pytest.raises(NonFiniteError, match=r"is not finite after update 7 .*which is not saved"):
-        train(accelerator(), OPTIM, module=Late(), upkeep=upkeep)
+        train(accelerator(), OPTIM, module=Late(), options=options)
     assert not list((tmp_path / "checkpoints").glob("0*"))
 
 
@@ -364,15 +364,15 @@ def test_non_finite_loss_names_update_and_term_and_keeps_the_state_before(accele
             self.calls += 1
             return {**terms, "kd": terms["task"] * (math.nan if self.calls == 10 else 1)}, logits
 
-    upkeep = Upkeep(folder=tmp_path, log_interval=3, quiet=True)
+    options = FitOptions(folder=tmp_path, log_interval=3, quiet=True)
     with pytest.raises(NonFiniteError, match=r"the term 'kd' is nan at update 10 \(epoch 2.*Lower --lr"):
-        train(accelerator(), OPTIM, module=Bad(), upkeep=upkeep)
+        train(accelerator(), OPTIM, module=Bad(), options=options)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["00000007"]  # the end of epoch 1
 
 
 def test_metrics_hold_means_over_samples(accelerator, tmp_path):
     optim = Optim(epochs=1, lr=1e-9, weight_decay=0.0)
-    module, source, _ = train(accelerator(), optim, upkeep=Upkeep(folder=tmp_path, log_interval=2, quiet=True))
+    module, source, _ = train(accelerator(), optim, options=FitOptions(folder=tmp_path, log_interval=2, quiet=True))
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     logits = module.layer(source.images.flatten(1))
     assert row["train"]["task"] == pytest.approx(nn.functional.cross_entropy(logits, source.labels).item(), rel=1e-4)
@@ -425,7 +425,7 @@ class Short(Linear):
 def test_a_smaller_batch_size_is_found_without_a_global_one(accelerator):
     """The first one is kept as the global one."""
     found, expected = Short(), Linear()
-    options = {"seed": 0, "upkeep": Upkeep(quiet=True)}
+    options = {"seed": 0, "options": FitOptions(quiet=True)}
     fit(found, Rows(24), Optim(epochs=1, lr=0.1, find_batch_size=True), accelerator(), batch_size=8, **options)
     fit(expected, Rows(24), Optim(epochs=1, lr=0.1, global_batch_size=8), accelerator(2), batch_size=4, **options)
     assert torch.equal(found.layer.weight, expected.layer.weight)

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd_timm.data.sources import Source
-from mgd_timm.distributed.collectives import decided, held_by_main, meet, of_main, on_main
+from mgd_timm.distributed.collectives import broadcast_from_main, lock_on_main, run_on_main, wait_by_polling
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.options import differences, digest
@@ -96,9 +96,9 @@ class TeacherStore:
 
     def _survey(self, accelerator: Accelerator) -> None:
         """Let the main process find what is there, and broadcast it."""
-        self.fingerprint = of_main(accelerator, self._fingerprint_on_disk)
+        self.fingerprint = broadcast_from_main(accelerator, self._fingerprint_on_disk)
         self.digest = digest(self.fingerprint)
-        self.missing = of_main(accelerator, self._find_missing)
+        self.missing = broadcast_from_main(accelerator, self._find_missing)
 
     def _fingerprint_on_disk(self) -> dict[str, Any]:
         """Return the fingerprint in store.json, or this store's own where there is no such file.
@@ -205,17 +205,17 @@ class TeacherStore:
         rows = f"{passes} x {self.num_samples:,} images x {self.layout.describe()}"
         size = format_bytes(self.passes * self.layout.size(self.num_samples))
         accelerator.print(f"teacher store: {rows} = {size} in {self.folder}; {self._left()}")
-        if not self.missing and decided(accelerator, (self.folder / INDEX).exists()):
+        if not self.missing and broadcast_from_main(accelerator, lambda: (self.folder / INDEX).exists()):
             return
         lock = Lock(
             self.folder, f"teacher store {self.folder}", accelerator.print, progress=self._progress, quiet=quiet
         )
-        with held_by_main(lock, accelerator):
+        with lock_on_main(lock, accelerator):
             before = len(self.missing)
             self._survey(accelerator)
             if len(self.missing) != before:
                 accelerator.print(f"teacher store: another run has written shards; {self._left()}")
-            on_main(accelerator, self._begin)
+            run_on_main(accelerator, self._begin)
             self._write_missing(teach, source, accelerator, batch_size, quiet)
         self.missing = []
 
@@ -358,7 +358,7 @@ def _together(action: Callable[[], None], accelerator: Accelerator) -> None:
     except Exception as error:  # raised again below
         failure = error
     if accelerator.num_processes > 1:
-        meet(True, accelerator.num_processes)
+        wait_by_polling(True, accelerator.num_processes)
     failures = [found for found in gather_object([failure]) if found is not None]
     if failure is not None or failures:
         raise failure if failure is not None else failures[0]

@@ -44,10 +44,10 @@ class StoredSource:
         self.source, self.store = source, store
         self.ids, self.labels, self.digest = source.ids, source.labels, source.digest
 
-    def batches(self, slots: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
+    def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Batches of the epoch's pass, each with the teacher's logits and embedding of its images."""
         stored_pass = epoch % self.store.passes
-        for ids, batch in zip(slots, self.source.batches(slots, stored_pass, device), strict=True):
+        for ids, batch in zip(micro_batches, self.source.batches(micro_batches, stored_pass, device), strict=True):
             # By the ids that were asked for, which lie on the CPU: to fetch the batch's would wait for the device.
             yield StoredBatch.of(batch, self.store.features(ids, stored_pass, batch.labels.device))
 
