@@ -257,7 +257,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         ),
         (
             ["distill", "--student", "embedded"],
-            ["unknown model 'embedded': an architecture of timm", "--student-checkpoint FILE"],
+            ["unknown model 'embedded': expected an architecture of timm", "--student-checkpoint FILE"],
         ),
         (["distill", "--maps", "stage"], ["maps='stage': expected stages, last, mid, all or a number of maps"]),
         (

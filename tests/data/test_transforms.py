@@ -237,7 +237,6 @@ def test_an_unknown_way_to_erase_is_refused() -> None:
             "rand-x9",
             r"--aa rand-x9 .* \(Unknown RandAugment config section\): expected a policy such as rand-m9",
         ),
-        ("color_jitter", -1.0, r"--color-jitter -1\.0 .*: expected .* a strength of 0 or more"),
         ("interpolation", "random", r"--interpolation random: expected bilinear or bicubic\."),
         ("train_interpolation", "bicubik", r"--train-interpolation bicubik: expected bilinear, bicubic or random"),
     ],
