@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mgd_timm.data.rng import mix
-from mgd_timm.recipe.derived import num_slots
+from mgd_timm.recipe.derived import num_micro_batches
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
@@ -38,7 +38,7 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
     Process r takes micro-batch j * processes + r in step j.
 
     The samples of an update depend on the global batch alone: the tail is an update as well, unless it is one sample,
-    which is left out of this epoch. An update is dealt evenly over `num_slots` micro-batches, or over as many as have
+    which is left out of this epoch. An update is dealt evenly over `num_micro_batches` of them, or over as many as have
     two samples or more each, as BatchNorm has no statistics of one. Empty micro-batches fill up the last step.
 
     Args:
@@ -59,7 +59,7 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
             f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, "
             f"{2 * processes}. Start fewer processes, or choose a larger --global-batch-size."
         )
-    most = num_slots(batch_size, processes, global_batch)
+    most = num_micro_batches(batch_size, processes, global_batch)
     updates = []
     for ids in order.split(global_batch):
         filled = min(most, len(ids) // 2)

@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from mgd_timm.distributed.allocator import keep_freed_memory
 from mgd_timm.distributed.collectives import timeout_after
 from mgd_timm.distributed.sharding import check_sharding, sharded
-from mgd_timm.recipe.derived import num_slots, with_global_batch
+from mgd_timm.recipe.derived import num_micro_batches, with_global_batch
 from mgd_timm.recipe.options import unknown
 from mgd_timm.recipe.recipe import Recipe
 
@@ -84,8 +84,8 @@ def _with_batch(recipe: Recipe, accelerator: Accelerator) -> Recipe:
         recipe = replace(recipe, optim=replace(recipe.optim, grad_accum_steps=None))
     recipe = with_global_batch(recipe, processes, given)
     assert recipe.optim.global_batch_size is not None
-    slots = num_slots(recipe.data.batch_size, processes, recipe.optim.global_batch_size)
-    steps = accelerator.gradient_accumulation_steps = slots // processes
+    micro_batches = num_micro_batches(recipe.data.batch_size, processes, recipe.optim.global_batch_size)
+    steps = accelerator.gradient_accumulation_steps = micro_batches // processes
     cut_up = ", sharded (FSDP2)" if sharded() else ""
     accelerator.print(
         f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}{cut_up}, precision "

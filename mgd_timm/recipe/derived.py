@@ -53,11 +53,11 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
 
 
-def num_slots(batch_size: int, processes: int, global_batch: int) -> int:
-    """Return the micro-batches of a whole update over all processes: as few as hold the global batch."""
+def num_micro_batches(batch_size: int, processes: int, global_batch: int) -> int:
+    """Return the number of micro-batches of a full update over all processes: as few as hold the global batch."""
     return processes * math.ceil(global_batch / (batch_size * processes))
 
 
-def slot_size(batch_size: int, processes: int, global_batch: int) -> int:
-    """Return the samples in the largest micro-batch of a whole update; the others hold as many, or one fewer."""
-    return math.ceil(global_batch / min(num_slots(batch_size, processes, global_batch), global_batch // 2))
+def micro_batch_size(batch_size: int, processes: int, global_batch: int) -> int:
+    """Return the samples in the largest micro-batch of a full update; the others hold as many, or one fewer."""
+    return math.ceil(global_batch / min(num_micro_batches(batch_size, processes, global_batch), global_batch // 2))

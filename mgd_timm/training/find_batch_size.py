@@ -8,7 +8,7 @@ from accelerate.utils.memory import clear_device_cache, find_executable_batch_si
 from torch import nn
 
 from mgd_timm.distributed.collectives import any_process
-from mgd_timm.recipe.derived import num_slots
+from mgd_timm.recipe.derived import num_micro_batches
 from mgd_timm.recipe.optim import Optim
 
 
@@ -44,7 +44,7 @@ def executable_batch_size(
                 "(--img-size) or --amp."
             )
         size //= 2
-        steps = num_slots(size, processes, whole) // processes
+        steps = num_micro_batches(size, processes, whole) // processes
         accelerator.print(
             f"out of memory with {2 * size} images in a step of a process: {size}, in {steps} steps per update of "
             f"{whole} as before"
@@ -61,7 +61,7 @@ def executable_batch_size(
         return False
 
     def search(batch_size: int) -> int:
-        accelerator.gradient_accumulation_steps = num_slots(batch_size, processes, whole) // processes
+        accelerator.gradient_accumulation_steps = num_micro_batches(batch_size, processes, whole) // processes
         short = runs_short(batch_size)
         accelerator.free_memory()
         trainee.zero_grad(set_to_none=True)

@@ -17,14 +17,14 @@ class Wrapper(nn.Module):
 
     Args:
         trainee: Whose forward(batch, teacher) gives its losses by name, and logits.
-        slot_size: Of a whole update, which alone is compiled.
+        micro_batch_size: Of a full update, which alone is compiled.
         mode: torch.compile's; None compiles nothing.
         kept: The trainee's buffers that are kept identical on all processes by other means than DDP's.
     """
 
-    def __init__(self, trainee: nn.Module, slot_size: int, mode: str | None, kept: Sequence[str]) -> None:
+    def __init__(self, trainee: nn.Module, micro_batch_size: int, mode: str | None, kept: Sequence[str]) -> None:
         super().__init__()
-        self.trainee, self.slot_size = trainee, slot_size
+        self.trainee, self.micro_batch_size = trainee, micro_batch_size
         # Beside the module, not in it: a compiled module would register the same parameters again.
         self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
         # DDP's: not to be sent from the first process before every step, as we or a criterion keep them identical.
@@ -39,7 +39,7 @@ class Wrapper(nn.Module):
     def forward(self, batch: Batch, teacher: TeacherFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
         """The trainee's losses and logits. A batch of another size, an epoch's last one, is not worth compiling again
         for."""
-        trainee = self.compiled[0] if self.compiled and is_full(batch, self.slot_size) else self.trainee
+        trainee = self.compiled[0] if self.compiled and is_full(batch, self.micro_batch_size) else self.trainee
         found: tuple[dict[str, Tensor], Tensor] = trainee(batch, teacher)
         return found[0], found[
             1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mgd_timm.data.sampler import cut_updates, epoch_order, repeated_order
-from mgd_timm.recipe.derived import num_slots, slot_size
+from mgd_timm.recipe.derived import micro_batch_size, num_micro_batches
 
 
 def test_epoch_order_is_another_permutation_each_epoch_and_seed() -> None:
@@ -34,7 +34,7 @@ def test_updates_hold_the_same_samples_on_any_number_of_processes_and_steps(coun
     for processes in (1, 2, 3, 4):
         updates = cut_updates(order, batch_size, processes, global_batch)
         assert [torch.cat(micro_batches).tolist() for micro_batches in updates] == expected
-        micro_batches = num_slots(batch_size, processes, global_batch)
+        micro_batches = num_micro_batches(batch_size, processes, global_batch)
         for update in updates:
             sizes = [len(ids) for ids in update]
             assert len(update) % processes == 0
@@ -46,7 +46,7 @@ def test_updates_hold_the_same_samples_on_any_number_of_processes_and_steps(coun
             assert max(filled) <= max(batch_size, 3)
             assert max(filled) - min(filled) <= 1
             if len(torch.cat(update)) == global_batch:
-                assert max(filled) == slot_size(batch_size, processes, global_batch)
+                assert max(filled) == micro_batch_size(batch_size, processes, global_batch)
 
 
 @pytest.mark.parametrize("count", [*range(96, 130), 240])
