@@ -15,9 +15,6 @@ from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import option, typed, unknown
 
-__all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
-
-
 PROCESS_TIMEOUT = 600.0
 """Seconds that a collective waits for all processes, where a recipe does not say another number."""
 
