@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from mgd_timm.export.timm_folder import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
-    from mgd_timm.recipe.data import Data
+    from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
-    from mgd_timm.recipe.heads import Heads
-    from mgd_timm.recipe.optim import Optim
-    from mgd_timm.recipe.recipe import Recipe
 
 _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "train"),
@@ -28,7 +25,7 @@ _HOMES = {
     "mgd_timm.export.timm_folder": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
-    "mgd_timm.recipe.recipe": ("Data", "Heads", "Optim", "Recipe"),
+    "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -38,8 +38,8 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
     Process r takes micro-batch j * processes + r in step j.
 
     The samples of an update depend on the global batch alone: the tail is an update as well, unless it is one sample,
-    which is left out of this epoch. An update is dealt evenly over `num_micro_batches` micro-batches, or over as many
-    as have two samples or more each, as BatchNorm has no statistics of one. Empty micro-batches fill up the last step.
+    which is left out of this epoch. An update is dealt evenly over `num_micro_batches` of them, or over as many as have
+    two samples or more each, as BatchNorm has no statistics of one. Empty micro-batches fill up the last step.
 
     Args:
         order: Sample ids.

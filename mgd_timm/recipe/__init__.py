@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses of options."""
+"""What a run is: frozen dataclasses of options. `recipe.py` holds the recipe, the other modules its parts."""
 
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.heads import Heads

@@ -34,37 +34,37 @@ def _is_number(value: Any) -> bool:
 
 
 def check_warmup(optim: "Optim") -> None:
-    """Raise ValueError for a warm-up that does not fit the run, or the schedule."""
+    """Raise ValueError for a warm-up that does not fit the epochs or the scheduler."""
     if not 0 <= optim.warmup_epochs <= optim.epochs:
         raise ValueError(
-            f"warmup_epochs={optim.warmup_epochs}: expected 0 to {optim.epochs}, a part of the epochs "
+            f"warmup_epochs={optim.warmup_epochs}: expected 0 to {optim.epochs}, the number of epochs "
             "(--warmup-epochs, --epochs)."
         )
     if optim.sched == "rsqrt" and not optim.warmup_epochs:
         raise ValueError(
-            "sched='rsqrt' without a warm-up, whose length is its time scale: give --warmup-epochs 1 or more."
+            "sched='rsqrt' decays on the time scale of its warm-up, and there is none: give --warmup-epochs 1 or more."
         )
     if optim.sched in ("wsd", "rsqrt") and optim.warmup_epochs == optim.epochs:
         raise ValueError(
-            f"sched={optim.sched!r}: warmup_epochs={optim.warmup_epochs} of epochs={optim.epochs} leave no epoch in "
-            "which the learning rate decays. Lower --warmup-epochs, or raise --epochs."
+            f"sched={optim.sched!r}: warmup_epochs={optim.warmup_epochs} of epochs={optim.epochs} leaves no epoch for "
+            "the decay. Lower --warmup-epochs, or raise --epochs."
         )
 
 
 def check_milestones(
     name: str, milestones: tuple[float, ...] | None, sched: str, length_name: str, length: int
 ) -> None:
-    """Raise ValueError where multistep reaches none of its milestones."""
+    """Raise ValueError if multistep reaches none of its milestones."""
     if milestones is None or sched != "multistep" or any(milestone <= length for milestone in milestones):
         return
     raise ValueError(
-        f"{name}={milestones}: none is reached in {length_name}={length}, so the learning rate would never decay. "
-        f"Give smaller ones, or leave {flag(name)} out: the default follows the length."
+        f"{name}={milestones}: all are after {length_name}={length}, so the learning rate would never decay. Give "
+        f"smaller ones, or leave {flag(name)} out."
     )
 
 
 def check_channels(data: "Data") -> None:
-    """Raise ValueError for images that are neither grey nor colour, and for statistics of other channels."""
+    """Raise ValueError unless there are 1 or 3 channels, each with a mean and a standard deviation."""
     if data.in_chans not in (1, 3):
         raise ValueError(f"in_chans={data.in_chans}: expected 3 (colour) or 1 (grey) (--in-chans).")
     for name in ("mean", "std"):
@@ -74,7 +74,7 @@ def check_channels(data: "Data") -> None:
 
 
 def check_crop(data: "Data") -> None:
-    """Raise ValueError for a range of a random crop that is no pair of numbers in order."""
+    """Raise ValueError unless the ranges of a random crop are two numbers in order."""
     for name in ("scale", "ratio"):
         values = getattr(data, name)
         if len(values) != 2 or values[0] > values[1]:
@@ -84,19 +84,13 @@ def check_crop(data: "Data") -> None:
 
 
 def check_streaming(data: "Data") -> None:
-    """Raise ValueError for options of streams without a stream, and for options that a stream cannot have."""
-    for name in ("num_samples", "num_classes"):
-        if getattr(data, name) is not None and not data.streaming:
-            raise ValueError(
-                f"{name}={getattr(data, name)} is for streamed images; other images are counted. Give --streaming, or "
-                f"leave {flag(name)} out."
-            )
-    for name in ("val_split", "max_bad", "aug_repeats"):
-        if data.streaming and getattr(data, name):
-            raise ValueError(
-                f"{name}={getattr(data, name)} needs any image at any time, and a stream gives one after the other: "
-                f"leave {flag(name)} or --streaming out."
-            )
+    """Raise ValueError for options of streams without --streaming, and for options that a stream cannot have."""
+    if data.streaming:
+        why = "it needs random access to the images, and a stream is read in order"
+        _refuse(data, ("val_split", "max_bad", "aug_repeats"), why, ", or leave --streaming out")
+    else:
+        why = "it is for streamed images only; other images are counted"
+        _refuse(data, ("num_samples", "num_classes"), why, ", or give --streaming")
 
 
 def check_recipe(recipe: "Recipe") -> None:
@@ -104,12 +98,9 @@ def check_recipe(recipe: "Recipe") -> None:
     check_maps(recipe)
     check_frozen_backbone(recipe)
     check_peer(recipe)
-    check_no_teacher(recipe)
+    check_teachers(recipe)
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
-    check_several_teachers(recipe)
-    check_teacher_store(recipe)
-    check_sharded_teacher(recipe)
 
 
 def check_maps(recipe: "Recipe") -> None:
@@ -120,127 +111,95 @@ def check_maps(recipe: "Recipe") -> None:
 
 
 def check_frozen_backbone(recipe: "Recipe") -> None:
-    """Raise ValueError for what changes a backbone where the classifier alone is trained."""
+    """Raise ValueError for options that need a trained backbone where it is frozen, or the reverse."""
     if recipe.train_only == "all":
         if recipe.adapt_batchnorm:
             raise ValueError(
-                "adapt_batchnorm: BatchNorm follows the images wherever all is trained. Give --train-only classifier, "
-                "or leave --adapt-batchnorm out."
+                "adapt_batchnorm: it is for a frozen backbone only. Give --train-only classifier, or leave "
+                "--adapt-batchnorm out."
             )
         return
     if recipe.teacher is not None or recipe.peer is not None:
-        beside = f"teacher {_list(recipe.teacher)}" if recipe.teacher is not None else f"peer {recipe.peer!r}"
+        other = f"teacher {_list(recipe.teacher)}" if recipe.teacher is not None else f"peer {recipe.peer!r}"
         raise ValueError(
-            f"train_only='classifier' beside the {beside}: distillation trains the backbone. Train without a teacher "
+            f"train_only='classifier' with the {other}: distillation trains the backbone. Train without a teacher "
             "(mgd-timm train)."
         )
-    if recipe.drop or recipe.drop_path:
-        raise ValueError(
-            f"drop={recipe.drop}, drop_path={recipe.drop_path}: a frozen backbone (train_only='classifier') has no "
-            "dropout. Leave --drop and --drop-path out."
-        )
+    dropout = [name for name in ("drop", "drop_path") if getattr(recipe, name)]
+    _refuse(recipe, dropout, "a frozen backbone (train_only='classifier') has no dropout")
 
 
 def check_peer(recipe: "Recipe") -> None:
-    """Raise ValueError for what a second student in place of a teacher does not go with."""
-    peer = recipe.peer
-    if peer is None:
+    """Raise ValueError for options that do not go with a second student in place of a teacher."""
+    if recipe.peer is None:
         return
     if recipe.teacher is not None:
         raise ValueError(
-            f"peer={peer!r} stands in place of a teacher, and there is one, {_list(recipe.teacher)}: leave --peer or "
-            "--teacher out."
+            f"peer={recipe.peer!r} replaces the teacher, and there is a teacher {_list(recipe.teacher)}: leave --peer "
+            "or --teacher out."
         )
-    if recipe.teacher_checkpoint is not None:
-        raise ValueError(
-            f"teacher_checkpoint={recipe.teacher_checkpoint!r} beside peer={peer!r}: there is no teacher. Leave "
-            "--teacher-checkpoint out."
-        )
-    if recipe.optim.model_ema:
-        raise ValueError(f"model_ema beside peer={peer!r}: one of two students is not averaged. Leave --model-ema out.")
+    _refuse(recipe.optim, ("model_ema",), f"it averages one student, and with peer={recipe.peer!r} there are two")
     if recipe.method == "mas":
         raise ValueError(
-            f"method='mas' beside peer={peer!r}: MAS needs fitted heads, and two students have none. Choose --method "
-            "mag (with dml: MGD-DML) or none."
+            f"method='mas' with peer={recipe.peer!r}: MAS needs fitted heads, and two students have none. Choose "
+            "--method mag (with dml: MGD-DML) or none."
         )
 
 
-def check_no_teacher(recipe: "Recipe") -> None:
-    """Raise ValueError for options of a teacher where there is none."""
-    if recipe.teacher is not None and not recipe.teacher:
+def check_teachers(recipe: "Recipe") -> None:
+    """Raise ValueError for options of a teacher, of one teacher, of several or of stored outputs without these."""
+    teachers = recipe.teacher
+    if teachers is None:
+        names = ("teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size")
+        names += ("teacher_resize", "teacher_store", "shard_teacher")
+        _refuse(recipe, names, "there is no teacher")
+    elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
-    if recipe.teacher is not None:
-        return
-    if recipe.teacher_store is not None:
-        raise ValueError(
-            f"teacher_store={recipe.teacher_store!r}: there is no teacher whose outputs it would hold. Leave "
-            "--teacher-store out."
-        )
-    for name in ("teacher_classes", "fit_teacher_head", "teacher_img_size", "teacher_resize"):
-        field = next(field for field in dataclasses.fields(recipe) if field.name == name)
-        if getattr(recipe, name) != field.default:
-            raise ValueError(f"{name}={getattr(recipe, name)!r}: there is no teacher. Leave {flag(name)} out.")
+    elif len(teachers) > 1:
+        why = f"it is for one teacher, and there are {len(teachers)}"
+        _refuse(recipe, ("teacher_store", "teacher_checkpoint"), why)
+    else:
+        _refuse(recipe, ("teacher_weights",), "it is for several teachers, and there is one", ", or give --kd-weight")
+    if recipe.teacher_store is None:
+        names = ("teacher_augmentations", "teacher_augmentation_seed", "teacher_top_k")
+        _refuse(recipe, names, "it is for stored teacher outputs only", ", or give --teacher-store FOLDER")
+    else:
+        _refuse(recipe, ("shard_teacher",), f"teacher_store={recipe.teacher_store!r} replaces the teacher in memory")
 
 
 def check_teacher_weights(recipe: "Recipe") -> None:
-    """Raise ValueError unless weights of teachers are one for each of several."""
+    """Raise ValueError unless there is one weight for each of several teachers."""
     weights, names = recipe.teacher_weights, recipe.teacher or ()
-    if weights is None:
-        return
-    if len(weights) != len(names):
+    if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"teacher_weights={weights}: expected a positive number for each of the teachers {list(names)} "
             "(--teacher-weights)."
         )
-    if len(names) == 1:
-        raise ValueError(
-            f"teacher_weights={weights} are of several teachers, and there is one. Leave --teacher-weights out, or "
-            "give --kd-weight."
-        )
 
 
 def check_teacher_classes(recipe: "Recipe") -> None:
-    """Raise ValueError unless classes of teachers are one for all or one for each, and leave what is fitted visible."""
+    """Raise ValueError unless there are classes once for all teachers or once for each, and a fitted head is used."""
     names, classes = recipe.teacher or (), recipe.teacher_classes or ()
     if names and classes and len(classes) not in (1, len(names)):
         raise ValueError(
-            f"teacher_classes={list(classes)}: {len(classes)} for {len(names)} "
+            f"teacher_classes={list(classes)}: {len(classes)} values for {len(names)} "
             f"{'teachers' if len(names) > 1 else 'teacher'} ({_list(names)}): give --teacher-classes once for all, or "
             "once for each in their order ('auto' for one that has the data's classes)."
         )
     if "none" in classes and recipe.fit_teacher_head != "none":
         raise ValueError(
-            f"teacher_classes='none' beside fit_teacher_head={recipe.fit_teacher_head!r}: the fitted classifier would "
+            f"teacher_classes='none' with fit_teacher_head={recipe.fit_teacher_head!r}: the fitted classifier would "
             "not be used. Leave --teacher-classes or --fit-teacher-head out."
         )
 
 
-def check_several_teachers(recipe: "Recipe") -> None:
-    """Raise ValueError for options of one teacher where there are several."""
-    if len(recipe.teacher or ()) > 1:
-        for name in ("teacher_store", "teacher_checkpoint"):
-            if getattr(recipe, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(recipe, name)!r} is of one teacher, and there are {len(recipe.teacher or ())}: "
-                    f"leave {flag(name)} out."
-                )
-
-
-def check_teacher_store(recipe: "Recipe") -> None:
-    """Raise ValueError for options of stored teacher outputs where none are stored."""
-    for name in ("teacher_augmentations", "teacher_augmentation_seed", "teacher_top_k"):
-        if getattr(recipe, name) is not None and recipe.teacher_store is None:
-            raise ValueError(
-                f"{name}={getattr(recipe, name)} belongs to stored teacher outputs: give --teacher-store FOLDER, or "
-                f"leave {flag(name)} out."
-            )
-
-
-def check_sharded_teacher(recipe: "Recipe") -> None:
-    """Raise ValueError where there is no teacher in memory to shard."""
-    if recipe.shard_teacher and (recipe.teacher is None or recipe.teacher_store is not None):
-        why = "there is no teacher" if recipe.teacher is None else f"teacher_store={recipe.teacher_store!r} replaces it"
-        raise ValueError(f"shard_teacher: {why}, so there is nothing to shard. Leave --shard-teacher out.")
+def _refuse(options: Any, names: Iterable[str], why: str, instead: str = "") -> None:
+    """Raise ValueError for the first of these options that does not have its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        value = getattr(options, name)
+        if value != defaults[name]:
+            raise ValueError(f"{name}={value!r}: {why}. Leave {flag(name)} out{instead}.")
 
 
 def _list(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ _augment = partial(option, group="augmentation")
 
 @dataclass(frozen=True)
 class Data:
-    """Options of the data.
+    """Options of the data set and its augmentation.
 
     Raises:
         ValueError: A value out of range, or options that contradict each other.
@@ -43,15 +43,17 @@ class Data:
         minimum=0,
         maximum=0.5,
     )
-    streaming: bool = option(False, "stream images from the hub or from files, without storing them on disk")
+    streaming: bool = option(False, "stream images from the hub or from files, without a copy on disk")
     shuffle_buffer: int = option(
-        4096, "with --streaming: encoded images in memory, per process, from which the next one is drawn", minimum=1
+        4096,
+        "with --streaming: encoded images in memory, per process, from which the next is drawn at random",
+        minimum=1,
     )
     num_samples: int | None = option(
         None, "with --streaming: training images per epoch; default: the number that the data set states", minimum=2
     )
     num_classes: int | None = option(
-        None, "with --streaming: number of classes, if labels are numbers without names", minimum=2
+        None, "with --streaming: number of classes, if the data set does not name them", minimum=2
     )
     img_size: int | None = option(
         None,
@@ -69,7 +71,7 @@ class Data:
         None, "mean per channel, of pixels in [0, 1]; default: that of the weights, else of the images"
     )
     std: tuple[float, ...] | None = option(None, "standard deviation per channel, as --mean", above=0)
-    batch_size: int = option(64, "most images per process and step", common=True, minimum=2, digest=False)
+    batch_size: int = option(64, "largest number of images per process and step", common=True, minimum=2, digest=False)
     validation_batch_size: int = option(256, "images per process and evaluation step", minimum=1, digest=False)
     workers: int = option(2, "DataLoader workers per process, for large images", common=True, minimum=0, digest=False)
     max_bad: int = option(
@@ -92,7 +94,7 @@ class Data:
     recount: int = _augment(1, "random erasing: most boxes per image", minimum=1)
     mixup: float = _augment(
         0.0,
-        "alpha of mixup, seen by student and teacher; heads are fitted on unmixed images; 0: no mixup",
+        "alpha of mixup, for student and teacher; heads are fitted on unmixed images; 0: no mixup",
         common=True,
         minimum=0,
     )
@@ -127,5 +129,5 @@ OF_TRAINING = frozenset({"batch_size", "shuffle_buffer"}) | {
 }
 """Options of Data that only training uses, not evaluation."""
 
-
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+"""Folder of the package's own data set and teacher."""

@@ -26,27 +26,28 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
     Args:
         recipe: Of the run.
         processes: Number of processes.
-        steps: Micro-batches of each process per update, where the recipe names neither them nor a global batch.
+        steps: Micro-batches of each process per update, if the recipe names neither them nor a global batch.
 
     Raises:
         ValueError: A global batch smaller than 2 images for each process, or contradicted by the micro-batches.
     """
     size, optim = recipe.data.batch_size, recipe.optim
-    whole = optim.global_batch_size or size * processes * (optim.grad_accum_steps or steps)
-    if whole < 2 * processes:
+    given = optim.grad_accum_steps
+    global_batch = optim.global_batch_size or size * processes * (given or steps)
+    if global_batch < 2 * processes:
         raise ValueError(
-            f"global_batch_size={whole} on {processes} processes: expected at least 2 images for each, "
+            f"global_batch_size={global_batch} on {processes} processes: expected at least 2 images for each, "
             f"{2 * processes}. Start fewer processes, or choose a larger --global-batch-size."
         )
-    needed = -(-whole // (size * processes))
-    if optim.grad_accum_steps not in (None, needed):
+    needed = num_micro_batches(size, processes, global_batch) // processes
+    if given is not None and given != needed:
         raise ValueError(
-            f"grad_accum_steps={optim.grad_accum_steps} contradicts global_batch_size={whole}: {size} images on "
-            f"{_count(processes, 'process')} in {_count(optim.grad_accum_steps or 1, 'step')} are "
-            f"{size * processes * (optim.grad_accum_steps or 1)}, and {whole} take {_count(needed, 'step')}. Leave "
+            f"grad_accum_steps={given} contradicts global_batch_size={global_batch}: {size} images x {processes} "
+            f"processes x {given} micro-batches = {size * processes * given}, expected {needed} micro-batches. Leave "
             "--grad-accum-steps out, or choose another --batch-size."
         )
-    return dataclasses.replace(recipe, optim=dataclasses.replace(optim, global_batch_size=whole, grad_accum_steps=None))
+    optim = dataclasses.replace(optim, global_batch_size=global_batch, grad_accum_steps=None)
+    return dataclasses.replace(recipe, optim=optim)
 
 
 def _count(number: int, word: str) -> str:
@@ -54,10 +55,10 @@ def _count(number: int, word: str) -> str:
 
 
 def num_micro_batches(batch_size: int, processes: int, global_batch: int) -> int:
-    """Return the micro-batches of a whole update over all processes: as few as hold the global batch."""
+    """Return the number of micro-batches of a full update over all processes: as few as hold the global batch."""
     return processes * math.ceil(global_batch / (batch_size * processes))
 
 
 def micro_batch_size(batch_size: int, processes: int, global_batch: int) -> int:
-    """Return the samples in the largest micro-batch of a whole update; the others hold as many, or one fewer."""
+    """Return the samples in the largest micro-batch of a full update; the others hold as many, or one fewer."""
     return math.ceil(global_batch / min(num_micro_batches(batch_size, processes, global_batch), global_batch // 2))

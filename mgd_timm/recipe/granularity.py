@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 def check_temperature(temperature: float) -> float:
-    """Return the temperature. ValueError unless it is positive and finite."""
+    """Return the temperature. Raise ValueError unless it is positive and finite."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a positive, finite number.")
     return temperature
@@ -15,7 +15,7 @@ class Granularity:
     """One level of detail.
 
     Args:
-        name: Its name in codes, views and logs.
+        name: Name in codes, views and logs.
         dim: Width of the code, 1 or more.
         temperature: T > 0, of the head's fitting and of the code loss.
         weight: Of the code loss in the student's objective, 0 or more; 1 in the paper.

@@ -1,4 +1,4 @@
-"""The part of a recipe that says what the teacher's granularity heads are and how they are fitted."""
+"""`Heads`: the options of the teacher's granularity heads and of their fitting."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +10,9 @@ from mgd_timm.recipe.options import option
 
 @dataclass(frozen=True)
 class Heads:
-    """The teacher's granularity heads. The paper: 64 dims at T=2, 256 dims at T=8, weights 1, 60 epochs on live
-    images.
+    """Options of the teacher's granularity heads and of their fitting.
+
+    The paper: 64 dims at T=2, 256 dims at T=8, weights 1, 60 epochs on live images.
 
     Raises:
         ValueError: A value out of range.
@@ -30,7 +31,7 @@ class Heads:
         4, "stored protocol: augmentations of each image whose teacher outputs are stored", minimum=1
     )
     heads_epochs: int = option(24, "passes over the training images while the heads are fitted", minimum=1)
-    # 0.1 without clipping looks well with most seeds, and ends in dead units or inf with others.
+    # 0.1 without clipping works with most seeds, and ends in dead units or inf with others.
     heads_lr: float = option(0.02, "learning rate of the heads (the authors: 0.01 at batch 64, live)", above=0)
     heads_clip_grad: float | None = option(
         1.0, "largest gradient norm of each head; T^2 makes early gradients large (the authors: none)", above=0

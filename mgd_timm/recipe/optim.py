@@ -1,4 +1,4 @@
-"""The part of a recipe that says how long and by which rule the weights move."""
+"""`Optim`: the options of the optimizer, its schedule and the number of epochs."""
 
 from dataclasses import dataclass, replace
 
@@ -8,15 +8,16 @@ from mgd_timm.recipe.options import option
 
 @dataclass(frozen=True)
 class Optim:
-    """How long and by which rule the weights move. The paper: momentum, lr 0.05, 240 epochs, multistep at 150, 180 and
-    210.
+    """Options of the optimizer, its schedule and the number of epochs.
+
+    The paper: momentum, lr 0.05, 240 epochs, multistep at 150, 180 and 210.
 
     Raises:
         ValueError: A value out of range.
     """
 
     epochs: int = option(20, "passes over the training images", minimum=1, common=True)
-    opt: str = option("momentum", "timm optimizer; 'momentum' is plain SGD, timm's 'sgd' is Nesterov's", common=True)
+    opt: str = option("momentum", "timm optimizer; 'momentum' is SGD with momentum, 'sgd' with Nesterov's", common=True)
     lr: float = option(0.05, "peak learning rate", above=0, common=True)
     momentum: float = option(0.9, "momentum of SGD", minimum=0, below=1)
     weight_decay: float = option(5e-4, "weight decay", minimum=0, common=True)
@@ -43,7 +44,7 @@ class Optim:
         minimum=2,
     )
     grad_accum_steps: int | None = option(
-        None, "micro-batches per update, where --global-batch-size is not given; default: 1", minimum=1, digest=False
+        None, "micro-batches per update, if --global-batch-size is not given; default: 1", minimum=1, digest=False
     )
     find_batch_size: bool = option(
         False, "halve the batch size while a trial update runs out of memory; the global batch stays", digest=False
@@ -67,9 +68,9 @@ class Optim:
         return tuple(sorted(self.decay_milestones))
 
     def with_epochs(self, epochs: int) -> "Optim":
-        """Return the same rule for another number of epochs, with decays at the same shares of it.
+        """Return these options for another number of epochs, with decays at the same shares of it.
 
-        A warm-up keeps its length, or takes all epochs where they are fewer.
+        A warm-up keeps its length, or takes all epochs if they are fewer.
         """
         given = self.decay_milestones
         return replace(

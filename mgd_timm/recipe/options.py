@@ -1,4 +1,4 @@
-"""Options, which are the fields of a recipe's dataclasses: declare them, check their types, compare and digest them."""
+"""Declare the fields of a recipe's dataclasses, check their types, compare and digest them."""
 
 import dataclasses
 import difflib
@@ -54,23 +54,23 @@ def option(
     digest: bool = True,
     **bounds: float,
 ) -> Any:
-    """A field of a recipe.
+    """Declare a field of a recipe.
 
     Args:
-        default: Its value where none is given.
-        help: Its text in --help-all. --help shows the words before the first semicolon.
-        group: Heading that it stands under in the help; by default that of its dataclass.
+        default: Default value.
+        help: Text in --help-all. --help shows the words before the first semicolon.
+        group: Heading in the help; by default that of its dataclass.
         common: Whether --help shows it.
         value: Word for its value in the help; by default one for its type.
-        digest: Whether it decides the weights that a run ends with.
+        digest: Whether it changes a run's final weights.
         **bounds: Of its value, or of each of its values, as `Range` takes them.
     """
-    shown = {"help": help, "group": group, "common": common, "value": value}
-    return dataclasses.field(default=default, metadata={**shown, "digest": digest, "range": Range(**bounds)})
+    metadata = {"help": help, "group": group, "common": common, "value": value, "digest": digest}
+    return dataclasses.field(default=default, metadata={**metadata, "range": Range(**bounds)})
 
 
 def flag(name: str) -> str:
-    """The command line's flag for an option."""
+    """Return the command line's flag for an option."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -87,7 +87,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> Any:
-    """Return the value of an option. ValueError unless it is among the words of a Literal."""
+    """Return the value of an option. Raise ValueError unless it is among the words of a Literal."""
     if value not in get_args(choices):
         raise unknown(name, str(value), get_args(choices))
     return value
@@ -116,7 +116,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: type) -> bool:
-    """Whether a value is of a type. An integer is a float as well and a path a string, but a boolean is no number."""
+    """Return whether a value has a type. An integer is also a float and a path a string; a boolean is no number."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (float, int), str: (str, os.PathLike)}.get(kind, kind))
@@ -127,7 +127,7 @@ def as_dict(recipe: Any, *, digest_only: bool = False) -> dict[str, Any]:
 
     Args:
         recipe: A dataclass of options.
-        digest_only: Leave out the options that do not decide the weights.
+        digest_only: Leave out the options that do not change the weights.
     """
     out: dict[str, Any] = {}
     for f in dataclasses.fields(recipe):
@@ -157,5 +157,5 @@ def differences(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> l
 
 
 def few(names: Sequence[str]) -> str:
-    """Return the first five names, and how many more there are."""
+    """Return the first five names and the number of the others, in words."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

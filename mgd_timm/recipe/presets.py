@@ -35,10 +35,10 @@ DATA_SETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 
 
 def pair(name: str) -> tuple[str, str]:
-    """Teacher and student of a pair.
+    """Return the teacher and the student of a pair.
 
     Raises:
-        ValueError: No such pair; all of them are named.
+        ValueError: No such pair. The message names all pairs.
     """
     if name not in PAIRS:
         raise ValueError(f"{unknown('pair', name, PAIRS)} All pairs: {', '.join(PAIRS)}.")
@@ -46,7 +46,7 @@ def pair(name: str) -> tuple[str, str]:
 
 
 def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) -> dict[str, Any]:
-    """Options of `make_recipe` to train a network, alone or from a teacher, for a number of epochs.
+    """Return options of `make_recipe` to train a network, with or without a teacher.
 
     The learning rate decays at the default milestones, which are the paper's shares of the epochs.
 
@@ -70,14 +70,12 @@ def training_options(network: str, epochs: int = EPOCHS, *, classes: int = 100) 
 
 
 def distillation_options() -> dict[str, Any]:
-    """Options of `make_recipe` for a student beside those of its training: maps as RepDistiller pairs them, without the
-    stem's."""
+    """Return further options of `make_recipe` for a student: maps as RepDistiller pairs them, without the stem's."""
     return {"maps": "mid"}
 
 
 def heads_options(epochs: int = HEADS_EPOCHS) -> dict[str, Any]:
-    """Options of `make_recipe` to fit the granularity heads as the authors do: on live images, batch 64, lr 0.01,
-    decayed twice, gradients not clipped."""
+    """Return options of `make_recipe` to fit the granularity heads as the authors do."""
     return {
         "heads_protocol": "live",
         "heads_epochs": epochs,

@@ -1,7 +1,7 @@
-"""What a run is: frozen dataclasses, from which the command line's flags are generated.
+"""`Recipe`: all options of a run, from which the command line's flags are generated.
 
-Options that do not change the weights a run ends with (where it writes, how often it logs) carry digest=False and may
-differ between a run and its resumption. So do the names of images and weights, whose content is digested instead.
+Options that do not change a run's final weights (where it writes, how often it logs) have digest=False and may differ
+when it is resumed. So do the names of data sets and weights, whose content is digested instead.
 """
 
 import dataclasses
@@ -15,11 +15,8 @@ from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import option, typed, unknown
 
-__all__ = ["OF_DISTILLING", "PARTS", "Data", "Heads", "Optim", "Recipe", "flatten", "make_recipe"]
-
-
 PROCESS_TIMEOUT = 600.0
-"""Seconds that a collective waits for all processes, where a recipe does not say another number."""
+"""Seconds that a collective waits for all processes, unless a recipe sets another number."""
 
 # Options by their heading in the help.
 _model = partial(option, group="model")
@@ -31,7 +28,7 @@ _run = partial(option, group="run")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run: which networks, which method, which images, which rule.
+    """All options of a run: networks, method, data, optimizer, granularity heads.
 
     Raises:
         ValueError: A value out of range, or options that contradict each other.
@@ -82,8 +79,7 @@ class Recipe:
     )
     teacher_img_size: int | None = _teacher(
         None,
-        "side in pixels at which the teacher sees the student's crop; default: the student's, or the one that the "
-        "teacher is fixed to",
+        "image side in pixels for the teacher; default: the student's, or the teacher's own if it takes no other",
         minimum=1,
     )
     teacher_resize: Literal["images", "positions"] = _teacher(
@@ -95,17 +91,17 @@ class Recipe:
         value="FOLDER",
         digest=False,
     )
-    # None without a store, so that these are values of the runs alone that they decide.
+    # None without a store, so that they do not count in the digest of runs that they do not change.
     teacher_augmentations: int | None = _teacher(
         None,
-        "stored outputs: augmentations of each image; epoch e shows number e modulo this; default: the epochs",
+        "stored outputs: augmentations per image; epoch e uses number e modulo this; default: --epochs",
         minimum=1,
     )
     teacher_augmentation_seed: int | None = _teacher(
-        None, "stored outputs: random seed of the augmentations, whatever the run's; default: 0"
+        None, "stored outputs: random seed of the augmentations, independent of --seed; default: 0"
     )
     teacher_top_k: int | None = _teacher(
-        None, "stored outputs: largest logits that are kept of each augmentation; default: 0, all of them", minimum=0
+        None, "stored outputs: number of largest logits to store per augmentation; default: 0, all of them", minimum=0
     )
     method: Literal["none", "mag", "mas"] = _method(
         "mas",
@@ -123,20 +119,20 @@ class Recipe:
     )
     standardise_logits: bool = _method(
         False,
-        "compare logits of mean 0 and standard deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 "
+        "standardise logits to mean 0 and standard deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 "
         "--task-weight 0.1)",
     )
     fitting_epochs: int = _method(
-        30, "epochs of what is fitted before the run (ab, fsp, ft; --fit-teacher-head)", minimum=1
+        30, "epochs of pre-training before the run (ab, fsp, ft; --fit-teacher-head)", minimum=1
     )
     fitting_lr: float | None = _method(
         None,
-        "learning rate of what is fitted before the run; default: the run's, 0.01 at most for ft, a tenth for a "
+        "learning rate of pre-training before the run; default: --lr, 0.01 at most for ft, a tenth of --lr for a "
         "teacher's fine-tuning, 0.001 for its probe",
         above=0,
     )
     task_weight: float | None = _method(
-        None, "weight of the labels' loss; default: 0.2 where kd is the only criterion, else 1"
+        None, "weight of the labels' loss; default: 0.2 if kd is the only criterion, else 1"
     )
     kd_weight: float | None = _method(
         None, "weight of logit KD; default: 0.8 as the only criterion, 1 beside others in mag and mas, else 0"
@@ -151,10 +147,10 @@ class Recipe:
     drop: float = _model(0.0, "dropout before the student's classifier", minimum=0, below=1)
     drop_path: float | None = _model(None, "stochastic depth of the student", minimum=0, below=1)
     train_only: Literal["all", "classifier"] = _model(
-        "all", "what is trained of a model: all, or the classifier on a frozen backbone (a linear probe)"
+        "all", "train all weights, or the classifier alone on a frozen backbone (a linear probe)"
     )
-    adapt_batchnorm: bool = _model(False, "with a frozen backbone: its BatchNorm statistics still follow the images")
-    amp: bool = _speed(False, "mixed precision; else what accelerate launch says", common=True)
+    adapt_batchnorm: bool = _model(False, "with a frozen backbone: update its BatchNorm statistics all the same")
+    amp: bool = _speed(False, "mixed precision; default: as accelerate launch sets it", common=True)
     amp_dtype: Literal["bfloat16", "float16"] = _speed("bfloat16", "type of mixed precision")
     channels_last: bool | None = _speed(
         None, "channels-last memory format; default: on a GPU, and for cifar_* networks anywhere"
@@ -163,13 +159,13 @@ class Recipe:
         False, "compile the train step and the teacher; with torch.compile, and CUDA graphs on one GPU", common=True
     )
     shard_teacher: bool = _teacher(
-        False, "shard the frozen teacher over the processes (FSDP2), where it does not fit on each", digest=False
+        False, "shard the frozen teacher over the processes (FSDP2), if it does not fit on each", digest=False
     )
     fold_teacher: bool = _teacher(
-        True, "fold the teacher's BatchNorm into its convolutions; its outputs stay, but for rounding"
+        True, "fold the teacher's BatchNorm into its convolutions; its outputs change by rounding only"
     )
     process_timeout: float = _run(
-        PROCESS_TIMEOUT, "seconds that processes wait for one that hangs before the run ends", above=0, digest=False
+        PROCESS_TIMEOUT, "seconds to wait for a process that hangs, before the run ends", above=0, digest=False
     )
     seed: int = _run(42, "random seed", common=True)
     output: str = _run(
@@ -177,14 +173,14 @@ class Recipe:
     )
     resume: bool = _run(
         False,
-        "continue the run in the output folder from its newest checkpoint; start it where there is none",
+        "continue the run in the output folder from its newest checkpoint; without one, start it",
         common=True,
         digest=False,
     )
     checkpoint_interval: int = _run(
         0, "updates between checkpoints; 0: at the end of each epoch only", minimum=0, digest=False
     )
-    checkpoint_hist: int = _run(2, "checkpoints kept", minimum=1, digest=False)
+    checkpoint_hist: int = _run(2, "number of checkpoints to keep", minimum=1, digest=False)
     log_interval: int = _run(50, "updates between checks and logs of the losses", minimum=1, digest=False)
     log_with: tuple[str, ...] = _run(
         (),
@@ -219,7 +215,7 @@ OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the teacher is None, the criterion dml and the method "none" where they are not given.
+    With a peer, the defaults are teacher None, criterion dml and method "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.

@@ -156,12 +156,10 @@ class _Loop:
         # every fit. The schedule is not prepared: accelerate would step it once per process, and not save it.
         self.statistics = RunningStatistics(trainee) if processes > 1 else None
         kept = self.statistics.names() if self.statistics is not None else []
-        mode, slot = (
-            compile_mode(accelerator) if compile else None,
-            micro_batch_size(batch_size, processes, self.global_batch),
-        )
-        wrapper = Wrapper(trainee, slot, mode, kept)
-        self.teach = teach.compile(slot, mode) if mode is not None and isinstance(teach, LiveTeachers) else teach
+        mode = compile_mode(accelerator) if compile else None
+        size = micro_batch_size(batch_size, processes, self.global_batch)
+        wrapper = Wrapper(trainee, size, mode, kept)
+        self.teach = teach.compile(size, mode) if mode is not None and isinstance(teach, LiveTeachers) else teach
         self.compiled = compile
         # DDP waits for the gradient of every parameter, unless it looks in each step which there will be.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not reads_logits(trainee))

@@ -17,7 +17,7 @@ class Wrapper(nn.Module):
 
     Args:
         trainee: Whose forward(batch, teacher) gives its losses by name, and logits.
-        micro_batch_size: Of a whole update, which alone is compiled.
+        micro_batch_size: Of a full update, which alone is compiled.
         mode: torch.compile's; None compiles nothing.
         kept: The trainee's buffers that are kept identical on all processes by other means than DDP's.
     """

@@ -109,9 +109,9 @@ def test_what_does_not_go_together(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peer": "cifar_resnet8", "teacher": "embedded"}, "stands in place of a teacher"),
+        ({"peer": "cifar_resnet8", "teacher": "embedded"}, "replaces the teacher"),
         ({"peer": "cifar_resnet8", "method": "mas"}, "MAS needs fitted heads, and two students have none"),
-        ({"peer": "cifar_resnet8", "model_ema": True}, "model_ema beside peer"),
+        ({"peer": "cifar_resnet8", "model_ema": True}, "model_ema=True: it averages one student"),
         ({"peer": "cifar_resnet8", "teacher_checkpoint": "a.safetensors"}, "there is no teacher"),
         ({"peer": "cifar_resnet8", "train_only": "classifier"}, "distillation trains the backbone"),
         ({"fitting_epochs": 0}, "fitting_epochs=0"),

@@ -40,7 +40,7 @@ def test_workers_do_not_hold_up_the_exit(large: Path) -> None:
     script = f"""
 import torch
 from mgd_timm.data.dataset import load_images
-from mgd_timm.recipe.recipe import Data
+from mgd_timm.recipe.data import Data
 source = load_images(Data(data_dir={str(large)!r}, img_size=32, workers=2), 0).train
 batches = source.batches(list(source.ids.split(1)), 0, torch.device("cpu"))
 print(len(next(batches).labels))

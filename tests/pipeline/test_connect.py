@@ -292,16 +292,16 @@ def test_a_good_teacher_of_two_classes_is_not_near_chance():
     ("options", "said"),
     [
         ({"teacher": ("a", "b"), "teacher_weights": (1.0,)}, "a positive number for each"),
-        ({"teacher": ("a",), "teacher_weights": (1.0,)}, "of several teachers, and there is one"),
+        ({"teacher": ("a",), "teacher_weights": (1.0,)}, "it is for several teachers, and there is one"),
         ({"teacher_classes": "none", "fit_teacher_head": "probe"}, "the fitted classifier would not be used"),
-        ({"teacher": ("a", "b"), "teacher_store": "s"}, "is of one teacher, and there are 2"),
+        ({"teacher": ("a", "b"), "teacher_store": "s"}, "it is for one teacher, and there are 2"),
         (
             {"teacher": ("a", "b", "c"), "teacher_classes": ("auto", "f")},
-            "2 for 3 teachers \\('a', 'b', 'c'\\): give --teacher-classes once for all",
+            "2 values for 3 teachers \\('a', 'b', 'c'\\): give --teacher-classes once for all",
         ),
         (
             {"teacher": ("a",), "teacher_classes": ("auto", "f")},
-            "2 for 1 teacher \\('a'\\): give --teacher-classes once for all, or once for each",
+            "2 values for 1 teacher \\('a'\\): give --teacher-classes once for all, or once for each",
         ),
         (
             {"teacher": ("a", "b"), "teacher_classes": ("auto", "none"), "fit_teacher_head": "probe"},

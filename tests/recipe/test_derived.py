@@ -29,8 +29,8 @@ def test_a_recipe_fixes_the_global_batch(options, processes, steps, expected):
 def test_a_global_batch_that_steps_contradict_or_processes_share_out_to_less_than_two_is_refused():
     recipe = make_recipe(batch_size=32, global_batch_size=100, grad_accum_steps=3)
     message = (
-        "grad_accum_steps=3 contradicts global_batch_size=100: 32 images on 2 processes in 3 steps are 192, and 100 "
-        "take 2 steps"
+        "grad_accum_steps=3 contradicts global_batch_size=100: 32 images x 2 processes x 3 micro-batches = 192, "
+        "expected 2 micro-batches"
     )
     with pytest.raises(ValueError, match=message):
         with_global_batch(recipe, 2)
