@@ -1,13 +1,11 @@
 """AB: activation boundaries (Heo et al. 2019)."""
 
-from typing import ClassVar, Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.criteria.fitnet import HintAdapter
 from mgd_timm.features import Batch, Features, Pair
 
@@ -49,10 +47,10 @@ class AB(Criterion):
         ValueError: A network has no maps, the numbers of maps differ, or the margin is out of range.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
-    preact: ClassVar[bool] = True
-    fits: ClassVar[Literal["teacher", "student"] | None] = "student"
+    weight = 1.0
+    needs = frozenset({"maps"})
+    preact = True
+    fits = "student"
 
     def __init__(self, pair: Pair, *, margin: float = 1.0) -> None:
         super().__init__(pair)

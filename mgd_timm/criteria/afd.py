@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import check_positions
-from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -71,8 +70,8 @@ class AFD(Criterion):
         ValueError: A network has no maps, two maps have only one position in common, or dim is below 1.
     """
 
-    weight: ClassVar[float] = 200.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 200.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, dim: int = 128) -> None:
         super().__init__(pair)

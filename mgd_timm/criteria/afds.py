@@ -1,14 +1,12 @@
 """AFDS: attentive feature distillation (Wang et al. 2020)."""
 
-from typing import ClassVar
-
 import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -73,8 +71,8 @@ class AFDS(Criterion):
             `hidden` leaves no channel.
     """
 
-    weight: ClassVar[float] = 500.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 500.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, hidden: float = 1.0) -> None:
         super().__init__(pair)

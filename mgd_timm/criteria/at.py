@@ -1,7 +1,5 @@
 """AT: attention transfer (Zagoruyko and Komodakis 2017)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -9,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -48,8 +46,8 @@ class AT(Criterion):
         ValueError: A network has no maps, the numbers of maps differ, or a pair has only one position in common.
     """
 
-    weight: ClassVar[float] = 1000.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 1000.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)

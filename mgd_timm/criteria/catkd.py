@@ -1,13 +1,11 @@
 """CAT-KD: class attention transfer (Guo et al. 2023)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
@@ -55,8 +53,8 @@ class CATKD(Criterion):
             normalised maps would have one position.
     """
 
-    weight: ClassVar[float] = 15.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"cams"})
+    weight = 15.0
+    needs = frozenset({"cams"})
 
     def __init__(self, pair: Pair, *, resolution: int = 2, normalise: bool = False) -> None:
         super().__init__(pair)

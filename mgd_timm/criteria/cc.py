@@ -1,12 +1,10 @@
 """CC: correlation congruence (Peng et al. 2019)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -39,9 +37,9 @@ class CC(Criterion):
         ValueError: dim is below 1.
     """
 
-    weight: ClassVar[float] = 0.02
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
-    relational: ClassVar[bool] = True
+    weight = 0.02
+    needs = frozenset({"embedding"})
+    relational = True
 
     def __init__(self, pair: Pair, *, dim: int = 128) -> None:
         super().__init__(pair)

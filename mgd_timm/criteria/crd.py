@@ -1,14 +1,14 @@
 """CRD: contrastive representation distillation (Tian, Krishnan and Isola 2020)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -115,9 +115,9 @@ class CRD(Criterion):
             there is a queue with positives="relax".
     """
 
-    weight: ClassVar[float] = 0.8
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
-    synchronised: ClassVar[tuple[str, ...]] = (
+    weight = 0.8
+    needs = frozenset({"embedding"})
+    synchronised = (
         *("student_bank", "teacher_bank", "partition"),
         *("labels", "order", "starts", "counts", "queue_labels", "head"),
     )

@@ -1,12 +1,10 @@
 """CE: cross-entropy with the labels, the loss of the task."""
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -26,8 +24,8 @@ class CrossEntropy(Criterion):
         ValueError: smoothing is outside [0, 1).
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    weight = 1.0
+    needs = frozenset()
 
     def __init__(self, pair: Pair, *, smoothing: float = 0.0) -> None:
         super().__init__(pair)

@@ -1,12 +1,10 @@
 """DIST: distillation from a stronger teacher (Huang et al. 2022)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32
 from mgd_timm.criteria.dkd import check_parts
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
@@ -76,9 +74,9 @@ class DIST(Criterion):
             classes.
     """
 
-    weight: ClassVar[float] = 2.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
-    relational: ClassVar[bool] = True
+    weight = 2.0
+    needs = frozenset({"logits"})
+    relational = True
 
     def __init__(self, pair: Pair, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(pair)

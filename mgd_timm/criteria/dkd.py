@@ -1,12 +1,10 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, kl_divergence
+from mgd_timm.criteria.base import Criterion, at_least_float32, kl_divergence
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
@@ -86,8 +84,8 @@ class DKD(Criterion):
             classes.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    weight = 1.0
+    needs = frozenset({"logits"})
 
     def __init__(self, pair: Pair, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__(pair)

@@ -1,11 +1,9 @@
 """DML: deep mutual learning (Zhang et al. 2018)."""
 
-from typing import ClassVar
-
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, kl_divergence
+from mgd_timm.criteria.base import Criterion, kl_divergence
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.features import Batch, Features, Pair
 
@@ -29,9 +27,9 @@ class DML(Criterion):
         ValueError: The networks have different numbers of classes.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
-    peers: ClassVar[bool] = True
+    weight = 1.0
+    needs = frozenset({"logits"})
+    peers = True
 
     def __init__(self, pair: Pair, *, element_mean: bool = False) -> None:
         super().__init__(pair)

@@ -1,13 +1,11 @@
 """FitNet: hints from a middle layer (Romero et al. 2015)."""
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -77,8 +75,8 @@ class FitNet(Criterion):
         ValueError: The numbers of maps differ, or there is no map of that index.
     """
 
-    weight: ClassVar[float] = 100.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 100.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, hint: int | None = None, relu: bool = True) -> None:
         super().__init__(pair)

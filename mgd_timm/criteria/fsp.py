@@ -1,14 +1,13 @@
 """FSP: flow of the solution procedure (Yim et al. 2017)."""
 
 from itertools import pairwise
-from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -45,9 +44,9 @@ class FSP(Criterion):
         ValueError: There are fewer than 2 maps, or the numbers of maps differ.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
-    fits: ClassVar[Literal["teacher", "student"] | None] = "student"
+    weight = 1.0
+    needs = frozenset({"maps"})
+    fits = "student"
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)

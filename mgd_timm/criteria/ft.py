@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import check_positions, damp_gradient, pool_larger
 from mgd_timm.criteria.at import attention
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -88,9 +87,9 @@ class FT(Criterion):
         ValueError: A network has no maps, the deepest maps have only one position in common, or k leaves no channel.
     """
 
-    weight: ClassVar[float] = 200.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
-    fits: ClassVar[Literal["teacher", "student"] | None] = "teacher"
+    weight = 200.0
+    needs = frozenset({"maps"})
+    fits = "teacher"
 
     def __init__(self, pair: Pair, *, k: float = 0.5) -> None:
         super().__init__(pair)

@@ -1,11 +1,11 @@
 """KD: soft targets (Hinton et al. 2015), with a choice of the direction of the divergence."""
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, kl_divergence
+from mgd_timm.criteria.base import Criterion, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -73,8 +73,8 @@ class KD(Criterion):
             is unknown.
     """
 
-    weight: ClassVar[float] = 0.8
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    weight = 0.8
+    needs = frozenset({"logits"})
 
     def __init__(self, pair: Pair, *, temperature: float = 4.0, divergence: Divergence = "forward") -> None:
         super().__init__(pair)

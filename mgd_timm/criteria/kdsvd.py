@@ -1,13 +1,13 @@
 """KDSVD: distillation of singular vectors (Lee, Kim and Song 2018)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import ChannelAdapter, paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -103,8 +103,8 @@ class KDSVD(Criterion):
             positions allow.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 1.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, vectors: int = 1) -> None:
         super().__init__(pair)

@@ -1,13 +1,13 @@
 """Masked generative distillation (Yang et al. 2022), also called MGD, but not the MGD of this package."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.criteria.ft import last_maps
 from mgd_timm.features import Batch, Features, Pair
 
@@ -52,8 +52,8 @@ class MaskedGenerative(Criterion):
         ValueError: A network has no maps, or ratio or mask is out of range.
     """
 
-    weight: ClassVar[float] = 7e-5
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 7e-5
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, ratio: float = 0.15, mask: Masked = "channels") -> None:
         super().__init__(pair)

@@ -1,14 +1,12 @@
 """NST: neuron selectivity transfer (Huang and Wang 2017)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from mgd_timm.criteria.adapters import check_positions, paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -79,8 +77,8 @@ class NST(Criterion):
         ValueError: A network has no maps, the numbers of maps differ, or a pair has only one position in common.
     """
 
-    weight: ClassVar[float] = 50.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 50.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)

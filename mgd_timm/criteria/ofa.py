@@ -1,7 +1,5 @@
 """OFA-KD: one-for-all distillation between architectures (Hao et al. 2023)."""
 
-from typing import ClassVar
-
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -9,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import MapShape, damp_gradient
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.criteria.dkd import target_classes
 from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.criteria.standardisation import standardise
@@ -120,9 +118,9 @@ class OFA(Criterion):
         ValueError: The networks have different numbers of classes, the student has no maps, or a value is out of range.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
-    student_needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 1.0
+    needs = frozenset({"logits"})
+    student_needs = frozenset({"maps"})
 
     def __init__(
         self, pair: Pair, *, eps: float | tuple[float, ...] = 1.0, temperature: float = 1.0, branch_weight: float = 1.0

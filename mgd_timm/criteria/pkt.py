@@ -1,12 +1,10 @@
 """PKT: probabilistic knowledge transfer (Passalis and Tefas 2018)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features
 
 EPS = 1e-7  # of the authors' code
@@ -49,9 +47,9 @@ class PKT(Criterion):
         pair: Shapes of both networks, with embeddings of any width.
     """
 
-    weight: ClassVar[float] = 30000.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
-    relational: ClassVar[bool] = True
+    weight = 30000.0
+    needs = frozenset({"embedding"})
+    relational = True
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss, at least float32."""

@@ -1,14 +1,12 @@
 """ReviewKD: knowledge review (Chen et al. 2021)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import damp_gradient, paired_maps
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -97,8 +95,8 @@ class ReviewKD(Criterion):
         ValueError: A network has no maps, the numbers of maps differ, or width is below 1.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps", "embedding"})
+    weight = 1.0
+    needs = frozenset({"maps", "embedding"})
 
     def __init__(self, pair: Pair, *, width: int = 512) -> None:
         super().__init__(pair)

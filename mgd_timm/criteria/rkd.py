@@ -1,13 +1,11 @@
 """RKD: relational knowledge distillation (Park et al. 2019)."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 SMALLEST_SQUARE = 1e-12  # of a distance, as in RepDistiller
@@ -75,9 +73,9 @@ class RKD(Criterion):
         ValueError: A weight is negative or not finite, or both are 0.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
-    relational: ClassVar[bool] = True
+    weight = 1.0
+    needs = frozenset({"embedding"})
+    relational = True
 
     def __init__(self, pair: Pair, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__(pair)

@@ -1,12 +1,10 @@
 """SP: similarity-preserving distillation (Tung and Mori 2019)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -51,9 +49,9 @@ class SP(Criterion):
         ValueError: A network has no maps.
     """
 
-    weight: ClassVar[float] = 3000.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
-    relational: ClassVar[bool] = True
+    weight = 3000.0
+    needs = frozenset({"maps"})
+    relational = True
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)

@@ -1,13 +1,12 @@
 """SRRL: softmax regression representation learning (Yang et al. 2021)."""
 
 import copy
-from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.criteria.dkd import check_parts
 from mgd_timm.features import Batch, Features, Pair
 
@@ -52,8 +51,8 @@ class SRRL(Criterion):
         ValueError: The teacher has no such classifier or is a peer, or a weight is out of range.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding"})
+    weight = 1.0
+    needs = frozenset({"embedding"})
 
     def __init__(self, pair: Pair, *, alpha: float = 1.0, beta: float = 1.0, relu: bool = True) -> None:
         super().__init__(pair)

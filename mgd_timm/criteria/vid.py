@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import paired_maps, pool_larger
-from mgd_timm.criteria.base import Criterion, Need, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
 SMALLEST = 1e-5  # lower bound of the variance of a channel
@@ -69,8 +68,8 @@ class VID(Criterion):
         ValueError: A network has no maps, the numbers of maps differ, or the variance is out of range.
     """
 
-    weight: ClassVar[float] = 1.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"maps"})
+    weight = 1.0
+    needs = frozenset({"maps"})
 
     def __init__(self, pair: Pair, *, variance: float = 5.0) -> None:
         super().__init__(pair)

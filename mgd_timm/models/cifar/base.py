@@ -1,14 +1,16 @@
 """Base class of the cifar_* networks: timm's methods around a stem, stages whose outputs are the maps, and a linear
 classifier."""
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
+from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
 
@@ -16,8 +18,8 @@ def _check_side(x: Tensor, smallest: int, name: str) -> Tensor:
     height, width = x.shape[-2:]
     if height < smallest or width < smallest:
         raise ValueError(
-            f"{name} cannot take images of {height}x{width} pixels: each of its strides must have something to halve, "
-            f"so the smallest side is {smallest} (--img-size {smallest}); cifar_* networks are made for 32x32."
+            f"{name} cannot take images of {height}x{width} pixels: its strides halve them, so the smallest side "
+            f"is {smallest} (--img-size {smallest}); cifar_* networks are made for 32x32."
         )
     return x
 
@@ -81,16 +83,12 @@ class CifarNet(nn.Module):
         self, num_classes: int = 100, in_chans: int = 3, global_pool: Literal["avg", ""] = "avg", drop_rate: float = 0.0
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.global_pool, self.drop_rate = (
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-        )
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.global_pool, self.drop_rate = global_pool, drop_rate
         self.grad_checkpointing = False
 
     def _complete(self, channels: Sequence[int], reductions: Sequence[int], width: int = 0) -> None:
-        """Describe the maps and add the classifier; `width` is the embedding's where a tail changes it."""
+        """Set feature_info and add the classifier; `width` is the embedding's where a tail changes it."""
         self.feature_info = [
             {"num_chs": number, "reduction": reduction, "module": module}
             for number, reduction, module in zip(channels, reductions, self.map_modules, strict=True)
@@ -258,24 +256,41 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     )
 
 
-def default_cfg(pool: int, first_conv: str = "conv1", classifier: str = "fc") -> dict[str, Any]:
-    """Return timm's configuration: CIFAR-100's mean and std, and `pool`, the side of the last map of a 32x32 image."""
-    return {
+def register(
+    kind: type[CifarNet], variants: Mapping[str, Mapping[str, Any]], *, pool: int, first_conv: str = "conv1"
+) -> None:
+    """Register networks in timm, each as a function in the module of its class.
+
+    Args:
+        kind: The class.
+        variants: Its arguments, by name of the network.
+        pool: Side of the last map of a 32x32 image.
+        first_conv: Name of the first convolution.
+    """
+    cfg = {
         "num_classes": 100,
         "input_size": (3, 32, 32),
         "pool_size": (pool, pool),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "fixed_input_size": False,
-        "mean": (0.5071, 0.4867, 0.4408),
+        "mean": (0.5071, 0.4867, 0.4408),  # CIFAR-100's, and so is std
         "std": (0.2675, 0.2565, 0.2761),
         "first_conv": first_conv,
-        "classifier": classifier,
+        "classifier": kind.classifier_name,
     }
+    module = vars(sys.modules[kind.__module__])
+    module["default_cfgs"] = generate_default_cfgs(dict.fromkeys(variants, cfg))  # register_model reads it
+    for name, options in variants.items():
+        module[name] = register_model(_entry_point(kind, name, options))
 
 
-def create(kind: type[CifarNet], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build a network with timm's builder."""
+def _entry_point(kind: type[CifarNet], name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
     # timm's own out_indices may reach past feature_info.
     feature_cfg = {"out_indices": tuple(range(len(kind.map_modules))), **kind.feature_cfg}
-    return build_model_with_cfg(kind, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(kind, name, pretrained, feature_cfg=feature_cfg, **options, **kwargs)
+
+    build.__name__, build.__module__ = name, kind.__module__
+    return build

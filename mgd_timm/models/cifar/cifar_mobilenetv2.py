@@ -5,13 +5,11 @@ classifier at any width, as in RepDistiller, whose checkpoints have the same key
 (`classifier.0` there).
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import CifarNet, conv_bn, create, default_cfg
+from mgd_timm.models.cifar.base import CifarNet, conv_bn, register
 
 __all__ = ["CifarMobileNetV2"]
 
@@ -47,10 +45,7 @@ class CifarMobileNetV2(CifarNet):
     Args:
         width: Factor of the paper's channels.
         expansion: Factor t of the channels inside a block; 1 in the first group.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     classifier_name = "classifier"
@@ -59,18 +54,10 @@ class CifarMobileNetV2(CifarNet):
     tail = ("conv2",)
     feature_cfg = {"flatten_sequential": True}
 
-    def __init__(
-        self,
-        width: float = 0.5,
-        expansion: int = 6,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+    def __init__(self, width: float = 0.5, expansion: int = 6, **options: Any) -> None:
+        super().__init__(**options)
         stem = channels = int(32 * width)
-        self.conv1 = nn.Sequential(*conv_bn(in_chans, channels, 3, 2), nn.ReLU(inplace=True))
+        self.conv1 = nn.Sequential(*conv_bn(self.in_chans, channels, 3, 2), nn.ReLU(inplace=True))
         groups: list[nn.Sequential] = []
         widths: list[int] = []
         for index, (full, count, stride) in enumerate(_GROUPS):
@@ -107,12 +94,4 @@ class CifarMobileNetV2(CifarNet):
         return self.conv2(x)
 
 
-default_cfgs = generate_default_cfgs(
-    {"cifar_mobilenetv2": default_cfg(2, first_conv="conv1.0", classifier="classifier")}
-)
-
-
-@register_model
-def cifar_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MobileNetV2 of half width, expansion 6."""
-    return create(CifarMobileNetV2, "cifar_mobilenetv2", pretrained, **kwargs)
+register(CifarMobileNetV2, {"cifar_mobilenetv2": {}}, pool=2, first_conv="conv1.0")

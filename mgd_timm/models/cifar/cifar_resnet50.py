@@ -4,13 +4,11 @@ Differs: the paper has a strided 7x7 stem and pooling; here a 3x3 one, as in Rep
 same keys except the classifier's (`linear` there).
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import Block, CifarNet, conv_bn, create, default_cfg
+from mgd_timm.models.cifar.base import Block, CifarNet, conv_bn, register
 
 __all__ = ["CifarResNet50"]
 
@@ -33,7 +31,6 @@ class Bottleneck(Block):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward_preact(self, x: Tensor) -> Tensor:
-        """The sum before the last ReLU."""
         out = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
         out = self.bn3(self.conv3(out))
         if self.shortcut is not None:
@@ -47,25 +44,15 @@ class CifarResNet50(CifarNet):
 
     Args:
         depths: Bottlenecks of the four stages.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     stages = (("layer1",), ("layer2",), ("layer3",), ("layer4",))
     map_modules = ("act1", "layer1", "layer2", "layer3", "layer4")
 
-    def __init__(
-        self,
-        depths: tuple[int, int, int, int] = (3, 4, 6, 3),
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        self.conv1, self.bn1 = conv_bn(in_chans, 64, 3)
+    def __init__(self, depths: tuple[int, int, int, int] = (3, 4, 6, 3), **options: Any) -> None:
+        super().__init__(**options)
+        self.conv1, self.bn1 = conv_bn(self.in_chans, 64, 3)
         self.act1 = nn.ReLU(inplace=True)
         channels = 64
         for index, depth in enumerate(depths, start=1):
@@ -77,10 +64,4 @@ class CifarResNet50(CifarNet):
         self._init_convs()
 
 
-default_cfgs = generate_default_cfgs({"cifar_resnet50": default_cfg(4)})
-
-
-@register_model
-def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-50, 256-512-1024-2048 channels."""
-    return create(CifarResNet50, "cifar_resnet50", pretrained, **kwargs)
+register(CifarResNet50, {"cifar_resnet50": {}}, pool=4)

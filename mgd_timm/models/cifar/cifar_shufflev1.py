@@ -4,15 +4,13 @@ Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and a ReLU after t
 RepDistiller, whose checkpoints have the same keys except the classifier's (`linear` there).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import Block, CifarNet, conv_bn, create, default_cfg, shuffle_channels
+from mgd_timm.models.cifar.base import Block, CifarNet, conv_bn, register, shuffle_channels
 
 __all__ = ["CifarShuffleV1"]
 
@@ -38,7 +36,6 @@ class Unit(Block):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward_preact(self, x: Tensor) -> Tensor:
-        """Sum or concatenation before the last ReLU."""
         out = shuffle_channels(self.act1(self.bn1(self.conv1(x))), self.groups)
         out = self.bn3(self.conv3(self.act2(self.bn2(self.conv2(out)))))
         return out + x if self.stride == 1 else torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1)
@@ -51,10 +48,7 @@ class CifarShuffleV1(CifarNet):
         widths: Channels of the three stages.
         depths: Units of the three stages.
         groups: Groups of the 1x1 convolutions.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     def __init__(
@@ -62,13 +56,10 @@ class CifarShuffleV1(CifarNet):
         widths: tuple[int, int, int] = (240, 480, 960),
         depths: tuple[int, int, int] = (4, 8, 4),
         groups: int = 3,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        self.conv1, self.bn1 = conv_bn(in_chans, _STEM, 1)
+        super().__init__(**options)
+        self.conv1, self.bn1 = conv_bn(self.in_chans, _STEM, 1)
         self.act1 = nn.ReLU(inplace=True)
         before = _STEM
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
@@ -78,10 +69,4 @@ class CifarShuffleV1(CifarNet):
         self._complete((_STEM, *widths), (1, 2, 4, 8))
 
 
-default_cfgs = generate_default_cfgs({"cifar_shufflev1": default_cfg(4)})
-
-
-@register_model
-def cifar_shufflev1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNet with three groups, 240-480-960 channels."""
-    return create(CifarShuffleV1, "cifar_shufflev1", pretrained, **kwargs)
+register(CifarShuffleV1, {"cifar_shufflev1": {}}, pool=4)

@@ -4,14 +4,12 @@ Differs: a 1x1 stem instead of a strided 3x3 one and pooling, and the channels a
 RepDistiller, whose checkpoints have the same keys except the classifier's (`linear` there).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import CifarNet, conv_bn, create, default_cfg, shuffle_channels
+from mgd_timm.models.cifar.base import CifarNet, conv_bn, register, shuffle_channels
 
 __all__ = ["CifarShuffleV2"]
 
@@ -77,10 +75,7 @@ class CifarShuffleV2(CifarNet):
         widths: Channels of the three stages.
         depths: Units of the three stages, the one of stride 2 included.
         width: Channels before the classifier.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     tail = ("conv2", "bn2", "act2")
@@ -90,13 +85,10 @@ class CifarShuffleV2(CifarNet):
         widths: tuple[int, int, int] = (116, 232, 464),
         depths: tuple[int, int, int] = (4, 8, 4),
         width: int = 1024,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        self.conv1, self.bn1 = conv_bn(in_chans, _STEM, 1)
+        super().__init__(**options)
+        self.conv1, self.bn1 = conv_bn(self.in_chans, _STEM, 1)
         self.act1 = nn.ReLU(inplace=True)
         before = _STEM
         for index, (channels, depth) in enumerate(zip(widths, depths, strict=True), start=1):
@@ -111,10 +103,4 @@ class CifarShuffleV2(CifarNet):
         return self.act2(self.bn2(self.conv2(x)))
 
 
-default_cfgs = generate_default_cfgs({"cifar_shufflev2": default_cfg(4)})
-
-
-@register_model
-def cifar_shufflev2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNet V2 of full width, 116-232-464 channels."""
-    return create(CifarShuffleV2, "cifar_shufflev2", pretrained, **kwargs)
+register(CifarShuffleV2, {"cifar_shufflev2": {}}, pool=4)

@@ -4,15 +4,13 @@ Differs: the paper's classifier of three layers is a single one on the average o
 whose checkpoints have the same keys.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import CifarNet, activate, create, default_cfg
+from mgd_timm.models.cifar.base import CifarNet, activate, register
 
 __all__ = ["CifarVGG"]
 
@@ -41,37 +39,27 @@ class CifarVGG(CifarNet):
 
     Args:
         depths: Convolutions of each of the five blocks.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     classifier_name = "classifier"
     stages = tuple((f"pool{index}", f"block{index}", f"act{index}") for index in range(1, 5))
     map_modules = ("act0", "act1", "act2", "act3", "act4")
 
-    def __init__(
-        self,
-        depths: tuple[int, int, int, int, int],
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+    def __init__(self, depths: tuple[int, int, int, int, int], **options: Any) -> None:
+        super().__init__(**options)
         self.depths = depths
+        before = self.in_chans
         for index, (width, depth) in enumerate(zip(_WIDTHS, depths, strict=True)):
             if index:
                 self.add_module(f"pool{index}", PoolOf64() if index == 4 else nn.MaxPool2d(2, 2))
             layers: list[nn.Module] = []
             for _ in range(depth):
-                layers += [nn.Conv2d(in_chans, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-                in_chans = width
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                before = width
             self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
-            self.add_module(
-                f"act{index}", layers[-1]
-            )  # outside the block, so that its output before the ReLU can be a map
+            # Outside the block, so that its output before the ReLU can be a map.
+            self.add_module(f"act{index}", layers[-1])
         self._complete(_WIDTHS, (1, 2, 4, 8, 8))
         self._init_convs()
 
@@ -95,39 +83,15 @@ class CifarVGG(CifarNet):
         return activate(act, self._run([pool, block], x), preact)
 
 
-default_cfgs = generate_default_cfgs(
+register(
+    CifarVGG,
     {
-        f"cifar_vgg{depth}": default_cfg(4, first_conv="block0.0", classifier="classifier")
-        for depth in (8, 11, 13, 16, 19)
-    }
+        "cifar_vgg8": {"depths": (1, 1, 1, 1, 1)},
+        "cifar_vgg11": {"depths": (1, 1, 2, 2, 2)},
+        "cifar_vgg13": {"depths": (2, 2, 2, 2, 2)},
+        "cifar_vgg16": {"depths": (2, 2, 3, 3, 3)},
+        "cifar_vgg19": {"depths": (2, 2, 4, 4, 4)},
+    },
+    pool=4,
+    first_conv="block0.0",
 )
-
-
-@register_model
-def cifar_vgg8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-8 with BatchNorm: one convolution a block, and the classifier as in all of these."""
-    return create(CifarVGG, "cifar_vgg8", pretrained, depths=(1, 1, 1, 1, 1), **kwargs)
-
-
-@register_model
-def cifar_vgg11(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-11 with BatchNorm: 1-1-2-2-2 convolutions."""
-    return create(CifarVGG, "cifar_vgg11", pretrained, depths=(1, 1, 2, 2, 2), **kwargs)
-
-
-@register_model
-def cifar_vgg13(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-13 with BatchNorm: 2-2-2-2-2 convolutions."""
-    return create(CifarVGG, "cifar_vgg13", pretrained, depths=(2, 2, 2, 2, 2), **kwargs)
-
-
-@register_model
-def cifar_vgg16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-16 with BatchNorm: 2-2-3-3-3 convolutions."""
-    return create(CifarVGG, "cifar_vgg16", pretrained, depths=(2, 2, 3, 3, 3), **kwargs)
-
-
-@register_model
-def cifar_vgg19(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-19 with BatchNorm: 2-2-4-4-4 convolutions."""
-    return create(CifarVGG, "cifar_vgg19", pretrained, depths=(2, 2, 4, 4, 4), **kwargs)

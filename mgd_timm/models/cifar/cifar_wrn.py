@@ -5,13 +5,11 @@ Differs: the paper has dropout within blocks and a width of 10; here there is no
 RepDistiller, whose checkpoints have the same keys.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from timm.models import register_model
-from timm.models._registry import generate_default_cfgs
 from torch import Tensor, nn
 
-from mgd_timm.models.cifar.base import CifarNet, activate, create, default_cfg
+from mgd_timm.models.cifar.base import CifarNet, activate, register
 
 __all__ = ["CifarWRN"]
 
@@ -62,31 +60,20 @@ class CifarWRN(CifarNet):
     Args:
         depth: 6n + 4 layers.
         width: k; the groups have 16k, 32k and 64k channels.
-        num_classes: 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: "avg", or "" for an unpooled head without a classifier.
-        drop_rate: Dropout before the classifier, in [0, 1).
+        **options: num_classes, in_chans, global_pool and drop_rate, as for CifarNet.
     """
 
     stages = (("block1",), ("block2",), ("block3",))
     map_modules = ("conv1", "block1", "block2", "block3")
     tail = ("bn1", "act1")
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: Literal["avg", ""] = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+    def __init__(self, depth: int, width: int, **options: Any) -> None:
+        super().__init__(**options)
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"depth={depth}: expected 6n + 4 with n of 1 or more (10, 16, 22, ...).")
         channels = (16, 16 * width, 32 * width, 64 * width)
         blocks = (depth - 4) // 6
-        self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(self.in_chans, channels[0], 3, padding=1, bias=False)
         self.block1 = Group(channels[0], channels[1], blocks, stride=1)
         self.block2 = Group(channels[1], channels[2], blocks, stride=2)
         self.block3 = Group(channels[2], channels[3], blocks, stride=2)
@@ -131,30 +118,8 @@ class CifarWRN(CifarNet):
         return self.act1(self.bn1(x))
 
 
-default_cfgs = generate_default_cfgs(
-    {f"cifar_wrn_{depth}_{width}": default_cfg(8) for depth in (16, 40) for width in (1, 2)}
+register(
+    CifarWRN,
+    {f"cifar_wrn_{depth}_{width}": {"depth": depth, "width": width} for depth in (16, 40) for width in (1, 2)},
+    pool=8,
 )
-
-
-@register_model
-def cifar_wrn_16_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WRN-16-1, 16-32-64 channels."""
-    return create(CifarWRN, "cifar_wrn_16_1", pretrained, depth=16, width=1, **kwargs)
-
-
-@register_model
-def cifar_wrn_16_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WRN-16-2, 32-64-128 channels."""
-    return create(CifarWRN, "cifar_wrn_16_2", pretrained, depth=16, width=2, **kwargs)
-
-
-@register_model
-def cifar_wrn_40_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WRN-40-1, 16-32-64 channels."""
-    return create(CifarWRN, "cifar_wrn_40_1", pretrained, depth=40, width=1, **kwargs)
-
-
-@register_model
-def cifar_wrn_40_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WRN-40-2, 32-64-128 channels."""
-    return create(CifarWRN, "cifar_wrn_40_2", pretrained, depth=40, width=2, **kwargs)
