@@ -26,14 +26,14 @@ class Teacher(nn.Module):
     Args:
         tap: The teacher's features.
         heads: Fitted heads with decoders; None for no codes and no views.
-        view: The input adapter, applied to the student's normalised images first, for another mean, std or size; see
-            models.input_adapter.InputAdapter.
-        digest: sha256 of the weights, which identifies what is cached of this teacher; by default computed. Give that
-            of the original weights where the tap's are folded.
-        logits: Return logits. Without them, as for classes that are not the data's, their width is 0.
+        view: The input adapter, which gives the student's normalised images the teacher's mean, std and size (see
+            models.input_adapter.InputAdapter); None for no change.
+        digest: sha256 of the weights, by which this teacher's caches are found; None computes it. Pass that of the
+            original weights if the tap's are folded.
+        logits: Return logits. False if the classes are not the data's: their width is then 0.
 
     Raises:
-        ValueError: The heads are for another embedding width.
+        ValueError: The heads do not fit the width of the embedding.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Teacher(nn.Module):
         self.eval()
 
     # "Teacher", not Self, which beartype refuses in a class that it does not decorate as a whole.
-    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 - whatever it is
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
         """Stay in eval mode: no dropout, and BatchNorm statistics never change."""
         return super().train(False)
 
     def with_heads(self, heads: GranularityHeads) -> "Teacher":
-        """Return the same teacher with fitted heads, on its present device."""
+        """Return the same teacher with fitted heads, on its device."""
         device = next(self.tap.parameters()).device
         copied = Teacher(self.tap, heads, view=self.input_adapter, digest=self.digest, logits=self.shows_logits)
         return copied.to(device)
@@ -93,19 +93,17 @@ class Teacher(nn.Module):
 
 
 def is_full(batch: Batch, micro_batch_size: int) -> bool:
-    """Return whether a batch is a full micro-batch; those of an update that is dealt unevenly are one sample smaller.
+    """Return whether a batch is a full micro-batch, or one sample smaller, as when an update is split unevenly.
 
-    Another size, as that of an epoch's last batch, is not worth compiling for.
+    Other sizes, such as that of an epoch's last batch, are not worth compiling for.
     """
     return micro_batch_size - len(batch.labels) in (0, 1)
 
 
 def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
-    """Copy a frozen teacher and shard it over all processes. Each of them must call it equally often from then on.
+    """Copy a frozen teacher, which is moved to the CPU, and shard the copy over all processes.
 
-    Args:
-        teacher: Moved to the CPU.
-        accelerator: Of several processes.
+    All processes must call the copy equally often.
     """
     names = [f"tap.{name}" for name in fsdp_units(teacher.tap)]
     sharded = copy.deepcopy(teacher.to("cpu"))
@@ -114,7 +112,7 @@ def shard_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
 
 
 class LiveTeachers:
-    """Computes teachers' features of a batch for `fit`, where stored outputs would read them.
+    """Compute teachers' features of a batch for `fit`; stored outputs would read them instead.
 
     Args:
         teachers: One or several, with or without heads.
@@ -139,7 +137,7 @@ def _compute_features(teachers: Sequence[Callable[..., Features]], batch: Batch)
 
 
 class Distiller(nn.Module):
-    """Student, its encoders and the criteria's adapters in one module, whose forward computes the losses.
+    """One module of the student, its encoders and the criteria's adapters; its forward computes the losses.
 
     Args:
         student: The student's features.
@@ -156,7 +154,7 @@ class Distiller(nn.Module):
         """Return weighted losses by name, and the student's logits.
 
         Raises:
-            ValueError: No teacher is given, and the objective reads one.
+            ValueError: `teacher` is None, and the objective reads its features.
         """
         student: Features = self.student(batch.images)
         if teacher is None:
@@ -164,26 +162,26 @@ class Distiller(nn.Module):
                 raise ValueError(
                     f"the objective reads the teacher's {', '.join(sorted(self.objective.needs))}: pass its features."
                 )
-            teacher = student  # no term reads it
+            teacher = student  # not read
         return self.objective(student, teacher, batch), student.logits
 
 
 class MutualLearning(nn.Module):
-    """Two students that teach each other, in one module: the teacher of each objective is the other student, detached.
+    """One module of two students that teach each other: the teacher of each is the other student, detached.
 
-    Under MAG each also learns the other's codes, which the encoders of both compute (MGD-DML).
+    Under MAG each also learns the other's codes, computed by the encoders of both (MGD-DML).
 
     Reference: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning" (arXiv 1706.00384); with codes: the MGD authors'
     code.
 
     Differs: both are updated at once from one forward pass of each (the paper: one after the other, each time after new
-    forward passes; the MGD authors: one after the other from one pass, which with one rule for both is the same).
+    forward passes; the MGD authors: one after the other from one pass, which is the same if both have the same rule).
     Divergences of codes are means over the batch, as in MAG; the MGD authors' also divide by the codes' width. Constant
     codes of both encoders minimise their divergence, and no other term prevents them: measure the gain of the codes, do
     not assume it.
 
     Args:
-        student, peer: Features of both.
+        student, peer: The students' features.
         objective: The student's objective, or a MAG around it.
         peer_objective: The peer's, with parameters of its own.
     """
@@ -198,7 +196,7 @@ class MutualLearning(nn.Module):
     def forward(
         self,
         batch: Batch,
-        teacher: Features | None = None,  # noqa: ARG002 - there is none
+        teacher: Features | None = None,  # noqa: ARG002
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
         """Return weighted losses by name, the peer's as peer_NAME, and the student's logits."""
         student = _add_codes(self.student(batch.images), self.objective)

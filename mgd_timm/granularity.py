@@ -43,7 +43,7 @@ class GranularityHeads(nn.Module):
         granularities: Levels of detail, with distinct names.
 
     Raises:
-        ValueError: No granularity, or two with the same name.
+        ValueError: There is no granularity, or two have the same name.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tenso
     """Return the mean of the teacher's logits and the heads' views, before any softmax.
 
     Args:
-        logits: [batch, classes], or [batch, 0] for a teacher without logits: the mean is then of the views alone.
+        logits: [batch, classes], or [batch, 0] for a teacher without logits, which leaves the mean of the views.
         views: By granularity, each [batch, classes].
     """
     scores = [logits, *views.values()] if logits.shape[1] else list(views.values())
@@ -83,7 +83,7 @@ def stable_excitation(logits: Float[Tensor, "b _"], views: dict[str, Float[Tenso
 
 
 class HeadFitting(nn.Module):
-    """Fits all heads at once on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
+    """Fit all heads at once on a frozen teacher's embedding: per head CE(view, y) + T^2 KL(teacher logits || view).
 
     With a teacher without logits (a self-supervised one, or one of other classes) the loss is CE(view, y) alone.
 
@@ -104,7 +104,7 @@ class HeadFitting(nn.Module):
         self.heads = heads
 
     def forward(self, batch: Batch, teacher: Features) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
-        """Return a loss per granularity, and the stable excitation. `batch.images` is not read."""
+        """Return a loss per granularity, and the stable excitation. `batch.images` is not used."""
         views = self.heads.decode(self.heads.encode(teacher.embedding))
         dtype = next(iter(views.values())).dtype
         labels = batch.labels.to(dtype) if batch.labels.is_floating_point() else batch.labels
@@ -115,7 +115,7 @@ class HeadFitting(nn.Module):
         return terms, stable_excitation(teacher.logits, views)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each head, whose gradients are clipped apart so that no head depends on another."""
+        """Return the parameters of each head: gradients are clipped per head, so that no head depends on another."""
         heads = self.heads
         parts = [(heads.encoders[g.name], heads.decoders[g.name]) for g in heads.granularities]
         return [[*encoder.parameters(), *decoder.parameters()] for encoder, decoder in parts]
@@ -124,8 +124,8 @@ class HeadFitting(nn.Module):
 class MAG(nn.Module):
     """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).
 
-    It is called like an Objective, and wraps any of them. The student gets encoders of its own width, which are not
-    exported, and no decoders: these would never get a gradient.
+    It is called like an Objective. The student gets encoders of its own width, which are not exported, and no decoders:
+    these would never get a gradient.
 
     Args:
         pair: Shapes of both networks, with any two embedding widths.
@@ -133,7 +133,7 @@ class MAG(nn.Module):
         granularities: Those of the teacher's heads. Those of weight 0 are left out.
 
     Raises:
-        ValueError: No granularity has a weight, or one has the name of a term.
+        ValueError: All granularities have weight 0, or one has the name of a term.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class MAG(nn.Module):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Parts of the teacher's features that are read."""
+        """Parts of the teacher's features that the terms use."""
         return (self.objective.needs if self.objective is not None else frozenset()) | {"embedding"}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
@@ -162,7 +162,7 @@ class MAG(nn.Module):
         return {**terms, **self.code_terms(student, teacher)}
 
     def code_terms(self, student: Features, teacher: Features) -> dict[str, Float[Tensor, ""]]:
-        """Return one weighted term per granularity; the student's codes are computed where its features have none.
+        """Return one weighted term per granularity. The student's codes are computed if its features have none.
 
         Raises:
             ValueError: As for `forward`.
@@ -174,17 +174,15 @@ class MAG(nn.Module):
                 widths = {name: code.shape[1] for name, code in teacher.codes.items()}
                 found = f"codes of {widths}" if widths else "no codes"
                 raise ValueError(
-                    f"granularity {g.name!r} of {g.dim} dims: the teacher has {found}. Give "
-                    "Teacher(tap, heads) heads of the same granularities."
+                    f"granularity {g.name!r} of {g.dim} dims: the teacher has {found}. Use Teacher(tap, heads) with "
+                    "heads of the same granularities."
                 )
             terms[g.name] = g.weight * kl_divergence(codes[g.name], teacher.codes[g.name], g.temperature)
         return terms
 
 
 class MAS(MAG):
-    """Stable excitation distillation: MAG with the stable excitation as the teacher's logits.
-
-    The stable excitation is the mean of the teacher's logits and the heads' views.
+    """Stable excitation distillation: MAG with the stable excitation (`stable_excitation`) as the teacher's logits.
 
     Args:
         pair, objective, granularities: As for MAG; the objective needs a weighted term that reads the teacher's logits.
@@ -199,9 +197,8 @@ class MAS(MAG):
         super().__init__(pair, objective, granularities)
         if "logits" not in objective.needs:
             raise ValueError(
-                "MAS changes the target of logit distillation, and no term with a weight reads the teacher's logits "
-                f"(weights: {objective.weights}): without one MAS is MAG. Give kd a weight (kd_weight=1) or choose "
-                "method='mag'."
+                "MAS replaces the teacher's logits, and no term with a weight reads the teacher's logits "
+                f"(weights: {objective.weights}): without one MAS is MAG. Use --kd-weight 1 or --method mag."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
@@ -219,5 +216,5 @@ class MAS(MAG):
             ValueError: The teacher has no views.
         """
         if not teacher.views:
-            raise ValueError("MAS needs the teacher's views: give Teacher(tap, heads) heads with decoders.")
+            raise ValueError("MAS needs the teacher's views: use Teacher(tap, heads) with heads with decoders.")
         return teacher._replace(logits=stable_excitation(teacher.logits, teacher.views))

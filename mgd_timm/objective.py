@@ -1,4 +1,4 @@
-"""The objective of a run: criteria from parsed terms, MAG or MAS around them, and several teachers of one student.
+"""Build the objective of a run: criteria from parsed terms, MAG or MAS around them, and several teachers.
 
 Several teachers give one target, the mean of their probabilities, or the sum of the losses of each.
 
@@ -22,10 +22,9 @@ from mgd_timm.recipe.granularity import Granularity
 
 
 def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Sequence[float]) -> Float[Tensor, "b k"]:
-    """Logits whose softmax is the weighted mean of each one's softmax: log sum_i w_i softmax(z_i), with weights that
-    add up to 1.
+    """Return logits whose softmax is the weighted mean of the given softmaxes: log sum_i w_i softmax(z_i) / sum_i w_i.
 
-    At a temperature T the target is softmax(these / T): the mean is of probabilities at T = 1.
+    The mean is of probabilities at temperature 1: at T the target is the softmax of the result divided by T.
     """
     scores = torch.stack([at_least_float32(one).log_softmax(1) for one in logits])
     shares = torch.tensor(weights, dtype=scores.dtype, device=scores.device)
@@ -33,30 +32,27 @@ def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Seque
 
 
 class SeveralTeachers(nn.Module):
-    """Shaped like an Objective, but that it reads a tuple of teachers' features.
+    """An objective of a student with several teachers, called with a tuple of their features.
 
-    "sum": each teacher has an objective of its own, with its own adapters and encoders; the terms of teacher i are
-    named NAME_i (from 1) and multiplied by its weight. "mean": the first objective reads logits alone, and is given
-    those of the mean of probabilities (under MAS: of each teacher's stable excitation); the codes are each teacher's
-    own all the same.
+    "sum": each teacher has an objective with its own adapters and encoders; the terms of teacher i (from 1) are named
+    NAME_i and multiplied by its weight. "mean": one objective reads only logits, those of the mean of the teachers'
+    probabilities (under MAS: of their stable excitations); the codes are each teacher's own.
 
     Args:
-        parts: The first whole; of the others, for "sum" without the task, for "mean" without an objective: codes alone.
-            None of what reads nothing of its teacher.
-        weights: Of each teacher.
-        mean: Take the mean of probabilities.
+        parts: Per teacher. The first is a full objective. For "sum" the others have no task term; for "mean" they have
+            only codes (a MAG without an objective). None if nothing of a teacher is read.
+        weights: One per teacher.
+        mean: "mean" instead of "sum".
     """
 
     def __init__(self, parts: Sequence[Objective | MAG | None], weights: Sequence[float], *, mean: bool) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict(
-            {str(number): part for number, part in enumerate(parts, start=1) if part is not None}
-        )
+        self.parts = nn.ModuleDict({str(i): part for i, part in enumerate(parts, start=1) if part is not None})
         self.shares, self.mean = tuple(weights), mean
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The parts of the teachers' features that are read."""
+        """Parts of the teachers' features that the terms use."""
         return frozenset[Need]().union(
             *(part.needs for part in self.parts.values() if isinstance(part, Objective | MAG))
         )
@@ -64,57 +60,53 @@ class SeveralTeachers(nn.Module):
     def forward(
         self, student: Features, teacher: Features | tuple[Features, ...], batch: Batch
     ) -> dict[str, Float[Tensor, ""]]:
-        """Weighted scalars by name."""
-        shown = (teacher,) * len(self.shares) if isinstance(teacher, Features) else teacher
-        return self._mean(student, shown, batch) if self.mean else self._sum(student, shown, batch)
+        """Return the weighted losses by name."""
+        teachers = (teacher,) * len(self.shares) if isinstance(teacher, Features) else teacher
+        return self._mean(student, teachers, batch) if self.mean else self._sum(student, teachers, batch)
 
-    def _sum(self, student: Features, shown: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
+    def _sum(self, student: Features, teachers: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
         terms = {}
-        for number, (weight, one) in enumerate(zip(self.shares, shown, strict=True), start=1):
+        for number, (weight, one) in enumerate(zip(self.shares, teachers, strict=True), start=1):
             if str(number) not in self.parts:
                 continue
             for name, term in self.parts[str(number)](student, one, batch).items():
                 terms["task" if name == "task" else f"{name}_{number}"] = term if name == "task" else weight * term
         return terms
 
-    def _mean(self, student: Features, shown: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
+    def _mean(self, student: Features, teachers: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
         first = self.parts["1"]
         plain = first.objective if isinstance(first, MAG) else first
-        targets = [first.stable(one) if isinstance(first, MAS) else one for one in shown]
+        targets = [first.stable(one) if isinstance(first, MAS) else one for one in teachers]
         assert plain is not None
-        target = shown[0]
+        target = teachers[0]
         if "logits" in self.needs:
             target = target._replace(logits=mean_of_probabilities([one.logits for one in targets], self.shares))
         terms = dict(plain(student, target, batch))
-        whole = sum(self.shares)
-        for number, (weight, one) in enumerate(zip(self.shares, shown, strict=True), start=1):
+        total = sum(self.shares)
+        for number, (weight, one) in enumerate(zip(self.shares, teachers, strict=True), start=1):
             if str(number) in self.parts and isinstance(part := self.parts[str(number)], MAG):
                 codes = part.code_terms(student, one)
-                terms |= {f"{name}_{number}": weight / whole * term for name, term in codes.items()}
+                terms |= {f"{name}_{number}": weight / total * term for name, term in codes.items()}
         return terms
 
 
 def build_objective(
     terms: Terms, pair: Pair, method: str = "none", granularities: Sequence[Granularity] = (), *, task: bool = True
 ) -> Objective | MAG:
-    """The criteria of the terms, and MAG or MAS around them.
+    """Build the criteria of the terms, and MAG or MAS around them.
 
     Args:
-        terms: Which criteria, of which weight.
-        pair: Both networks.
-        method: "none", "mag" or "mas"; nothing is wrapped where there is no teacher.
-        granularities: Of MAG and MAS.
-        task: With the labels' loss; without it for a second teacher.
+        terms: Criteria with their weights.
+        pair: Shapes of both networks.
+        method: "none", "mag" or "mas"; ignored without a teacher.
+        granularities: Those of MAG and MAS.
+        task: Include the loss of the task; False for a second teacher.
 
     Raises:
-        ValueError: What criteria refuse about the pair, MAS without logit distillation among it.
+        ValueError: A criterion does not take the pair, or MAS has no term that reads logits.
     """
     criteria = {
-        name: (
-            term.weight,
-            build_criterion(term, pair, standardise_logits=terms.standardise_logits),
-            term.warmup,
-        )
+        name: (term.weight, build_criterion(term, pair, standardise_logits=terms.standardise_logits), term.warmup)
         for name, term in terms.in_run.items()
         if task or name != "task"
     }
@@ -133,23 +125,22 @@ def build_several(
     weights: Sequence[float] | None = None,
     mean: bool,
 ) -> SeveralTeachers:
-    """The objective of a student of several teachers, a Pair for each.
+    """Build the objective of a student with several teachers.
 
     Args:
-        terms: Which criteria, of which weight.
-        pairs: The student with each teacher.
+        terms: Criteria with their weights.
+        pairs: Shapes of the student and each teacher.
         method: "none", "mag" or "mas".
-        granularities: Of MAG and MAS.
-        weights: Of each teacher; by default equal ones that add up to 1.
-        mean: One target, the mean of the teachers' probabilities, instead of the sum of each one's losses.
+        granularities: Those of MAG and MAS.
+        weights: One per teacher; by default equal ones that add up to 1.
+        mean: Use the mean of the teachers' probabilities as one target, instead of the sum of the losses of each.
 
     Raises:
-        ValueError: What criteria refuse about a pair.
+        ValueError: A criterion does not take a pair.
     """
     weights = weights or (1 / len(pairs),) * len(pairs)
     first = build_objective(terms, pairs[0], method, granularities)
-    reads = any(name != "task" for name in terms.active)
-    if not mean and reads:
+    if not mean and any(name != "task" for name in terms.active):
         others = [build_objective(terms, pair, method, granularities, task=False) for pair in pairs[1:]]
         return SeveralTeachers([first, *others], weights, mean=False)
     codes = [MAG(pair, None, granularities) if method != "none" else None for pair in pairs[1:]]

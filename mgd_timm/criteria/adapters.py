@@ -1,4 +1,4 @@
-"""Pairing of two networks' maps, and adapters of their sizes and channels."""
+"""Pair the maps of two networks, and adapt their sizes and channels."""
 
 from collections.abc import Iterable
 
@@ -12,19 +12,43 @@ from mgd_timm.features import Pair
 MapShape = tuple[int, int, int]
 
 
-def paired_maps(method: str, pair: Pair) -> list[tuple[MapShape, MapShape]]:
-    """Return (channels, height, width) of student and teacher for each pair of maps.
+def tapped_maps(method: str, pair: Pair) -> tuple[tuple[MapShape, ...], tuple[MapShape, ...]]:
+    """Return (channels, height, width) of all maps of student and teacher, shallow to deep.
 
     Raises:
-        ValueError: A network has no maps, or the numbers of maps differ.
+        ValueError: A network has no maps.
     """
     student, teacher = pair.student.maps, pair.teacher.maps
-    if not teacher or len(student) != len(teacher):
-        both = min(len(student), len(teacher))
-        hint = f"maps='last' or maps='{both}'" if both > 1 else "maps='last' or a number"
+    if not student or not teacher:
         raise ValueError(
-            f"{method} pairs maps one to one: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-            f"{teacher}. Choose maps that both have: {hint}."
+            f"{method} needs maps of both networks: the student has {len(student)} {student}, the teacher "
+            f"{len(teacher)} {teacher}. Choose --maps stages or --maps last (in Python maps='last')."
+        )
+    return student, teacher
+
+
+def paired_maps(method: str, pair: Pair, *, fewest: int = 1) -> list[tuple[MapShape, MapShape]]:
+    """Return (channels, height, width) of student and teacher for each pair of maps.
+
+    Args:
+        method: Its name in messages.
+        pair: Shapes of both networks.
+        fewest: Smallest number of pairs.
+
+    Raises:
+        ValueError: A network has no maps, the numbers of maps differ, or there are fewer pairs.
+    """
+    student, teacher = tapped_maps(method, pair)
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{method} pairs maps one to one: the student has {len(student)} {student}, the teacher {len(teacher)} "
+            f"{teacher}. Choose maps that both have: --maps last or --maps {min(len(student), len(teacher))} (in "
+            "Python maps='last')."
+        )
+    if len(student) < fewest:
+        raise ValueError(
+            f"{method} compares neighbouring maps: {len(student)} map of each network is chosen, expected {fewest} or "
+            "more. Choose --maps stages or --maps 2 (in Python maps='stages')."
         )
     return list(zip(student, teacher, strict=True))
 
@@ -39,8 +63,8 @@ def check_positions(method: str, shapes: Iterable[tuple[MapShape, MapShape]]) ->
         if max(map(min, student[1:], teacher[1:])) == 1:
             raise ValueError(
                 f"{method} compares where maps are active: the student's {student} and the teacher's {teacher} have "
-                "one position in common, where all maps are equal. Use larger images (--img-size) or other maps "
-                "(--maps; in Python maps=)."
+                "one position after pooling to the smaller size, where all maps are equal. Use larger images "
+                "(--img-size) or other maps (--maps; in Python maps=)."
             )
 
 

@@ -5,21 +5,14 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import check_positions
-from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, at_least_float32, smallest_norm
+from mgd_timm.criteria.adapters import check_positions, tapped_maps
+from mgd_timm.criteria.at import energy, unit_energy
+from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
-
-
-def unit_energy(energy: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m n"]:
-    """Flatten energies over positions and divide them by their L2 norm.
-
-    The root mean square of a map counts as at least 0.001.
-    """
-    return F.normalize(energy.flatten(2), dim=2, eps=SMALLEST_RMS * smallest_norm(energy.shape[2] * energy.shape[3]))
 
 
 def attended_difference(
@@ -29,15 +22,14 @@ def attended_difference(
 ) -> Float[Tensor, ""]:
     """Return the mean squared difference of normalised energies at the teacher's size, weighted over student maps and
     summed over teacher maps."""
-    energies = [reduce(m.pow(2), "b c h w -> b 1 h w", "mean") for m in student]
+    energies = [energy(m) for m in student]
     pooled = {}
     for size in dict.fromkeys((m.shape[2], m.shape[3]) for m in teacher):
-        resized = torch.cat([F.adaptive_avg_pool2d(energy, size) for energy in energies], dim=1)
+        resized = torch.cat([F.adaptive_avg_pool2d(one, size) for one in energies], dim=1)
         pooled[size] = unit_energy(resized)
     parts = []
     for index, m in enumerate(teacher):
-        target = unit_energy(reduce(m.pow(2), "b c h w -> b 1 h w", "mean"))
-        differences = (pooled[m.shape[2], m.shape[3]] - target).pow(2).mean(2)
+        differences = (pooled[m.shape[2], m.shape[3]] - unit_energy(energy(m))).pow(2).mean(2)
         parts.append((attention[:, index] * differences).sum(1).mean())
     return torch.stack(parts).sum()
 
@@ -75,12 +67,7 @@ class AFD(Criterion):
 
     def __init__(self, pair: Pair, *, dim: int = 128) -> None:
         super().__init__(pair)
-        student, teacher = pair.student.maps, pair.teacher.maps
-        if not student or not teacher:
-            raise ValueError(
-                f"AFD compares all maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-                f"{teacher}. Tap some of each, such as maps='stages'."
-            )
+        student, teacher = tapped_maps("AFD", pair)
         check_positions("AFD", product(student, teacher))
         if dim < 1:
             raise ValueError(f"dim={dim}: expected 1 or more.")

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,13 +11,23 @@ from mgd_timm.criteria.base import SMALLEST_RMS, Criterion, at_least_float32, sm
 from mgd_timm.features import Batch, Features, Pair
 
 
-def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-    """Return where a map is active: the mean over channels of its squares, with unit L2 norm per sample.
+def energy(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Return the mean over channels of the squares."""
+    return reduce(maps.pow(2), "b c h w -> b 1 h w", "mean")
+
+
+def unit_energy(energies: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m n"]:
+    """Flatten energies over positions and divide them by their L2 norm.
 
     The root mean square of a map counts as at least 0.001.
     """
-    energy = rearrange(reduce(maps.pow(2), "b c h w -> b h w", "mean"), "b h w -> b (h w)")
-    return F.normalize(energy, dim=1, eps=SMALLEST_RMS * smallest_norm(energy.shape[1]))
+    smallest = SMALLEST_RMS * smallest_norm(energies.shape[2] * energies.shape[3])
+    return F.normalize(energies.flatten(2), dim=2, eps=smallest)
+
+
+def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 n"]:
+    """Return where a map is active: its energy with unit L2 norm per sample."""
+    return unit_energy(energy(maps))
 
 
 def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:

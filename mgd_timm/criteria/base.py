@@ -1,4 +1,4 @@
-"""Base class of criteria, their weighted sum, and the KL divergence that all of them use."""
+"""Base class of criteria, their weighted sum, and the functions that many of them use."""
 
 from typing import ClassVar, Literal
 
@@ -11,16 +11,13 @@ from mgd_timm.features import Batch, Features, Pair
 Need = Literal["logits", "embedding", "maps", "cams"]
 
 # Smallest divisors. The gradient of x / |x| is 1 / |x|: students whose classifier starts at zero, dead maps and equal
-# samples would give gradients of 1e5 and more. Ordinary inputs lie above and are divided by their own spread or norm.
+# samples would give gradients of 1e5 and more. Ordinary inputs have larger ones.
 SMALLEST_SPREAD = 0.1  # standard deviation of logits; below it, their softmax is uniform within about 10 %
 SMALLEST_RMS = 0.001  # root mean square of maps and embeddings; float16 does not resolve less beside values of about 1
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Convert half precision to float32; return float32 and float64 as they are.
-
-    T^2 would magnify the rounding of a half-precision softmax.
-    """
+    """Convert half precision to float32: T^2 would magnify the rounding of a half-precision softmax."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -52,6 +49,30 @@ def kl_divergence(
     return per_sample.mean() * temperature**2
 
 
+def check_one_label_space(method: str, pair: Pair) -> None:
+    """Raise ValueError unless student and teacher have the same number of classes, 2 or more."""
+    student, teacher = pair.student.num_classes, pair.teacher.num_classes
+    if student != teacher:
+        raise ValueError(
+            f"{method} needs the same classes: the student has {student} classes, the teacher {teacher}. Retrain the "
+            "teacher's classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
+        )
+    if student < 2:
+        raise ValueError(f"{method} compares classes, and the data has {student}: use data with 2 classes or more.")
+
+
+def check_parts(**weights: float) -> tuple[float, ...]:
+    """Return the weights of a criterion's parts.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or all are 0.
+    """
+    if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
+        words = ", ".join(f"{name}={weight}" for name, weight in weights.items())
+        raise ValueError(f"{words}: expected finite numbers, 0 or more, and not all 0.")
+    return tuple(weights.values())
+
+
 class Criterion(nn.Module):
     """One distillation method: a scalar loss from the features of student and teacher.
 
@@ -67,11 +88,11 @@ class Criterion(nn.Module):
         fits: What is pre-trained before the run, with `fit` as the granularity heads are: "teacher", modules of the
             criterion on the teacher's features (`fitting`); "student", the student's backbone with this criterion
             alone, which the run then does not use.
-        peers: It is made for two students that teach each other.
+        peers: It is for two students that teach each other.
         synchronised: Buffers that the criterion keeps identical on all processes, so that they are not broadcast.
         num_classes: Number of classes of the student.
         standardised: It gets standardised logits, and has to standardise the logits that it computes.
-        alone: Other processes do not take part in this step: do not use collectives.
+        alone: Only this process runs the step: do not use collectives.
     """
 
     weight: ClassVar[float]
@@ -94,13 +115,11 @@ class Criterion(nn.Module):
         self.num_classes = pair.student.num_classes
 
     def fitting(self) -> nn.Module | None:
-        """Return what `fits="teacher"` pre-trains: a module whose forward(batch, teacher) returns named losses and
-        logits."""
+        """Return the module to pre-train if `fits` is "teacher": forward(batch, teacher) returns losses and logits."""
         return None
 
     def reload_teacher_classifier(self) -> None:
-        """Copy the weights of the pair's teacher classifier anew, after they were fitted; a criterion without a copy of
-        them does nothing."""
+        """Update the criterion's copy of the teacher's classifier, if it has one, after the original was fitted."""
 
     def remark(self) -> str | None:
         """Return what the user should know before the run, such as the size of a memory bank."""
@@ -132,13 +151,13 @@ class Objective(nn.Module):
                 raise ValueError(f"warm-up of {name!r} is {rest[0]} epochs: expected a finite number, 0 or more.")
         self.weights = {name: float(weight) for name, (weight, *_) in terms.items()}
         self.warmups = {name: float(term[2]) for name, term in terms.items() if len(term) == 3 and term[2] and term[0]}
-        # Criteria of weight 0 are not used: their adapters would never get a gradient.
+        # Criteria of weight 0 are left out: their adapters would never get a gradient.
         try:
             self.criteria = nn.ModuleDict({name: term[1] for name, term in terms.items() if term[0]})
         except KeyError as error:
             raise ValueError(
-                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name is a key of an nn.ModuleDict: it has no "
-                "dot, and is none of that class's own attributes, such as 'keys'."
+                f"terms {', '.join(map(repr, terms))}: {error.args[0]}. A name must have no dot, and must "
+                "not be an attribute of nn.ModuleDict, such as 'keys'."
             ) from error
         if self.warmups:
             # A buffer, which a compiled step reads each time. Weights are full until set_progress is called.
@@ -152,11 +171,11 @@ class Objective(nn.Module):
         return terms
 
     def set_progress(self, epochs: float) -> None:
-        """Set the epochs of training done, which warm-ups depend on."""
+        """Set the number of epochs trained so far, which warm-ups depend on."""
         if self.warmups:
             self.progress.fill_(epochs)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Parts of the teacher's features that terms with a weight use."""
+        """Parts of the teacher's features that the terms use, without those of weight 0."""
         return frozenset[Need]().union(*(c.needs for c in self.criteria.values() if isinstance(c, Criterion)))

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
-from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -58,14 +57,13 @@ class CATKD(Criterion):
 
     def __init__(self, pair: Pair, *, resolution: int = 2, normalise: bool = False) -> None:
         super().__init__(pair)
-        lacking = [
-            name for name, shapes in (("student", pair.student), ("teacher", pair.teacher)) if shapes.cam is None
-        ]
+        cams = {"student": pair.student.cam, "teacher": pair.teacher.cam}
+        lacking = " and ".join(name for name, cam in cams.items() if cam is None)
         if pair.student.cam is None or pair.teacher.cam is None:
             raise ValueError(
-                f"CAT-KD compares class activation maps, and the {' and the '.join(lacking)} shows none: tap it with "
-                "FeatureTap(model, cam=True). That takes a network that averages its last map and then classifies: a "
-                "resnet, say."
+                f"CAT-KD needs class activation maps of both networks (missing: {lacking}): use "
+                "FeatureTap(model, cam=True), with a network that pools its last map and then classifies, such as a "
+                "resnet."
             )
         check_one_label_space("CAT-KD", pair)
         if resolution < 1:
@@ -75,9 +73,9 @@ class CATKD(Criterion):
         self.normalise = normalise
         if normalise and self.size == (1, 1):
             raise ValueError(
-                f"normalise=True: of the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions "
-                f"one is compared (resolution={resolution}), whose norm leaves its sign alone. Give larger images "
-                "(--img-size), a resolution of 2 or more, or normalise=False."
+                f"normalise=True: the student's {pair.student.cam} and the teacher's {pair.teacher.cam} positions are "
+                f"pooled to one position (resolution={resolution}), where only the sign of a normalised map is left. "
+                "Use larger images (--img-size), a resolution of 2 or more, or normalise=False."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

@@ -40,7 +40,7 @@ def contrast(
     return -(hit + missed.sum(1)).mean()
 
 
-def several() -> bool:
+def several_processes() -> bool:
     """Return whether there are several processes."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1
@@ -170,9 +170,7 @@ class CRD(Criterion):
         self.negatives = min(negatives, int(counts.sum() - counts.max()))
         if queue is not None:
             self.num_samples = queue
-            self.register_buffer(
-                "queue_labels", torch.full((queue,), -1)
-            )  # the random vectors at first are of no class
+            self.register_buffer("queue_labels", torch.full((queue,), -1))  # random vectors at first, of no class
             self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         else:
             self.num_samples = int(counts.sum())
@@ -243,9 +241,9 @@ class CRD(Criterion):
         if mask is None:
             means = torch.stack([s.mean() for s in scores])
         else:
-            kept = F.pad(mask, (1, 0), value=True)
-            means = torch.stack([torch.where(kept, s, 0).sum() for s in scores]) / kept.sum()
-        if several() and not self.alone:
+            valid = F.pad(mask, (1, 0), value=True)
+            means = torch.stack([torch.where(valid, s, 0).sum() for s in scores]) / valid.sum()
+        if several_processes() and not self.alone:
             # In each step, although Z is fixed after the first: whether it is set is the value of a tensor, which the
             # host must not wait for, and a separate flag would be wrong after the state is loaded or reset. It is two
             # numbers.
@@ -256,7 +254,7 @@ class CRD(Criterion):
     def _remember(self, one: Tensor, two: Tensor, sample_ids: Tensor, partition: Tensor) -> None:
         """Store a batch, that of all processes, in the memory."""
         self.partition.copy_(partition)
-        if several() and not self.alone:
+        if several_processes() and not self.alone:
             one, two, sample_ids = gathered(one, two, sample_ids)
             if self.queued:  # a process without samples in a step gets those of the first process
                 fresh = first_of_each(sample_ids)
@@ -279,7 +277,7 @@ class CRD(Criterion):
 
 
 def _labels(pair: Pair) -> Int[Tensor, " n"]:
-    """Return the classes of all training samples. Raise ValueError if there are fewer than two."""
+    """Return the classes of all training samples."""
     labels = pair.labels
     if labels is None or not pair.num_samples or len(labels) != pair.num_samples:
         given = "no labels" if labels is None else f"{len(labels)} labels"
@@ -291,6 +289,6 @@ def _labels(pair: Pair) -> Int[Tensor, " n"]:
     known = labels[labels >= 0].unique()
     if len(known) < 2:
         raise ValueError(
-            f"CRD needs negatives of other classes, but all samples are of {len(known)} class: use other data."
+            f"CRD needs negatives of other classes, but all samples are of {len(known)} class: use data with 2 or more."
         )
     return labels.long().clone()

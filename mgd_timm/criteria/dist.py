@@ -4,9 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32
-from mgd_timm.criteria.dkd import check_parts
-from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32, check_one_label_space, check_parts
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -85,8 +83,8 @@ class DIST(Criterion):
         self.temperature = check_temperature(temperature)
         if self.num_classes < 3 and not gamma:
             raise ValueError(
-                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so the inter-class term teaches "
-                "nothing; raise gamma."
+                "gamma=0 with 2 classes: the correlation of two numbers is 1 or -1, so the inter-class term has "
+                "no gradient: set gamma above 0."
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32, kl_divergence
-from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space, check_parts, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -42,15 +41,6 @@ def decoupled_divergence(
     )
     target_part = kl_divergence(binary_s, binary_t, 1.0) * temperature**2
     return alpha * target_part + beta * kl_divergence(others_s, others_t, temperature)
-
-
-def check_parts(**weights: float) -> tuple[float, ...]:
-    """Return the weights of a criterion's parts. Raise ValueError unless all are finite and 0 or more, and one is not
-    0."""
-    if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
-        words = ", ".join(f"{name}={weight}" for name, weight in weights.items())
-        raise ValueError(f"{words}: expected finite numbers, 0 or more, and not all 0.")
-    return tuple(weights.values())
 
 
 class DKD(Criterion):

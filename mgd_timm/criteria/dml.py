@@ -3,8 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, kl_divergence
-from mgd_timm.criteria.kd import check_one_label_space
+from mgd_timm.criteria.base import Criterion, check_one_label_space, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 
 

@@ -50,12 +50,7 @@ class FSP(Criterion):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        shapes = paired_maps("FSP", pair)
-        if len(shapes) < 2:
-            raise ValueError(
-                f"FSP compares how maps follow each other: {len(shapes)} map of each network is tapped, 2 or more are "
-                "needed. Choose maps='stages' or maps='2'."
-            )
+        shapes = paired_maps("FSP", pair, fewest=2)
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in shapes)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import check_positions, damp_gradient, pool_larger
+from mgd_timm.criteria.adapters import check_positions, damp_gradient, pool_larger, tapped_maps
 from mgd_timm.criteria.at import attention
 from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
@@ -73,10 +73,10 @@ class FT(Criterion):
     or less unless fitting_lr is given (RepDistiller: 0.01 for resnet and WRN students, otherwise the run's).
 
     Differs: same as RepDistiller: it compares q of the factors (the paper, from memory, and Knowledge-Distillation-Zoo:
-    whole factors of unit norm), and the paraphraser has no BatchNorm (an option there). Factors of different sizes are
-    pooled on both axes (there: square maps). If the student's maps hardly vary over batch and positions (root mean
-    square below 0.001), the translator's gradient is scaled down: its three BatchNorm layers would multiply it by up to
-    1e7. A factor with a root mean square below 0.001 is not scaled up to unit norm.
+    the factors themselves, of unit norm), and the paraphraser has no BatchNorm (an option there). Factors of different
+    sizes are pooled on both axes (there: square maps). If the student's maps hardly vary over batch and positions (root
+    mean square below 0.001), the translator's gradient is scaled down: its three BatchNorm layers would multiply it by
+    up to 1e7. A factor with a root mean square below 0.001 is not scaled up to unit norm.
 
     Args:
         pair: Shapes of both networks, each with 1 or more maps. The deepest ones are used, and have 2 or more positions
@@ -93,12 +93,11 @@ class FT(Criterion):
 
     def __init__(self, pair: Pair, *, k: float = 0.5) -> None:
         super().__init__(pair)
-        deepest = (student_channels, *_), (channels, *_) = last_maps("FT", pair)
-        check_positions("FT", [deepest])
+        student, teacher = tapped_maps("FT", pair)
+        check_positions("FT", [(student[-1], teacher[-1])])
+        student_channels, channels = student[-1][0], teacher[-1][0]
         if not 0 < k < float("inf") or int(channels * k) < 1:
-            raise ValueError(
-                f"k={k}: expected a finite number that leaves 1 channel or more of the teacher's {channels}."
-            )
+            raise ValueError(f"k={k}: expected a finite number with 1 channel or more of the teacher's {channels}.")
         factor = int(channels * k)
         self.paraphraser = Paraphraser(channels, factor)
         self.translator = layers((student_channels, student_channels, factor, factor), nn.Conv2d, norm=True)
@@ -118,18 +117,3 @@ class FT(Criterion):
         """Return the loss, at least float32."""
         factor = damp_gradient(self.translator(student.maps[-1]), student.maps[-1])
         return factor_transfer(factor, self.paraphraser.encoder(teacher.maps[-1]))
-
-
-def last_maps(method: str, pair: Pair) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return (channels, height, width) of the deepest maps of student and teacher.
-
-    Raises:
-        ValueError: A network has no maps.
-    """
-    student, teacher = pair.student.maps, pair.teacher.maps
-    if not student or not teacher:
-        raise ValueError(
-            f"{method} reads the deepest maps: the student shows {len(student)} {student}, the teacher {len(teacher)} "
-            f"{teacher}. Tap one of each: maps='last'."
-        )
-    return student[-1], teacher[-1]

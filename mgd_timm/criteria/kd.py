@@ -5,23 +5,11 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, kl_divergence
+from mgd_timm.criteria.base import Criterion, check_one_label_space, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
 Divergence = Literal["forward", "reverse", "balanced"]
-
-
-def check_one_label_space(method: str, pair: Pair) -> None:
-    """Raise ValueError unless student and teacher have the same number of classes, 2 or more."""
-    student, teacher = pair.student.num_classes, pair.teacher.num_classes
-    if student != teacher:
-        raise ValueError(
-            f"{method} needs the same classes: the student has {student} classes, the teacher {teacher}. Retrain the "
-            "teacher's classifier for these classes (mgd-timm train) or use a criterion that needs no logits."
-        )
-    if student < 2:
-        raise ValueError(f"{method} compares classes, and there is {student}: use data of 2 classes or more.")
 
 
 def soft_divergence(

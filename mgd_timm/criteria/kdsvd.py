@@ -108,15 +108,11 @@ class KDSVD(Criterion):
 
     def __init__(self, pair: Pair, *, vectors: int = 1) -> None:
         super().__init__(pair)
-        maps = paired_maps("KDSVD", pair)
-        if len(maps) < 2:
-            raise ValueError(
-                "KDSVD relates each map to the one before it: 1 is tapped, expected 2 or more, such as maps='3'."
-            )
+        maps = paired_maps("KDSVD", pair, fewest=2)
         rank = min(min(t[0], *(m[1] * m[2] for m in (s, t))) for s, t in maps)
         if not 1 <= vectors <= rank:
             raise ValueError(
-                f"vectors={vectors}: expected 1 to {rank}, the least of the channels and positions of {maps}."
+                f"vectors={vectors}: expected 1 to {rank}, the smallest number of channels or positions of {maps}."
             )
         self.vectors = vectors
         self.adapters = nn.ModuleList(ChannelAdapter(s[0], t[0]) for s, t in maps)

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import pool_larger
+from mgd_timm.criteria.adapters import pool_larger, tapped_maps
 from mgd_timm.criteria.base import Criterion, at_least_float32
-from mgd_timm.criteria.ft import last_maps
 from mgd_timm.features import Batch, Features, Pair
 
 Masked = Literal["channels", "positions"]
@@ -62,7 +61,7 @@ class MaskedGenerative(Criterion):
         if mask not in ("channels", "positions"):
             raise ValueError(f"mask={mask!r}: expected 'channels' or 'positions'.")
         self.ratio, self.mask = ratio, mask
-        (c_s, *_), (c_t, *_) = last_maps("MaskedGenerative", pair)
+        c_s, c_t = (maps[-1][0] for maps in tapped_maps("MaskedGenerative", pair))
         self.align = nn.Conv2d(c_s, c_t, 1) if c_s != c_t else nn.Identity()
         self.generation = nn.Sequential(nn.Conv2d(c_t, c_t, 3, padding=1), nn.ReLU(), nn.Conv2d(c_t, c_t, 3, padding=1))
 

@@ -7,9 +7,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import MapShape, damp_gradient
-from mgd_timm.criteria.base import Criterion, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space
 from mgd_timm.criteria.dkd import target_classes
-from mgd_timm.criteria.kd import check_one_label_space
 from mgd_timm.criteria.standardisation import standardise
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
@@ -130,12 +129,14 @@ class OFA(Criterion):
         maps, classes = pair.student.maps, pair.student.num_classes
         if not maps:
             raise ValueError(
-                "OFA-KD reads the student's maps, and none is tapped: choose some, maps='stages' or maps='last'."
+                "OFA-KD needs maps of the student, and there are none: choose --maps stages or --maps last (in Python "
+                "maps='stages')."
             )
         self.eps = (eps,) * (len(maps) + 1) if isinstance(eps, float | int) else tuple(eps)
         if len(self.eps) != len(maps) + 1 or not all(1 <= value < float("inf") for value in self.eps):
             raise ValueError(
-                f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} of them: one per map and the logits'."
+                f"eps={eps}: expected a number of 1 or more, or {len(maps) + 1} such numbers, one per map and one "
+                "for the logits."
             )
         if not 0 < branch_weight < float("inf"):
             raise ValueError(

@@ -11,8 +11,7 @@ from mgd_timm.features import Batch, Features, Pair
 
 
 def hierarchical_context(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the weighted mean of the squared differences of whole maps and of maps average-pooled to sides of 4, 2 and
-    1.
+    """Return the weighted mean of the maps' squared differences at full size and average-pooled to sides of 4, 2 and 1.
 
     The weights are 1, 1/2, 1/4, ... Sides that are not smaller than the map's are skipped.
     """
@@ -38,10 +37,8 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, width: int, teacher_channels: int, *, deepest: bool) -> None:
         super().__init__()
-        enter, leave = (
-            nn.Conv2d(channels, width, 1, bias=False),
-            nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False),
-        )
+        enter = nn.Conv2d(channels, width, 1, bias=False)
+        leave = nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False)
         for conv in (enter, leave):
             nn.init.kaiming_uniform_(conv.weight, a=1)
         self.enter = nn.Sequential(enter, nn.BatchNorm2d(width))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_parts, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 SMALLEST_SQUARE = 1e-12  # of a distance, as in RepDistiller
@@ -79,14 +79,9 @@ class RKD(Criterion):
 
     def __init__(self, pair: Pair, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__(pair)
-        for name, weight in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name}={weight}: expected a finite number, 0 or more.")
-        if not distance_weight + angle_weight:
-            raise ValueError(
-                "distance_weight=0 and angle_weight=0 leave nothing of RKD: set one above 0 (default: 25 and 50)."
-            )
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.distance_weight, self.angle_weight = check_parts(
+            distance_weight=distance_weight, angle_weight=angle_weight
+        )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss, at least float32."""

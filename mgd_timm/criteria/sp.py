@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgd_timm.criteria.adapters import tapped_maps
 from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
@@ -55,11 +56,7 @@ class SP(Criterion):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        if not pair.student.maps or not pair.teacher.maps:
-            raise ValueError(
-                f"SP reads the last map of each network: the student shows {len(pair.student.maps)}, the teacher "
-                f"{len(pair.teacher.maps)}. Tap them with maps='last' or a number."
-            )
+        tapped_maps("SP", pair)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss, at least float32."""

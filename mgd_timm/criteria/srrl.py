@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Criterion, at_least_float32
-from mgd_timm.criteria.dkd import check_parts
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_parts
 from mgd_timm.features import Batch, Features, Pair
 
 

@@ -14,7 +14,7 @@ def standardise(logits: Float[Tensor, "b k"], eps: float = 1e-7) -> Float[Tensor
     deviation below 0.1 counts as 0.1, which bounds the gradient.
 
     Args:
-        logits: Raw scores of 3 or more classes. For 2 classes the result only shows which logit is larger, and has no
+        logits: Raw scores of 3 or more classes. For 2 classes the result only tells which logit is larger, and has no
             gradient.
         eps: Added to the deviation.
 
@@ -63,26 +63,16 @@ class Standardised(Criterion):
         if criterion.num_classes < 3:
             raise ValueError(
                 f"{name} of {criterion.num_classes} classes, standardised, teaches nothing: two logits with mean 0 and "
-                "standard deviation 1 only show which one is larger. Use 3 classes or more, or do not standardise."
+                "standard deviation 1 only tell which one is larger. Use 3 classes or more, or do not standardise."
             )
-        for what in (
-            "weight",
-            "needs",
-            "student_needs",
-            "relational",
-            "preact",
-            "fits",
-            "peers",
-            "synchronised",
-            "num_classes",
-        ):
-            setattr(self, what, getattr(criterion, what))
+        for name in (*Criterion.__annotations__, "num_classes"):
+            setattr(self, name, getattr(criterion, name))
         self.standardised = criterion.standardised = True
         self.criterion = criterion
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the criterion's loss on features with standardised logits."""
-        student, teacher = (shown._replace(logits=standardise(shown.logits)) for shown in (student, teacher))
+        student, teacher = (f._replace(logits=standardise(f.logits)) for f in (student, teacher))
         return self.criterion(student, teacher, batch)
 
     def fitting(self) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""The words of --criterion and --criterion-options as Terms: which criteria, of which weight, with which options."""
+"""Parse --criterion and --criterion-options into Terms: which criteria, with which weights and options."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from mgd_timm.recipe.options import typed, unknown
 
 @dataclass(frozen=True)
 class Term:
-    """A criterion as a recipe asks for it.
+    """One term of the loss: a criterion with its weight and options.
 
     Args:
         criterion: Its name in CRITERIA.
-        weight: 0 leaves it out.
+        weight: 0 leaves the term out.
         warmup: Epochs over which the weight rises linearly from 0.
         options: Hyper-parameters of its constructor.
     """
@@ -41,11 +41,11 @@ class Terms:
     """The terms of a run's loss, parsed once.
 
     Args:
-        by_name: task, kd and the host methods, also those of weight 0.
+        by_name: task, kd and the other criteria, including those of weight 0.
         named: The criteria that --criterion names, in its order.
         standardise_logits: Standardise the logits of each criterion that reads them.
-        teaches: There is a teacher or a peer; without one, only the task's loss is computed.
-        peer: Two students teach each other, so that each one's features are read as a teacher's.
+        teaches: There is a teacher or a peer; without one, the task is the only loss.
+        peer: Two students teach each other: each is the other's teacher.
     """
 
     by_name: Mapping[str, Term]
@@ -61,15 +61,15 @@ class Terms:
 
     @property
     def in_run(self) -> dict[str, Term]:
-        """The active terms that are losses of the run itself: not those that fit the student before it."""
+        """The active terms without those that fit the student before the run."""
         return {name: term for name, term in self.active.items() if term.kind.fits != "student"}
 
     def criterion_names(self) -> list[str]:
-        """The criteria that are named and have a weight, in the order of the words."""
+        """Return the criteria that --criterion names and that have a weight, in its order."""
         return [name for name in self.named if self.by_name["task" if name == "ce" else name].weight]
 
     def needs(self, part: Need, *, student: bool = False) -> bool:
-        """True if a term of the run reads that part of the teacher's features, or of the student's."""
+        """Return whether a term of the run reads that part of the teacher's features, or of the student's."""
         if not self.teaches:
             return False
         both = student or self.peer
@@ -77,26 +77,25 @@ class Terms:
         return any(part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds)
 
     def fitted_first(self, what: Literal["teacher", "student"]) -> dict[str, Term]:
-        """The terms whose criterion fits something of the teacher, or the student, before the run."""
+        """Return the terms whose criterion is fitted before the run, on the teacher or with the student."""
         return {name: term for name, term in self.active.items() if self.teaches and term.kind.fits == what}
 
 
 def task_alone(smoothing: float = 0.0) -> Terms:
-    """The terms of training without a teacher: the labels' loss."""
-    options = {"smoothing": smoothing} if smoothing else {}
-    return Terms({"task": Term("ce", 1.0, options=options)}, teaches=False)
+    """Return the terms of training without a teacher: cross-entropy with the labels."""
+    return Terms({"task": Term("ce", 1.0, options={"smoothing": smoothing})}, teaches=False)
 
 
 @dataclass(frozen=True)
 class TermOptions:
-    """What decides the terms beside --criterion; each field is the recipe's option of that name.
+    """The options of a recipe, besides --criterion, that the terms depend on.
 
     Args:
-        epochs: Of the run, which a warm-up must not exceed.
-        method: "none", "mag" or "mas": under the last two a host method is accompanied by kd of weight 1.
-        peer: A second student stands in place of the teacher.
-        task_weight, kd_weight: None leaves them to the presets.
-        kd_temperature: Of kd.
+        epochs: Epochs of the run, which a warm-up must not exceed.
+        method: "none", "mag" or "mas": the last two add kd with weight 1 to other criteria.
+        peer: A second student replaces the teacher.
+        task_weight, kd_weight: Weights of ce and kd; None for the presets.
+        kd_temperature: Temperature of kd.
         smoothing: Label smoothing of the task's loss.
         standardise_logits: Standardise the logits of each criterion that reads them.
     """
@@ -112,18 +111,19 @@ class TermOptions:
 
 
 def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], options: TermOptions) -> Terms:
-    """Parse the words of --criterion, with the presets of the MGD authors' scripts.
+    """Parse --criterion and --criterion-options, with the default weights of the MGD authors' scripts.
 
-    kd alone: 0.2 task, 0.8 kd. Another host X: 1 task, X's weight, and kd 1 under mag and mas, none else. Two students
-    that teach each other (peer): no kd that is not asked for.
+    kd alone: task 0.2, kd 0.8. Any other criterion: task 1, its own weight, and under mag and mas kd 1. With a peer, kd
+    is used only if it is named.
 
     Args:
         criterion: NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, several in a word separated by commas.
         criterion_options: NAME.OPTION=VALUE.
-        options: What else decides the terms.
+        options: The other options that the terms depend on.
 
     Raises:
-        ValueError: An unknown criterion or option, a weight that is no number, or two different weights of one term.
+        ValueError: An unknown criterion or option, a weight that is not a number, two weights of one criterion, or
+            options without an effect.
     """
     given = _given_weights(criterion, options)
     hosts = [name for name in given if name not in ("ce", "kd")]
@@ -151,7 +151,7 @@ def _words(criterion: Sequence[str]) -> list[str]:
 
 
 def _given_weights(criterion: Sequence[str], options: TermOptions) -> dict[str, tuple[float | None, float]]:
-    """Weight (None where it is left open) and warm-up of each criterion that is named or has a weight option."""
+    """Return weight (None for the preset) and warm-up of each criterion that is named or has a weight option."""
     given: dict[str, tuple[float | None, float]] = {}
     for word in _words(criterion):
         name, weight, warmup = _word(word)
@@ -161,16 +161,15 @@ def _given_weights(criterion: Sequence[str], options: TermOptions) -> dict[str, 
                 "weight. Give a shorter warm-up or more --epochs."
             )
         if name in given and given[name] != (weight, warmup):
-            raise ValueError(f"two weights of {name} in criterion {list(criterion)}: give one.")
+            raise ValueError(f"two weights of {name} in --criterion {' '.join(criterion)}: give one.")
         given[name] = (weight, warmup)
-    for name, flag, value in (
-        ("ce", "--task-weight", options.task_weight),
-        ("kd", "--kd-weight", options.kd_weight),
-    ):
+    for name, flag, value in (("ce", "task", options.task_weight), ("kd", "kd", options.kd_weight)):
         if value is not None:
             weight, warmup = given.get(name, (None, 0.0))
             if weight not in (None, value):
-                raise ValueError(f"two weights of {name}: {weight} in --criterion and {flag} {value}: give one.")
+                raise ValueError(
+                    f"two weights of {name}: {weight} in --criterion and --{flag}-weight {value}: give one."
+                )
             given[name] = (value, warmup)
     return given
 
@@ -180,42 +179,49 @@ def _check_options_are_used(
 ) -> None:
     """Raise ValueError for an option of a criterion that is not named or has weight 0."""
     for flag, value, default, name in (
-        ("kd_temperature", options.kd_temperature, 4.0, "kd"),
-        ("smoothing", options.smoothing, 0.0, "task"),
+        ("--kd-temperature", options.kd_temperature, 4.0, "kd"),
+        ("--smoothing", options.smoothing, 0.0, "task"),
     ):
         term = terms.by_name[name]
         if value != default and not term.weight:
             raise ValueError(
-                f"{flag}={value} does nothing: {term.criterion} has weight 0. Give it one, or leave {flag} out."
+                f"{flag} {value} has no effect: the weight of {term.criterion} is 0. Give it one with "
+                f"--{name}-weight, or leave out {flag}."
             )
     for name in arguments:
         if name not in terms.named and name not in ("ce", "kd"):
-            raise ValueError(f"criterion options of {name}, which the criterion {criterion} does not name.")
+            raise ValueError(
+                f"criterion options of {name}, which --criterion {' '.join(criterion)} does not name: name it, or "
+                "leave out its options."
+            )
         if not terms.by_name["task" if name == "ce" else name].weight:
-            raise ValueError(f"criterion options of {name}, whose weight is 0: give it one, or leave them out.")
+            raise ValueError(
+                f"criterion options of {name}, whose weight is 0: give it a weight, or leave out its options."
+            )
 
 
 def _check_something_is_learnt(terms: Terms, criterion: list[str], options: TermOptions) -> None:
-    """Raise ValueError where every weight of the run is 0, or logits are standardised that no criterion reads."""
+    """Raise ValueError if all weights of the run are 0, or no criterion reads the logits to be standardised."""
     if not terms.in_run:
-        codes = "" if options.method == "none" else ", and the codes teach the classifier nothing"
-        raise ValueError(f"every weight is 0: {', '.join(terms.by_name)}{codes}. Give task_weight or a criterion one.")
+        codes = "" if options.method == "none" else " (the codes alone do not train the classifier)"
+        raise ValueError(
+            f"all weights are 0: {', '.join(terms.by_name)}{codes}. Set --task-weight or --criterion NAME:WEIGHT."
+        )
     if terms.standardise_logits and not any("logits" in term.kind.needs for term in terms.active.values()):
         raise ValueError(
-            f"standardise_logits: no criterion of {criterion} reads logits. Give kd a weight (kd_weight=1)."
+            f"--standardise-logits: no criterion of {criterion} reads logits. Give kd a weight with --kd-weight 1."
         )
 
 
 def _check_term(term: Term, *, peer: bool, plain: bool) -> None:
-    """Raise ValueError for a criterion that goes with a peer alone or with a teacher alone, or whose weight would do
-    nothing."""
+    """Raise ValueError for a criterion that needs a peer or a teacher and lacks it, or a weight without an effect."""
     kind, name = term.kind, term.criterion
     if not term.weight:
         return
     if kind.peers and not peer:
         raise ValueError(
-            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. From a frozen "
-            "teacher its divergence is --criterion kd --kd-temperature 1."
+            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. With a frozen "
+            "teacher, the same divergence is --criterion kd --kd-temperature 1."
         )
     if kind.fits is not None and peer:
         raise ValueError(
@@ -223,16 +229,14 @@ def _check_term(term: Term, *, peer: bool, plain: bool) -> None:
         )
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
-            f"{name} fits the student before the run, by its loss alone: a weight or warm-up would change nothing. "
-            f"Give {name} plain (its rate: --fitting-lr), or leave it out."
+            f"{name} fits the student before the run, with no other loss, so a weight or warm-up has no effect: use "
+            f"--criterion {name} (its learning rate is --fitting-lr)."
         )
 
 
-_FORM = "NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS"
-
-
 def _word(word: str) -> tuple[str, float | None, float]:
-    """Name, weight and warm-up of NAME[:WEIGHT[:WARMUP_EPOCHS]]."""
+    """Return name, weight (None if not given) and warm-up of a word of --criterion."""
+    form = "NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS"
     name, *numbers = word.split(":")
     if name not in CRITERIA:
         raise unknown("criterion", name, CRITERIA)
@@ -241,9 +245,9 @@ def _word(word: str) -> tuple[str, float | None, float]:
         try:
             values.append(float(text) if text else None)
         except ValueError:
-            raise ValueError(f"criterion {word!r}: expected {_FORM}, and {text!r} is no number.") from None
+            raise ValueError(f"criterion {word!r}: expected {form}, and {text!r} is not a number.") from None
     if len(values) > 2:
-        raise ValueError(f"criterion {word!r}: expected {_FORM}.")
+        raise ValueError(f"criterion {word!r}: expected {form}.")
     for value in values:
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"criterion {word!r}: expected finite numbers, 0 or more.")
@@ -252,7 +256,7 @@ def _word(word: str) -> tuple[str, float | None, float]:
 
 
 def _arguments(words: Sequence[str], options: TermOptions) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters by criterion from words such as crd.queue=65536, typed as their constructors have them."""
+    """Return hyper-parameters by criterion from words such as crd.queue=65536, with the types of the constructor."""
     found: dict[str, dict[str, Any]] = {}
     for word in words:
         place, _, text = word.partition("=")
@@ -262,37 +266,36 @@ def _arguments(words: Sequence[str], options: TermOptions) -> dict[str, dict[str
         if name not in CRITERIA:
             raise unknown("criterion", name, CRITERIA)
         known = hyper_parameters(CRITERIA[name])
+        if not known:
+            raise ValueError(f"criterion {name!r} has no options: leave out {word!r}.")
         if option not in known:
-            raise (
-                unknown(f"option of {name}", option, known)
-                if known
-                else ValueError(f"criterion {name!r} has no options.")
-            )
+            raise unknown(f"option of {name}", option, known)
         if option in found.setdefault(name, {}):
             raise ValueError(f"two values of {place}: give one.")
         found[name][option] = typed(place, _value(text, known[option].annotation), known[option].annotation)
-    for name, option, value, default in (
-        ("kd", "temperature", options.kd_temperature, 4.0),
-        ("ce", "smoothing", options.smoothing, 0.0),
+    for name, option, value, default, flag in (
+        ("kd", "temperature", options.kd_temperature, 4.0, "--kd-temperature"),
+        ("ce", "smoothing", options.smoothing, 0.0, "--smoothing"),
     ):
-        kept = found.setdefault(name, {}) if value != default else {}
-        if value != default and kept.setdefault(option, value) != value:
+        if value == default:
+            continue
+        given = found.setdefault(name, {}).setdefault(option, value)
+        if given != value:
             raise ValueError(
-                f"two values of {name}.{option}: {kept[option]} in criterion_options and {value} as an option of its "
-                "own."
+                f"two values of {name}.{option}: {given} in --criterion-options and {flag} {value}: give one."
             )
     return found
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """A number, none, true or false, or a list of numbers, as YAML has them; a word, where it is none of these."""
+    """Parse a number, none, true, false or a list of numbers as YAML does; otherwise return the text."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
         try:
-            value = None if value.lower() == "none" else float(value)  # YAML wants a dot in 1e-3
+            value = None if value.lower() == "none" else float(value)  # YAML reads 1e-3 as text
         except ValueError:
             return value
     if isinstance(value, float) and value.is_integer() and float not in (annotation, *get_args(annotation)):
@@ -301,16 +304,16 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def hyper_parameters(kind: type[Criterion]) -> dict[str, inspect.Parameter]:
-    """The keyword-only arguments of a criterion's constructor."""
+    """Return the keyword-only arguments of a criterion's constructor."""
     parameters = inspect.signature(kind.__init__).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def build_criterion(term: Term, pair: Pair, *, standardise_logits: bool = False) -> Criterion:
-    """One criterion, its logits standardised where that is asked for and it reads them.
+    """Build a criterion. It is wrapped in Standardised if `standardise_logits` and it reads logits.
 
     Raises:
-        ValueError: What the criterion refuses, with its name.
+        ValueError: The criterion does not take the pair or an option; the message names it.
     """
     try:
         criterion = term.kind(pair, **term.options)

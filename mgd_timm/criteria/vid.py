@@ -34,9 +34,8 @@ class Conditional(nn.Module):
         one, two, three = (nn.Conv2d(i, o, 1, bias=False) for i, o in pairwise(widths))
         self.mean = nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three)
         start = variance - SMALLEST
-        self.rho = nn.Parameter(
-            torch.full((teacher_channels,), start + math.log(-math.expm1(-start)))
-        )  # softplus(rho) is start
+        inverse_softplus = start + math.log(-math.expm1(-start))
+        self.rho = nn.Parameter(torch.full((teacher_channels,), inverse_softplus))
 
     def forward(self, student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
         """Return the negative log-likelihood of the teacher's map. The larger map is average-pooled to the smaller

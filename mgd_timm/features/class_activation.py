@@ -9,17 +9,17 @@ from mgd_timm.features.probe import Classify, Probe, apply_classifier, apply_con
 
 
 def class_activation_maps(model: nn.Module, classify: Classify, final: Any, embed_dim: int) -> Tensor | None:
-    """Apply the classifier at every position of what `forward_features` returns.
+    """Apply the classifier at every position of the last map.
 
     Args:
         model: A timm model.
         classify: Its function from the embedding to the logits.
-        final: What `forward_features` returned, channels first or last.
+        final: The output of `forward_features`, channels first or last.
         embed_dim: Width of the embedding.
 
     Returns:
-        Maps [batch, classes, height, width]; None where `final` is no map of the embedding's width, or there is more
-        than one classifier.
+        Maps [batch, classes, height, width]; None if `final` is not a map with the embedding's width, or there are
+        several classifiers.
     """
     if not isinstance(final, Tensor) or final.ndim != 4 or classify not in (apply_classifier, apply_conv_classifier):
         return None
@@ -33,14 +33,10 @@ def class_activation_maps(model: nn.Module, classify: Classify, final: Any, embe
 
 
 def check_class_activation_maps(model: nn.Module, name: str, probe: Probe) -> None:
-    """Check that the mean over positions of the class activation maps is the logits.
-
-    Raises:
-        ValueError: It is not, or the model has no classifier.
-    """
+    """Raise ValueError unless the class activation maps exist and their mean over positions is the logits."""
     if probe.logits is None:
         raise ValueError(
-            f"{name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network, or "
+            f"{name} has no classifier, so it has no class activation maps (CAT-KD). Choose another network or another "
             "criterion."
         )
     with eval_without_gradients(model):

@@ -1,4 +1,4 @@
-"""Batch, Features, Shapes and Pair: what passes between data, networks and criteria."""
+"""Batch, Features, Shapes and Pair: the data that loaders, networks and criteria exchange."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """What a loader yields: normalised images, labels (class ids, or a distribution over classes) and sample ids."""
+    """A batch of a loader: normalised images, labels (class ids, or distributions over classes) and sample ids."""
 
     images: Float[Tensor, "b c h w"]
     labels: Int[Tensor, " b"] | Float[Tensor, "b k"]
@@ -16,16 +16,16 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a network computes of a batch.
+    """The outputs of a network for a batch.
 
     Args:
-        logits: Without columns where the network has no classifier.
+        logits: [batch, classes]; [batch, 0] without a classifier.
         embedding: timm's pre-logits.
         maps: The chosen maps, shallow to deep.
-        codes: Of the granularity heads, by granularity; empty without heads.
+        codes: Codes of the granularity heads, by granularity; empty without heads.
         views: Logits of the granularity heads, by granularity; empty without heads.
         cam: Class activation maps: the classifier at every position of the last map. Their mean over positions is the
-            logits. None unless asked for.
+            logits. None unless requested.
     """
 
     logits: Float[Tensor, "b k"]
@@ -53,13 +53,13 @@ class Shapes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """All that a criterion may know when it is built.
+    """Shapes of a student and its teacher, from which criteria are built.
 
     Args:
         student, teacher: Sizes of their features.
-        num_samples: Of the training split.
-        labels: Class ids by sample id, -1 for samples held out of training.
-        teacher_classifier: The module that maps the teacher's embedding to its logits, where there is one.
+        num_samples: Number of samples of the training split.
+        labels: Class ids by sample id, -1 for samples that are not trained on.
+        teacher_classifier: The one module that maps the teacher's embedding to its logits; None if there is none.
     """
 
     student: Shapes
@@ -71,12 +71,12 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model expects its images, for what the recipe leaves open.
+    """How a model expects its images: the defaults of a recipe.
 
     Args:
         mean, std: Per channel, of pixels in [0, 1].
         img_size: Side in pixels.
-        interpolation, crop_pct: Of evaluation, as in timm.
+        interpolation, crop_pct: For evaluation, as in timm.
     """
 
     mean: tuple[float, ...] | None = None

@@ -1,10 +1,10 @@
-"""Choose which of a network's maps to use."""
+"""Choose maps of a network."""
 
 from collections.abc import Sequence
 
 
 def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
-    """Return the indices of the maps that a word stands for.
+    """Return the indices of the maps that a word such as "stages" selects.
 
     Args:
         sizes: (channels, height, width) of every map of the model, shallow to deep.
@@ -27,17 +27,17 @@ def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, 
         maps = str(min(4, count))
     if not maps.isdecimal() or not 1 <= int(maps) <= count:
         raise ValueError(
-            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, the number of maps "
-            "that the model has."
+            f"maps={maps!r}: expected 'stages', 'last', 'mid', 'all' or a number from 1 to {count}, the model's "
+            "number of maps."
         )
     return tuple((i + 1) * count // int(maps) - 1 for i in range(int(maps)))
 
 
 def resolve_indices(name: str, indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return indices as numbers from 0 to `count` - 1; negative ones count from the end.
+    """Return indices from 0 to `count` - 1; negative ones count from the end. `name` is the network's, for messages.
 
     Raises:
-        ValueError: Indices out of range, repeated, or not in ascending order. The message names the network `name`.
+        ValueError: Indices are out of range, repeated, or not in ascending order.
     """
     resolved = tuple(i + count if i < 0 else i for i in indices)
     if any(not 0 <= i < count for i in resolved) or list(resolved) != sorted(set(resolved)):

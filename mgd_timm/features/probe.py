@@ -1,4 +1,4 @@
-"""Find out with a probe image how a timm model turns its embedding into logits.
+"""Find with a probe image the function from a timm model's embedding to its logits.
 
 timm's contract gives the embedding, `forward_head(final, pre_logits=True)`, and the logits, `forward_head(final)`, but
 not the function from one to the other. FeatureTap needs it, so that both come from a single call of the head: with the
@@ -47,12 +47,12 @@ def average_classifiers(model: nn.Module, final: Any, embedding: Tensor) -> Tens
 
 
 def call_head_again(model: nn.Module, final: Any, embedding: Tensor) -> Tensor:  # noqa: ARG001
-    """Call the whole head a second time: the logits follow from more than the embedding and the classifier."""
+    """Call the head a second time: the logits depend on more than the embedding and the classifier."""
     return cast(Any, model).forward_head(final)
 
 
 def give_no_logits(model: nn.Module, final: Any, embedding: Tensor) -> Tensor:  # noqa: ARG001
-    """Return logits of no columns, of a model without a classifier."""
+    """Return logits without columns, for a model without a classifier."""
     return embedding.new_empty(embedding.shape[0], 0)
 
 
@@ -76,15 +76,15 @@ def average_positions(model: nn.Module, final: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a forward pass of the probe image showed.
+    """Results of a forward pass of the probe image.
 
     Args:
         num_classes: Width of the logits; 0 without a classifier.
         embed_dim: Width of the embedding.
         classify: The function from the embedding to the logits.
         map_sizes: (channels, height, width) of every map.
-        logits: Of the probe image; None without a classifier.
-        final: What `forward_features` returned.
+        logits: Logits of the probe image; None without a classifier.
+        final: The output of `forward_features`.
     """
 
     num_classes: int
@@ -102,9 +102,9 @@ def probe_model(
 
     Args:
         model: A timm model; unchanged afterwards.
-        name: Its name in messages.
+        name: Its name, for messages.
         input_size: (channels, height, width) of the probe image.
-        embed: Gives its embedding.
+        embed: The function from the output of `forward_features` to the embedding.
         map_options: Arguments of `forward_intermediates`.
 
     Raises:
@@ -126,12 +126,12 @@ def probe_model(
             ) from error
         if logits is not None and not _is_vector_per_image(logits):
             raise ValueError(
-                f"{name} returns {_describe(logits)}, not logits [batch, classes]: set global_pool to one that pools."
+                f"{name} returns {_describe(logits)}, not logits [batch, classes]: use a global_pool that pools."
             )
         if not _is_vector_per_image(embedding):
             raise ValueError(
                 f"{name} gives {_describe(embedding)} before its classifier, not an embedding [batch, dim]: "
-                "set global_pool to one that pools."
+                "use a global_pool that pools."
             )
         classify = give_no_logits if logits is None else _find_classify(model, name, logits, final)
     num_classes = 0 if logits is None else logits.shape[1]
@@ -158,7 +158,10 @@ def _find_classify(model: nn.Module, name: str, expected: Tensor, final: Any) ->
             if classify is call_head_again:
                 _check_head_can_be_called_twice(model, name, final)
             return classify
-    raise ValueError(f"{name}'s logits do not follow from forward_head: its model(x) does something else as well.")
+    raise ValueError(
+        f"{name}'s logits are not those of its forward_head: model(x) does something else as well, which "
+        "FeatureTap does not support. Choose another model."
+    )
 
 
 def _trace(classify: Classify, model: nn.Module, final: Any) -> tuple[Tensor, list[bool]]:
@@ -178,8 +181,7 @@ def _trace(classify: Classify, model: nn.Module, final: Any) -> tuple[Tensor, li
 
 
 def _check_head_can_be_called_twice(model: nn.Module, name: str, final: Any) -> None:
-    """Refuse a head with dropout (embedding and logits would see different masks) or BatchNorm (a batch would count
-    twice)."""
+    """Raise ValueError for a head with dropout (its masks would differ) or BatchNorm (a batch would count twice)."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     called: list[nn.Module] = []
     handles = [norm.register_forward_hook(lambda module, *_: called.append(module)) for norm in norms]
@@ -197,11 +199,11 @@ def _check_head_can_be_called_twice(model: nn.Module, name: str, final: Any) -> 
 
 @contextmanager
 def eval_without_gradients(model: nn.Module, *train_modules: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and disable gradients; afterwards every module's mode is as before.
+    """Put a model into eval mode and disable gradients; restore every module's mode at exit.
 
     Args:
         model: Any module.
-        train_modules: Modules of it to put into train mode, each without its children.
+        train_modules: Modules of the model to put into train mode, without their children.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -216,10 +218,7 @@ def eval_without_gradients(model: nn.Module, *train_modules: nn.Module) -> Itera
 
 
 def probe_image(model: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """Return a batch of two smooth images of (channels, height, width), with the device and type of the weights.
-
-    They are the same on every call, and draw no random numbers.
-    """
+    """Return a batch of two fixed smooth images of (channels, height, width), with the weights' device and dtype."""
     weight = next(model.parameters())
     count = 2 * size[0] * size[1] * size[2]
     ramp = torch.arange(count, device=weight.device, dtype=torch.float32)

@@ -31,21 +31,20 @@ from mgd_timm.features.probe import (
 class FeatureTap(nn.Module):
     """Logits, embedding (timm: pre-logits) and maps of a timm model, in one forward pass.
 
-    Without a classifier (num_classes=0) the logits have no columns. timm's encoders (*_enc) have no head at all: their
-    embedding is the mean over positions of what forward_features returns, as timm's own global_pool="avg" pools them.
+    Without a classifier (num_classes=0) the logits have no columns. timm's encoders (*_enc) have no head: their
+    embedding is the mean over positions of the output of forward_features, as with timm's global_pool="avg".
 
     Args:
-        model: Any timm model; in the tap it keeps its own `state_dict` under `model.`.
-        indices: Which of `forward_intermediates`' maps to return, in ascending order; None for none. Negative indices
-            count from the end. Or a word for them (`maps.choose_maps`), at `input_size`.
-        input_size: (channels, height, width) of the probe image; by default the model's own nominal input size.
-        preact: Return the maps as they were before their last activation, which only cifar_* networks can do.
+        model: Any timm model.
+        indices: Indices of the maps of `forward_intermediates` to return, in ascending order; negative ones count from
+            the end. Or a word that selects maps at `input_size` (`maps.choose_maps`). None for no maps.
+        input_size: (channels, height, width) of the probe image; by default the model's nominal input size.
+        preact: Return maps before their last activation; only cifar_* networks can.
         cam: Return class activation maps too.
 
     Raises:
-        ValueError: The model lacks timm's methods, gives an embedding that is not a vector per image, computes logits
-            in a way that the probe cannot reproduce, has no map of that index, no maps before an activation, or no
-            class activation maps.
+        ValueError: The model lacks timm's methods, its embedding is not one vector per image, its logits are computed
+            in an unsupported way, or it has no such map, no maps before their activation or no class activation maps.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class FeatureTap(nn.Module):
         return Shapes(self.num_classes, self.embed_dim, sizes, cam)
 
     def all_maps(self, image_size: int | tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
-        """Return (channels, height, width) of every map that the model has at an image size, whatever `indices` are."""
+        """Return (channels, height, width) of all maps of the model at an image size, not only those of `indices`."""
         size = (self.input_size[0], *_height_and_width(image_size))
         with eval_without_gradients(self.model):
             images = probe_image(self.model, size)
@@ -123,17 +122,17 @@ class FeatureTap(nn.Module):
         """Leave only the classifier trainable, and everything else in eval mode without gradients.
 
         Args:
-            adapt_batchnorm: Let the running statistics of the backbone's BatchNorm follow the images; its weights stay.
+            adapt_batchnorm: Update the running statistics of the backbone's BatchNorm; its weights stay.
 
         Raises:
-            ValueError: The classifier has no weights of its own, or there is no BatchNorm to adapt.
+            ValueError: The classifier has no weights, or there is no BatchNorm to adapt.
         """
         trained = {id(parameter) for part in self._classifiers() for parameter in part.parameters()}
         if not trained:
             raise ValueError(f"{self.name} has no classifier with weights of its own: it cannot be trained alone.")
         if adapt_batchnorm and not any(_is_batchnorm(module) for module in self.model.modules()):
             raise ValueError(
-                f"{self.name} has no BatchNorm whose statistics could follow the images: leave adapt_batchnorm out."
+                f"{self.name} has no BatchNorm whose statistics could be updated: leave adapt_batchnorm out."
             )
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -153,7 +152,7 @@ class FeatureTap(nn.Module):
 
     # "FeatureTap", not Self, which beartype refuses in a class that it does not decorate as a whole.
     def train(self, mode: bool = True) -> "FeatureTap":
-        """Set the mode as every module does, except that a frozen backbone stays in eval mode."""
+        """Set the mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.frozen and mode:
             self.model.eval()
@@ -166,7 +165,7 @@ class FeatureTap(nn.Module):
 
     @property
     def classifier(self) -> nn.Module | None:
-        """The one module that maps the embedding to logits; None where the model has no such module."""
+        """The one module that maps the embedding to logits; None if there is no such module."""
         return cast(Any, self.model).get_classifier() if self._classify is apply_classifier else None
 
     def _classifiers(self) -> list[nn.Module]:
@@ -179,10 +178,9 @@ class FeatureTap(nn.Module):
 
 
 def match_number_of_maps(maps: str | None, *taps: FeatureTap) -> None:
-    """Under "stages", let all taps return as many maps as the one with the fewest: of the others, the deepest ones.
+    """If `maps` is "stages", keep only the deepest maps of each tap, as many as the tap with the fewest has.
 
     So any two architectures can be paired without naming layers: most of timm's have four stages, some two or three.
-    Other words for maps leave the taps as they are.
     """
     count = min(len(tap.indices) for tap in taps)
     if maps == "stages" and count:
@@ -195,17 +193,14 @@ def _check_is_timm_model(model: nn.Module, name: str, has_head: bool) -> None:
     needed += ["forward_head", "get_classifier"] if has_head else ["num_features"]
     missing = [attribute for attribute in needed if not hasattr(model, attribute)]
     if missing:
-        raise ValueError(
-            f"{name} has no {', '.join(missing)}: FeatureTap needs a model built by timm.create_model, not another "
-            "module."
-        )
+        raise ValueError(f"{name} has no {', '.join(missing)}: FeatureTap needs a model built by timm.create_model.")
 
 
 def _check_takes_preact(model: nn.Module, name: str) -> None:
     if "preact" not in inspect.signature(cast(Any, model).forward_intermediates).parameters:
         raise ValueError(
-            f"{name} does not show its maps before their activation, which AB compares: cifar_* networks do (mgd-timm "
-            "list models --filter 'cifar_*')."
+            f"{name} cannot return its maps before their activation, which criterion ab compares: use cifar_* networks "
+            "(mgd-timm list models --filter 'cifar_*')."
         )
 
 

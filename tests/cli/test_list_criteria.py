@@ -49,7 +49,7 @@ def test_what_a_pair_cannot_do_is_said_once_with_the_reason():
     refused = {line.split()[0] for line in lines if "refused [" in line}
     assert refused == {"ab", "catkd"}
     text = " ".join(" ".join(lines).split())
-    assert "does not show its maps before their activation" in text
+    assert "cannot return its maps before their activation" in text
     assert "has no class activation maps" in text
     stages = " ".join(" ".join(table(connection("cifar_resnet8", "cifar_vgg8", 32, "stages"))).split())
     assert "pairs maps one to one" not in stages  # of networks of different numbers of stages, as many are shown

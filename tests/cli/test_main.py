@@ -286,7 +286,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--log-with", "tensorbord"], ["unknown tracker 'tensorbord': did you mean tensorboard?"]),
         (["distill", "--log-with", "wandb"], ["tracker 'wandb' is not installed: pip install wandb"]),
         (["distill", "--in-chans", "1"], ["the teacher takes 3 channels, the images have 1: --in-chans 3"]),
-        (["distill", "--method", "mas", "--kd-weight", "0"], ["without one MAS is MAG", "kd_weight=1"]),
+        (["distill", "--method", "mas", "--kd-weight", "0"], ["without one MAS is MAG", "--kd-weight 1"]),
         (["distill", "--maps", "7", "--criterion", "at"], ["maps='7'", "a number from 1 to 4"]),
         (["train", "--model", "cifar_resnet8", "--opt", "adamv"], ["unknown optimizer 'adamv'", "adam"]),
         (

@@ -318,7 +318,7 @@ KINDS = {
 }
 # What is left of one position when its size is divided out is 1, whatever the networks see.
 REFUSED = {
-    **{("catkd", kind): "class activation maps, .* tap it with" for kind in ("cv", "vc")},
+    **{("catkd", kind): "class activation maps of both .*cam=True" for kind in ("cv", "vc")},
     **{
         (name, kind): r"one position .*--img-size.*--maps"
         for name in ("at", "nst", "ft", "afd", "afds")
@@ -496,10 +496,10 @@ def test_features_of_other_shapes_raise(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: AT(NO_MAPS), r"student shows 2 .*teacher 0 .*maps='last'"),
-        (lambda: AT(FEWER), r"student shows 2 .*teacher 1 .*maps='last'"),
-        (lambda: FitNet(NO_MAPS), r"student shows 2 .*teacher 0 .*maps='last'"),
-        (lambda: FitNet(FEWER), r"student shows 2 .*teacher 1 .*maps='last'"),
+        (lambda: AT(NO_MAPS), r"student has 2 .*teacher 0 .*maps='last'"),
+        (lambda: AT(FEWER), r"student has 2 .*teacher 1 .*maps='last'"),
+        (lambda: FitNet(NO_MAPS), r"student has 2 .*teacher 0 .*maps='last'"),
+        (lambda: FitNet(FEWER), r"student has 2 .*teacher 1 .*maps='last'"),
         (lambda: FitNet(PAIR, hint=2), "hint=2: 2 maps are tapped, choose 0 to 1"),
         (lambda: FitNet(PAIR, hint=-1), "choose 0 to 1"),
         (lambda: KD(OTHER_CLASSES), "student has 6 classes, the teacher 9.*mgd-timm train"),

@@ -465,7 +465,7 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         (lambda: DKD(PAIR, temperature=0), "temperature=0: expected a positive"),
         (lambda: DIST(PAIR, beta=0, gamma=0), "not all 0"),
         (lambda: DIST(PAIR, gamma=float("nan")), "gamma=nan"),
-        (lambda: DIST(TWO, gamma=0.0), "gamma=0 with 2 classes: .* raise gamma"),
+        (lambda: DIST(TWO, gamma=0.0), "gamma=0 with 2 classes: .* set gamma above 0"),
         (lambda: DKD(TWO, alpha=0.0), "alpha=0 with 2 classes: .* raise alpha"),
         *(
             (
@@ -480,7 +480,7 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         ),
         (
             lambda: CATKD(ROW_AND_COLUMN, normalise=True),
-            r"\(4, 1\) .*\(1, 4\) positions one is compared \(resolution=2\)",
+            r"\(4, 1\) .*\(1, 4\) positions are pooled to one position \(resolution=2\)",
         ),
         (lambda: DIST(PAIR, temperature=-1), "temperature=-1: expected a positive"),
         (
@@ -492,18 +492,21 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         (lambda: SRRL(PAIR, beta=-0.1), "beta=-0.1"),
         (
             lambda: OFA(PAIR._replace(student=PAIR.student._replace(maps=()))),
-            "reads the student's maps, and none .*maps='last'",
+            "needs maps of the student, and there are none.*maps='stages'",
         ),
-        (lambda: OFA(PAIR, eps=0.5), "eps=0.5: expected a number of 1 or more, or 3 of them"),
-        (lambda: OFA(PAIR, eps=(1.0, 1.0)), r"eps=\(1.0, 1.0\): .* 3 of them"),
+        (lambda: OFA(PAIR, eps=0.5), "eps=0.5: expected a number of 1 or more, or 3 such numbers"),
+        (lambda: OFA(PAIR, eps=(1.0, 1.0)), r"eps=\(1.0, 1.0\): .* 3 such numbers"),
         (lambda: OFA(PAIR, eps=float("nan")), "eps=nan"),
         (lambda: OFA(PAIR, branch_weight=0), "branch_weight=0: expected a positive"),
         (lambda: OFA(PAIR, temperature=0), "temperature=0: expected a positive"),
         (
             lambda: CATKD(CAMLESS),
-            "class activation maps, and the student and the teacher shows none: .*cam=True.*a resnet",
+            "class activation maps of both networks .missing: student and teacher.: .*cam=True.*a resnet",
         ),
-        (lambda: CATKD(PAIR._replace(teacher=CAMLESS.teacher)), "class activation maps, and the teacher shows none"),
+        (
+            lambda: CATKD(PAIR._replace(teacher=CAMLESS.teacher)),
+            "class activation maps of both networks .missing: teacher.",
+        ),
         (lambda: CATKD(PAIR, resolution=0), "resolution=0: expected 1 or more"),
         (lambda: Standardised(AT(PAIR)), "AT reads no logits of the teacher"),
         (lambda: Standardised(FitNet(PAIR)), "FitNet reads no logits of the teacher"),
@@ -513,7 +516,7 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         (lambda: Objective(**{"a.b": (1.0, KD(PAIR))}), r"terms 'a\.b': .*no dot"),
         (
             lambda: Objective(task=(1.0, CrossEntropy(PAIR)), keys=(1.0, KD(PAIR))),
-            "terms 'task', 'keys': .*none of that class's own",
+            "terms 'task', 'keys': .*attribute of nn.ModuleDict",
         ),
         (lambda: Standardised(Standardised(OFA(PAIR)).criterion), "OFA's logits are standardised already"),
     ],

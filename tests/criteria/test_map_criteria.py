@@ -305,7 +305,7 @@ def test_afd_of_one_map_is_attention_transfer_from_all():
 
 @every
 def test_networks_without_maps_are_refused(method):
-    with pytest.raises(ValueError, match=r"student shows 0 .*teacher 2 .*maps='"):
+    with pytest.raises(ValueError, match=r"student has 0 .*teacher 2 .*maps='"):
         method(NO_MAPS)
 
 
@@ -314,7 +314,7 @@ def test_unequal_numbers_of_maps(method):
     if method in (FT, AFD, MaskedGenerative):  # the deepest map, or all with all
         assert method(FEWER).double()(features(FEWER.student, 1), features(FEWER.teacher, 2), batch()).isfinite()
         return
-    with pytest.raises(ValueError, match=r"student shows 2 .*teacher 1 .*maps='last'"):
+    with pytest.raises(ValueError, match=r"student has 2 .*teacher 1 .*maps='last'"):
         method(FEWER)
 
 
@@ -326,7 +326,7 @@ def test_unequal_numbers_of_maps(method):
         (lambda: AB(PAIR, margin=0.0), "margin=0.0: expected a positive"),
         (lambda: FT(PAIR, k=0.1), "k=0.1: .*1 channel or more of the teacher's 7"),
         (lambda: FT(PAIR, k=float("inf")), "k=inf"),
-        (lambda: FSP(ONE), "1 map of each .*2 or more .*maps='stages'"),
+        (lambda: FSP(ONE), "1 map of each .*2 or more.*maps='stages'"),
         (lambda: AFDS(PAIR, hidden=0.1), "hidden=0.1: .*1 channel or more of the teacher's 5"),
         (lambda: AFD(PAIR, dim=0), "dim=0: expected 1 or more"),
         (

@@ -58,7 +58,7 @@ def test_warm_up_and_options():
     ("options", "message"),
     [
         ({"criterion": ("att",)}, "unknown criterion 'att': did you mean at"),
-        ({"criterion": ("at:x",)}, "'at:x': expected NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, and 'x' is no number"),
+        ({"criterion": ("at:x",)}, "'at:x': expected NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, and 'x' is not a number"),
         ({"criterion": ("at:1:2:3",)}, "expected NAME"),
         ({"criterion": ("at:1", "at:2")}, "two weights of at"),
         ({"criterion": ("kd:0.5",), "kd_weight": 0.8}, "two weights of kd: 0.5"),
@@ -67,7 +67,7 @@ def test_warm_up_and_options():
         ({"criterion_options": ("kd.temp=1",)}, "unknown option of kd 'temp': did you mean temperature"),
         ({"criterion_options": ("kd.temperature=cold",)}, "kd.temperature='cold': expected float"),
         ({"criterion_options": ("kd.divergence=backward",)}, "unknown kd.divergence 'backward'"),
-        ({"criterion_options": ("dkd.beta=2",)}, "options of dkd, which the criterion .* does not name"),
+        ({"criterion_options": ("dkd.beta=2",)}, "options of dkd, which --criterion .* does not name"),
         (
             {"criterion_options": ("kd.temperature=2",), "kd_temperature": 3.0},
             "two values of kd.temperature: 2.0 .* 3.0",
@@ -183,13 +183,16 @@ def test_every_criterion_is_built_by_its_word():
         ({"criterion": ("dkd:1:20",), "epochs": 5}, "'dkd:1:20' warms up over 20 of 5 epochs"),
         (
             {"criterion": ("at",), "method": "none", "kd_temperature": 2.0},
-            "kd_temperature=2.0 does nothing: kd has weight 0",
+            "--kd-temperature 2.0 has no effect: the weight of kd is 0",
         ),
-        ({"criterion": ("at",), "task_weight": 0.0, "smoothing": 0.1}, "smoothing=0.1 does nothing: ce has weight 0"),
-        ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "every weight is 0"),
+        (
+            {"criterion": ("at",), "task_weight": 0.0, "smoothing": 0.1},
+            "--smoothing 0.1 has no effect: the weight of ce is 0",
+        ),
+        ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "all weights are 0"),
         (
             {"kd_weight": 0.0, "task_weight": 0.0, "method": "mag"},
-            "0: task, kd, and the codes teach the classifier nothing",
+            r"0: task, kd \(the codes alone do not train the classifier\)",
         ),
     ],
 )

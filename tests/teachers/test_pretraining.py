@@ -86,7 +86,7 @@ def test_a_stage_lowers_its_loss_is_kept_and_found_again(name, small_data, tmp_p
 
 
 def test_ab_is_refused_where_there_are_no_maps_before_activation(small_data, tmp_path):
-    with pytest.raises(ValueError, match=r"does not show its maps before their activation.*cifar_"):
+    with pytest.raises(ValueError, match=r"cannot return its maps before their activation.*cifar_"):
         mgd_timm.distill(
             student="resnet10t",
             data=str(small_data),
