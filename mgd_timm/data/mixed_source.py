@@ -22,7 +22,7 @@ MIXING_OPTIONS = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_o
 
 
 def mixed_source(images: Images, data: Data, seed: int) -> Source:
-    """Return the student's source of training images: mixed and repeated, or the source itself without these options."""
+    """Return the student's source: the training images mixed and repeated, or as they are without these options."""
     if not (data.mixup or data.cutmix or data.aug_repeats > 1):
         return images.train
     return MixedSource(images.train, data, seed, images.num_samples, images.num_classes)
