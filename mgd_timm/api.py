@@ -27,7 +27,7 @@ from mgd_timm.storage.digests import module_digest
 from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise
 
 Model = str | PathLike[str] | nn.Module
-"""As the command line names a model, its folder, or a module."""
+"""A model's name on the command line, its folder, or a module."""
 
 
 def distill(
@@ -42,14 +42,13 @@ def distill(
 
     Args:
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
-            or a module. A list of these: several teachers. None with a peer: two students then teach each other, and
-            the first is returned.
+            or a module; a list of these for several teachers. With `peer`, None: two students then teach each other,
+            and the first is returned.
         student: A timm name, or a module that timm built.
-        data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data. `options`
-            replace its values.
+        data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data, whose values
+            `options` replace.
         output: Folder of the run; must not exist.
-        **options: As the command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05,
-            ...
+        **options: The command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05, ...
 
     Returns:
         The student, on the CPU and in eval mode.
@@ -81,24 +80,23 @@ def train(
 
     Args:
         model: A timm name, or a module that timm built.
-        data: As of `distill`.
-        output: As of `distill`.
-        **options: As of `distill`, but for those of distillation.
+        data: As for `distill`.
+        output: As for `distill`.
+        **options: As for `distill`, without those of distillation.
 
     Raises:
-        ValueError: As of `distill`.
+        ValueError: As for `distill`.
         FileExistsError: The output folder exists.
     """
     model = _checked(model, "model")
     for name in options:
         if name in OF_DISTILLING:
-            raise ValueError(f"option {name!r} is not of mgd_timm.train: mgd_timm.distill takes it.")
+            raise ValueError(f"option {name!r} is for mgd_timm.distill only: mgd_timm.train does not take it.")
     recipe = make_recipe(teacher=None, student=_name_of(model), output=output, **_with_data(options, data))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student
 
 
 def _checked(model: Model, what: str) -> str | nn.Module:
-    """Return a model's name or the module. ValueError for anything else."""
     if isinstance(model, nn.Module):
         check_module(model, what)
         return model
@@ -108,7 +106,6 @@ def _checked(model: Model, what: str) -> str | nn.Module:
 
 
 def _with_data(options: dict[str, Any], data: str | PathLike[str] | Data) -> dict[str, Any]:
-    """Return options with those of the data, where they do not replace them."""
     of_data: dict[str, Any] = as_dict(data) if isinstance(data, Data) else {"dataset": str(data)}
     if "dataset" in options:
         of_data["data_dir"] = None
@@ -130,17 +127,16 @@ def evaluate(
     noise_seeds: int = 5,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate a model on the evaluation split of a data set, and under noise where `noise` is given.
+    """Evaluate a model on the evaluation split of a data set, without noise and, if `noise` is given, with it.
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
-        data: As of `distill`; by default the data of the run with its validation split, else the embedded data.
+        data: As for `distill`; by default the data of the run with its validation split, else the embedded data.
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are
-            normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so that all models
-            see the same.
+            normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so it is the same
+            for all models.
         noise_seeds: Number of noise seeds to average over.
-        **options: `seed`, `amp`, and options of Data, such as img_size, that are not of training alone. They replace
-            the run's.
+        **options: `seed`, `amp`, and options of Data that evaluation uses, such as img_size. They replace the run's.
 
     Returns:
         "top1" and "top5" (in %), "loss" (the cross-entropy) and "n", the number of images. With `noise` also "noise",
@@ -193,11 +189,11 @@ def evaluate_named(
 def _evaluation_recipe(
     model: str | nn.Module, data: str | PathLike[str] | Data | None, options: dict[str, Any]
 ) -> Recipe:
-    """Return a recipe of the data and options of an evaluation, which are by default those of the model's run."""
+    """Return a recipe of the data and options of an evaluation, by default those of the model's run."""
     known = {f.name for f in fields(Data)} - OF_TRAINING | {"seed", "amp"}
     for name in options:
         if name in OF_TRAINING:
-            raise ValueError(f"option {name!r} is of training alone: an evaluation does not take it.")
+            raise ValueError(f"option {name!r} is for training only: mgd_timm.evaluate does not take it.")
         if name not in known:
             raise unknown("option of an evaluation", name, known)
     before = _recipe_of(model) if isinstance(model, str) else None
@@ -205,27 +201,26 @@ def _evaluation_recipe(
         options = {"seed": before.seed, **options}
     if data is None:
         data = before.data if before is not None else Data()
-    # What is of training alone stays out, as images of another size may refuse it (--aa).
+    # Without options of training only, as images of another size may refuse them (--aa).
     given = {name: value for name, value in _with_data(options, data).items() if name not in OF_TRAINING}
     return make_recipe(**given)
 
 
 def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Images:
-    """Load the images of a recipe as a network takes them. ValueError where channels or classes differ."""
+    """Load the images of a recipe at a network's input size. Raise ValueError if channels or classes differ."""
     inputs = get_model_input_config(network)
     height, width = inputs["input_size"][1:]
     data = recipe.data
     if data.img_size is None and inputs["fixed_input_size"] and height == width:
         data = replace(data, img_size=height)
-    shown = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
-    images = load_images(
-        data, recipe.seed, shown, log=accelerator.print, main_first=partial(local_main_first, accelerator)
-    )
+    defaults = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
+    main_first = partial(local_main_first, accelerator)
+    images = load_images(data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
     check_channels(network, "model", images.input_size[0])
     if network.num_classes != images.num_classes:
         raise ValueError(
-            f"the model has {network.num_classes} classes, the data {images.num_classes}: they must agree. The "
-            "accuracy of a teacher's rows for the data's classes is printed by mgd-timm distill --teacher-classes."
+            f"the model has {network.num_classes} classes, the data has {images.num_classes}: expected as many. For a "
+            "teacher with more classes, mgd-timm distill --teacher-classes prints the accuracy on the data's."
         )
     check_class_names(network, "model", images.class_names)
     return images

@@ -1,4 +1,4 @@
-"""`mgd-timm evaluate`: the accuracy of a model, as JSON."""
+"""`mgd-timm evaluate`: evaluate a model and print its metrics as JSON."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ from mgd_timm.recipe.data import OF_TRAINING, Data
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the command."""
+    """Run the command."""
     values = options_of(_parser().parse_args(list(arguments)))
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     model = given.pop("model")
-    from mgd_timm.api import evaluate_named  # once the flags are known to be right, as it loads torch
+    from mgd_timm.api import evaluate_named  # after the flags are checked, as it loads torch
 
     found = evaluate_named(model, **given)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -25,11 +25,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> Parser:
-    elsewhere = dict.fromkeys(OF_TRAINING, "it is of training alone")
-    elsewhere["batch_size"] = "here it is --validation-batch-size"
+    elsewhere = dict.fromkeys(OF_TRAINING, "only training takes it")
+    elsewhere["batch_size"] = "give --validation-batch-size instead"
     parser = Parser(
         prog="mgd-timm evaluate",
-        description="Print top-1, top-5 and loss of a model as JSON. What no flag names is as in the model's run.",
+        description="Print top-1, top-5 and loss of a model as JSON. The defaults are the options of the model's run.",
         elsewhere=elsewhere,
     )
     parser.add_argument(
@@ -38,9 +38,9 @@ def _parser() -> Parser:
     about = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1"
     parser.add_flag("noise", tuple[float, ...] | None, None, about, group="noise")
     parser.add_flag("noise_seeds", int, 5, "noise seeds to average over", group="noise")
-    # A flag that is not given leaves the run's own value alone.
-    nothing = {field.name: None for field in dataclasses.fields(Data)}
-    add_fields(parser, Data, group="data", leave_out=OF_TRAINING, defaults=nothing)
+    # None: the value of the model's run.
+    unset = {field.name: None for field in dataclasses.fields(Data)}
+    add_fields(parser, Data, group="data", leave_out=OF_TRAINING, defaults=unset)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`mgd-timm export`: a run's student as timm loads it, under another name or licence."""
+"""`mgd-timm export`: write a run's student as a folder that timm loads, with another tag or licence."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from mgd_timm.cli.parser import Parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the command."""
+    """Run the command."""
     values = _parser().parse_args(list(arguments))
-    from mgd_timm.export.timm_folder import export_model  # once the flags are known to be right, as it loads torch
+    from mgd_timm.export.timm_folder import export_model  # after the flags are checked, as it loads torch
     from mgd_timm.models.load import load_model
 
     model = load_model(values.run)
@@ -19,15 +19,14 @@ def main(arguments: Sequence[str]) -> None:
     folders = (Path(values.run) / "export", Path(values.run))
     exported = next((folder for folder in folders if (folder / "recipe.json").is_file()), None)
     provenance = json.loads((exported / "recipe.json").read_text()) if exported is not None else {}
-    for name in ("versions", "model_sha256"):  # written anew
+    for name in ("versions", "model_sha256"):  # export_model writes them
         provenance.pop(name, None)
     print(f"wrote {export_model(model, values.folder, provenance=provenance)}")
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="mgd-timm export", description="Copy a run's student as timm loads it, under another name or licence."
-    )
+    about = "Write a run's student as a folder that timm loads, with another tag or licence."
+    parser = Parser(prog="mgd-timm export", description=about)
     parser.add_argument("run", type=str, help="run folder, exported folder, or 'embedded'")
     parser.add_argument("folder", type=str, help="folder to write; must not exist")
     for name, about in (("license", "licence of the weights"), ("tag", "timm's tag of the weights")):

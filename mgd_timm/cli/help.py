@@ -13,21 +13,21 @@ WIDTH = 100
 
 
 class Text(NamedTuple):
-    """What is said of a flag: in --help, or None where only --help-all shows it, and in --help-all."""
+    """Text of a flag in --help, None if only --help-all shows it, and in --help-all."""
 
     short: str | None
     full: str
 
 
 def text_of(field: Field[Any], default: Any) -> Text:
-    """Return the texts of a recipe's field, with its default where the field's help does not explain it."""
+    """Return the texts of a recipe's field, with its default unless the help explains it."""
     full = field.metadata["help"]
     short = with_default(full.partition(";")[0], default) if field.metadata["common"] else None
     return Text(short, with_default(full, default))
 
 
 def with_default(about: str, default: Any) -> str:
-    """Return the text of a flag with its default, unless it speaks of it already or the default is nothing."""
+    """Return the text of a flag with its default, unless the text names a default or there is none."""
     return about if not default or "default" in about else f"{about} (default: {_words(default)})"
 
 
@@ -43,14 +43,14 @@ def format_help(parser: ArgumentParser, texts: Mapping[str, Text], *, everything
     """Return the help of a command.
 
     Args:
-        parser: Of the command.
-        texts: Of the flags that have two, by their destination; the others are always shown.
-        everything: Every flag with its whole text, else the common ones with a line each.
+        parser: Parser of the command.
+        texts: Short and full texts of flags, by their destination. Flags without are always shown.
+        everything: Show every flag with its full text, else the common ones with their short texts.
     """
     words = [_invocation(action) for action in parser._actions if not action.option_strings]
     usage = parser.usage or " ".join(["%(prog)s", *words, "[--FLAG VALUE ...]"])
     lines = [f"usage: {usage % {'prog': parser.prog}}", "", *textwrap.wrap(parser.description or "", WIDTH)]
-    # The help's own flags, which argparse puts before the command's, come last.
+    # --help and --config come last; argparse puts them first.
     for group in sorted(parser._action_groups, key=lambda group: group is parser._optionals):
         rows = [row for action in group._group_actions for row in _rows(action, texts.get(action.dest), everything)]
         lines += ["", f"{group.title}:", *rows] if rows else []
@@ -61,7 +61,7 @@ def format_help(parser: ArgumentParser, texts: Mapping[str, Text], *, everything
 
 
 def _rows(action: Action, text: Text | None, everything: bool) -> Iterator[str]:
-    """Yield the lines of a flag, or none where it is not shown."""
+    """Yield the lines of a flag, none if it is not shown."""
     if text is not None:
         about = text.full if everything else text.short
     else:
@@ -78,7 +78,7 @@ def _rows(action: Action, text: Text | None, everything: bool) -> Iterator[str]:
 
 
 def _invocation(action: Action, *, both: bool = False) -> str:
-    """Return a flag with a word for its value, as it is typed."""
+    """Return a flag with a word for its value, as a user types it."""
     if not action.option_strings:
         return str(action.metavar or action.dest).upper()
     flags = [flag for flag in action.option_strings if not flag.endswith("+")]

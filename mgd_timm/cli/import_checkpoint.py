@@ -1,4 +1,4 @@
-"""`mgd-timm import`: a public checkpoint as an exported folder."""
+"""`mgd-timm import`: convert a public checkpoint to an exported folder."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from mgd_timm.cli.parser import Parser, options_of
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the command."""
+    """Run the command."""
     values = options_of(_parser().parse_args(list(arguments)))
     file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
     written = import_checkpoint(file, model, folder, **values)
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     if values["mean"] is None or values["std"] is None:
         config = json.loads((written / "config.json").read_text())["pretrained_cfg"]
         print(
-            f"warning: mean {config['mean']} and std {config['std']} are the architecture's where they were not given: "
-            "give --mean and --std of the images that the model was trained on, or lose accuracy."
+            f"warning: the model's images are normalised by mean {config['mean']} and std {config['std']}, the "
+            "architecture's where you gave none. If it was trained with others, give --mean and --std."
         )
 
 
@@ -28,7 +28,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="mgd-timm import",
         usage="%(prog)s FILE FOLDER --model NAME [--FLAG VALUE ...]",
-        description="Write a public checkpoint as a folder that teaches and is evaluated.",
+        description="Convert a public checkpoint to a folder that --teacher and mgd-timm evaluate take.",
     )
     parser.add_argument(
         "file", type=str, help="checkpoint: safetensors, or tensors that torch.save wrote; no code in it is run"
@@ -41,7 +41,7 @@ def _parser() -> Parser:
     for name in ("mean", "std"):
         about = f"{name} per channel of the images that it was trained on; default: the architecture's"
         add(name, tuple[float, ...] | None, None, about)
-    about = "names of the classes in the classifier's order; default: numbers"
+    about = "class names in the classifier's order; default: numbers"
     add("class_names", tuple[str, ...] | None, None, about)
     add("license", str, "other", "licence of the weights")
     add("overwrite", bool, False, "replace the folder")
@@ -56,7 +56,7 @@ def import_checkpoint(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Write a public checkpoint as a folder that teaches, is evaluated and loads in timm as an exported student does.
+    """Convert a public checkpoint to a folder like that of an exported student, for --teacher, evaluate and timm.
 
     Args:
         path: The checkpoint.
@@ -72,7 +72,7 @@ def import_checkpoint(
         ValueError: As `load_public_checkpoint`.
         FileExistsError: The folder exists.
     """
-    from mgd_timm.export.timm_folder import export_model  # not before the flags are known to be right: it loads torch
+    from mgd_timm.export.timm_folder import export_model  # after the flags are checked, as it loads torch
     from mgd_timm.models.import_checkpoint import load_public_checkpoint
     from mgd_timm.storage.digests import sha256
 

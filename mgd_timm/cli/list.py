@@ -1,4 +1,4 @@
-"""`mgd-timm list`: the criteria, the models and the data that there are."""
+"""`mgd-timm list`: list the criteria, the models or the data sets."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,16 +15,14 @@ FOLDER       parquet or arrow files, train/CLASS/*.png and test/CLASS/*.png, or 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the command."""
+    """Run the command."""
     parser = _parser()
     values = parser.parse_args(list(arguments))
-    for of in ("criteria", "models"):
-        for action in parser.group(of)._group_actions:
-            if of != values.what and getattr(values, action.dest) != action.default:
-                parser.error(
-                    f"{action.option_strings[0]} is of mgd-timm list {of}, not of mgd-timm list {values.what}: leave "
-                    "it out."
-                )
+    for what in ("criteria", "models"):
+        for action in parser.group(what)._group_actions:
+            if what != values.what and getattr(values, action.dest) != action.default:
+                flag = action.option_strings[0]
+                parser.error(f"{flag} goes with mgd-timm list {what}, not with list {values.what}: leave it out.")
     if values.what == "criteria":
         _list_criteria(values)
     elif values.what == "models":
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mgd-timm list", description="List what there is.")
+    parser = Parser(prog="mgd-timm list", description="List the criteria, the models or the data sets.")
     kinds = Literal["criteria", "models", "data"]
     parser.add_argument("what", type=kinds, metavar="what", help="criteria, models or data")
     parser.add_flag("filter", str, "", "a wildcard, such as cifar_*", group="models", value="WORD")
@@ -43,10 +41,10 @@ def _parser() -> Parser:
     criteria("student", str, "cifar_resnet8x4", "student of the pair")
     criteria("img_size", int | None, None, "side of the images in pixels; default: the student's")
     criteria("in_chans", int | None, None, "channels of the images; default: the networks'")
-    criteria("num_classes", int | None, None, "classes of the data; default: a trained teacher's, or 100")
-    criteria("num_samples", int, 50_000, "training images, which CRD's memory banks are sized by")
+    criteria("num_classes", int | None, None, "number of classes; default: that of a trained network, or 100")
+    criteria("num_samples", int, 50_000, "training images, which set the size of CRD's memory banks")
     criteria("maps", str, "stages", "stages, last, mid, all, or a number of maps")
-    criteria("markdown", bool, False, "print docs/methods.md instead")
+    criteria("markdown", bool, False, "print the text of docs/methods.md instead")
     return parser
 
 
@@ -68,5 +66,5 @@ def _list_models(wildcard: str) -> None:
 
     found = timm.list_models(wildcard)
     if not found:
-        raise ValueError(f"--filter {wildcard!r}: no model of this name; * stands for any characters, as in 'resnet*'.")
+        raise ValueError(f"--filter {wildcard!r}: no model of this name; * matches any characters, as in 'resnet*'.")
     print("\n".join(found))

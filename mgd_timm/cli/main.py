@@ -22,10 +22,10 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
 
   mgd-timm distill --teacher NAME --student NAME --dataset NAME   distil a teacher into a student
   mgd-timm train --model NAME --dataset NAME                      train a model without a teacher
-  mgd-timm evaluate RUN                                           print its accuracy
-  mgd-timm import FILE FOLDER --model NAME                        make a teacher of a public checkpoint
-  mgd-timm export RUN FOLDER                                      write its student as timm loads it
-  mgd-timm list criteria | models | data                          list what there is
+  mgd-timm evaluate RUN                                           print the accuracy of a run's student
+  mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
+  mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm
+  mgd-timm list criteria | models | data                          list criteria, models or data sets
 
 Each has --help, and --help-all for every flag.
 Several processes: accelerate launch -m mgd_timm distill ..."""
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, action: Callable[[], None]) -> int:
-    """Carry out a command and print an error in one line, with a traceback for faults of mgd-timm alone.
+    """Run a command and print an error in one line, with a traceback only for bugs of mgd-timm.
 
     Args:
-        name: Of the program, which stands before the error.
+        name: Name of the program, printed before an error.
         action: The command.
 
     Returns:
@@ -72,8 +72,8 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
             leave()
     except KeyboardInterrupt as stop:
-        said = str(stop) or "interrupted; whatever checkpoints there are stay, --resume continues from them"
-        print(f"\n{name}: {said}", file=sys.stderr)
+        message = str(stop) or "interrupted; --resume continues from the newest checkpoint, if there is one"
+        print(f"\n{name}: {message}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
@@ -86,14 +86,14 @@ def guarded(name: str, action: Callable[[], None]) -> int:
                     "If another process was killed or hangs, this error only follows from it: see the messages and the "
                     "stacks of all processes. --resume continues from the newest checkpoint."
                 )
-            raise  # a fault of mgd-timm or of the machine: with its traceback
+            raise
         print(f"{name}: error: {message}", file=sys.stderr)
         return 1
     return 0
 
 
 def _explain(error: RuntimeError) -> str | None:
-    """Return what an error of a run means to its user, or None for a fault of mgd-timm or of the machine."""
+    """Return the message to a user, or None for a bug of mgd-timm or a fault of the machine."""
     import torch
 
     from mgd_timm.storage.checkpoint import CheckpointError

@@ -1,4 +1,4 @@
-"""Build the parsers of the commands from the recipe's dataclasses, and explain wrong flags."""
+"""Build the parsers of the commands from the recipe's dataclasses, and write the errors of wrong flags."""
 
 import dataclasses
 import difflib
@@ -49,7 +49,7 @@ _VALUES = {int: "N", float: "X", str: "NAME"}
 
 
 def _gathered(words: Sequence[str]) -> list[str]:
-    """Return the words of a call with the values of each repeated flag in one list."""
+    """Return a command's words with the values of each repeated flag in one list."""
     left = list(words)
     for name in (option.replace("_", "-") for option in _REPEATED):
         values: list[str] = []
@@ -70,14 +70,11 @@ def _gathered(words: Sequence[str]) -> list[str]:
 
 
 _WRONG_VALUE = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?:\s(.*)(?:Got|Given) value: (.*)', re.DOTALL)
-"""How jsonargparse refuses a value: in several lines, with Python types for what it expected."""
+"""jsonargparse's error about a value: several lines, with Python types for what it expected."""
 
 
 def _in_one_line(message: str, actions: Sequence[Action]) -> str:
-    """Return an error of jsonargparse about a value as one line: the flag, its value and what was expected.
-
-    Other errors are returned as they are.
-    """
+    """Return an error of jsonargparse about a value in one line: flag, value, what was expected. Keep other errors."""
     found = _WRONG_VALUE.search(message)
     if found is None:
         return message
@@ -104,13 +101,13 @@ class _HelpAll(Action):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with a short --help and a whole --help-all, repeated flags, and errors that name the flag.
+    """jsonargparse's parser with a short --help and a full --help-all, repeated flags, and errors that name the flag.
 
-    In a --config, a list may be given as a single value. The error for an unknown flag says which command takes it, or
-    names the nearest flags.
+    In a --config, a list of one may be given as a single value. The error for an unknown flag names the command that
+    takes it, or the nearest flags.
 
     Args:
-        elsewhere: Words for the error about an option, by its name with underscores, that this command does not take.
+        elsewhere: Explanations for options that this command does not take, by their names with underscores.
         **options: Of jsonargparse's parser.
     """
 
@@ -126,7 +123,7 @@ class Parser(ArgumentParser):
         self.add_argument("--help-all", action=_HelpAll, dest=SUPPRESS, help="show all flags and exit")
 
     def group(self, title: str) -> Any:
-        """Return the group of flags with a title, and create it where there is none."""
+        """Return the group of flags with a title, created if it is missing."""
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title]
@@ -137,11 +134,11 @@ class Parser(ArgumentParser):
         """Add a flag with a typed value.
 
         Args:
-            name: Of the option, with underscores.
+            name: Name of the option, with underscores.
             kind: Type of the value. A tuple takes one or more, and bool also --no-NAME.
-            default: Value where the flag is not given.
-            help: Its text.
-            group: Heading that it stands under.
+            default: Value if the flag is not given.
+            help: Text in the help.
+            group: Heading in the help.
             value: Word for the value in the help; by default one for its type.
             **options: Of jsonargparse's `add_argument`.
         """
@@ -176,7 +173,7 @@ class Parser(ArgumentParser):
         try:
             values = get_loader("yaml")(content)
         except yaml.YAMLError as error:
-            self.error(f"--config: no YAML: {' '.join(str(error).split())}; --print_config writes a file of flags.")
+            self.error(f"--config: invalid YAML: {' '.join(str(error).split())}; --print_config writes a valid file.")
         if not isinstance(values, dict):
             self.error(
                 f"--config: {content[:80]!r}: expected flags with values, as in epochs: 20; --print_config writes "
@@ -210,7 +207,7 @@ class Parser(ArgumentParser):
             flags = [one for action in self._actions for one in action.option_strings if one.startswith("--")]
             near = difflib.get_close_matches(name, flags, n=2, cutoff=0.6)
             if name.startswith(("--data.", "--optim.", "--heads.")):
-                words = "a run's recipe.yaml is no file of flags (--print_config writes one); --resume continues a run"
+                words = "give --config a file that --print_config wrote, not a recipe.yaml; --resume continues a run"
             message += f": {words}." if words else f"; did you mean {' or '.join(near)}?" if near else ""
         message = _in_one_line(message, self._actions)
         self.usage = "%(prog)s ..."  # without all its flags above the wrong one
@@ -231,7 +228,7 @@ def add_fields(
     Args:
         parser: To add the flags to.
         kind: The dataclass.
-        group: Heading in the help for fields that name none.
+        group: Heading in the help for fields without their own.
         leave_out: Fields without a flag.
         names: Names of flags, with underscores, that differ from the field's.
         defaults: Defaults that differ from the field's.
@@ -266,18 +263,18 @@ def run_parser(
 
     Args:
         prog: Name of the program in messages.
-        distill: Whether it is that of distill, else that of train.
-        without: Options that a script does not take, each with words on who sets it.
+        distill: Build the parser of distill, else that of train.
+        without: Options that a script does not take, each with an explanation for the error.
         defaults: Defaults of a script that differ from the recipe's.
     """
     if distill:
         about = "Distil a teacher into a student."
-        elsewhere = dict.fromkeys(_TRAIN_ONLY, "mgd-timm train takes it")
-        elsewhere |= {theirs: f"here it is {flag(ours)}" for ours, theirs in TRAIN_NAMES.items()}
+        elsewhere = dict.fromkeys(_TRAIN_ONLY, "only mgd-timm train takes it")
+        elsewhere |= {theirs: f"give {flag(ours)} instead" for ours, theirs in TRAIN_NAMES.items()}
     else:
-        about = "Train a model without a teacher: one that is to teach, or a student alone."
-        elsewhere = dict.fromkeys(OF_DISTILLING, "mgd-timm distill takes it")
-        elsewhere |= {ours: f"here it is {flag(theirs)}" for ours, theirs in TRAIN_NAMES.items()}
+        about = "Train a model without a teacher: a future teacher, or a student as a baseline."
+        elsewhere = dict.fromkeys(OF_DISTILLING, "only mgd-timm distill takes it")
+        elsewhere |= {ours: f"give {flag(theirs)} instead" for ours, theirs in TRAIN_NAMES.items()}
     parser = Parser(prog=prog, description=about, elsewhere={**elsewhere, **(without or {})})
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of flags")
     printing = next(action for action in parser._actions if action.dest == "print_config")
@@ -287,7 +284,7 @@ def run_parser(
         parser.group(title)
     names = {} if distill else TRAIN_NAMES
     defaults = {**({} if distill else {"output": "runs/train"}), **(defaults or {})}
-    # Fields of Optim stand before those of Recipe that are under the same heading.
+    # Optim before Recipe, which has flags under the same heading.
     for kind, title in ((Data, "data"), (Optim, "optimisation"), (Recipe, "run"), (Heads, "granularity heads")):
         add_fields(parser, kind, group=title, leave_out=leave_out, names=names, defaults=defaults)
     if distill:
@@ -296,13 +293,13 @@ def run_parser(
 
 
 def options_of(namespace: Namespace) -> dict[str, Any]:
-    """Return a call's values as `make_recipe` takes them: without --config, and lists as tuples."""
+    """Return the parsed values as options of `make_recipe`: without --config, and with tuples for lists."""
     values = dict(vars(namespace))
     values.pop("config", None)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def given_options(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of `make_recipe` that a call or its --config gives, without the others' defaults."""
+    """Return the options of `make_recipe` that the arguments or their --config give, without the defaults."""
     parser.set_defaults({name: None for name in vars(parser.get_defaults()) if name != "config"})
     return {name: value for name, value in options_of(parser.parse_args(list(arguments))).items() if value is not None}

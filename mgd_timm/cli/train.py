@@ -7,11 +7,11 @@ from mgd_timm.recipe.recipe import make_recipe
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the command."""
+    """Run the command."""
     values = options_of(run_parser("mgd-timm train", distill=False).parse_args(list(arguments)))
     for name, flag in TRAIN_NAMES.items():
         values[name] = values.pop(flag)
     recipe = make_recipe(teacher=None, method="none", **values)
-    from mgd_timm.pipeline.run import run  # once the options are known to be right, as it loads torch
+    from mgd_timm.pipeline.run import run  # after the options are checked, as it loads torch
 
     run(recipe)

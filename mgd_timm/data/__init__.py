@@ -1,1 +1,1 @@
-"""Files and data sets as batches of images. Start at dataset.py; another file format is added in readers/."""
+"""Load data sets as batches of images. Start at dataset.py; readers/ reads the file formats."""

@@ -1,4 +1,4 @@
-"""Find images that cannot be decoded before the first epoch, so that what is skipped depends on the data alone."""
+"""Find corrupt images before the first epoch, so that the images that are skipped depend on the data alone."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ SKIP_HINT = "Or skip up to N corrupt images with --max-bad N."
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """The rows of a split, of which the corrupt ones are known.
+    """The rows of a split and the errors of its corrupt images.
 
     Args:
         rows: The split.
         digest: Digest of the split.
-        corrupt: Rows that cannot be decoded, and why.
+        corrupt: Error of each row that cannot be decoded.
     """
 
     rows: Rows
@@ -40,14 +40,14 @@ class CheckedRows:
         return torch.from_numpy(self.rows.labels)
 
     def readable(self, ids: Tensor) -> Tensor:
-        """Return those of the ids that can be decoded."""
+        """Return the ids whose images can be decoded."""
         return ids[[int(i) not in self.corrupt for i in ids]] if self.corrupt else ids
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans].
 
         Raises:
-            DataError: It is corrupt. The message names --max-bad.
+            DataError: The image is corrupt. The message names --max-bad.
         """
         try:
             return self.rows.pixels(row, in_chans)
@@ -56,10 +56,10 @@ class CheckedRows:
 
 
 def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRows:
-    """Digest a split, and with --max-bad look for its corrupt images.
+    """Compute the digest of a split, and with --max-bad find its corrupt images.
 
-    Every image is decoded once, which takes about as long as reading it for one evaluation. The result is cached by
-    the digest of the data.
+    Every image is decoded once, which takes about as long as one evaluation's reading. The result is cached by the
+    digest of the data.
     """
     digest = rows.digest()
     if not data.max_bad or isinstance(rows, ArrayRows):  # arrays are pixels already
@@ -76,11 +76,11 @@ def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRow
 
 
 def check_number_of_corrupt(splits: Sequence[CheckedRows], most: int, log: Callable[[str], None]) -> tuple[str, ...]:
-    """Log how many images are skipped, and return the reason for each.
+    """Log the number of corrupt images, and return the error of each.
 
     Args:
         splits: The splits.
-        most: How many images may be skipped.
+        most: Largest number that may be skipped.
         log: Logs one line.
 
     Raises:
@@ -90,7 +90,7 @@ def check_number_of_corrupt(splits: Sequence[CheckedRows], most: int, log: Calla
     first = " ".join(reasons[:3]) + (f" And {len(reasons) - 3} more." if len(reasons) > 3 else "")
     if len(reasons) > most:
         raise DataError(
-            f"{len(reasons)} corrupt images, more than --max-bad {most}: {first} Or skip them with --max-bad "
+            f"{len(reasons)} corrupt images, more than --max-bad {most}: {first} Or skip all with --max-bad "
             f"{len(reasons)}."
         )
     if reasons:
@@ -110,7 +110,6 @@ class _Decodes:
 
 
 def _find_corrupt(rows: Rows, in_chans: int, workers: int) -> dict[int, str]:
-    """Return the rows that cannot be decoded, and why."""
     from tqdm import tqdm
 
     found: dict[int, str] = {}
@@ -119,14 +118,13 @@ def _find_corrupt(rows: Rows, in_chans: int, workers: int) -> dict[int, str]:
         for numbers in read_ahead(_Decodes(rows, in_chans), keys, workers, torch.device("cpu")):
             for row in (-1 - numbers[numbers < 0]).tolist():
                 reason = _reason(rows, row, in_chans)
-                if reason is not None:  # else the disk failed, and works again
+                if reason is not None:  # else reading failed only the first time
                     found[row] = reason
             bar.update(len(numbers))
     return found
 
 
 def _reason(rows: Rows, row: int, in_chans: int) -> str | None:
-    """Return why an image cannot be decoded, or None."""
     try:
         rows.pixels(row, in_chans)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""`load_images`: a data set, from its files or the hub, as sources of training, validation and test images.
+"""`load_images`: load a data set, from files or the hub, as sources of training, validation and test images.
 
 The steps: `readers` find splits and read rows, `corrupt_images` checks them, `image_cache` decodes small images once,
 `sources` makes batches of them.
@@ -17,7 +17,7 @@ from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, c
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.image_cache import CachedImages, load_or_decode
 from mgd_timm.data.readers.open import open_splits
-from mgd_timm.data.readers.rows import EVAL_SPLITS, Rows, check_classes, read_split
+from mgd_timm.data.readers.rows import EVAL_SPLITS, Rows, check_classes, find_split
 from mgd_timm.data.readers.streams import StreamSource, open_streams, read_stream
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
@@ -30,13 +30,13 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Images:
-    """A data set, ready to train on."""
+    """A data set as sources of batches."""
 
     train: Source
     val: Source | None
     test: Source | None
     num_samples: int
-    """Rows of the training split; images held out for validation are among them."""
+    """Rows of the training split, with the images held out for validation."""
     labels: Tensor | None
     """Labels of these rows, [n] class ids or [n, k] distributions. None for a stream."""
     class_names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     corrupt: tuple[str, ...] = ()
-    """Names of the corrupt images that are skipped, and why."""
+    """Name and error of each corrupt image that is skipped."""
 
     @property
     def num_classes(self) -> int:
@@ -52,8 +52,8 @@ class Images:
         return len(self.class_names)
 
     def trained_labels(self) -> Tensor | None:
-        """Return class ids by sample id, the most likely one of a distribution; -1 for samples that are not trained
-        on. None for a stream."""
+        """Return class ids by sample id, int64 [n]: -1 for samples that are not trained on, the most likely class of a
+        distribution. None for a stream."""
         if self.labels is None:
             return None
         known = self.labels.argmax(1) if self.labels.ndim == 2 else self.labels
@@ -61,7 +61,7 @@ class Images:
 
     @property
     def evaluation(self) -> Source | None:
-        """What is evaluated each epoch: the images held out for validation if there are any, else the test split."""
+        """Source to evaluate each epoch: the images held out for validation if there are any, else the test split."""
         return self.val if self.val is not None else self.test
 
 
@@ -76,9 +76,9 @@ def load_images(
     """Load a data set.
 
     Args:
-        data: Which data set, and how its images are shown.
+        data: Options of the data set and its augmentation.
         seed: Seed of augmentation and of the validation split.
-        defaults: What the models know and `data` leaves open.
+        defaults: The models' size, mean, std, interpolation and crop, for what `data` leaves open.
         log: Logs one line.
         main_first: A context in which other processes wait for the main one, so that one process writes the cache.
 
@@ -91,9 +91,9 @@ def load_images(
         return _load_streams(data, seed, defaults, open_streams(location, data.dataset_config), log)
     with main_first():
         splits = open_splits(location, data)
-        train = read_split(splits, data.train_split, None, log)
+        train: Rows = find_split(splits, data.train_split)(None, log)
         name = _eval_split(data, splits)
-        test = read_split(splits, name, train.class_names, log) if name is not None else None
+        test: Rows | None = find_split(splits, name)(train.class_names, log) if name is not None else None
     check_classes(train, test)
     ids = _hold_out(train, data.val_split, seed)
     with main_first():
@@ -106,7 +106,6 @@ def load_images(
 
 
 def _eval_split(data: Data, splits: Collection[str]) -> str | None:
-    """Return the name of the split to evaluate on, if there is one."""
     return data.eval_split or next((s for s in EVAL_SPLITS if s in splits and s != data.train_split), None)
 
 
@@ -132,7 +131,7 @@ def _hold_out(train: Rows, share: float, seed: int) -> _Ids:
     if not held_out.any() or held_out.all():
         raise DataError(
             f"--val-split {share} of {len(train)} images leaves no image to train or to evaluate on: choose another "
-            "share."
+            "share, 0 to 0.5."
         )
     return _Ids(every[~held_out], every[held_out])
 
@@ -144,17 +143,13 @@ def _check_classes_left(train: CheckedRows, ids: Tensor) -> None:
         for label in (counts == 0).nonzero().flatten().tolist():
             raise DataError(
                 f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
-                "replace some."
+                "replace them, or remove the class."
             )
-
-
-# -- sources
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Format:
-    """What images look like as batches, and how they become them."""
+    """Size, mean and std of the images in a batch, and the function that builds a source."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -226,13 +221,11 @@ def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
 
 
 def _load_streams(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], log: Log) -> Images:
-    """Build the sources of streams."""
     train = read_stream(data, splits, data.train_split, log)
     name = _eval_split(data, splits)
     test = read_stream(data, splits, name, lambda _: None, train.class_names) if name is not None else None
     side = data.img_size or defaults.img_size
     mean, std = _known_mean_std(data, defaults)
-    data = replace(data, interpolation=data.interpolation or defaults.interpolation)
     augment, plain = (
         timm_transform(data, defaults, (data.in_chans, side, side), mean, std, training) for training in (True, False)
     )
@@ -249,12 +242,8 @@ def _load_streams(data: Data, seed: int, defaults: Defaults, splits: dict[str, A
     )
 
 
-# -- mean and standard deviation
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def _match_channels(defaults: Defaults, in_chans: int) -> Defaults:
-    """Average mean and std over channels where the weights have another number of them, as timm sums the weights."""
+    """Average mean and std over channels if `in_chans` is another number of them, as timm sums the weights."""
 
     def fit(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
         return values if values is None or len(values) == in_chans else (sum(values) / len(values),) * in_chans

@@ -1,4 +1,4 @@
-"""Decode images, and refuse those that cannot be used."""
+"""Decode images, and refuse corrupt and unsupported ones."""
 
 import io
 import os
@@ -11,7 +11,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 class DataError(ValueError):
-    """Data that cannot be used. Its message names what and where, and what to do."""
+    """Data that cannot be used. The message names the file or image, what is wrong, and what to do."""
 
 
 def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
@@ -23,10 +23,10 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
     Args:
         content: An encoded image, or the path of a file.
         in_chans: 3 or 1.
-        name: What error messages call the image.
+        name: Name of the image in error messages.
 
     Raises:
-        DataError: It is truncated or not an image, too large to be one, or has more than 8 bits per channel (which
+        DataError: It is truncated, not an image, larger than Pillow allows, or has more than 8 bits per channel (which
             would be clipped).
     """
     try:

@@ -32,7 +32,7 @@ CHECKED_AT_ONCE = 1 << 30  # bytes
 
 
 class CorruptCacheError(DataError):
-    """A file that is not as it was written."""
+    """A cache file that has changed since it was written."""
 
 
 class CachedImages:
@@ -43,7 +43,7 @@ class CachedImages:
         shape: n, c, h, w.
 
     Raises:
-        CorruptCacheError: The file is not as it was written, as far as it was checked.
+        CorruptCacheError: The header, or an image that is checked at once, has changed.
         FileNotFoundError: There is no such file.
         PermissionError: This user may not read it.
     """
@@ -56,7 +56,7 @@ class CachedImages:
         try:
             found, _ = read_header(path)
             if found != expected:
-                raise ValueError("its header is of other images")
+                raise ValueError("its header describes other images")
             tensors = load_file(path)
         except PermissionError:
             raise
@@ -69,10 +69,10 @@ class CachedImages:
             self._unchecked = None
 
     def check(self, rows: Tensor) -> None:
-        """Check those of the images that this process reads for the first time.
+        """Check the images that this process reads for the first time.
 
         Raises:
-            CorruptCacheError: One was changed. The file is removed, so that the next start writes it again.
+            CorruptCacheError: An image has changed. The file is removed, so that the next start writes it again.
         """
         if self._unchecked is None:
             return
@@ -85,13 +85,12 @@ class CachedImages:
                 self.path.unlink()
             removed = "delete it and" if self.path.exists() else "it was removed;"
             raise CorruptCacheError(
-                f"{error}: {removed} start again (add --resume if the run had begun), which writes it again from the "
+                f"{error}: {removed} start again (with --resume if the run had started) to write it again from the "
                 "source."
             ) from error
         self._unchecked[new] = False
 
     def _compare(self, rows: np.ndarray) -> None:
-        """Raise CorruptCacheError unless the images have their checksums."""
         pixels = self.images.numpy()
         changed = [row for row in rows.tolist() if _checksum(pixels[row]) != int(self._sums[row]) % 2**64]
         if changed:
@@ -106,11 +105,11 @@ def _checksum(image: Any) -> int:
 
 
 def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: Callable[[str], None]) -> CachedImages:
-    """Return the decoded images of a split from the cache; where they are not there they are decoded and cached.
+    """Load the decoded images of a split from the cache, or decode and cache them.
 
     Args:
         split: The split. Its corrupt images are black.
-        data: Its `in_chans`; with its `img_size` images are resized, without it all must have one size.
+        data: Its `in_chans` and `img_size`. With `img_size` images are resized; without it all must have one size.
         size: Height and width.
         log: Logs one line.
 
@@ -126,8 +125,8 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
 
     def decode_all() -> Tensor:
         pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
-        quick = len(rows) < 20_000
-        for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=quick):
+        few = len(rows) < 20_000
+        for row in tqdm(range(len(rows)), desc=f"decoding {rows.split}", unit="img", leave=False, disable=few):
             if row in split.corrupt:
                 continue
             image = split.pixels(row, in_chans)
@@ -148,17 +147,17 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
 def load_or_create(
     folder: Path, shape: Sequence[int], decode_all: Callable[[], Tensor], split: str, log: Callable[[str], None]
 ) -> CachedImages:
-    """Load the images of a folder; where they are missing or corrupt one run writes them while others wait.
+    """Load the images of a folder. If they are missing or corrupt, one run writes them while others wait.
 
     Args:
         folder: A folder for these images alone.
         shape: n, c, h, w.
-        decode_all: Returns the images, uint8 [n, c, h, w], where they are to be written.
+        decode_all: Returns the images to write, uint8 [n, c, h, w].
         split: Name of the split.
         log: Logs one line.
 
     Raises:
-        DataError: `decode_all` raised it, or the file does not read back as it was written.
+        DataError: `decode_all` raised it, or the file is corrupt right after it was written.
         OSError: The file cannot be written.
     """
     path = folder / FILE

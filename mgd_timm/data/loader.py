@@ -1,9 +1,9 @@
 """DataLoader workers: batches that are decoded ahead of their use.
 
 Workers are forked. Python before 3.13 copies the lock of its list of threads into the new process as it is. If another
-thread holds it at that moment (such as one of gloo's, giving back the last reference to a tensor just after a
-collective), the new process waits for ever. So each fork first waits until the other threads are idle. From 3.13 on
-Python takes the lock itself before it forks.
+thread holds it at that moment (such as one of gloo's that releases a tensor just after a collective), the new process
+hangs. So each fork first waits until the other threads are idle. From 3.13 on Python takes the lock itself before it
+forks.
 """
 
 import contextlib
@@ -21,20 +21,17 @@ import torch
 
 from mgd_timm.data.decode import DataError
 
-# -- batches of the workers
-# --------------------------------------------------------------------------------------------------------------------
-
 
 def read_ahead(
     source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, hint: str = ""
 ) -> Iterator[Any]:
-    """Yield `source[key]` of each list of keys, collated, in their order, read by workers ahead of their use.
+    """Yield the collated `source[key]` of each list of keys, in order, read by workers ahead of their use.
 
     Args:
         source: Its items are tensors and numbers.
-        keys: One list of keys for each batch. They are drawn in this process, a few batches ahead.
-        workers: DataLoader workers; 0 reads in this process.
-        device: What the batches are for; memory is pinned for a GPU.
+        keys: One list of keys for each batch, iterated in this process, a few batches ahead.
+        workers: Number of DataLoader workers; 0 reads in this process.
+        device: Device of the training step; memory is pinned for a GPU.
         hint: Added to the message of an item's error.
 
     Raises:
@@ -77,7 +74,6 @@ def _collate(items: list[Any]) -> Any:
 
 
 # -- signals
-# --------------------------------------------------------------------------------------------------------------------
 
 # macOS cannot wait for a signal and see its sender: there SIGTERM ends the workers.
 _BLOCKED = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
@@ -85,8 +81,8 @@ _BLOCKED = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") els
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block signals while workers start, so that a signal to the whole process group does not end them: the run first
-    saves its state, then ends them itself.
+    """Block signals while workers start, so that a signal to the process group does not end them: the run first saves
+    its state, then ends them itself.
 
     They are blocked before the start, as libraries start threads of their own in a forked process.
     """
@@ -104,7 +100,7 @@ def _start_worker(_: int) -> None:
         return
 
     def wait() -> None:
-        # multiprocessing ends a worker that is still there at the parent's exit with a SIGTERM, and waits for it.
+        # At the parent's exit multiprocessing sends SIGTERM to the workers that are left, and waits for them.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
@@ -113,24 +109,19 @@ def _start_worker(_: int) -> None:
 
 
 # -- forks
-# --------------------------------------------------------------------------------------------------------------------
 
 _THREADS = Path("/proc/self/task")
 MAX_WAIT = 0.05
-"""Seconds, at most, that a fork waits: a thread that computes for longer is not about to release a lock."""
+"""Longest wait of a fork in seconds: a thread that computes for longer is not about to release a lock."""
 
 
 def wait_for_idle_threads(seconds: float = MAX_WAIT) -> bool:
-    """Wait until no other thread of this process runs, for at most so many seconds (Linux).
-
-    Returns:
-        Whether none runs.
-    """
+    """Wait until no other thread of this process runs, for at most `seconds` (Linux). Return whether none runs."""
     own, deadline = str(threading.get_native_id()), time.monotonic() + seconds
     while any(_is_running(thread) for thread in os.listdir(_THREADS) if thread != own):
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.0002)  # lets a thread go on that waits for the interpreter
+        time.sleep(0.0002)  # releases the interpreter to a waiting thread
     return True
 
 

@@ -18,22 +18,22 @@ from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
 
 MIXING_OPTIONS = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_off_epoch", "aug_repeats"}
-"""Options of Data that only the student's batches depend on."""
+"""Options of Data that change the student's batches only."""
 
 
 def mixed_source(images: Images, data: Data, seed: int) -> Source:
-    """Return the training images as `data` shows them to the student: mixed and repeated, or the source itself."""
+    """Return the student's source: the training images mixed and repeated, or as they are without these options."""
     if not (data.mixup or data.cutmix or data.aug_repeats > 1):
         return images.train
     return MixedSource(images.train, data, seed, images.num_samples, images.num_classes)
 
 
 class MixedSource:
-    """A Source of another source's images, with repeated augmentation and mixed.
+    """A Source that repeats and mixes another source's images.
 
     Args:
         source: The training images.
-        data: Its alphas, probabilities and repeats.
+        data: Its options of mixing and repeated augmentation (`MIXING_OPTIONS`).
         seed: Seed of the mixing.
         num_samples: Rows of the split that the source's ids index.
         num_classes: Classes of the labels.
@@ -52,7 +52,7 @@ class MixedSource:
         return self.ids[positions] + self.num_samples * repeats
 
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the source's batches. With mixing all labels are distributions, also of batches that stay unmixed."""
+        """Yield the source's batches. With mixing all labels are distributions, also in batches that stay unmixed."""
         mixing = bool(self.data.mixup or self.data.cutmix)
         off = self.data.mixup_off_epoch
         for ids, batch in zip(micro_batches, self.source.batches(micro_batches, epoch, device), strict=True):

@@ -54,11 +54,11 @@ def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor
 
     Args:
         sample_ids: Ids; one row of numbers for each.
-        seed: The numbers are independent of those that order and augmentation draw with the same seed.
+        seed: The numbers are independent of those of order and augmentation with the same seed.
         draws: Numbers per sample. The first ones do not depend on `draws`.
 
     Returns:
-        Numbers of absolute value 8.6 at most. Devices may differ in the last bits of their logarithm and cosine.
+        Numbers from -8.6 to 8.6. Devices may differ in the last bits, as their logarithm and cosine do.
     """
     u = uniform(sample_ids, mix(seed, 5), 0, draws + draws % 2)
     radius = (-2 * torch.log1p(-u[:, 0::2])).sqrt()  # of 1 - u, which is never 0
@@ -85,5 +85,5 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def set_seed(*key: int) -> None:
-    """Seed torch's generators for what is drawn next, such as initial weights."""
+    """Seed torch's generators by a key, such as before initial weights are drawn."""
     torch.manual_seed(mix(*key))

@@ -1,4 +1,4 @@
-"""The order of an epoch's samples, and how they are shared out to updates and processes.
+"""The order of an epoch's samples, and their micro-batches by update and process.
 
 The order is a function of (seed, epoch): it is the same on any number of processes and workers, and after any resume.
 So is dropout where an update has the same micro-batches (`cut_updates`).
@@ -18,10 +18,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
 
 
 def repeated_order(count: int, repeats: int, seed: int, epoch: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return the positions of an epoch with repeated augmentation, and which augmentation of its image each one is.
+    """Return the positions of an epoch with repeated augmentation, and the number of each one's augmentation.
 
-    The epoch's permutation with each image `repeats` times in a row, ended at the usual length of an epoch, rounded
-    down to a multiple of 256 (below 256: not rounded). So an epoch shows a share 1 / repeats of the images.
+    The epoch's permutation with each image `repeats` times in a row, cut to the usual length of an epoch, rounded down
+    to a multiple of 256 (below 256: not rounded). So an epoch has a share 1 / repeats of the images.
 
     Reference: Hoffer et al., "Augment Your Batch" (CVPR 2020); Touvron et al., "Training data-efficient image
     transformers" (arXiv 2012.12877), whose sampler timm has as RepeatAugSampler.
@@ -43,9 +43,9 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
 
     Args:
         order: Sample ids.
-        batch_size: The most samples in a micro-batch, 2 or more; an odd number dealt to micro-batches of 2 makes one
-            of 3.
-        processes: How many take part in every step, if only with an empty micro-batch.
+        batch_size: Largest number of samples in a micro-batch, 2 or more; an odd number dealt to micro-batches of 2
+            makes one of 3.
+        processes: Number of processes. All take part in every step, some with an empty micro-batch.
         global_batch: Samples of an update, 2 or more for each process.
 
     Returns:
@@ -56,7 +56,7 @@ def cut_updates(order: Int[Tensor, " n"], batch_size: int, processes: int, globa
     """
     if global_batch < 2 * processes:
         raise ValueError(
-            f"a global batch of {global_batch} images on {processes} processes: expected at least 2 for each, "
+            f"global batch of {global_batch} images on {processes} processes: expected at least 2 for each, "
             f"{2 * processes}. Start fewer processes, or choose a larger --global-batch-size."
         )
     most = num_micro_batches(batch_size, processes, global_batch)

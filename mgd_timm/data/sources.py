@@ -32,7 +32,7 @@ class Source(Protocol):
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Yield one Batch for each tensor of sample ids.
 
-        An id plus r times `num_samples` (of `Images`) is the same image in its r-th further augmentation.
+        An id plus r times `num_samples` (of `Images`) is the r-th further augmentation of the same image.
         """
         ...
 
@@ -54,7 +54,7 @@ class SmallImageSource:
         data: Its options of augmentation.
         stats: Mean and standard deviation, [c, 1, 1], of pixels in [0, 1].
         seed: Seed of the augmentation; None returns the images as they are.
-        check: Called with rows before they are read.
+        check: Called with the rows [n] of images before they are read.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SmallImageSource:
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """The options that, beside images, mean, std and size, decide an augmentation; as JSON values."""
+        """Options that an augmentation depends on, beside images, mean, std and size; as JSON values."""
         return {"pad": self.data.pad, "hflip": self.data.hflip, **_erasing_options(self.data)}
 
     def with_seed(self, seed: int) -> "SmallImageSource":
@@ -119,16 +119,16 @@ class SmallImageSource:
 
 
 class LargeImageSource:
-    """Large images, decoded and transformed in DataLoader workers; an image's draws are seeded by (seed, epoch, id).
+    """Large images, decoded and transformed in DataLoader workers, with random draws seeded by (seed, epoch, id).
 
-    Corrupt images are not among the ids; where all rows are asked for, a black image stands for each.
+    `ids` leaves out corrupt images. If all rows are read, each corrupt one is a black image.
 
     Args:
         rows: The split.
         ids: Sample ids of this source.
         data: Its `in_chans` and `workers`, and its options of augmentation.
         transform: A PIL image to a normalised tensor [c, h, w].
-        seed: Seed of the transform's draws; None leaves the generators alone.
+        seed: Seed of the transform's draws; None does not seed them.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class LargeImageSource:
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """The options that, beside images, mean, std and size, decide an augmentation; as JSON values."""
+        """Options that an augmentation depends on, beside images, mean, std and size; as JSON values."""
         names = ("scale", "ratio", "hflip", "aa", "color_jitter", "interpolation")
         values = {name: getattr(self.data, name) for name in names} | _erasing_options(self.data)
         if self.data.train_interpolation is not None:
@@ -165,7 +165,7 @@ class LargeImageSource:
             return self.transform(to_pil(pixels)), row
 
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
-        """Yield a Batch for each tensor of sample ids, read ahead by the workers."""
+        """Yield a Batch for each tensor of sample ids, read ahead by workers."""
         keys = [[(epoch, row) for row in ids.tolist()] for ids in micro_batches]
         for images, rows in read_ahead(self, keys, self.data.workers, device, hint=SKIP_HINT):
             labels = self.all_labels[rows].to(device, non_blocking=True)
@@ -173,5 +173,5 @@ class LargeImageSource:
 
 
 def _erasing_options(data: Data) -> dict[str, Any]:
-    """Return the options of erasing; none where nothing is erased, so that they do not count."""
+    """Return the options of random erasing, or none without it, so that they do not count."""
     return {name: getattr(data, name) for name in ("reprob", "remode", "recount")} if data.reprob else {}

@@ -30,7 +30,6 @@ _AREA, _RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 # -- small images
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def augment_small(
@@ -47,7 +46,7 @@ def augment_small(
     Args:
         images: The batch.
         keys: Sample ids; an id plus a multiple of the number of samples is another augmentation of the same image.
-        seed, epoch: What the draws depend on, beside the keys.
+        seed, epoch: Further keys of the random draws.
         data: Its `pad`, `hflip`, `reprob`, `remode` and `recount`.
         mean, std: [c, 1, 1], of pixels in [0, 1].
     """
@@ -59,11 +58,7 @@ def augment_small(
 
 
 def check_small_options(data: Data) -> None:
-    """Check that no option is given that only large images have.
-
-    Raises:
-        DataError: One is.
-    """
+    """Raise DataError for an option that small images do not take."""
     for name in ("aa", "color_jitter", "train_interpolation"):
         if getattr(data, name):
             flag = f"--{name.replace('_', '-')}"
@@ -74,13 +69,7 @@ def check_small_options(data: Data) -> None:
 
 
 def pad_crop_flip(
-    images: UInt8[Tensor, "b c h w"],
-    keys: Int[Tensor, " b"],
-    seed: int,
-    epoch: int,
-    *,
-    pad: int,
-    hflip: float,
+    images: UInt8[Tensor, "b c h w"], keys: Int[Tensor, " b"], seed: int, epoch: int, *, pad: int, hflip: float
 ) -> UInt8[Tensor, "b c h w"]:
     """Zero-pad by `pad` pixels, crop at random to the original size, flip left-right with probability `hflip`."""
     draws = uniform(keys, seed, epoch, 3)
@@ -120,7 +109,7 @@ def erase(
     Args:
         images: Of mean 0 and standard deviation 1.
         keys: Sample ids.
-        seed, epoch: What the draws depend on, beside the keys.
+        seed, epoch: Further keys of the random draws.
         probability: Probability that an image is erased at all.
         mode: const (0), rand (a normal number per box and channel) or pixel (one per pixel and channel).
         count: Largest number of boxes; each number from 1 to `count` is equally likely.
@@ -165,7 +154,6 @@ def _erasing_noise(images: Tensor, keys: Tensor, seed: int, mode: str, count: in
 
 
 # -- large images
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def timm_transform(
@@ -186,7 +174,7 @@ def timm_transform(
         training: Augment; otherwise resize and crop the centre.
 
     Raises:
-        DataError: An interpolation or a policy that timm does not know.
+        DataError: timm does not know an interpolation or a policy.
     """
     from timm.data.transforms_factory import create_transform
 
@@ -202,8 +190,8 @@ def timm_transform(
         return create_transform(**common, is_training=True)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise DataError(
-            f"timm cannot make a transform of --aa {data.aa} --color-jitter {data.color_jitter} ({error}): expected a "
-            "policy such as rand-m9-mstd0.5-inc1, augmix-m3 or original, and a strength of 0 or more."
+            f"timm cannot build a transform with --aa {data.aa} --color-jitter {data.color_jitter} ({error}): expected "
+            "a policy such as rand-m9-mstd0.5-inc1, augmix-m3 or original."
         ) from error
 
 
@@ -222,13 +210,12 @@ def _check_interpolations(data: Data) -> None:
 
 
 # -- batches
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def mix_batch(
     images: Float[Tensor, "b c h w"], labels: Float[Tensor, "b k"], seed: int, data: Data
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-    """Mix a batch with itself in reverse order, by mixup or cutmix with one coefficient; and its labels alike.
+    """Mix a batch and its labels with themselves in reverse order, by mixup or cutmix with one coefficient.
 
     mixup: lam x_i + (1 - lam) x_j with lam from Beta(alpha, alpha); cutmix: x_i with a box of x_j, lam is the share of
     x_i that is left.
@@ -236,13 +223,13 @@ def mix_batch(
     Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (arXiv 1710.09412); Yun et al., "CutMix" (arXiv
     1905.04899); timm's Mixup with mode "batch", whose order of draws this is.
 
-    Differs: a batch of odd size is taken too (its middle image stays). Labels are not smoothed here but by the
-    cross-entropy: as both are affine, timm's order of the two gives the same loss.
+    Differs: a batch may have an odd size (its middle image stays). Labels are smoothed by the cross-entropy, not here:
+    as both are affine, the loss is the same.
 
     Args:
         images, labels: The batch; labels are distributions over classes.
         seed: Seed of this batch.
-        data: Its `mixup`, `cutmix`, `mixup_prob` and `mixup_switch_prob`; one alpha at least is positive.
+        data: Its `mixup`, `cutmix`, `mixup_prob` and `mixup_switch_prob`. `mixup` or `cutmix` is positive.
 
     Returns:
         The mixed images and labels.

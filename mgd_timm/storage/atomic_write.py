@@ -18,18 +18,18 @@ PARTIAL_PREFIX = ".writing-"
 
 
 def default_file_mode() -> int:
-    """Return the permissions that the umask gives to a new file; safetensors itself writes 0600."""
+    """Return the permissions of a new file under the umask; safetensors itself writes 0600."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Write a file or folder under a temporary name, flush it to disk and rename it to `target`.
 
     Args:
         target: Final path. An existing file is replaced; a folder must not exist.
-        write: Writes the file or folder at the path that it is given.
+        write: Writes the file or folder to the path that it gets.
 
     Raises:
         OSError: The write failed and left nothing behind. A full disk is reported as ENOSPC.
@@ -53,8 +53,8 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
         if _is_disk_full(error):
             raise OSError(
                 errno.ENOSPC,
-                f"no room to write {target}: nothing was changed there. Free some space and start again; --resume "
-                "continues a run",
+                f"no space left to write {target}: nothing was changed there. Free some space and start again; "
+                "--resume continues a run",
             ) from error
         raise
     finally:
@@ -63,16 +63,8 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text_atomically(target: Path, text: str) -> None:
-    """Write or replace a text file with `write_atomically`.
-
-    Raises:
-        OSError: As for `write_atomically`.
-    """
-
-    def write(draft: Path) -> None:
-        draft.write_text(text)
-
-    write_atomically(target, write)
+    """Write or replace a text file with `write_atomically`."""
+    write_atomically(target, lambda draft: draft.write_text(text))
 
 
 def remove_partial_writes(folder: Path) -> None:
@@ -93,7 +85,7 @@ def _fsync(path: Path) -> None:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    # safetensors gives the system's message, not its errno
+    # safetensors' error holds the system's message, not its errno
     texts = ("No space left", "File too large", "os error 28", "os error 27")
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in numbers or any(text in str(error) for text in texts)

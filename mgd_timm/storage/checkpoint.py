@@ -25,14 +25,14 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds: tensors by group and name, and JSON values."""
+    """Content of a checkpoint: tensors by group and name, and JSON values."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     values: Mapping[str, Any]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, with the reason."""
+    """A checkpoint that is corrupt. The message names the file and what is wrong with it."""
 
 
 def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
@@ -51,8 +51,8 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
         The folder of the checkpoint.
 
     Raises:
-        OSError: A full disk or another fault while writing; older checkpoints are unchanged.
-        CheckpointError: The new checkpoint does not read back as written.
+        OSError: The disk is full, or writing failed otherwise; older checkpoints are unchanged.
+        CheckpointError: The new checkpoint is corrupt right after it was written.
     """
     target = folder / f"{number:08d}"
     if target.exists():  # the same number means the same state: a run that resumed here and stopped at once

@@ -35,8 +35,8 @@ class Lock:
     Args:
         folder: Created if it is missing.
         what: Name of its content in messages.
-        log: Takes one line for the user.
-        progress: Returns how far the holder is, in a few words; shown while waiting.
+        log: Logs one line.
+        progress: Returns the holder's progress in a few words, to show while waiting.
         quiet: Show no progress.
     """
 
@@ -124,11 +124,11 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise OSError(
                     error.errno,
-                    f"{self.what} cannot be written ({error}): make its folder writable, or choose another one",
+                    f"{self.what} cannot be written ({error}): make its folder writable, or choose another",
                 ) from error
             self.log(
-                f"warning: {self.what}: its file system has no locks ({error}). Another run that writes it at the "
-                "same time repeats the same work; files are complete all the same."
+                f"warning: {self.what}: its file system has no locks ({error}). Another run may repeat the same work "
+                "at the same time; files stay complete."
             )
             return True
         remove_partial_writes(self.folder)  # only under the lock: another run may be writing them without it
@@ -138,7 +138,6 @@ class Lock:
         return True
 
     def _describe_holder(self) -> str:
-        """Name the holder's host and process, as far as they are known."""
         try:
             holder = json.loads((self.folder / HOLDER_FILE).read_text())
             host, pid = str(holder["host"]), int(holder["pid"])
@@ -153,10 +152,10 @@ def load_or_create(folder: Path, what: str, create: Callable[[], State], log: Ca
     """Load the state that is stored in a folder, or create and store it under the folder's lock.
 
     Args:
-        folder: Where it is stored, as a checkpoint.
-        what: Its name in messages.
-        create: Creates it.
-        log: Takes one line for the user.
+        folder: Folder of the state, stored as a checkpoint.
+        what: Name of the state in messages.
+        create: Returns a new state.
+        log: Logs one line.
 
     Raises:
         OSError: The folder cannot be written.

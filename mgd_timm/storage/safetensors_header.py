@@ -1,4 +1,4 @@
-"""Read and check the header of a safetensors file, for files that are mapped and hold digests of their own rows."""
+"""Read and check the header of a safetensors file, for files that are mapped and hold checksums of their own rows."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ _MAX_BYTES = 2**16  # of a header; a flipped bit in its length may ask for 2^63
 
 
 class TensorInfo(NamedTuple):
-    """A tensor of the file: safetensors' name of its type, its shape, and its size in bytes."""
+    """A tensor of the file: safetensors' name of its dtype, its shape, and its size in bytes."""
 
     dtype: str
     shape: list[int]
@@ -23,7 +23,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Read a header, and check that every byte of it is as safetensors wrote it and that the file has the right length.
+    """Read a header, and check that it is as safetensors writes it and that the file has the length that it states.
 
     Raises:
         PermissionError: The user may not read the file.
@@ -42,7 +42,7 @@ def read_header(path: Path) -> Header:
         }
         expected_size = 8 + length + sum(info.num_bytes for info in tensors.values())
         size = path.stat().st_size
-    except PermissionError:  # the file is not corrupt: nobody should be told to delete it
+    except PermissionError:  # the file is not corrupt, and must not be deleted
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error

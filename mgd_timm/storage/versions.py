@@ -10,21 +10,15 @@ _PACKAGES = ("mgd-timm", "torch", "timm", "accelerate", "datasets", "safetensors
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that a run depends on.
-
-    Where this package is a git checkout, the commit is among them.
-    """
+    """Return the versions of Python and of the packages that a run depends on, and the commit of a git checkout."""
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    here = Path(__file__).parents[1]
-    if (here.parent / ".git").exists():
-        git = shutil.which("git")
-        head = (
-            subprocess.run([git, "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None  # noqa: S603
-        )
-        found["commit"] = head.stdout.strip() or None if head else None
+    root, git = Path(__file__).parents[2], shutil.which("git")
+    if (root / ".git").exists() and git is not None:
+        head = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)  # noqa: S603
+        found["commit"] = head.stdout.strip() or None
     return found

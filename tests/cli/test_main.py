@@ -121,7 +121,7 @@ def test_a_flag_for_each_teacher_is_given_again(mgd):
         ("mean: 0.5", "mean=(0.5,): expected 3 values, one per channel (--in-chans)"),
         (
             "mean: [0.5",
-            '--config: no YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not find',
+            '--config: invalid YAML: while parsing a flow sequence in "<unicode string>", line 1, column 7 did not',
         ),
         ("", "--config: '': expected flags with values, as in epochs: 20; --print_config writes such a file."),
         ("- 1", "--config: '- 1': expected flags with values"),
@@ -270,7 +270,7 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         (["distill", "--heads-sched", "step"], ["error: --heads-sched: 'step': expected one of cosine, multistep."]),
         (["list", "criterion"], ["error: what: 'criterion': expected one of criteria, models, data."]),
         (["list", "models", "--filter", "resnot*"], ["--filter 'resnot*': no model of this name"]),
-        (["evaluate", "embedded", "--batch-size", "8"], ["here it is --validation-batch-size."]),
+        (["evaluate", "embedded", "--batch-size", "8"], ["give --validation-batch-size instead."]),
         (["distill", "--train-split", "trian"], ["unknown split 'trian': did you mean train?"]),
         (["distill", "--input-key", "imge"], ["unknown column 'imge': did you mean image?"]),
         (["distill", "--epochs", "0"], ["epochs=0", "expected 1 or more"]),
@@ -295,15 +295,15 @@ def test_trackers_are_written(mgd, small_data, tmp_path):
         ),
         (["evaluate", "runs/none"], ["unknown model 'runs/none': there is no such folder"]),
         (["export", "embedded"], ["folder"]),
-        (["distill", "--train-only", "classifier"], ["--train-only classifier: mgd-timm train takes it."]),
-        (["distill", "--model", "resnet18"], ["--model", "here it is --student."]),
-        (["train", "--student", "resnet18"], ["--student resnet18: here it is --model."]),
-        (["train", "--no-fold-teacher"], ["--no-fold-teacher: mgd-timm distill takes it."]),
-        (["train", "--heads-epochs", "3"], ["--heads-epochs 3: mgd-timm distill takes it."]),
-        (["evaluate", "embedded", "--aa", "rand-m9"], ["--aa rand-m9: it is of training alone."]),
+        (["distill", "--train-only", "classifier"], ["--train-only classifier: only mgd-timm train takes it."]),
+        (["distill", "--model", "resnet18"], ["--model", "give --student instead."]),
+        (["train", "--student", "resnet18"], ["--student resnet18: give --model instead."]),
+        (["train", "--no-fold-teacher"], ["--no-fold-teacher: only mgd-timm distill takes it."]),
+        (["train", "--heads-epochs", "3"], ["--heads-epochs 3: only mgd-timm distill takes it."]),
+        (["evaluate", "embedded", "--aa", "rand-m9"], ["--aa rand-m9: only training takes it."]),
         (
             ["list", "models", "--teacher", "resnet18"],
-            ["--teacher is of mgd-timm list criteria, not of mgd-timm list models"],
+            ["--teacher goes with mgd-timm list criteria, not with list models"],
         ),
     ],
 )
@@ -325,14 +325,18 @@ def test_a_config_with_an_unknown_key_is_refused(mgd, tmp_path):
     refuse(mgd, ["'epoch'", "did you mean --epochs"], "distill", "--config", tmp_path / "flags.yaml")
     (tmp_path / "flags.yaml").write_text("train_only: classifier\n")
     refuse(
-        mgd, ["'train_only' is not accepted: mgd-timm train takes it."], "distill", "--config", tmp_path / "flags.yaml"
+        mgd,
+        ["'train_only' is not accepted: only mgd-timm train takes it."],
+        "distill",
+        "--config",
+        tmp_path / "flags.yaml",
     )
 
 
 def test_the_recipe_of_a_run_is_no_config(mgd, trained):
     refuse(
         mgd,
-        ["'data.dataset' is not accepted: a run's recipe.yaml is no file of flags"],
+        ["'data.dataset' is not accepted: give --config a file that --print_config wrote, not a recipe.yaml"],
         "distill",
         "--config",
         trained / "recipe.yaml",
@@ -400,7 +404,7 @@ def test_the_command_of_the_start_is_repeated_where_other_steps_make_its_global_
     assert "resumed after update 5" in out
     for steps in ("1", "3", "4"):
         said = f"grad_accum_steps={steps} contradicts global_batch_size=64"
-        refuse(mgd, [said, "and 64 take 2 steps"], *words, "--batch-size", "32", "--grad-accum-steps", steps)
+        refuse(mgd, [said, "expected 2 micro-batches"], *words, "--batch-size", "32", "--grad-accum-steps", steps)
     refuse(mgd, ["optim.global_batch_size: 64 -> 32"], *words, *batch, "--global-batch-size", "32")
 
 
@@ -431,7 +435,7 @@ def test_class_counts_that_differ_are_refused(mgd, small_data, tmp_path):
         "--data-dir",
         folder,
     )
-    refuse(mgd, ["the model has 10 classes, the data 3"], "evaluate", "embedded", "--data-dir", folder)
+    refuse(mgd, ["the model has 10 classes, the data has 3"], "evaluate", "embedded", "--data-dir", folder)
 
 
 def test_teacher_weights_without_their_classifier_are_refused(mgd, tmp_path):

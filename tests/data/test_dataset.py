@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_no_file_in_the_cache(
 ) -> None:
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path))
     with small_disk("size=4m"):
-        with pytest.raises(OSError, match=r"no room to write .*images/.*safetensors: nothing was changed there"):
+        with pytest.raises(OSError, match=r"no space left to write .*images/.*safetensors: nothing was changed there"):
             load_images(Data(), 0, log=print)
         assert [path for path in tmp_path.rglob("*.*") if path.name != LOCK_FILE] == []
 

@@ -56,13 +56,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     assert read(gap).class_names == ("cat", "emu")
     with pytest.raises(
         DataError,
-        match=r"no label column among image: .* put the images into one folder per class, two classes or more",
+        match=r"no label column among image: .* put the images into one folder per class, with two classes or more",
     ):
         read(folder(tmp_path / "one", {"train/cat": [noise(0), noise(1)]}))
     (gap / "test" / "cat" / "more").mkdir(parents=True)
     (gap / "test" / "cat" / "more" / "9.png").write_bytes((gap / "train" / "cat" / "0.png").read_bytes())
     with pytest.raises(
-        DataError, match=r"gap/test/cat/more/9\.png and .*gap/train/(cat|emu)/.*\.png lie at different depths, so"
+        DataError, match=r"gap/test/cat/more/9\.png and .*gap/train/(cat|emu)/.*\.png are at different depths, so"
     ):
         read(gap)
     (tmp_path / "corrupt").mkdir()

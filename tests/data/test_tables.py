@@ -141,9 +141,9 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             {"image": samples(2), "label": [[0.5, 0.5], [0.5, 0.6]]},
-            "soft labels must be distributions: each value 0 or more",
+            "expected distributions: each value 0 or more, with the sum 1",
         ),
-        ({"image": samples(2), "label": [[1.5, -0.5], [0.5, 0.5]]}, "soft labels must be distributions"),
+        ({"image": samples(2), "label": [[1.5, -0.5], [0.5, 0.5]]}, "expected distributions"),
         (
             {"image": samples(2), "label": [[0.5, 0.5], [1.0]]},
             "expected class ids from 0, none missing, or distributions of equal len",

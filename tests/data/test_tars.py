@@ -126,11 +126,11 @@ def test_errors_name_the_tar_and_the_way_out(pictures: Path, tmp_path: Path) -> 
     refused("a compressed one cannot be read from the middle")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         add(tar, "1.png", b"")
-    refused(r"1\.png lies in no class folder and has no label \(\.cls, \.json or \.txt\) beside it")
+    refused(r"1\.png is in no class folder and has no label file \(\.cls, \.json or \.txt\)")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name, content in {"1.png": b"x", "1.cls": b"0", "2.png": b"x"}.items():
             add(tar, name, content)
-    refused(r"2\.png has no label beside it")
+    refused(r"2\.png has no label file")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         add(tar, "1.png", b"x")
         add(tar, "1.json", b'{"name": 3}')

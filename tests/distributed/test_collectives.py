@@ -287,7 +287,7 @@ def test_a_full_disk_ends_both_processes_at_once(small_data, tmp_path):
         check=False,
     )
     assert done.returncode != 0
-    assert done.stderr.count("no room to write") >= 2  # each process says it, none waits for the other
+    assert done.stderr.count("no space left to write") >= 2  # each process says it, none waits for the other
     assert time.monotonic() - started < 90
 
 
@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_whole_checkpoints_and_a_clear_error(small_data, tmp_
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "no room to write" in done.stderr
+    assert "no space left to write" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (output / "export").exists()
     assert [path.name for path in output.rglob(".writing-*")] == []

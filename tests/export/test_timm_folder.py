@@ -139,5 +139,5 @@ except OSError as error:
         [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "no room to write" in done.stdout
+    assert "no space left to write" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -130,7 +130,9 @@ def refused_and_resumed(
     assert codes[0] == 1, said
     assert all(codes), codes  # None: it waited on
     assert "Traceback" not in said
-    refused = re.search(r"no room to write (\S+): nothing was changed there. Free some space and start again", said)
+    refused = re.search(
+        r"no space left to write (\S+): nothing was changed there. Free some space and start again", said
+    )
     assert refused is not None, said
     if room is None:
         filler.unlink()
@@ -210,7 +212,9 @@ def test_a_full_disk_ends_two_processes(tiny_flags: list[str], tmp_path: Path, r
         began, codes = time.monotonic(), ranks.wait(60, grace=2)
         assert None not in codes, ranks.said(1)
         assert 0 not in codes
-        assert "no room to write" in ranks.said(0)
-        assert number == 1 or "no room to write" in ranks.said(1)  # what rank 0 failed with, where they act together
+        assert "no space left to write" in ranks.said(0)
+        assert number == 1 or "no space left to write" in ranks.said(
+            1
+        )  # rank 0's error, where they act together
         check_whole(place)
         report(f"full disk: two processes at write {number}: both ended after {time.monotonic() - began:.0f} s")

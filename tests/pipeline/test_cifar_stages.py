@@ -168,7 +168,7 @@ def test_the_recipe_refuses_what_it_does_not_know(colours: Path, tmp_path: Path,
     [
         (["--peer", "resnet18"], "two students that teach each other: mgd-timm distill --peer."),
         (["--resume"], "the same command continues a stopped run, without it."),
-        (["--train-only", "classifier"], "mgd-timm train takes it."),
+        (["--train-only", "classifier"], "only mgd-timm train takes it."),
     ],
 )
 def test_the_recipe_says_where_the_flags_are_that_it_does_not_take(capsys, words: list[str], said: str) -> None:

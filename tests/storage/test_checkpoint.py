@@ -277,7 +277,7 @@ def run_saver(folder: Path, *args: int, limit: int | None = None) -> subprocess.
 
 def assert_refused_and_untouched(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"OSError: [Errno 28] no room to write {folder}/0000000")
+    assert done.stderr.splitlines()[-1].startswith(f"OSError: [Errno 28] no space left to write {folder}/0000000")
     assert "Free some space and start again" in done.stderr
     for name in names(folder):
         verify(folder / name)
@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, small_disk: Sm
         (tmp_path / "inode 14").touch()
         for _ in range(2):
             with pytest.raises(
-                OSError, match=r"no room to write .*00000003: nothing was changed there\. Free some space"
+                OSError, match=r"no space left to write .*00000003: nothing was changed there\. Free some space"
             ) as caught:
                 save(folder, 3, big)
             assert caught.value.errno == errno.ENOSPC

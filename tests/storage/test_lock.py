@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_is_logged(tmp_path: Path, monkeypatch: pyte
         pass
     assert len(said) == 2
     assert re.fullmatch(
-        r"warning: it: its file system has no locks \(.*\)\. Another run that writes it at the same time .*", said[0]
+        r"warning: it: its file system has no locks \(.*\)\. Another run may repeat the same work .*", said[0]
     )
     assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE, f"{PARTIAL_PREFIX}x"}  # it may be of a run at work
 

@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_leaves_whole_shards_and_a_later_call_goes_on(bench
                 (tmp_path / "hog").write_bytes(bytes(free - 12_000))
             return teacher(batch.images)
 
-        with pytest.raises(OSError, match=r"no room to write .*pass-00000-rows-000000200") as caught:
+        with pytest.raises(OSError, match=r"no space left to write .*pass-00000-rows-000000200") as caught:
             stored.store.fill(teach, stored.source, accelerator, 50, quiet=True)
         assert caught.value.errno == errno.ENOSPC
         there = state(tmp_path / "store")

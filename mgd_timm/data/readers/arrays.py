@@ -34,7 +34,7 @@ class ArrayRows:
         return len(self.images)
 
     def name(self, row: int) -> str:
-        """Return what error messages call an image."""
+        """Return the name of an image in error messages."""
         return f"{self.split} image {row}"
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
@@ -93,10 +93,12 @@ def _open_pair(folder: Path, split: str) -> ArrayRows:
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
         raise DataError(
             f"{labels_path}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids from 0, one for "
-            "each image."
+            f"each image of {images_path.name}."
         )
     if int(labels.max()) >= len(labels):
-        raise DataError(f"{labels_path}: the label {labels.max()} of {len(labels)} images: expected class ids from 0.")
+        raise DataError(
+            f"{labels_path}: label {labels.max()} of only {len(labels)} images: expected consecutive class ids from 0."
+        )
     names = tuple(str(i) for i in range(int(labels.max()) + 1))
     return ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
 

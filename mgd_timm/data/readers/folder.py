@@ -1,4 +1,4 @@
-"""Images in class folders: train/cat/1.png. `datasets` reads them; the checks here find what it would leave out."""
+"""Images in class folders: train/cat/1.png. `datasets` reads them; the checks here find what it would ignore."""
 
 from collections import Counter
 from functools import partial
@@ -27,7 +27,7 @@ def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
 
 
 def _check_class_folders(folder: LocalFolder) -> None:
-    """Raise DataError for a folder without images: `datasets` does not see it, and its class would not exist."""
+    """Raise DataError for a folder without images: `datasets` ignores it, and its class would not exist."""
     with_images: set[Path] = set()
     for path, suffixes in folder.suffixes.items():
         if suffixes & IMAGE_SUFFIXES:
@@ -38,7 +38,7 @@ def _check_class_folders(folder: LocalFolder) -> None:
 
 
 def _check_depths(tables: dict[str, Any]) -> None:
-    """Raise DataError if images lie at different depths: `datasets` then takes no folder for a class."""
+    """Raise DataError if images are at different depths: `datasets` then takes no folder for a class."""
     import datasets
 
     without_labels = [table for table in tables.values() if list(table.features) == ["image"]]
@@ -55,6 +55,6 @@ def _check_depths(tables: dict[str, Any]) -> None:
         odd = next(path for path in paths if len(path.parts) != usual)
         other = next(path for path in paths if len(path.parts) == usual)
         raise DataError(
-            f"{odd} and {other} lie at different depths, so no folder is taken for a class: expected all images at "
+            f"{odd} and {other} are at different depths, so no folder is taken for a class: expected all images at "
             "one depth, in class folders (train/cat/1.png). Move or remove the first and others like it."
         )

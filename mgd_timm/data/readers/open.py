@@ -1,13 +1,15 @@
-"""Choose the reader of a local folder, or of a hub id."""
+"""Choose the reader of a local folder, or read a data set of the Hugging Face hub."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.readers import arrays, folder, hub, tables, tars
+from mgd_timm.data.readers import arrays, folder, tables, tars
 from mgd_timm.data.readers.rows import ReadSplit
 from mgd_timm.data.readers.scan import LocalFolder, scan_folder
 from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.options import unknown
 
 FORMATS: tuple[Callable[[LocalFolder, Data], dict[str, ReadSplit]], ...] = (
     arrays.find_splits,
@@ -17,12 +19,14 @@ FORMATS: tuple[Callable[[LocalFolder, Data], dict[str, ReadSplit]], ...] = (
 )
 """Formats of local folders. Each returns the splits that it finds, by name; the first that finds any is used."""
 
+_KNOWN = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
+
 
 def open_splits(source: str, data: Data) -> dict[str, ReadSplit]:
-    """Find the splits of a data set. None is read yet.
+    """Find the splits of a data set, without reading them.
 
     Args:
-        source: A folder, or a hub id where `data` names no folder and there is none of this name.
+        source: A folder, or a hub id if `data` names no folder and there is none of this name.
         data: The options of the data.
 
     Raises:
@@ -34,7 +38,7 @@ def open_splits(source: str, data: Data) -> dict[str, ReadSplit]:
             raise DataError(
                 f"{source}: no such folder. Give a folder with --data-dir, or 'embedded' or a hub id with --dataset."
             )
-        return hub.find_splits(source, data)
+        return _find_hub_splits(source, data)
     expected = (
         "expected a folder with images in class folders (train/cat/1.png), with tar files of these, or with parquet, "
         "arrow or npy files."
@@ -47,3 +51,14 @@ def open_splits(source: str, data: Data) -> dict[str, ReadSplit]:
         if splits:
             return splits
     raise DataError(f"{source}: no images and no tar, parquet, arrow or npy files in it; {expected}")
+
+
+def _find_hub_splits(hub_id: str, data: Data) -> dict[str, ReadSplit]:
+    """Return the splits of a hub id. The data set is downloaded if it is not in the cache of `datasets`."""
+    try:
+        found = tables.load_tables(hub_id, data.dataset_config)
+    except DataError as error:
+        if hub_id in _KNOWN:
+            raise
+        raise DataError(f"{unknown('data set', hub_id, _KNOWN)} Reading it from the hub failed: {error}") from error
+    return {split: partial(tables.read_table, table, split, data) for split, table in found.items()}

@@ -1,8 +1,8 @@
-"""`Rows`, the protocol that every reader implements: the images of a split and their labels; and checks of them."""
+"""`Rows`, the protocol that every reader implements: the images of a split and their labels; and its checks."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from mgd_timm.recipe.options import few, unknown
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 HASHED = 1 << 30
-"""Bytes: of a larger split a part of the images is hashed, so that a start does not take minutes."""
+"""Bytes: of a larger split only a part of the images is hashed, so that a start does not take minutes."""
 
 
 @runtime_checkable  # for the checks of shapes under pytest
@@ -41,7 +41,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> str:
-        """Return what error messages call an image: its split and row, and its file where there is one."""
+        """Return the name of an image in error messages: its split and row, and its file where there is one."""
         ...
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
@@ -58,11 +58,11 @@ class Rows(Protocol):
 
 
 ReadSplit = Callable[[tuple[str, ...] | None, Callable[[str], None]], Rows]
-"""Reads a split that was found: (class names of the training split, or None for this split itself; log) -> Rows."""
+"""Reads a split that was found, from the class names of the training split (None for this split itself) and `log`."""
 
 
 def begin_digest(rows: Rows, *more: Any) -> Any:
-    """Return a sha256 of the split's name, its classes, its labels and `more` JSON values, to be updated by images."""
+    """Return a sha256 of the split's name, classes, labels and `more` JSON values, to be updated with the images."""
     total = hashlib.sha256(json.dumps([rows.split, rows.class_names, *more]).encode())
     total.update(rows.labels.tobytes())
     return total
@@ -82,35 +82,18 @@ def digest_images(total: Any, sizes: np.ndarray, content: Callable[[int], bytes 
     return str(total.hexdigest())
 
 
-def check_split(split: str, splits: Iterable[str]) -> None:
-    """Check that a split exists.
+def find_split(splits: Mapping[str, Any], split: str) -> Any:
+    """Return a split by its name.
 
     Raises:
-        DataError: It does not.
+        DataError: There is none.
     """
     if split not in splits:
         raise DataError(
             f"{unknown('split', split, splits)} Choose one with --train-split and --eval-split. The splits of an image "
             "folder are its top folders (train/CLASS/1.png, test/CLASS/2.png)."
         )
-
-
-def read_split(
-    splits: Mapping[str, ReadSplit], split: str, class_names: tuple[str, ...] | None, log: Callable[[str], None]
-) -> Rows:
-    """Read a split.
-
-    Args:
-        splits: From `open_splits`.
-        split: Name of the split.
-        class_names: Those of the training split, for another split.
-        log: Logs one line.
-
-    Raises:
-        DataError: There is no such split, or it cannot be used.
-    """
-    check_split(split, splits)
-    return splits[split](class_names, log)
+    return splits[split]
 
 
 def check_classes(train: Rows, test: Rows | None) -> None:

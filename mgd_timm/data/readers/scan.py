@@ -1,8 +1,7 @@
-"""Scan a local folder: which kinds of files lie where."""
+"""Scan a local folder for the kinds of its files."""
 
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,25 +31,20 @@ def scan_folder(path: Path) -> LocalFolder:
     """Scan a folder. Folders whose name starts with "." or "__" are skipped, as `datasets` skips them.
 
     Raises:
-        DataError: A link to a folder that holds images or tables. `datasets` does not follow it, so that a class
-            would be left out without a word.
+        DataError: A link to a folder that holds images or tables. `datasets` does not follow it, so a class would be
+            missing without a warning.
     """
-    for found, folders, _ in _walk(path):
-        for link in (found / name for name in folders if (found / name).is_symlink()):
-            if _holds_data(link):
+    suffixes = {}
+    for found, folders, files in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for link in (Path(found, name) for name in folders):
+            if link.is_symlink() and _holds_data(link):
                 raise DataError(
                     f"{link}: a link to a folder. It is not followed, so its images would be left out. Replace it by "
                     f"a folder of links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...) or of the images."
                 )
-    suffixes = {found: {Path(name).suffix.lower() for name in files} for found, _, files in _walk(path)}
+        suffixes[Path(found)] = {Path(name).suffix.lower() for name in files}
     return LocalFolder(path, suffixes)
-
-
-def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder, the names of the folders in it and those of the files in it."""
-    for found, folders, files in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield Path(found), folders, files
 
 
 def _holds_data(path: Path) -> bool:

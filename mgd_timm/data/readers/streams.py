@@ -1,12 +1,12 @@
-"""Streams of `datasets`: images that come one after the other, from the hub or from files, and are not stored.
+"""Streams of `datasets`: images that are read in order, from the hub or from files, and are not stored.
 
 An epoch's order is a function of (seed, epoch): the shards in a random order, and the next image drawn at random from a
-buffer of those that were read last. An image is known by its position in this order, and augmented by (seed, epoch,
-position).
+buffer of those that were read last. The position in this order identifies an image, and its augmentation is a function
+of (seed, epoch, position).
 
-What it costs: every process reads the whole stream, but decodes only its own images; a resumed epoch reads what it has
-done once more, without decoding it; a split to evaluate on is read once at the start, for its labels; each process
-holds the buffer in memory. Data on a local disk are better read without --streaming.
+The cost: every process reads the full stream, but decodes only its own images; a resumed epoch reads its finished part
+again, without decoding; an evaluation split is read once at the start, for its labels; each process holds the buffer in
+memory. Without --streaming, data on a local disk are read faster.
 """
 
 import hashlib
@@ -24,13 +24,12 @@ from torch import Tensor
 
 from mgd_timm.data.decode import DataError, decode, to_pil
 from mgd_timm.data.loader import read_ahead
-from mgd_timm.data.readers.rows import check_split
+from mgd_timm.data.readers.rows import find_split
 from mgd_timm.data.readers.scan import scan_folder
 from mgd_timm.data.readers.tables import image_column, label_column
 from mgd_timm.data.rng import mix, seeded
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
-from mgd_timm.recipe.options import unknown
 
 _HEAD = 8  # the first images of a stream, which its digest covers
 
@@ -45,7 +44,7 @@ class Stream:
         split: Name of the split.
         count: Images of an epoch; the rest of a longer stream is not read.
         class_names: Names of the classes.
-        labels: Labels of all images, where they were read before.
+        labels: Labels of all images, if they were read before.
     """
 
     rows: Any
@@ -63,7 +62,8 @@ class Stream:
             if 0 <= value < classes:
                 return int(value)
             raise DataError(
-                f"{self.split} image {position} of the stream has the label {value}: expected 0 to {classes - 1}."
+                f"{self.split} image {position} of the stream has the label {value}: expected 0 to {classes - 1}; "
+                "choose another column with --target-key."
             )
         found = torch.as_tensor(value, dtype=torch.float32) if isinstance(value, list | np.ndarray) else torch.empty(0)
         if found.shape != (classes,) or not bool((found >= 0).all()) or abs(float(found.sum()) - 1) > 1e-3:
@@ -116,23 +116,18 @@ def read_stream(
     """
     import datasets
 
-    check_split(split, splits)
-    rows = splits[split]
+    rows = source = find_split(splits, split)
     if rows.features is None:
         raise DataError(
             f"split {split!r} cannot be streamed, as the types of its columns are not known: leave --streaming out."
         )
-    for name in (data.input_key, data.target_key):
-        if name is not None and name not in rows.features:
-            raise DataError(str(unknown("column", name, rows.features)))
-    key = data.input_key or image_column(rows)
+    key = image_column(rows, data)
     if data.target_key is None and set(rows.features) == {key, "__key__", "__url__"}:
         raise DataError(
-            f"the tars of the stream {split!r} have no label beside each image, and a stream does not see their class "
-            "folders: leave --streaming out (tars are read without unpacking), or give webdataset shards (1.jpg with "
-            "1.cls)."
+            f"the tars of the stream {split!r} have no label files, and a stream does not see their class folders: "
+            "leave --streaming out (tars are read without unpacking), or give webdataset shards (1.jpg with 1.cls)."
         )
-    target = data.target_key or label_column(rows, key, log)
+    target = label_column(rows, key, data, log)
     feature = rows.features[target]
     if isinstance(rows.features[key], datasets.Image):
         rows = rows.cast_column(key, datasets.Image(decode=False))
@@ -143,16 +138,17 @@ def read_stream(
         names = classes or tuple(str(i) for i in range(data.num_classes or 0))
     if not names:
         raise DataError(
-            f"column {target!r} of the stream {split!r} does not say how many classes there are: give --num-classes."
+            f"column {target!r} of the stream {split!r} does not name its classes: give their number with "
+            "--num-classes."
         )
     if classes is not None and names != classes:
         raise DataError(f"split {split!r} has other classes than the training split: expected the same ones.")
     if classes is not None:
         return _with_labels(Stream(rows, key, target, split, 0, names))
-    known = (splits[split].info.splits or {}).get(split)
+    known = (source.info.splits or {}).get(split)
     count = data.num_samples or (known.num_examples if known is not None else None)
     if not count:
-        raise DataError(f"the stream {split!r} does not say how many images it has: give --num-samples.")
+        raise DataError(f"the stream {split!r} does not state its number of images: give it with --num-samples.")
     return Stream(rows, key, target, split, count, names)
 
 
@@ -166,14 +162,13 @@ def _with_labels(stream: Stream) -> Stream:
 
 
 def _content(cell: Any, name: str) -> bytes:
-    """Return an encoded image."""
     found = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
     if isinstance(found, str) and Path(found).is_file():
         return Path(found).read_bytes()
     if not isinstance(found, bytes):
         raise DataError(
-            f"{name}: the stream has only the address of the image ({found}): choose a data set of parquet or "
-            "tar files."
+            f"{name}: the stream holds the address of the image ({found}), not the image: choose a data set of parquet "
+            "or tar files."
         )
     return found
 
@@ -201,9 +196,9 @@ def shuffled(rows: Any, seed: int, epoch: int, buffer: int) -> Iterator[Any]:
 
 
 class StreamSource:
-    """A Source of a stream: its ids are positions in the order of an epoch, and are asked for in this order.
+    """A Source of a stream. Its ids are positions in the order of an epoch, and batches take them in this order.
 
-    Labels of a training stream are not known before it is read: `labels` is empty.
+    The labels of a training stream are not known before it is read, so `labels` is empty.
 
     Args:
         stream: The images.
@@ -235,49 +230,44 @@ class StreamSource:
         Raises:
             DataError: The stream ends too early or breaks off, or an image or label cannot be used.
         """
-        for images, labels, positions in read_ahead(self, _Keys(self, micro_batches, epoch), self.data.workers, device):
+        keys = _read_keys(self, micro_batches, epoch)
+        for images, labels, positions in read_ahead(self, keys, self.data.workers, device):
             yield Batch(*(part.to(device, non_blocking=True) for part in (images, labels, positions)))
 
 
-class _Keys:
-    """What the workers get: positions, encoded images and labels of each micro-batch, read from the stream in this
-    process."""
+def _read_keys(
+    source: StreamSource, micro_batches: Sequence[Tensor], epoch: int
+) -> Iterator[list[tuple[int, int, bytes, Any]]]:
+    """Read what the workers get of each image of a micro-batch: epoch, position, encoded image and label."""
+    stream = source.stream
+    numbered = _read_numbered(source, epoch)
+    for positions in micro_batches:
+        keys = []
+        for wanted in positions.tolist():
+            position, row = next(pair for pair in numbered if pair[0] == wanted)
+            content = _content(row[stream.key], f"{stream.split} image {position} of the stream")
+            keys.append((epoch, position, content, stream.label(row[stream.target], position)))
+        yield keys
 
-    def __init__(self, source: StreamSource, micro_batches: Sequence[Tensor], epoch: int) -> None:
-        self.source, self.micro_batches, self.epoch, self.read = source, micro_batches, epoch, 0
 
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, bytes, Any]]]:
-        source, stream = self.source, self.source.stream
-        rows = stream.rows
-        if source.seed is not None:
-            rows = shuffled(rows, source.seed, self.epoch, source.data.shuffle_buffer)
-        numbered = enumerate(rows)
-        for positions in self.micro_batches:
-            keys = []
-            for wanted in positions.tolist():
-                position, row = self._next(numbered, wanted)
-                content = _content(row[stream.key], f"{stream.split} image {position} of the stream")
-                keys.append((self.epoch, position, content, stream.label(row[stream.target], position)))
-            yield keys
-
-    def _next(self, numbered: Iterator[tuple[int, Any]], wanted: int) -> tuple[int, Any]:
-        stream = self.source.stream
-        try:
-            for position, row in numbered:
-                self.read = position + 1
-                if position == wanted:
-                    return position, row
-        except DataError:
-            raise
-        except Exception as error:  # from the network, and from every format's reader
-            raise DataError(
-                f"the stream {stream.split!r} broke off near image {wanted} of epoch {self.epoch + 1} "
-                f"({type(error).__name__}: {error}): continue from the newest checkpoint with --resume."
-            ) from error
+def _read_numbered(source: StreamSource, epoch: int) -> Iterator[tuple[int, Any]]:
+    """Yield position and row in the order of an epoch. Raise DataError when the stream breaks off or ends."""
+    stream, rows = source.stream, source.stream.rows
+    if source.seed is not None:
+        rows = shuffled(rows, source.seed, epoch, source.data.shuffle_buffer)
+    read = 0
+    try:
+        for row in rows:
+            yield read, row
+            read += 1
+    except DataError:
+        raise
+    except Exception as error:  # from the network, and from every format's reader
         raise DataError(
-            f"the stream {stream.split!r} ended before image {wanted} of {stream.count} ({self.read} were read): give "
-            "its true number with --num-samples."
-        )
+            f"the stream {stream.split!r} broke off after {read} images of epoch {epoch + 1} "
+            f"({type(error).__name__}: {error}): continue from the newest checkpoint with --resume."
+        ) from error
+    raise DataError(
+        f"the stream {stream.split!r} ended after {read} images, expected {stream.count}: give its true number with "
+        "--num-samples."
+    )

@@ -1,7 +1,6 @@
-"""Tables of encoded images and labels, as `datasets` reads them: parquet and arrow files, and what the readers of image
-folders and of the hub load with it.
+"""Tables of encoded images and labels, as `datasets` reads them: parquet and arrow files, image folders and the hub.
 
-Nothing is decoded or copied into memory before it is asked for.
+Images are read and decoded one by one, when they are used.
 """
 
 import json
@@ -43,7 +42,7 @@ class TableRows:
         return len(self.table)
 
     def name(self, row: int) -> str:
-        """Return what error messages call an image: split and row, and its file where one is known."""
+        """Return the name of an image in error messages: its split and row, and its file where one is known."""
         cell = self.table[row][self.key]
         path = cell.get("path") if isinstance(cell, dict) else None
         return f"{self.split} image {row}" + (f" ({path})" if path else "")
@@ -109,11 +108,11 @@ def load_tables(source: str, config: str | None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from fsspec and the hub's client; only errors matter here
+            warnings.simplefilter("ignore")  # from fsspec and the hub's client
             return dict(datasets.load_dataset(source, config))
     except Exception as error:  # `datasets` raises a dozen kinds, from several libraries
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-            error = error.__cause__  # the outer error does not say what happened
+            error = error.__cause__  # the outer error does not name the cause
         raise DataError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -126,7 +125,7 @@ def read_table(
         table: The table of `datasets`.
         split: Name of the split.
         data: The options of the data.
-        class_names: Those of the training split, taken where the label column has none. None for this split itself.
+        class_names: Of the training split, for a label column without names. None for the training split itself.
         log: Logs one line.
 
     Raises:
@@ -134,21 +133,19 @@ def read_table(
     """
     import datasets
 
-    for name in (data.input_key, data.target_key):
-        if name is not None and name not in table.column_names:
-            raise DataError(str(unknown("column", name, table.column_names)))
     if not len(table):
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
-    key = data.input_key or image_column(table)
-    if not _holds_images(table.features[key]):
-        raise DataError(
-            f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key."
-        )
-    target = data.target_key or label_column(table, key, log if class_names is None else lambda _: None)
+    key = image_column(table, data)
+    target = label_column(table, key, data, log if class_names is None else lambda _: None)
     if isinstance(table.features[key], datasets.Image):
         table = table.cast_column(key, datasets.Image(decode=False))
     labels, names = _read_labels(table, target, split, class_names)
     return TableRows(table.select_columns([key]), key, split, labels, names)
+
+
+def _check_column(table: Any, name: str) -> None:
+    if name not in table.features:
+        raise DataError(str(unknown("column", name, table.features)))
 
 
 def _holds_images(feature: Any) -> bool:
@@ -159,12 +156,20 @@ def _holds_images(feature: Any) -> bool:
     return encoded or binary or isinstance(feature, datasets.Image)
 
 
-def image_column(table: Any) -> str:
-    """Return the name of the one column that holds images.
+def image_column(table: Any, data: Data) -> str:
+    """Return the name of the image column: --input-key, else the one column that holds images.
 
     Raises:
         DataError: There is none, or several.
     """
+    if data.input_key is not None:
+        _check_column(table, data.input_key)
+        if not _holds_images(table.features[data.input_key]):
+            raise DataError(
+                f"column {data.input_key!r} holds {table.features[data.input_key]}: expected encoded images; choose "
+                "another with --input-key."
+            )
+        return data.input_key
     found = [name for name, feature in table.features.items() if _holds_images(feature)]
     if len(found) != 1:
         several = f"{len(found)} image columns, {', '.join(found)}," if found else "no image column"
@@ -172,14 +177,17 @@ def image_column(table: Any) -> str:
     return found[0]
 
 
-def label_column(table: Any, image: str, log: Callable[[str], None]) -> str:
-    """Return the name of the label column. Of several with class names it is the one with most classes.
+def label_column(table: Any, image: str, data: Data, log: Callable[[str], None]) -> str:
+    """Return the name of the label column: --target-key, else the one with most classes of those with class names.
 
     Raises:
         DataError: There is none, or several without class names.
     """
     import datasets
 
+    if data.target_key is not None:
+        _check_column(table, data.target_key)
+        return data.target_key
     classes = {name: f.num_classes for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
     if classes:
         finest = max(classes, key=lambda name: classes[name])
@@ -189,15 +197,15 @@ def label_column(table: Any, image: str, log: Callable[[str], None]) -> str:
         return finest
 
     def holds_labels(feature: Any) -> bool:
-        whole = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-        return whole or isinstance(feature, datasets.List | datasets.LargeList)
+        is_integer = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+        return is_integer or isinstance(feature, datasets.List | datasets.LargeList)
 
     found = [name for name, feature in table.features.items() if name != image and holds_labels(feature)]
     if len(found) != 1:
         several = f"{len(found)} label columns, {', '.join(found)}," if found else "no label column"
         raise DataError(
             f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it "
-            "with --target-key, or put the images into one folder per class, two classes or more."
+            "with --target-key, or put the images into one folder per class, with two classes or more."
         )
     return found[0]
 
@@ -213,7 +221,7 @@ def _read_labels(
     if labels.ndim == 2 and labels.dtype.kind in "iuf":
         labels = labels.astype(np.float32)
         if not np.isfinite(labels).all() or labels.min() < 0 or not np.allclose(labels.sum(1), 1, atol=1e-3):
-            raise DataError(f"{where}: soft labels must be distributions: each value 0 or more, their sum 1.")
+            raise DataError(f"{where}: expected distributions: each value 0 or more, with the sum 1.")
         count = labels.shape[1]
         return labels, classes if classes and len(classes) == count else tuple(str(i) for i in range(count))
     if labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -68,7 +68,7 @@ class TarRows:
         return len(self.names)
 
     def name(self, row: int) -> str:
-        """Return what error messages call an image: its row, tar and name."""
+        """Return the name of an image in error messages: its split, row, tar and file."""
         return f"{self.split} image {row} ({self.paths[self.tar[row]]}: {self.names[row]})"
 
     def content(self, row: int) -> bytes:
@@ -89,8 +89,8 @@ class TarRows:
 def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
     """Return the splits of a folder with tars, unless it also holds the images or tables that were unpacked from them.
 
-    The split is the folder that the tar lies in (train/) or a word of its name (imagenet-train-0001.tar); without such
-    a word a tar belongs to the training split.
+    The split is the folder of the tar (train/) or a word of its name (imagenet-train-0001.tar). A tar without such a
+    word belongs to the training split.
     """
     if folder.holds(IMAGE_SUFFIXES | TABLE_SUFFIXES):
         return {}
@@ -118,7 +118,7 @@ def _read(
         paths: The tars.
         split: Name of the split.
         data: Its `target_key` names the label in webdataset's json; "label" by default.
-        class_names: Names to take where the labels are numbers, or names among these.
+        class_names: Class names of the training split; None for the training split itself.
         log: Logs one line.
 
     Raises:
@@ -132,7 +132,7 @@ def _read(
     names = [name for index in indices for name in index.names]
     beside = [label for index in indices for label in index.labels]
     if not names:
-        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with a label beside each.")
+        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
     if any(beside):
         key = data.target_key or "label"
         words = [_label_beside(text, name, paths[i], key) for text, name, i in zip(beside, names, tar, strict=True)]
@@ -152,7 +152,7 @@ def _to_class_ids(
     if numbers and all(word.isdecimal() for word in words):
         labels = np.array([int(word) for word in words], dtype=np.int64)
         if classes is None and labels.max() >= len(words):  # else check_classes compares them with the names
-            raise DataError(f"the label {labels.max()} among {len(words)} images: expected class ids from 0.")
+            raise DataError(f"label {labels.max()} of only {len(words)} images: expected consecutive class ids from 0.")
         return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
     known = tuple(sorted(set(words)))
     names = classes if classes is not None and set(known) <= set(classes) else known
@@ -161,37 +161,36 @@ def _to_class_ids(
 
 
 def _class_folder(path: Path, name: str) -> str:
-    """Return the class of an image: the folder that it lies in, else its tar."""
+    """Return the class of an image: its folder, else its tar."""
     folder = PurePosixPath(name).parent.name
     if folder:
         return folder
     if _split_of(path.stem) is not None:
         raise DataError(
-            f"{path}: {name} lies in no class folder and has no label (.cls, .json or .txt) beside it: expected "
-            f"CLASS/{name}, or a tar for each class."
+            f"{path}: {name} is in no class folder and has no label file (.cls, .json or .txt): expected CLASS/{name}, "
+            "or a tar for each class."
         )
     return path.stem
 
 
 def _label_beside(text: str, name: str, path: Path, key: str) -> str:
-    """Return the label of the file beside an image, in words."""
+    """Return the label in an image's label file."""
     kind, _, value = text.partition(" ")
     if not kind:
         raise DataError(
-            f"{path}: {name} has no label beside it, but other images have: expected a .cls, .json or .txt file of the "
-            "same name."
+            f"{path}: {name} has no label file, but other images have: expected a .cls, .json or .txt file of the same "
+            "name."
         )
     if kind != ".json":
         return value
     found = json.loads(value)
     found = found.get(key) if isinstance(found, dict) else found
     if not isinstance(found, int | str):
-        raise DataError(f"{path}: the json beside {name} has no label under {key!r}: name it with --target-key.")
+        raise DataError(f"{path}: the json file of {name} has no label under {key!r}: name it with --target-key.")
     return str(found)
 
 
 # -- the index
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:
@@ -201,8 +200,7 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
 
 
 def _load_index(path: Path, log: Callable[[str], None]) -> _Index:
-    """Load the index of a tar from the cache, by the tar's path, size and time, or create it, which reads the header of
-    every member."""
+    """Load the index of a tar from the cache, by the tar's path, size and time, or scan the tar."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
     folder = cache_folder() / "tars" / key
@@ -290,6 +288,6 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                             )
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path}: cannot be read as a tar ({error}): expected a whole tar that is not compressed, as a compressed "
+            f"{path}: cannot be read as a tar ({error}): expected a complete tar without compression, as a compressed "
             "one cannot be read from the middle."
         ) from error
