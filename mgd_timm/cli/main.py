@@ -97,7 +97,7 @@ def _explain(error: RuntimeError) -> str | None:
     import torch
 
     from mgd_timm.storage.checkpoint import CheckpointError
-    from mgd_timm.training.checkpointer import NonFiniteError
+    from mgd_timm.training.report import NonFiniteError
 
     if isinstance(error, CheckpointError | NonFiniteError):
         return str(error)
