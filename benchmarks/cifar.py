@@ -40,9 +40,10 @@ from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.training.checkpointer import FitOptions
-from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
+from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps
 from mgd_timm.training.loop import fit
+from mgd_timm.training.noise import pixel_noise
+from mgd_timm.training.options import FitOptions
 
 HERE = Path(__file__).parent
 PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())

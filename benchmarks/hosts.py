@@ -24,7 +24,7 @@ from mgd_timm.criteria import CRITERIA
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.versions import versions
-from mgd_timm.training.checkpointer import NonFiniteError
+from mgd_timm.training.report import NonFiniteError
 
 RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}

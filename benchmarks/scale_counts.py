@@ -32,7 +32,7 @@ from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import Recipe, make_recipe
-from mgd_timm.training.optimizer_state import build_optimizer
+from mgd_timm.training.optimizer import build_optimizer
 
 aten = torch.ops.aten
 _hooks = torch.autograd.graph.saved_tensors_hooks

@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from mgd_timm.distributed.sharding import make_data_parallel
-from mgd_timm.training.optimizer_state import build_optimizer
+from mgd_timm.training.optimizer import build_optimizer
 
 PROCESSES, STEPS = 2, 3
 WAYS = tuple((fsdp, ema) for fsdp in (False, True) for ema in (False, True))

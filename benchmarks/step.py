@@ -48,8 +48,8 @@ from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.outputs.stored_source import StoredSource, stored_teacher
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.loop import fit
+from mgd_timm.training.options import FitOptions
 from mgd_timm.training.step import compile_mode
 
 RESULTS = Path(__file__).parent / "results" / "step.json"

@@ -24,7 +24,8 @@ from mgd_timm.recipe.data import OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, flatten, make_recipe
 from mgd_timm.storage.digests import module_digest
-from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise
+from mgd_timm.training.evaluation import evaluate_model
+from mgd_timm.training.noise import check_noise, evaluate_noise
 
 Model = str | PathLike[str] | nn.Module
 """A model's name on the command line, its folder, or a module."""

@@ -1,4 +1,4 @@
-"""How the C library hands out memory, which on a CPU is a good part of a step."""
+"""Memory that the C library keeps for the next step: on a CPU, mapping it anew takes a good part of a step."""
 
 import ctypes
 import sys
@@ -8,7 +8,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
-    """Let freed tensors' memory be used again instead of being given back to the system; True where that was possible.
+    """Let freed tensors' memory be used again instead of returning it to the system; return whether that was possible.
 
     By default glibc maps every block above 32 MB anew and unmaps it when it is freed. A step's activations are such
     blocks, so that each step has the system clear and map gigabytes. The process keeps what it has used once, so its

@@ -1,7 +1,7 @@
-"""BatchNorm's running statistics on several processes: those of one process that sees their slots one after another.
+"""BatchNorm's running statistics on several processes: those of one process that sees all micro-batches in turn.
 
-DDP by itself keeps the main process's, which saw its own slots only, so that a model would be evaluated and exported
-with other statistics on every number of processes.
+DDP by itself keeps the main process's, which has seen its own micro-batches only: a model would be evaluated and
+exported with other statistics on every number of processes.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class RunningStatistics:
     """The running statistics of a module's BatchNorm layers, kept equal on all processes.
 
-    A slot's forward makes r of r0: r = a r0 + b, with a = (1 - momentum)^calls. Slots k = 0 .. n - 1 one after another
-    make a^n r0 + sum_k a^(n - 1 - k) b_k, and each process knows its own b_k = r_k - a r0: one sum over processes, of
-    two numbers per channel, where DDP would send as many from the main process.
+    A micro-batch's forward makes r of r0: r = a r0 + b, with a = (1 - momentum)^calls. Micro-batches k = 0 .. n - 1 in
+    turn make a^n r0 + sum_k a^(n - 1 - k) b_k, and each process knows its own b_k = r_k - a r0: one sum over processes,
+    of two numbers per channel, where DDP would send as many from the main process.
 
     Args:
         module: What is trained. Layers without running statistics, or with cumulative ones (momentum None), are left
@@ -32,22 +32,22 @@ class RunningStatistics:
         }
 
     def names(self) -> list[str]:
-        """Names of the buffers in the module, which nothing else need send."""
+        """Return the names of the buffers in the module; nothing else needs to synchronise them."""
         return [
             f"{name}.{kind}" for name in self.layers for kind in ("running_mean", "running_var", "num_batches_tracked")
         ]
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of the statistics of layers in train mode: before a step, for `merge`."""
+        """Return copies of the statistics of layers in train mode, before a step, for `merge`."""
         return [buffer.clone() for buffer in self._buffers()]
 
     @torch.no_grad()
     def merge(self, before: list[Tensor], filled: int, rank: int) -> None:
-        """Make the statistics of one step, after its backward pass, those of its slots one after another.
+        """Make the statistics of one step, after its backward pass, those of its micro-batches in turn.
 
         Args:
-            before: What `snapshot` gave before the step; the same on all processes.
-            filled: Slots of the step that hold samples, those of the first processes.
+            before: What `snapshot` returned before the step; the same on all processes.
+            filled: Number of the step's micro-batches that hold samples, those of the first processes.
             rank: Of this process.
         """
         after = self._buffers()
@@ -74,7 +74,7 @@ class RunningStatistics:
         return [layer for layer in self.layers.values() if layer.training]
 
     def _buffers(self) -> list[Tensor]:
-        """Means, then variances, then numbers of batches."""
+        """Return means, then variances, then numbers of batches."""
         layers = self._training()
         return [
             getattr(layer, kind) for kind in ("running_mean", "running_var", "num_batches_tracked") for layer in layers

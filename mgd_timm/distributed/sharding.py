@@ -11,7 +11,8 @@ import contextlib
 import copy
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,31 +29,34 @@ from torch.optim import Optimizer
 from mgd_timm.distributed.collectives import broadcast_tensors
 from mgd_timm.features import FeatureTap
 
-# Parts gathered one at a time: as large as that a few of them are little of the network, and worth a message between
-# processes.
+# Shares of a network's parameters in an FSDP unit: a few gathered units are little of the network, and each is worth a
+# message between processes.
 LARGEST, SMALLEST = 1 / 8, 1 / 200
 
 
 def fsdp_requested() -> bool:
-    """Whether `accelerate launch` was configured for FSDP."""
+    """Return whether `accelerate launch` was configured for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def is_sharding() -> bool:
+    """Return whether what trains is sharded between the processes of this launch."""
+    return fsdp_requested() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_sharding(accelerator: Accelerator) -> None:
     """Refuse what an accelerate configuration asks for and `Sharded` does not do.
 
     Raises:
-        ValueError: DeepSpeed and other engines, FSDP version 1, fp16, weights that wait on the CPU, recomputed
+        ValueError: DeepSpeed and other engines, FSDP version 1, fp16, weights that are offloaded to the CPU, recomputed
             activations, or a mesh of several dimensions.
     """
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        reason = "its engine keeps weights and optimizer to itself, where our checkpoints cannot hold them"
+        reason = ": it keeps weights and optimizer to itself, and checkpoints here could not hold them"
         raise ValueError(
-            f"accelerate was configured for {kind.value}"
-            + (f": {reason}" if kind == DistributedType.DEEPSPEED else "")
-            + ". Supported are one process, several on CPUs or GPUs (DDP), and FSDP2 "
-            "(recipes/fsdp.yaml): configure one of these."
+            f"accelerate was configured for {kind.value}{reason if kind == DistributedType.DEEPSPEED else ''}. "
+            "Expected one process, several on CPUs or GPUs (DDP), or FSDP2 (recipes/fsdp.yaml): configure one of these."
         )
     if not fsdp_requested():
         return
@@ -62,8 +66,7 @@ def check_sharding(accelerator: Accelerator) -> None:
         "fsdp_offload_params": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
         "fsdp_activation_checkpointing": plugin.activation_checkpointing,
         "fsdp_ignored_modules": plugin.ignored_modules is not None,
-        "mixed_precision fp16": accelerator.mixed_precision == "fp16",
-        f"mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision not in ("no", "fp16", "bf16"),
+        f"mixed_precision {accelerator.mixed_precision}": accelerator.mixed_precision not in ("no", "bf16"),
         "parallelism_config": accelerator.parallelism_config is not None,
     }
     for name, given in refused.items():
@@ -74,13 +77,23 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
 
 
-def is_sharding() -> bool:
-    """Whether a fit is cut up between the processes that there are."""
-    return fsdp_requested() and torch.distributed.is_available() and torch.distributed.is_initialized()
+@dataclass(frozen=True)
+class MovingAverage:
+    """timm's moving average of a part of what trains.
+
+    Args:
+        ema: Holds the average, whole or in shards.
+        followed: The part of what trains that it averages.
+        module: Has the average's values within `full_parameters`, and after `copy_to_caller`.
+    """
+
+    ema: ModelEmaV3
+    followed: nn.Module
+    module: nn.Module
 
 
 class Replicated:
-    """What trains lies on every process as a whole: accelerate's DDP, or one process alone.
+    """What trains, whole on every process: accelerate's DDP, or one process alone.
 
     Args:
         trainee: The module to train, on the accelerator's device.
@@ -91,57 +104,74 @@ class Replicated:
         self.trainee, self.accelerator = trainee, accelerator
 
     def prepare(self, wrapper: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-        """What gives the losses, and what updates."""
+        """Return what is called for the losses, and what is called for an optimizer step."""
         model, prepared = self.accelerator.prepare(wrapper, optimizer)
         return model, prepared
 
+    def rebuild_buckets(self, model: Any, backward: Callable[[], None]) -> None:
+        """Have DDP settle now, by one backward pass, how it groups gradients; the caller drops the gradients.
+
+        DDP sums gradients in other buckets after its first pass. Of three or more processes, the buckets decide the
+        order in which a number is summed: a resumed run would end in other last bits than one that was never stopped.
+
+        Args:
+            model: What `prepare` returned.
+            backward: Carries out a forward and a backward pass.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel) and self.accelerator.num_processes > 2:
+            backward()
+
     def no_sync(self, model: Any) -> contextlib.AbstractContextManager[None]:
-        """While it is open, gradients are added up and not exchanged."""
+        """Add gradients up on each process, without exchanging them."""
         return self.accelerator.no_sync(model)
 
     def full_parameters(self) -> contextlib.AbstractContextManager[None]:
-        """While it is open, the caller's module has the current values."""
+        """Let the caller's module, and its moving average, have the current values in the body."""
         return contextlib.nullcontext()
 
     def copy_to_caller(self) -> None:
-        """The caller's module has the current values from now on."""
+        """Let the caller's module, and its moving average, have the current values from now on."""
 
-    def moving_average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
-        """A moving average of a part of the trainee, what it is to follow, and the module that has its values in
-        `full_parameters`."""
+    def moving_average(self, part: nn.Module, **options: Any) -> MovingAverage:
+        """Return a moving average of a part of the trainee; `options` are those of timm's ModelEmaV3."""
         ema = ModelEmaV3(part, **options)
-        return ema, part, ema.module
+        return MovingAverage(ema, part, ema.module)
 
     def gather_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors as a checkpoint holds them; all processes ask together, the main one saves."""
+        """Return whole tensors for a checkpoint on the main process. All processes call it together."""
         return dict(tensors)
 
 
 class Sharded(Replicated):
-    """Parameters, gradients and optimizer state of what trains are cut up between the processes (FSDP2).
+    """What trains, its parameters, gradients and optimizer state sharded between the processes (FSDP2).
 
-    Buffers lie whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved,
+    Buffers are whole on each process: `fit` keeps BatchNorm's statistics equal; of others the main process's are saved,
     as under DDP.
 
     Args:
-        trainee: The module to train: it is without memory but in `full_parameters`, and after `copy_to_caller`.
+        trainee: The module to train. It has no memory but within `full_parameters` and after `copy_to_caller`.
         accelerator: Device, processes and precision; mixed precision is autocast's, weights travel as float32.
 
     Raises:
-        ValueError: A parameter without dimensions, which cannot be cut.
+        ValueError: A parameter without dimensions, which cannot be sharded.
     """
 
     def __init__(self, trainee: nn.Module, accelerator: Accelerator) -> None:
-        names = [name for tap, kept in _taps(trainee) for name in (f"{tap}{unit}" for unit in fsdp_units(kept))]
+        names = [
+            f"{name}.{unit}" if name else unit
+            for name, tap in trainee.named_modules()
+            if isinstance(tap, FeatureTap)
+            for unit in fsdp_units(tap)
+        ]
         super().__init__(copy.deepcopy(trainee), accelerator)
-        self._caller, self._mirrors = trainee, [_Mirror(trainee, self.trainee)]
-        _lay_flat(self.trainee)
+        self._caller, self._copies = trainee, [_FullCopy(trainee, self.trainee)]
+        _make_contiguous(self.trainee)
         # As DDP does: shards of different copies would be no network.
         broadcast_tensors(self.trainee.parameters(), accelerator)
         shard(self.trainee, names, accelerator)
 
     def prepare(self, wrapper: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-        """The trainee is cut up already: this adds autocast as accelerate does for DDP."""
+        """As of `Replicated`: adds autocast as accelerate does under DDP, as the trainee is sharded already."""
 
         def forward(*inputs: Any) -> Any:
             with self.accelerator.autocast():
@@ -151,7 +181,7 @@ class Sharded(Replicated):
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:  # noqa: ARG002 - the trainee's own switch
-        """Gradients are added up as a whole on each process, which takes the memory of an uncut gradient."""
+        """As of `Replicated`; it takes the memory of a whole gradient on each process."""
         root = cast(FSDPModule, self.trainee)
         root.set_requires_gradient_sync(False)
         try:
@@ -161,64 +191,62 @@ class Sharded(Replicated):
 
     @contextlib.contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """While it is open, the caller's module and its average have memory, and the current values."""
+        """As of `Replicated`; they have memory in the body alone. All processes enter it together."""
         self.copy_to_caller()
         try:
             yield
         finally:
-            for mirror in self._mirrors:
-                mirror.release()
+            for full in self._copies:
+                full.release()
 
     def copy_to_caller(self) -> None:
-        """The caller's module and its average have the current values from now on; all processes together."""
-        for mirror in self._mirrors:
-            mirror.fill()
+        """As of `Replicated`. All processes call it together."""
+        for full in self._copies:
+            full.fill()
 
-    def moving_average(self, part: nn.Module, **options: Any) -> tuple[ModelEmaV3, nn.Module, nn.Module]:
-        """As ever, cut up like the part that it follows."""
-        place = next(name for name, module in self._caller.named_modules() if module is part)
-        followed = self.trainee.get_submodule(place)
+    def moving_average(self, part: nn.Module, **options: Any) -> MovingAverage:
+        """As of `Replicated`, sharded as the part that it follows."""
+        name = next(name for name, module in self._caller.named_modules() if module is part)
+        followed = self.trainee.get_submodule(name)
         with self.full_parameters():
-            ema = ModelEmaV3(part, foreach=False, **options)  # foreach takes no lists of cut and whole tensors
-        whole = ema.module
-        ema.module = copy.deepcopy(whole)
-        for (name, _), live in zip(list(ema.module.named_parameters()), followed.parameters(), strict=True):
-            owner, _, own = name.rpartition(".")
+            ema = ModelEmaV3(part, foreach=False, **options)  # foreach takes no lists of sharded and whole tensors
+        full = ema.module
+        ema.module = copy.deepcopy(full)
+        for (path, _), live in zip(list(ema.module.named_parameters()), followed.parameters(), strict=True):
+            owner, _, own = path.rpartition(".")
             ema.module.get_submodule(owner).register_parameter(
                 own, nn.Parameter(live.detach().clone(), requires_grad=False)
             )
-        self._mirrors.append(_Mirror(whole, ema.module))
-        return ema, followed, whole
+        self._copies.append(_FullCopy(full, ema.module))
+        return MovingAverage(ema, followed, full)
 
     def gather_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the main process's CPU; nothing on the others."""
+        """As of `Replicated`: on the main process's CPU, one tensor after another; the others get nothing."""
         found = {}
         for name, tensor in tensors.items():
-            whole = (
-                tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            )  # one after the other: all take part
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.accelerator.is_main_process:
-                found[name] = whole.detach().cpu()
+                found[name] = full.detach().cpu()
         return found
 
 
-class _Mirror:
-    """A whole module and its cut-up counterpart: the whole one gets memory and the other's values, or gives its memory
-    back."""
+class _FullCopy:
+    """A whole module beside its sharded counterpart, with memory and the counterpart's values between `fill` and
+    `release`."""
 
-    def __init__(self, whole: nn.Module, live: nn.Module) -> None:
-        self.live = live
-        self.parameters = list(whole.parameters())
+    def __init__(self, full: nn.Module, sharded: nn.Module) -> None:
+        self.sharded = sharded
+        self.parameters = list(full.parameters())
         self.layouts = [(p.shape, p.stride()) for p in self.parameters]
-        self.buffers = list(whole.buffers())
+        self.buffers = list(full.buffers())
         self.release()
 
     @torch.no_grad()
     def fill(self) -> None:
-        for mine, (shape, stride), theirs in zip(self.parameters, self.layouts, self.live.parameters(), strict=True):
+        for mine, (shape, stride), theirs in zip(self.parameters, self.layouts, self.sharded.parameters(), strict=True):
             mine.data = torch.empty_strided(shape, stride, dtype=mine.dtype, device=mine.device)
             mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
-        for buffer, value in zip(self.buffers, self.live.buffers(), strict=True):
+        for buffer, value in zip(self.buffers, self.sharded.buffers(), strict=True):
             buffer.copy_(value)
 
     def release(self) -> None:
@@ -227,19 +255,19 @@ class _Mirror:
 
 
 def make_data_parallel(trainee: nn.Module, accelerator: Accelerator) -> Replicated:
-    """What trains, where the accelerator's configuration wants it: whole on each process, or cut up between them."""
+    """Return what trains, whole on each process or sharded, as the accelerator was configured."""
     return Sharded(trainee, accelerator) if is_sharding() else Replicated(trainee, accelerator)
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this process holds it beside a tensor of that shape: its part, where that one is cut up."""
+    """Return this process's shard of a whole tensor if `like`, a tensor of its shape, is sharded; else the tensor."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into a module that may be cut up."""
+    """Load whole tensors into a module that may be sharded."""
     own = module.state_dict()
     module.load_state_dict(
         {name: shard_like(value, own[name]) if name in own else value for name, value in tensors.items()}
@@ -247,50 +275,50 @@ def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def shard(module: nn.Module, names: Sequence[str], accelerator: Accelerator) -> None:
-    """Cut a module's parameters up between all processes, in place and for good: its parts of these names, then what
-    remains.
+    """Shard a module's parameters between all processes, in place and for good.
+
+    Args:
+        module: To be sharded.
+        names: Its FSDP units; what remains is one more unit.
+        accelerator: Device and processes.
 
     Raises:
         ValueError: A parameter without dimensions that is to be trained (timm: dm_nfnet_*); a frozen one stays whole.
     """
-    numbers = {name: parameter for name, parameter in module.named_parameters() if not parameter.ndim}
-    for name, parameter in numbers.items():
+    scalars = {name: parameter for name, parameter in module.named_parameters() if not parameter.ndim}
+    for name, parameter in scalars.items():
         if parameter.requires_grad:
-            raise ValueError(f"{name} is a single number, which FSDP2 cannot cut up: train this network under DDP.")
-    _lay_flat(module)
+            raise ValueError(f"{name} is a single number, which FSDP2 cannot shard: train this network under DDP.")
+    _make_contiguous(module)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    free = FullyShardedDataParallelPlugin(fsdp_version=2).reshard_after_forward
-    frozen = set(numbers.values())
+    reshard = FullyShardedDataParallelPlugin(fsdp_version=2).reshard_after_forward
+    frozen = set(scalars.values())
     for name in names:
-        fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=free, ignored_params=frozen)
+        fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard, ignored_params=frozen)
     trains = any(parameter.requires_grad for parameter in module.parameters())
     # What remains is needed at once by the backward pass, where there is one.
     fully_shard(module, mesh=mesh, reshard_after_forward=not trains, ignored_params=frozen)
 
 
-def _lay_flat(module: nn.Module) -> None:
-    """Contiguous parameters, the only ones that can be cut up: not channels-last."""
+def _make_contiguous(module: nn.Module) -> None:
+    """Make parameters contiguous, not channels-last: no others can be sharded."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()
 
 
-def _taps(module: nn.Module) -> list[tuple[str, FeatureTap]]:
-    return [(f"{name}." if name else "", part) for name, part in module.named_modules() if isinstance(part, FeatureTap)]
-
-
 def fsdp_units(tap: FeatureTap) -> list[str]:
-    """Names of the parts of a network that are gathered one at a time: all else is gathered once, for the whole step.
+    """Return names of the parts of a network that are gathered one at a time; the rest is gathered once for a step.
 
-    A part's parameters are there while it is called, and only then. So they are found by one forward pass: the largest
-    modules of at most `LARGEST` of all parameters that are called once, share no parameter and of which nothing is
-    called from outside.
+    A unit's parameters are there while it is called, and only then. So the units are found by one forward pass: the
+    largest modules of at most `LARGEST` of all parameters that are called once, share no parameter and of which nothing
+    is called from outside.
     """
-    calls, entered = _calls(tap)
+    calls, entered = _record_calls(tap)
     uses = Counter(id(parameter) for _, parameter in tap.named_parameters(remove_duplicate=False))
     total = sum(parameter.numel() for parameter in tap.parameters())
     found: list[str] = []
 
-    def search(place: str, module: nn.Module) -> None:
+    def search(prefix: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             own = list(child.parameters())
             size = sum(parameter.numel() for parameter in own)
@@ -299,17 +327,16 @@ def fsdp_units(tap: FeatureTap) -> list[str]:
             if size < SMALLEST * total:
                 continue
             if closed and (size <= LARGEST * total or not divisible):
-                found.append(f"{place}{name}")
+                found.append(f"{prefix}{name}")
             else:
-                search(f"{place}{name}.", child)
+                search(f"{prefix}{name}.", child)
 
     search("", tap)
     return found
 
 
-def _calls(tap: FeatureTap) -> tuple[Counter[nn.Module], set[nn.Module]]:
-    """How often a forward pass calls each module, and the modules of which it calls a part while they are not called
-    themselves."""
+def _record_calls(tap: FeatureTap) -> tuple[Counter[nn.Module], set[nn.Module]]:
+    """Return how often a forward pass calls each module, and the modules of which it calls a part from outside."""
     calls: Counter[nn.Module] = Counter()
     entered: set[nn.Module] = set()
     running: list[nn.Module] = []

@@ -8,7 +8,7 @@ from mgd_timm.criteria.terms import Terms
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.load import check_model_name
 from mgd_timm.recipe.recipe import Recipe
-from mgd_timm.training.optimizer_state import check_names
+from mgd_timm.training.optimizer import check_names
 
 
 def check_recipe(recipe: Recipe, terms: Terms) -> None:

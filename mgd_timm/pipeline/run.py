@@ -39,9 +39,10 @@ from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
-from mgd_timm.training.loop import Evaluate, Fitted, Teach, fit
+from mgd_timm.training.loop import Evaluate, Fitted, fit
+from mgd_timm.training.options import FitOptions
+from mgd_timm.training.step import Teach
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.teachers.outputs.memory import store_outputs
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.loop import fit
+from mgd_timm.training.options import FitOptions
 
 PROBE_LR = 1e-3
 

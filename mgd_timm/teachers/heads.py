@@ -14,9 +14,9 @@ from mgd_timm.recipe.options import as_dict
 from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.pretraining import RunContext, load_or_fit
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics, evaluate
 from mgd_timm.training.loop import fit
+from mgd_timm.training.options import FitOptions
 
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
 

@@ -21,8 +21,8 @@ from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.lock import Lock
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import Metrics
+from mgd_timm.training.options import FitOptions
 
 
 @dataclass(frozen=True)

@@ -1,136 +1,61 @@
-"""What a stage of training keeps in its folder: checkpoints of all that decides the weights, and metrics.jsonl."""
+"""What a fit keeps in its folder: checkpoints of all that decides the weights, and metrics.jsonl."""
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from mgd_timm.distributed.collectives import run_on_main
-from mgd_timm.distributed.sharding import Replicated, load_full_tensors
+from mgd_timm.distributed.sharding import load_full_tensors
 from mgd_timm.recipe.options import differences
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.atomic_write import remove_partial_writes, write_text_atomically
-from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.optimizer_state import load_optimizer_state, optimizer_state
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What a run keeps and shows while it goes on.
-
-    Args:
-        folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
-        fingerprint: The recipe's values that decide the weights; a checkpoint of others is refused.
-        stage: Name of the stage in metrics, and key of its randomness.
-        resume: Continue from the newest whole checkpoint, where there is one.
-        checkpoint_interval: Updates between checkpoints; 0 for the epochs' ends only.
-        checkpoint_hist: Checkpoints kept.
-        log_interval: Updates between checks and reports of the losses.
-        quiet: No progress bar.
-        track: Report to accelerate's trackers.
-        advice: The way out that an error names where a loss or weight is not finite.
-        memory_hint: As `advice`, where memory runs out.
-    """
-
-    folder: Path | None = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    stage: str = "distil"
-    resume: bool = False
-    checkpoint_interval: int = 0
-    checkpoint_hist: int = 2
-    log_interval: int = 50
-    quiet: bool = False
-    track: bool = True
-    advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
-    memory_hint: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
-
-
-@dataclass
-class Progress:
-    """How far a stage is, and what it has found: beside tensors all that it goes on from.
-
-    Args:
-        epoch: From 0.
-        update: Of the epoch, from 0.
-        done: Updates in all.
-        sums: Sums over the epoch's samples so far, by name; "n" is their number.
-        seconds: Spent in updates.
-        last: Metrics of the last epoch.
-        losses: Its losses.
-        best: Best top-1 in %, -1 before the first.
-        best_epoch: Its epoch, from 1; 0 before the first.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    done: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    last: Metrics = field(default_factory=dict)
-    losses: Metrics = field(default_factory=dict)
-    best: float = -1.0
-    best_epoch: int = 0
-
-
-class NonFiniteError(RuntimeError):
-    """A loss is not a number or infinite: names the update and the term. Checkpoints hold the state before it."""
+from mgd_timm.training.options import FitOptions
+from mgd_timm.training.report import NonFiniteError, Progress
+from mgd_timm.training.step import Updater
 
 
 class Checkpointer:
-    """Saves a stage's state and finds it again.
+    """Saves and restores the state of a fit.
 
     Args:
         options: What is kept, and where.
-        accelerator: Processes, and fp16's loss scale.
-        parallel: Of the trainee's parts.
-        trainee: With the weights.
-        optimizer: Bare, as accelerate does not wrap it.
-        ema: The moving average, where there is one.
+        updater: Has the trainee, the optimizer and the moving average.
     """
 
-    def __init__(
-        self,
-        options: FitOptions,
-        accelerator: Accelerator,
-        parallel: Replicated,
-        trainee: nn.Module,
-        optimizer: Optimizer,
-        ema: ModelEmaV3 | None,
-    ) -> None:
-        self.options, self.accelerator, self.parallel = options, accelerator, parallel
-        self.trainee, self.optimizer, self.ema = trainee, optimizer, ema
+    def __init__(self, options: FitOptions, updater: Updater) -> None:
+        self.options, self.updater, self.accelerator = options, updater, updater.accelerator
+        self.scaler = getattr(updater.accelerator, "scaler", None)
 
-    def note(self, row: dict[str, Any]) -> None:
+    def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
         if self.options.folder is not None:
             path, line = self.options.folder / "metrics.jsonl", json.dumps(row) + "\n"
             run_on_main(self.accelerator, lambda: _append(path, line))
 
     def save(self, progress: Progress) -> None:
-        """Commit a checkpoint, whole or not at all; older ones than the recipe keeps go.
+        """Save a checkpoint, whole or not at all, and remove the oldest.
 
         Raises:
-            NonFiniteError: A weight that is not finite, which is not saved.
+            NonFiniteError: A weight is not finite; nothing is saved.
             OSError: It could not be written; older ones are whole.
         """
         if self.options.folder is not None:
             folder = self.options.folder / "checkpoints"
-            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.trainee.state_dict()}
-            tensors["optimizer"], optimizer = optimizer_state(self.optimizer, self.trainee)
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            tensors = {group: self.parallel.gather_full(held) for group, held in tensors.items()}
-            run_on_main(self.accelerator, lambda: self._save_here(folder, progress, tensors, optimizer))
+            tensors: dict[str, dict[str, Tensor]] = {"trainee": self.updater.trainee.state_dict()}
+            tensors["optimizer"], optimizer = optimizer_state(self.updater.bare_optimizer, self.updater.trainee)
+            if self.updater.average is not None:
+                tensors["ema"] = self.updater.average.ema.module.state_dict()
+            tensors = {group: self.updater.parallel.gather_full(named) for group, named in tensors.items()}
+            run_on_main(self.accelerator, lambda: self._save_on_main(folder, progress, tensors, optimizer))
 
-    def _save_here(
+    def _save_on_main(
         self, folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]
     ) -> None:
         for name, tensor in tensors["trainee"].items():
@@ -139,13 +64,12 @@ class Checkpointer:
                     f"{self.options.stage}: {name} is not finite after update {progress.done} (epoch "
                     f"{progress.epoch + 1}), which is not saved. {self.options.advice}"
                 )
-        scaler = getattr(self.accelerator, "scaler", None)
         values = asdict(progress) | {"fingerprint": self.options.fingerprint, "optimizer": optimizer}
-        values["scaler"] = scaler.state_dict() if scaler is not None else None
+        values["scaler"] = self.scaler.state_dict() if self.scaler is not None else None
         checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.options.checkpoint_hist)
 
-    def newest(self) -> checkpoint.State | None:
-        """The newest whole checkpoint where the stage is to go on from one; None starts at the beginning.
+    def load_newest(self) -> checkpoint.State | None:
+        """Return the newest whole checkpoint if the fit is to be resumed; None starts at the beginning.
 
         Raises:
             checkpoint.CheckpointError: It is of another recipe, or the processes find different ones.
@@ -162,8 +86,8 @@ class Checkpointer:
             self._check_fingerprint(state)
         return state
 
-    def go_on(self, state: checkpoint.State | None) -> Progress:
-        """Load a state, and drop the rows of metrics from after it; None loads nothing."""
+    def restore(self, state: checkpoint.State | None) -> Progress:
+        """Load a state, drop later rows of metrics.jsonl, and return the progress; None stands for the beginning."""
         folder, stage = self.options.folder, self.options.stage
         progress = Progress()
         if state is not None:
@@ -171,18 +95,17 @@ class Checkpointer:
             self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
         if folder is not None:
             run_on_main(self.accelerator, lambda: remove_partial_writes(folder))  # of metrics.jsonl
-            run_on_main(self.accelerator, lambda: _forget(folder / "metrics.jsonl", stage, progress.done))
+            run_on_main(self.accelerator, lambda: _drop_later_rows(folder / "metrics.jsonl", stage, progress.done))
         return progress
 
     def _check_same(self, state: checkpoint.State | None) -> None:
-        """All processes go on from one update: with different weights each, gradients would be averaged all the
-        same."""
+        """Refuse different checkpoints on the processes: gradients would be averaged over different weights."""
         found = gather_object(["none" if state is None else f"update {state.values['done']}"])
         if len(set(found)) > 1:
-            said = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
+            others = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found) if name != found[0])
             raise checkpoint.CheckpointError(
-                f"rank 0 finds in {self.options.folder} the checkpoint of {found[0]}, and {said}: all machines have to "
-                "see one --output folder."
+                f"rank 0 found in {self.options.folder} the checkpoint of {found[0]}, and {others}: expected the same "
+                "on all. Give an --output folder that all machines share."
             )
 
     def _check_fingerprint(self, state: checkpoint.State) -> None:
@@ -194,27 +117,27 @@ class Checkpointer:
             )
 
     def _load(self, state: checkpoint.State) -> Progress:
-        load_full_tensors(self.trainee, state.tensors["trainee"])
-        load_optimizer_state(self.optimizer, self.trainee, state.tensors["optimizer"], state.values["optimizer"])
-        if self.ema is not None:
-            load_full_tensors(self.ema.module, state.tensors["ema"])
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None and state.values["scaler"] is not None:
-            scaler.load_state_dict(state.values["scaler"])
-        return Progress(**{counter.name: state.values[counter.name] for counter in fields(Progress)})
+        updater, tensors, values = self.updater, state.tensors, state.values
+        load_full_tensors(updater.trainee, tensors["trainee"])
+        load_optimizer_state(updater.bare_optimizer, updater.trainee, tensors["optimizer"], values["optimizer"])
+        if updater.average is not None:
+            load_full_tensors(updater.average.ema.module, tensors["ema"])
+        if self.scaler is not None and values["scaler"] is not None:
+            self.scaler.load_state_dict(values["scaler"])
+        return Progress(**{counter.name: values[counter.name] for counter in fields(Progress)})
 
 
 def _append(path: Path, line: str) -> None:
     write_text_atomically(path, (path.read_text() if path.exists() else "") + line)
 
 
-def _forget(path: Path, stage: str, updates: int) -> None:
-    """Drop a stage's rows of metrics from after the update that the run goes on from."""
+def _drop_later_rows(path: Path, stage: str, updates: int) -> None:
+    """Drop a stage's rows of metrics.jsonl from after the update that it is resumed at."""
     if not path.exists():
         return
     rows = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # half of a line, or a corrupt one
+        with contextlib.suppress(json.JSONDecodeError):  # a partial or corrupt line
             rows.append(json.loads(line))
     kept = [row for row in rows if row["stage"] != stage or row["updates"] <= updates]
     text = "".join(json.dumps(row) + "\n" for row in kept)

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends where its state can be saved."""
+"""A run that is told to stop by a signal first saves its state."""
 
 import contextlib
 import signal
@@ -8,31 +8,31 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """Ended by a signal after the state was saved; `code` is the exit code that shells expect (130 for Ctrl-C)."""
+    """Stopped by a signal after the state was saved; `code` is the exit code that shells expect (130 for Ctrl-C)."""
 
-    def __init__(self, number: int, note: str) -> None:
-        super().__init__(note)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
         self.code = 128 + number
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is noted in; a second one acts at once, as without us."""
-    noted: list[int] = []
+    """Yield a list to which the first SIGINT or SIGTERM is appended; a second one acts as it would without this."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield caught
         return
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(kind: int, _: FrameType | None) -> None:
-        noted.append(kind)
+    def catch(kind: int, _: FrameType | None) -> None:
+        caught.append(kind)
         for other, handler in before.items():
             signal.signal(other, handler)
 
     for kind in before:
-        signal.signal(kind, note)
+        signal.signal(kind, catch)
     try:
-        yield noted
+        yield caught
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)

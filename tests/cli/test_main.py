@@ -13,7 +13,7 @@ from small import FAST, ONE_IMAGE, call
 import mgd_timm
 from mgd_timm.cli.main import guarded, main
 from mgd_timm.models.load import load_model
-from mgd_timm.training.checkpointer import NonFiniteError
+from mgd_timm.training.report import NonFiniteError
 
 SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-augmentations", "1"]
 

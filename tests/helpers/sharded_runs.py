@@ -24,9 +24,9 @@ from mgd_timm.distributed.sharding import Sharded, fsdp_units
 from mgd_timm.features import Batch, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.evaluation import evaluate_taps
 from mgd_timm.training.loop import fit
+from mgd_timm.training.options import FitOptions
 
 
 class Noise:

@@ -15,8 +15,8 @@ from torch import nn
 from mgd_timm.distributed.collectives import join, leave
 from mgd_timm.features import Batch
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import FitOptions
 from mgd_timm.training.loop import fit
+from mgd_timm.training.options import FitOptions
 
 
 class Rows:

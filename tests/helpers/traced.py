@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import mgd_timm
 from mgd_timm.distiller import Distiller
 from mgd_timm.distributed.collectives import join, leave
-from mgd_timm.training.loop import _Loop
+from mgd_timm.distributed.sharding import Replicated
 from mgd_timm.training.signals import Stopped
 
 seen: dict[int, str] = {}
@@ -33,12 +33,13 @@ def look(module, inputs) -> None:
             assert seen.setdefault(sample, f"{label} {shown}") == f"{label} {shown}"
 
 
-_settle_sums = _Loop._settle_sums
+_rebuild_buckets = Replicated.rebuild_buckets
 
 
-def settle_sums(loop: _Loop) -> None:
-    """Of three or more processes: a pass whose gradients are dropped, so that what it shows is in no update."""
-    _settle_sums(loop)
+def rebuild_buckets(parallel: Replicated, model, backward) -> None:
+    """Forget the images of a pass whose gradients are dropped, as three or more processes have one: no update has
+    them."""
+    _rebuild_buckets(parallel, model, backward)
     seen.clear()
 
 
@@ -63,7 +64,7 @@ def carry_out(job: dict, rank: int) -> None:
 def carry_out_all(jobs: list[dict]) -> int:
     rank = join().process_index
     register_module_forward_pre_hook(look)
-    _Loop._settle_sums = settle_sums
+    Replicated.rebuild_buckets = rebuild_buckets
     for job in jobs:
         carry_out(job, rank)
     leave()

@@ -16,7 +16,8 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.models.load import load_model
 from mgd_timm.recipe.data import Data
 from mgd_timm.training import evaluation
-from mgd_timm.training.evaluation import check_noise, evaluate_model, evaluate_noise, pixel_noise
+from mgd_timm.training.evaluation import evaluate_model
+from mgd_timm.training.noise import check_noise, evaluate_noise, pixel_noise
 
 
 class Recorder(nn.Module):

@@ -11,7 +11,6 @@ from accelerate.state import AcceleratorState
 from small import environment, launched
 from torch import nn
 
-from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.find_batch_size import find_batch_size
 
 pytestmark = pytest.mark.slow
@@ -35,8 +34,7 @@ def search(attempt, batch_size: int = 64, global_batch: int = 40) -> tuple[int, 
     """What is found, and the steps per update that accelerate then knows of."""
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator()
-    optim = Optim(global_batch_size=global_batch)
-    found = find_batch_size(attempt, nn.Linear(2, 2), optim, accelerator, batch_size)
+    found = find_batch_size(attempt, nn.Linear(2, 2), accelerator, batch_size, global_batch)
     return found, accelerator.gradient_accumulation_steps
 
 
@@ -51,7 +49,7 @@ def up_to(size: int, error: type[Exception] = torch.OutOfMemoryError):
     return attempt, tried
 
 
-def test_sizes_are_halved_from_the_largest_slot_on():
+def test_sizes_are_halved_from_the_largest_micro_batch_on():
     attempt, tried = up_to(12)
     assert search(attempt) == (10, 4)
     assert tried == [40, 20, 10]
@@ -59,7 +57,7 @@ def test_sizes_are_halved_from_the_largest_slot_on():
     assert search(up_to(10, MemoryError)[0], batch_size=16) == (8, 5)
 
 
-def test_two_images_that_do_not_fit_are_said():
+def test_two_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="out of memory with 2 images in a step of a process"):
         search(up_to(1)[0])
 

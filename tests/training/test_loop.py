@@ -16,10 +16,11 @@ from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting
 from mgd_timm.recipe.granularity import Granularity
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.checkpointer import FitOptions, NonFiniteError
 from mgd_timm.training.evaluation import evaluate
 from mgd_timm.training.loop import fit
-from mgd_timm.training.optimizer_state import build_optimizer
+from mgd_timm.training.optimizer import build_optimizer
+from mgd_timm.training.options import FitOptions
+from mgd_timm.training.report import NonFiniteError
 
 
 class Rows:

@@ -14,7 +14,7 @@ from mgd_timm.distiller import Distiller, MutualLearning
 from mgd_timm.features import FeatureTap, Pair
 from mgd_timm.granularity import MAG
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.training.optimizer_state import SCHEDULES, build_optimizer, build_schedule
+from mgd_timm.training.optimizer import SCHEDULES, build_optimizer, build_schedule
 
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}),

@@ -1,0 +1,36 @@
+"""What a fit keeps and shows."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a fit keeps and shows while it goes on.
+
+    Args:
+        folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
+        fingerprint: The values that decide the weights; a checkpoint with others is refused.
+        stage: Name of the fit in metrics and the log; it also enters the seeds of dropout.
+        resume: Continue from the newest whole checkpoint, if there is one.
+        checkpoint_interval: Updates between checkpoints; 0 for the ends of epochs only.
+        checkpoint_hist: Checkpoints kept.
+        log_interval: Updates between checks and reports of the losses.
+        quiet: No progress bar.
+        track: Report to accelerate's trackers.
+        advice: What to do about a loss or weight that is not finite.
+        memory_hint: What to do where memory runs out.
+    """
+
+    folder: Path | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    stage: str = "distil"
+    resume: bool = False
+    checkpoint_interval: int = 0
+    checkpoint_hist: int = 2
+    log_interval: int = 50
+    quiet: bool = False
+    track: bool = True
+    advice: str = "Lower --lr, clip gradients (--clip-grad 1) or warm up (--warmup-epochs)."
+    memory_hint: str = "give --find-batch-size, or a smaller --batch-size beside the --global-batch-size."
