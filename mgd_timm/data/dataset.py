@@ -209,6 +209,11 @@ def _build_small(
 
 def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
     """Decode large images in DataLoader workers, epoch by epoch."""
+    if data.in_chans not in (1, 3):
+        raise DataError(
+            f"--in-chans {data.in_chans}: images of more than {SMALL} pixels are read with 1 or 3 channels: give "
+            f"arrays of {SMALL} pixels or less."
+        )
     side = data.img_size or defaults.img_size
     mean, std = _known_mean_std(data, defaults)
     data = replace(data, interpolation=data.interpolation or defaults.interpolation)

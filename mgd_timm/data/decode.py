@@ -29,6 +29,11 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
         DataError: It is truncated, not an image, larger than Pillow allows, or has more than 8 bits per channel (which
             would be clipped).
     """
+    if in_chans not in (1, 3):
+        raise DataError(
+            f"{name}: image files are read in colour or in grey, and --in-chans is {in_chans}: give 3 or 1, or npy "
+            "arrays with other channels."
+        )
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
             if image.mode.startswith(("I", "F")):
@@ -52,6 +57,13 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name}: truncated or corrupt ({error}): remove or replace it.") from error
     return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return pixels [height, width, channels] resized to (height, width): bicubic, each channel by Pillow."""
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(pixels, 2, 0)]
+    height, width = size
+    return np.stack([np.asarray(one.resize((width, height), Image.Resampling.BICUBIC)) for one in channels], 2)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mgd_timm.data.corrupt_images import CheckedRows
-from mgd_timm.data.decode import DataError, to_pil
+from mgd_timm.data.decode import DataError, resize
 from mgd_timm.recipe.data import Data
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.cache import cache_folder
@@ -136,8 +135,7 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
                         f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
                         f"{size[0]}x{size[1]}: give --img-size to resize all to one size."
                     )
-                resized = to_pil(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-                image = np.asarray(resized).reshape(*size, in_chans)
+                image = resize(image, size)
             pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
         return pixels
 

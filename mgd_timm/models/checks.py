@@ -62,8 +62,7 @@ def check_channels(model: nn.Module, role: str, in_chans: int) -> None:
     """
     channels = get_model_input_config(model)["input_size"][0]
     if channels != in_chans:
-        fix = f"--in-chans {channels}." if channels in (1, 3) else "images are read in colour (3) or grey (1)."
-        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: {fix}")
+        raise ValueError(f"the {role} takes {channels} channels, the images have {in_chans}: --in-chans {channels}.")
 
 
 def check_class_names(model: nn.Module, role: str, class_names: Sequence[str]) -> None:

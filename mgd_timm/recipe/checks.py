@@ -64,9 +64,7 @@ def check_milestones(
 
 
 def check_channels(data: "Data") -> None:
-    """Raise ValueError unless there are 1 or 3 channels, each with a mean and a standard deviation."""
-    if data.in_chans not in (1, 3):
-        raise ValueError(f"in_chans={data.in_chans}: expected 3 (colour) or 1 (grey) (--in-chans).")
+    """Raise ValueError unless each channel has a mean and a standard deviation."""
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values is not None and len(values) != data.in_chans:

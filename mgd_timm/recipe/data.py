@@ -63,9 +63,10 @@ class Data:
     )
     in_chans: int = option(
         3,
-        "channels: 3 for colour, 1 for grey; grey, palette, CMYK and transparent images are converted, and images "
-        "of other numbers of channels are not supported",
+        "channels: 3 for colour, 1 for grey; image files are converted, and npy arrays may have other numbers of "
+        "channels",
         common=True,
+        minimum=1,
     )
     mean: tuple[float, ...] | None = option(
         None, "mean per channel, of pixels in [0, 1]; default: that of the weights, else of the images"

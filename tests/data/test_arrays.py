@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import mgd_timm
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.decode import DataError
 from mgd_timm.recipe.data import Data
@@ -40,6 +41,26 @@ def test_grey_and_colour_are_converted(tmp_path: Path, channels: int) -> None:
         found = load_images(Data(data_dir=str(tmp_path), in_chans=wanted), 0)
         batch = next(iter(found.train.batches([torch.arange(4)], 0, torch.device("cpu"))))
         assert batch.images.shape == (4, wanted, 12, 12)
+
+
+def test_five_channels_are_read_resized_and_trained_on(tmp_path: Path) -> None:
+    images, _ = write(tmp_path, 5)
+    found = load_images(Data(data_dir=str(tmp_path), in_chans=5, mean=(0.0,) * 5, std=(1.0,) * 5), 0)
+    assert found.test is not None
+    batch = next(iter(found.test.batches([torch.arange(40)], 0, torch.device("cpu"))))
+    assert torch.equal((batch.images * 255).round().byte(), torch.from_numpy(images).permute(0, 3, 1, 2))
+    with pytest.raises(DataError, match="5 channels, expected 3: give --in-chans 5"):
+        load_images(Data(data_dir=str(tmp_path)), 0)
+    student = mgd_timm.train(
+        "cifar_resnet8x05", str(tmp_path), in_chans=5, img_size=16, epochs=1, output=tmp_path / "run"
+    )
+    assert student(torch.zeros(2, 5, 16, 16)).shape == (2, 4)
+    assert len(student.pretrained_cfg["mean"]) == 5
+
+
+def test_image_files_have_one_or_three_channels() -> None:
+    with pytest.raises(DataError, match="read in colour or in grey, and --in-chans is 4: give 3 or 1, or npy arrays"):
+        load_images(Data(in_chans=4), 0)
 
 
 def test_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:

@@ -57,7 +57,6 @@ def test_a_range_holds_its_numbers_and_says_so(bounds, inside, words):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_chans": 4}, "in_chans=4: expected 3 (colour) or 1 (grey) (--in-chans)"),
         ({"mean": (0.5, 0.5)}, "mean=(0.5, 0.5): expected 3 values, one per channel (--in-chans)"),
         ({"num_samples": 100}, "num_samples=100: it is for streamed images only"),
         ({"streaming": True, "val_split": 0.1}, "Leave --val-split out, or leave --streaming out"),

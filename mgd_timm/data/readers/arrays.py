@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mgd_timm.data.decode import DataError
+from mgd_timm.data.decode import DataError, to_pil
 from mgd_timm.data.readers.rows import ReadSplit, begin_digest
 from mgd_timm.data.readers.scan import LocalFolder
 from mgd_timm.recipe.data import Data
@@ -38,10 +37,18 @@ class ArrayRows:
         return f"{self.split} image {row}"
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
-        """Return an image, uint8 [height, width, in_chans]."""
-        image = Image.fromarray(np.squeeze(np.asarray(self.images[row])))
-        pixels = np.asarray(image.convert("RGB" if in_chans == 3 else "L"))
-        return pixels.reshape(*pixels.shape[:2], in_chans)
+        """Return an image, uint8 [height, width, in_chans]. Raise DataError for another number of channels."""
+        image = np.asarray(self.images[row])
+        image = image if image.ndim == 3 else image[..., None]
+        channels = image.shape[2]
+        if channels != in_chans and {channels, in_chans} != {1, 3}:
+            raise DataError(
+                f"{self.name(row)}: {channels} channels, expected {in_chans}: give --in-chans {channels}, or convert "
+                "the array."
+            )
+        if channels != in_chans:
+            image = np.asarray(to_pil(image).convert("RGB" if in_chans == 3 else "L"))
+        return image.reshape(*image.shape[:2], in_chans)
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels and all pixels."""
@@ -84,11 +91,11 @@ def _open_pair(folder: Path, split: str) -> ArrayRows:
     """Open and check the two files of a split."""
     images_path, labels_path = folder / f"{split}_x.npy", folder / f"{split}_y.npy"
     images, labels = _open_array(images_path), _open_array(labels_path)
-    grey, with_channels = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
-    if images.dtype != np.uint8 or not (grey or with_channels):
+    channels_first = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or channels_first:
         raise DataError(
             f"{images_path}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] or "
-            "[n, height, width, channels] with 1 or 3 channels: convert it."
+            "[n, height, width, channels]: convert it."
         )
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
         raise DataError(
