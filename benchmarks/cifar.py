@@ -13,7 +13,6 @@ epoch.
 """
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from report import append_rows, provenance, read_metrics, read_rows
 from torch import Tensor, nn
 
 from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Teacher
 from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Batch, Features, FeatureTap
@@ -39,7 +37,7 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.training.checkpointer import Upkeep
-from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps, pixel_noise
+from mgd_timm.training.evaluation import Metrics, evaluate_noise, evaluate_taps
 from mgd_timm.training.loop import Fitted, fit
 
 DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
@@ -160,8 +158,7 @@ def run_pass(
     upkeep = Upkeep(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
     fitted = train_cohort(networks, taught_by, first, images, accelerator, upkeep)
     curves = [row["eval"] for row in read_metrics(folder) if row["stage"] == "cohort"]
-    taps: dict[str, nn.Module] = {arm: connected.student for arm, connected in networks.items()}
-    noisy = under_noise(taps, images.evaluation, accelerator, images.std, args.noise, args.noise_seeds)
+    given: dict[str, Any] = {"std": images.std, "noise": args.noise, "seeds": args.noise_seeds}
     common = {
         "teacher_top1": round(teacher_top1, 2),
         "heads": {name: round(value, 2) for name, value in heads.items()},
@@ -176,8 +173,10 @@ def run_pass(
         curve = [round(metrics[arm], 2) for metrics in curves]
         best = max(curve)
         scores = {"last": curve[-1], "best": best, "best_epoch": 1 + curve.index(best), "epochs": len(curve)}
+        _, noisy = evaluate_noise(networks[arm].student.model, images.evaluation, accelerator, 256, **given)
+        noise = {sigma: round(metrics["top1"], 2) for sigma, metrics in noisy.items()}
         key = key_of(name, frozen.tap.name, frozen.digest, images.train.digest, recipe, arm)
-        rows.append({**key, **scores, "noise": noisy[arm], "curve": curve, **common})
+        rows.append({**key, **scores, "noise": noise, "curve": curve, **common})
     return rows
 
 
@@ -224,42 +223,6 @@ def train_cohort(
 
     schedule: dict[str, Any] = {"seed": recipe.seed, "batch_size": recipe.data.batch_size}
     return fit(cohort, images.train, recipe.optim, accelerator, teach=teach, watch=watch, upkeep=upkeep, **schedule)
-
-
-def under_noise(
-    taps: dict[str, nn.Module],
-    source: Source,
-    accelerator: Accelerator,
-    std: Sequence[float],
-    sigmas: Sequence[float],
-    seeds: int,
-) -> dict[str, dict[str, float]]:
-    """Top-1 of every student by standard deviation of the noise, mean over noise seeds; all see the same noisy
-    images."""
-    if not sigmas:
-        return {arm: {} for arm in taps}
-    scale = 1 / torch.tensor(std, device=accelerator.device)[:, None, None]
-    cells = {(arm, sigma, seed): f"{arm} {sigma} {seed}" for arm in taps for sigma in sigmas for seed in range(seeds)}
-    for tap in taps.values():
-        tap.eval()
-
-    def predict(batch: Batch) -> dict[str, Tensor]:
-        shown: dict[str, Tensor] = {}
-        for seed in range(seeds):
-            drawn = pixel_noise(batch.images, batch.sample_ids, seed) * scale
-            for sigma in sigmas:
-                images = batch.images + sigma * drawn
-                shown |= {cells[arm, sigma, seed]: tap(images).logits for arm, tap in taps.items()}
-        return shown
-
-    found = evaluate(predict, tuple(cells.values()), source, accelerator, 256)
-    return {
-        arm: {
-            f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2)
-            for s in sigmas
-        }
-        for arm in taps
-    }
 
 
 def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> None:

@@ -18,19 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
-from report import (
-    RESULTS,
-    about,
-    last_line,
-    markdown,
-    peak_memory,
-    provenance,
-    ratio,
-    read_rows,
-    time_in_turn,
-    write_json,
-)
 from tqdm import tqdm
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
@@ -56,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each, 2 or more")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=report.RESULTS)
     parser.add_argument(
         "--only", choices=tuple(CRITERIA), help=argparse.SUPPRESS
     )  # a process that measures its own memory
@@ -111,7 +100,7 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
 def peak_bytes(pair: str, name: str, args: argparse.Namespace) -> int:
     """Peak memory of a process of its own that takes a few steps."""
     options = ["--pairs", pair, "--only", name, "--batch-size", str(args.batch_size), *(["--amp"] if args.amp else [])]
-    return int(last_line(__file__, *options))
+    return int(report.last_line(__file__, *options))
 
 
 def measure(pair: str, name: str, base: Step, step: Step, base_peak: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -126,11 +115,11 @@ def measure(pair: str, name: str, base: Step, step: Step, base_peak: int, args: 
 
         return loop
 
-    times = time_in_turn({"kd": repeated(base), "own": repeated(step)}, args.rounds, args.steps)
+    times = report.time_in_turn({"kd": repeated(base), "own": repeated(step)}, args.rounds, args.steps)
     return {
         "kd_ms": statistics.median(times["kd"]),
         "ms": statistics.median(times["own"]),
-        "ratio": ratio(times["own"], times["kd"]) | {"steps": args.steps},
+        "ratio": report.ratio(times["own"], times["kd"]) | {"steps": args.steps},
         "peak_bytes": base_peak if name == "kd" else peak_bytes(pair, name, args),
         "kd_peak_bytes": base_peak,
     }
@@ -155,7 +144,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for pair in pairs:
         teacher, student, side = PAIRS[pair]
         header += [f"time over KD's, {teacher} -> {student} at {side} px", "MiB over KD's"]
-    return markdown(header, cells)
+    return report.markdown(header, cells)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -197,7 +186,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def section() -> str:
     """The table of docs/results.md."""
-    rows = read_rows(RESULTS / "criteria.json")
+    rows = report.read_rows(report.RESULTS / "criteria.json")
     measured = [row for row in rows if "refused" not in row]
     refused = "".join(
         f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})."
@@ -209,7 +198,7 @@ def section() -> str:
     return (
         f"{table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
         f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
-        f"`benchmarks/criteria.py`; {about(*measured)}."
+        f"`benchmarks/criteria.py`; {report.about(*measured)}."
     )
 
 
@@ -220,15 +209,15 @@ def measure_pair(pair: str, args: argparse.Namespace, bar: Any) -> None:
     order = list(CRITERIA)
     for name in args.criteria:
         row = {"pair": pair, "networks": list(PAIRS[pair]), "criterion": name, "batch_size": args.batch_size}
-        row |= {"precision": "bfloat16" if args.amp else "float32"} | provenance()
+        row |= {"precision": "bfloat16" if args.amp else "float32"} | report.provenance()
         try:
             step = maker(pair, name, args)
         except ValueError as reason:
             row["refused"] = str(reason)
         else:
             row |= measure(pair, name, base, step, base_peak, args)
-        rows = [row, *(old for old in read_rows(path) if key(old) != key(row))]
-        write_json(path, sorted(rows, key=lambda row: (row["pair"], order.index(row["criterion"]))))
+        rows = [row, *(old for old in report.read_rows(path) if key(old) != key(row))]
+        report.write_json(path, sorted(rows, key=lambda row: (row["pair"], order.index(row["criterion"]))))
         bar.update()
 
 
@@ -238,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         step = maker(args.pairs[0], args.only, args)
         for _ in range(4):
             step()
-        print(peak_memory())
+        print(report.peak_memory())
         return
     with tqdm(total=len(args.pairs) * len(args.criteria), unit="criterion", desc="criteria") as bar:
         for pair in args.pairs:
             measure_pair(pair, args, bar)
-    rows, precision = read_rows(args.output / "criteria.json"), "bfloat16" if args.amp else "float32"
+    rows, precision = report.read_rows(args.output / "criteria.json"), "bfloat16" if args.amp else "float32"
     alike = [row for row in rows if (row["precision"], row["batch_size"]) == (precision, args.batch_size)]
     draw(alike, args.output / "criteria.png")
     print(table(alike))

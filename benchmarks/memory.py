@@ -1,8 +1,8 @@
-"""Predict the memory of a distillation step on any machine, with every flag of `mgd-timm distill`.
+"""Predict the memory of a distillation step on any machine, by the flags of `mgd-timm distill`.
 
     python benchmarks/memory.py --teacher resnet34 --student resnet18 --img-size 224 --batch-size 256 --amp --gpus 8
     python benchmarks/memory.py --teacher vit_large_patch16_224 --student vit_small_patch16_224 --img-size 224 \\
-        --num-classes 21841 --opt adamw --model-ema --amp --gpus 64 --fsdp
+        --classes 21841 --opt adamw --model-ema --amp --gpus 64 --fsdp
     python benchmarks/memory.py --check      compare predictions with what torch's allocator hands out on this machine
 
 The step itself (teacher, heads, student, losses, backward, optimizer) runs on tensors without values, and every
@@ -58,25 +58,25 @@ class Step:
     """A training step, which runs on fake and real tensors alike. Build it under `torch.device("meta")` for a fake one.
 
     Args:
-        recipe: Of the run: by default 224 pixels and 1,000 classes. A teacher of fixed input size sees the images
-            resized to it. Weights do not matter.
+        recipe: Of the run, at 224 pixels where it has no size. A teacher of fixed input size sees the images resized
+            to it. Weights do not matter.
+        classes: Number of classes.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.side, self.classes = recipe.data.img_size or 224, recipe.data.num_classes or 1000
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        self.recipe, self.classes, self.side = recipe, classes, recipe.data.img_size or 224
         (teacher,) = recipe.teacher or ()
         size = (recipe.data.in_chans, self.side, self.side)
         config = get_pretrained_cfg(teacher)
         teacher_size = config.input_size if config is not None and config.fixed_input_size else size
         terms = terms_of(recipe)
         maps = [recipe.maps if terms.needs("maps", student=student) else None for student in (True, False)]
-        tap = build_tap(build_model(recipe.student, size, self.classes), size, maps[0])
-        teacher_tap = build_tap(build_model(teacher, teacher_size, self.classes), teacher_size, maps[1])
-        labels = torch.arange(recipe.data.batch_size, device="cpu") % self.classes
+        tap = build_tap(build_model(recipe.student, size, classes), size, maps[0])
+        teacher_tap = build_tap(build_model(teacher, teacher_size, classes), teacher_size, maps[1])
+        labels = torch.arange(recipe.data.batch_size, device="cpu") % classes
         shapes = tap.shapes(self.side), teacher_tap.shapes(teacher_size[1])
         pair = Pair(*shapes, len(labels), labels, teacher_tap.classifier)
-        heads = GranularityHeads(teacher_tap.embed_dim, self.classes) if recipe.method != "none" else None
+        heads = GranularityHeads(teacher_tap.embed_dim, classes) if recipe.method != "none" else None
         half = (0.5,) * size[0]
         with torch.device("cpu"):  # it compares values
             adapter = InputAdapter(half, half, half, half, teacher_size[1:]) if teacher_size != size else None
@@ -188,18 +188,18 @@ class Counts:
         return self.peak - (self.trained + self.optimizer) * (1 - share) + buckets + average
 
 
-def count(recipe: Recipe, *, gpu: bool = False) -> Counts:
+def count(recipe: Recipe, classes: int = 1000, *, gpu: bool = False) -> Counts:
     """Count the memory of a step. Nothing is computed and no weights are allocated.
 
     Args:
-        recipe: Of the run.
+        recipe, classes: As of `Step`.
         gpu: Mixed precision casts as on a GPU, instead of as on this CPU.
 
     Raises:
         ValueError: Unknown names, networks that do not take the image size, or what a criterion refuses about the pair.
     """
     with torch.device("meta"):
-        step = Step(recipe)
+        step = Step(recipe, classes)
         taps = [module for module in step.trainee.modules() if isinstance(module, FeatureTap)]
         layers = [_bytes(tap.get_submodule(name).parameters()) for tap in taps for name in units(tap)]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -250,12 +250,12 @@ def allocated(run: Callable[[], Any], at: str = "[memory]") -> tuple[int, int]:
     return now, peak
 
 
-def measure(recipe: Recipe, at: str = "[memory]") -> tuple[int, int]:
+def measure(recipe: Recipe, classes: int = 1000, at: str = "[memory]") -> tuple[int, int]:
     """Bytes that torch's allocator has handed out before a step of one process, and at its peak (`allocated`)."""
     steps: list[Step] = []
 
     def build() -> None:
-        steps.append(Step(recipe))
+        steps.append(Step(recipe, classes))
         steps[0].allocate()
         steps[0].run()  # makes the optimizer's state
         gc.collect()
@@ -299,20 +299,11 @@ def section() -> str:
     )
 
 
-def describe(counts: Counts, processes: int, *, fsdp: bool, ema: bool) -> str:
-    """A prediction in words."""
-    peak = counts.of_processes(processes, fsdp=fsdp, ema=ema)
-    return (
-        f"predicted: {peak / 1e9:.2f} GB of tensors per process at the peak of a step; networks, optimizer state and "
-        f"batch of one process take {counts.state / 1e9:.2f} GB.\n"
-        f"A GPU needs about {(1.1 * peak + 1e9) / 1e9:.1f} GB, assuming 10% of fragments and 1 GB of CUDA's context."
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true", help="shard the student over all GPUs, instead of DDP")
     parser.add_argument("--check", action="store_true", help="measure on this machine what is predicted for it")
@@ -326,7 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = make_recipe(**given_options(run_parser(parser.prog, distill=True), flags))
     if len(recipe.teacher or ()) != 1 or recipe.peer is not None:
         parser.error("--teacher: expected one, as memory of several teachers or of --peer is not predicted.")
-    print(describe(count(recipe, gpu=True), args.gpus, fsdp=args.fsdp, ema=recipe.optim.model_ema))
+    counts = count(recipe, args.classes, gpu=True)
+    peak = counts.of_processes(args.gpus, fsdp=args.fsdp, ema=recipe.optim.model_ema)
+    print(f"predicted: {peak / 1e9:.2f} GB of tensors per process at the peak of a step.")
+    print(f"Networks, optimizer state and batch of one process: {counts.state / 1e9:.2f} GB.")
+    print(f"A GPU needs about {(1.1 * peak + 1e9) / 1e9:.1f} GB, assuming 10% of fragments and 1 GB of CUDA's context.")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_json(path: Path, body: Any) -> None:
     """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    path.write_text(json.dumps(body, indent=2) + "\n")
 
 
 def has_row(path: Path, key: Mapping[str, Any]) -> bool:

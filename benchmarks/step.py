@@ -22,22 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from report import (
-    RESULTS,
-    about,
-    last_line,
-    markdown,
-    peak_memory,
-    provenance,
-    ratio,
-    read_rows,
-    time_in_turn,
-    write_json,
-)
 from torch import Tensor, nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
@@ -56,7 +45,7 @@ from mgd_timm.training.checkpointer import Upkeep
 from mgd_timm.training.loop import fit
 from mgd_timm.training.step import compile_mode
 
-FILE = RESULTS / "step.json"
+FILE = report.RESULTS / "step.json"
 AGAINST = ("bare", "plain", "alone")
 Loop = Callable[[], None]
 
@@ -230,12 +219,12 @@ def random_data(args: argparse.Namespace, steps: int) -> tuple[Tensor, Tensor]:
 def measure(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Time ours in turn with the other loop, and put the row into the results."""
     names = (args.against, "ours")
-    peaks = {name: int(last_line(__file__, *sys.argv[1:], "--only", name)) for name in names}
+    peaks = {name: int(report.last_line(__file__, *sys.argv[1:], "--only", name)) for name in names}
     images, labels = random_data(args, args.steps)
     loops = {name: MAKERS[name](args, images, labels, accelerator) for name in names}
     for loop in loops.values():  # first calls allocate, choose kernels and compile
         loop()
-    times = time_in_turn(loops, args.rounds, args.steps)
+    times = report.time_in_turn(loops, args.rounds, args.steps)
     key = {
         "against": args.against,
         "pair": f"{args.teacher} -> {args.student}",
@@ -247,17 +236,17 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> None:
     row: dict[str, Any] = key | {
         "other_ms": statistics.median(times[args.against]),
         "ours_ms": statistics.median(times["ours"]),
-        "ratio": ratio(times["ours"], times[args.against]),
+        "ratio": report.ratio(times["ours"], times[args.against]),
         "peak_bytes": {"other": peaks[args.against], "ours": peaks["ours"]},
         "steps": args.steps,
     }
-    row |= provenance()
+    row |= report.provenance()
     others = [
         old
-        for old in read_rows(FILE)
+        for old in report.read_rows(FILE)
         if any(old[name] != value for name, value in key.items()) or old["machine"]["gpu"] != row["machine"]["gpu"]
     ]
-    write_json(FILE, [*others, row])
+    report.write_json(FILE, [*others, row])
     print(table([row]))
 
 
@@ -279,16 +268,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     header = ["pair", "against", "ours", "its ms", "our ms", "ours / it (quartiles)", "it / ours"]
-    return markdown([*header, "peak MiB, ours / it"], cells)
+    return report.markdown([*header, "peak MiB, ours / it"], cells)
 
 
 def section() -> str:
     """The table of docs/results.md."""
-    rows = read_rows(FILE)
+    rows = report.read_rows(FILE)
     rounds = sorted({row["ratio"]["n"] for row in rows})
     return (
         f"{table(rows)}\n\nMAS+KD by `benchmarks/step.py`, batches of 64, each in turn with the other, "
-        f"n={' or '.join(map(str, rounds))} runs of each: {about(*rows)}."
+        f"n={' or '.join(map(str, rounds))} runs of each: {report.about(*rows)}."
     )
 
 
@@ -300,7 +289,7 @@ def main() -> None:
             loop = MAKERS[args.only](args, *random_data(args, 4), accelerator)
             loop()
             loop()
-            print(peak_memory())
+            print(report.peak_memory())
         else:
             measure(args, accelerator)
 

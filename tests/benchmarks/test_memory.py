@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def recipe_of(teacher: str, student: str, **options: Any) -> Recipe:
-    given = {"img_size": 32, "batch_size": 16, "num_classes": 10, **options}
+    given = {"img_size": 32, "batch_size": 16, **options}
     return make_recipe(teacher=teacher, student=student, **given)
 
 
@@ -42,17 +42,18 @@ class Marked(TorchDispatchMode):
 def test_the_predicted_peak_is_what_the_allocator_hands_out(student: str) -> None:
     """Between operations: the workspace that kernels take meanwhile is another one on every processor."""
     recipe = recipe_of("cifar_resnet14", student, amp=True)
-    predicted = memory.count(recipe)
+    predicted = memory.count(recipe, 10)
     with Marked():
-        state, peak = memory.measure(recipe, at="after an operation")
+        state, peak = memory.measure(recipe, 10, at="after an operation")
     assert predicted.state == state
     assert predicted.peak - state == pytest.approx(peak - state, rel=1e-3)
 
 
 def test_momentum_takes_as_much_as_the_weights() -> None:
-    counts = memory.count(recipe_of("cifar_resnet8", "cifar_mobilenetv2", opt="momentum"))
+    recipe = recipe_of("cifar_resnet8", "cifar_mobilenetv2", opt="momentum")
+    counts = memory.count(recipe, 10)
     with torch.device("meta"):
-        step = memory.Step(recipe_of("cifar_resnet8", "cifar_mobilenetv2"))
+        step = memory.Step(recipe, 10)
     assert counts.optimizer == counts.trained == sum(4 * p.numel() for p in step.trainee.parameters())
 
 
@@ -122,7 +123,7 @@ def measure_rank(rank: int, recipe: Recipe, fsdp: bool, folder: str) -> None:
     held: list[Any] = []
 
     def build() -> None:
-        step = memory.Step(recipe)
+        step = memory.Step(recipe, 1000)
         step.allocate()
         placement = place(step.trainee, accelerator)
         held.extend((step, placement, placement.average(step.trainee.student)))
@@ -144,7 +145,7 @@ def measure_rank(rank: int, recipe: Recipe, fsdp: bool, folder: str) -> None:
 
 @pytest.mark.parametrize(("fsdp", "tolerance"), [(False, 0.01), (True, 0.1)])
 def test_two_processes_take_what_is_predicted_of_ddp_and_fsdp(fsdp: bool, tolerance: float) -> None:
-    recipe = recipe_of("resnet18", "vit_tiny_patch16_224", img_size=224, batch_size=4, num_classes=1000)
+    recipe = recipe_of("resnet18", "vit_tiny_patch16_224", img_size=224, batch_size=4)
     predicted = memory.count(recipe).of_processes(2, fsdp=fsdp, ema=True)
     with tempfile.TemporaryDirectory() as folder:
         spawn(measure_rank, (recipe, fsdp, folder), nprocs=2)
