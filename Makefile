@@ -44,8 +44,7 @@ bench: .venv/done  ## What docs/results.md says, measured again on this machine.
 	$(RUN) benchmarks/shortcuts.py
 	$(RUN) benchmarks/allocator.py
 	$(RUN) benchmarks/demo.py --seeds 5
-	$(RUN) benchmarks/scale.py --check
-	$(RUN) benchmarks/scale.py --markdown
+	$(RUN) benchmarks/memory.py --check
 	$(RUN) benchmarks/readme.py
 
 floors:  ## The suite on the lowest versions that pyproject.toml admits.

@@ -10,22 +10,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from report import machine
+from report import RESULTS, about, last_line, peak_resident, provenance, write_json
 
-from mgd_timm.storage.versions import versions
-
-RESULTS = Path(__file__).parent / "results" / "allocator.json"
+FILE = RESULTS / "allocator.json"
 TEACHER, STUDENT, SIDE, BATCH = "tf_efficientnet_lite2", "mobilenetv4_conv_small_050", 128, 64
 
 
 def measure(keep: bool, steps: int) -> dict[str, float]:
-    """Processor seconds of a step, its user's and the system's part, and the process's peak in MiB; after two steps of
+    """Processor seconds of a step, the system's part of it, and the process's peak in MiB; after two steps of
     warm-up."""
     import timm
     import torch
@@ -34,7 +28,7 @@ def measure(keep: bool, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     if keep and not keep_freed_memory():
-        raise SystemExit("this C library cannot be told to keep freed memory.")
+        raise SystemExit("this C library cannot be told to keep freed memory: measure on Linux with glibc.")
     teacher, student = timm.create_model(TEACHER).eval(), timm.create_model(STUDENT, num_classes=10)
     images = torch.randn(BATCH, 3, SIDE, SIDE)
     before = os.times()
@@ -46,8 +40,20 @@ def measure(keep: bool, steps: int) -> dict[str, float]:
         student(images).sum().backward()
     after = os.times()
     user, system = (after.user - before.user) / steps, (after.system - before.system) / steps
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"seconds": user + system, "system": system, "peak_mib": int(peak.split()[1]) / 1024}
+    return {"seconds": user + system, "system": system, "peak_mib": peak_resident() / 2**20}
+
+
+def section() -> str:
+    """The text of docs/results.md."""
+    row = json.loads(FILE.read_text())
+    given, kept = row["given back"], row["kept"]
+    return (
+        f"On a CPU with glibc a run keeps the memory that its tensors free. A step of {row['what']}, takes "
+        f"{kept['seconds']:.2f} s of processor time for {given['seconds']:.2f} s, of which {given['system']:.2f} s "
+        f"were the system's ({row['ratio_seconds']:.2f}), and {kept['peak_mib']:,.0f} MiB at the peak for "
+        f"{given['peak_mib']:,.0f} ({row['ratio_peak_mib']:.2f}); medians of n={row['n']} turns. "
+        f"`benchmarks/allocator.py`; {about(row)}."
+    )
 
 
 def main() -> None:
@@ -62,8 +68,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {"given back": [], "kept": []}
     for _ in range(args.rounds):
         for name, found in rows.items():
-            words = [sys.executable, __file__, "--measure", name, "--steps", str(args.steps)]
-            found.append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+            found.append(json.loads(last_line(__file__, "--measure", name, "--steps", str(args.steps))))
     body: dict[str, Any] = {
         name: {key: round(statistics.median(row[key] for row in found), 3) for key in found[0]}
         for name, found in rows.items()
@@ -72,9 +77,8 @@ def main() -> None:
         pairs = zip(rows["kept"], rows["given back"], strict=True)
         body[f"ratio_{key}"] = round(statistics.median(one[key] / other[key] for one, other in pairs), 3)
     body |= {"what": f"{TEACHER} -> {STUDENT}, {SIDE} px, batch {BATCH}", "n": args.rounds, "steps": args.steps}
-    body |= {"machine": machine(), "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
-    print(json.dumps(body, indent=1))
+    write_json(FILE, body | provenance())
+    print(section())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ with resnet18 by MAS + KD + AT. As teacher: the losses of resnet18. As student: 
 gradients, one for every parameter. Without classifier: its classifier taken off, what it shows then. timm's encoders
 (*_enc) never have one: they teach by MAG + AT. Both see "stages", the default: as many maps of each, the deepest, where
 one has fewer. A real step: forward, backward and SGD of a small pair on the CPU, random weights and images; losses
-finite, a finite gradient for every parameter that trains. Writes benchmarks/results/any_timm.json and docs/any_timm.md.
+finite, a finite gradient for every parameter that trains. Writes benchmarks/results/any_timm.json.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import timm
 import torch
 from families import ENCODERS, FAMILIES, SLIM
-from report import machine, markdown
+from report import RESULTS, about, markdown, provenance
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,8 +46,7 @@ from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.versions import versions
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results" / "any_timm.json", HERE.parent / "docs" / "any_timm.md"
+FILE = RESULTS / "any_timm.json"
 PARTNER, SMALL, CLASSES, BATCH = "resnet18", "test_resnet", 10, 2
 ROLES = ("teacher", "student", "headless")
 Row = dict[str, Any]
@@ -138,9 +136,8 @@ def teaches(shapes: Shapes, count: int) -> None:
     student = shown(other)
     terms = objective_of(other, shapes)(student, analysed(shown(shapes)), pictures((3, 8, 8)))
     summed(terms, shapes).backward()
-    check_gradients(
-        [("logits", student.logits), ("embedding", student.embedding), *(("a map", m) for m in student.maps)]
-    )
+    maps = (("a map", m) for m in student.maps)
+    check_gradients([("logits", student.logits), ("embedding", student.embedding), *maps])
 
 
 def learns(tap: FeatureTap, shapes: Shapes, count: int, size: tuple[int, int, int]) -> None:
@@ -268,9 +265,8 @@ def body_of(rows: dict[str, dict[str, Row]], what: str) -> dict[str, Any]:
         "counts": {"architectures": len(every), "families": len({row["family"] for row in every}), **counts},
         "map_counts": dict(Counter(str(row["count"]) for row in every if "count" in row).most_common()),
         "real": {"models": len(steps), **{role: sum(row[role] is True for row in steps) for role in ROLES[:2]}},
-        "machine": machine(),
+        **provenance(),
         "versions": packages(),
-        "date": datetime.now(UTC).date().isoformat(),
         "architectures": every,
         "steps": steps,
     }
@@ -308,13 +304,9 @@ def summary(body: dict[str, Any]) -> str:
         "headless": "is tapped without its classifier",
     }
     rows = [[words[role], f"{counts[role]} of {counts['architectures']}"] for role in ROLES]
-    for role, other in (("teacher", "teaches"), ("student", "learns from")):
-        rows.append(
-            [
-                f"{other} test_resnet in a real step (each family's smallest, encoders)",
-                f"{real[role]} of {real['models']}",
-            ]
-        )
+    for role, verb in (("teacher", "teaches"), ("student", "learns from")):
+        what = f"{verb} test_resnet in a real step (each family's smallest, encoders)"
+        rows.append([what, f"{real[role]} of {real['models']}"])
     return markdown([f"architecture of timm {body['versions']['timm']}", "holds for"], rows)
 
 
@@ -347,38 +339,24 @@ def families(body: dict[str, Any]) -> str:
     return markdown([*header, "real step of", "px", "teaches, CPU s", "learns, CPU s"], lines)
 
 
-def about(body: dict[str, Any]) -> str:
-    where, of = body["machine"], body["versions"]
-    commits = ", ".join(sorted({row["commit"] for row in (*body["architectures"], *body["steps"])}))
-    return (
-        f"{where['cores']} cores of {where['cpu']}; torch {of['torch']}, timm {of['timm']}; commit {commits}; "
-        f"{body['date']}"
-    )
+def section() -> str:
+    """The table of docs/results.md and docs/any_timm.md."""
+    body = json.loads(FILE.read_text())
+    commits = {row["commit"] for row in (*body["architectures"], *body["steps"])}
+    ran = ({**body, "versions": {**body["versions"], "commit": commit}} for commit in commits)
+    return f"{summary(body)}\n\n`benchmarks/any_timm.py`; {about(*ran)}."
 
 
-def document(body: dict[str, Any]) -> str:
-    """The text of docs/any_timm.md."""
+def section_reasons() -> str:
+    """What does not hold, for docs/any_timm.md."""
+    return reasons(json.loads(FILE.read_text()))
+
+
+def section_families() -> str:
+    """The table of families of docs/any_timm.md."""
+    body = json.loads(FILE.read_text())
     counted = ", ".join(f"{count} of them {number}" for number, count in body["map_counts"].items())
-    return f"""# Any timm model
-
-On this page you find which of timm's architectures can teach and learn. `python benchmarks/any_timm.py` writes it, and
-says what is done; each architecture's maps, widths and parameters are in `benchmarks/results/any_timm.json`.
-{about(body)}.
-
-{summary(body)}
-
-Maps under "stages": {counted}.
-
-## What does not hold
-
-{reasons(body)}
-
-## By family
-
-CPU seconds: of building both networks, tapping them and one step.
-
-{families(body)}
-"""
+    return f'{families(body)}\n\nMaps under "stages": {counted}.'
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -387,9 +365,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="the real steps too")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep what the output file has of the same versions")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=FILE)
     args = parser.parse_args(arguments)
-    if args.filter != ["*"] and args.output == RESULTS:
+    if args.filter != ["*"] and args.output == FILE:
         parser.error("--filter is part of a sweep: name another file with --output.")
     return args
 
@@ -410,8 +388,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write(args.output, body_of(rows, what))
     body = body_of(rows, what)
     write(args.output, body)
-    if args.output == RESULTS:
-        TABLE.write_text(document(body))
     print(f"{summary(body)}\n\n{reasons(body)}\nwrote {args.output}")
 
 

@@ -13,55 +13,35 @@ epoch.
 """
 
 import argparse
-import contextlib
-import json
-import statistics
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from report import machine, markdown, read_metrics
+from cifar_tables import FILE, TITLES, arms, draw, noise_table, table
+from report import append_rows, provenance, read_metrics, read_rows
 from torch import Tensor, nn
 
-from mgd_timm.data.dataset import load_images
-from mgd_timm.data.sources import Source
+from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
-from mgd_timm.pipeline.connect import connect, find_defaults, finish_teachers
+from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers
 from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, terms_of
 from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
-from mgd_timm.recipe.recipe import Recipe, make_recipe
+from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
 from mgd_timm.storage.digests import module_digest
-from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.training.evaluation import Metrics, evaluate, evaluate_taps
-from mgd_timm.training.loop import fit
-from mgd_timm.training.noise import pixel_noise
+from mgd_timm.training.evaluation import Metrics, evaluate_taps
+from mgd_timm.training.loop import Fitted, fit
+from mgd_timm.training.noise import evaluate_noise
 from mgd_timm.training.options import FitOptions
 
-HERE = Path(__file__).parent
-PUBLISHED: dict[str, Any] = json.loads((HERE / "published.json").read_text())
-# Hosts without a fitting stage, class activation maps or a peer, which a pass does not know.
-TITLES = {
-    "kd": "KD",
-    "fitnet": "FitNet",
-    "at": "AT",
-    "sp": "SP",
-    "vid": "VID",
-    "rkd": "RKD",
-    "crd": "CRD",
-    "afd": "AFD",
-}
 DISTINCT = ("pair", "teacher", "teacher_sha256", "student", "arm", "seed", "recipe", "data_sha256")
 """What tells one cell from another."""
-ALIKE = ("pair", "teacher", "teacher_sha256", "student", "data_sha256", "epochs", "precision")
-"""What rows of one table have in common."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -103,23 +83,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     else:
         for name in args.pair:
             presets.pair(name)
-    args.results = args.results or (args.output / "quick.jsonl" if args.quick else HERE / "results" / "cifar.jsonl")
+    args.results = args.results or (args.output / "quick.jsonl" if args.quick else FILE)
     return args
-
-
-def arms(hosts: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Options of every arm; the weights beside them are the presets of the authors' scripts."""
-    found: dict[str, dict[str, Any]] = {"alone": {"teacher": None, "method": "none"}}
-    for host in hosts:
-        title = TITLES[host]
-        if host == "kd":
-            found["KD"] = {"criterion": ("kd",), "method": "none"}
-        else:
-            found[title] = {"criterion": (host,), "method": "none"}
-            found[f"{title}+KD"] = {"criterion": (host,), "method": "none", "kd_weight": 1.0}
-        for method in ("mag", "mas"):
-            found[f"{method.upper()}+{title}"] = {"criterion": (host,), "method": method}
-    return found
 
 
 class Cohort(nn.Module):
@@ -174,132 +139,108 @@ def run_pass(
     args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int
 ) -> list[dict[str, Any]]:
     """Train the students of one seed's cells side by side; gives a result for each."""
-    running = versions()  # of the code that runs, whatever is committed meanwhile
+    made_by = provenance()
     first = next(iter(cells.values()))
     accelerator = accelerator_of(first)
     first = fix_global_batch(first, accelerator)
-    network = load_model(teacher)
-    images = load_images(first.data, seed, find_defaults(first, network, None), log=accelerator.print)
-    taps: dict[str, nn.Module] = {}
-    distillers: dict[str, nn.Module] = {}
-    frozen: Teacher | None = None
-    for arm, recipe in cells.items():
-        terms = terms_of(recipe)
-        networks = connect(recipe, terms, images, accelerator, [network])
-        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
-        taps[arm], distillers[arm] = networks.student, networks.trainee()
-        if frozen is None or terms.needs("maps"):  # all arms read the maps of one teacher, whichever of them read maps
-            (frozen,) = networks.teachers
-    assert frozen is not None
-    weights = frozen.digest
-    made_of = {arm: as_dict(r, digest_only=True) for arm, r in cells.items()}
-    group = digest(
-        made_of | {"teacher": weights, "images": [images.train.digest, images.evaluation and images.evaluation.digest]}
-    )[:12]
+    model = load_model(teacher)
+    images = load_images(first.data, seed, find_defaults(first, model, None), log=accelerator.print)
+    assert images.evaluation is not None
+    networks = {arm: connect_cell(recipe, images, accelerator, model) for arm, recipe in cells.items()}
+    # All arms read the maps of one teacher, whichever of them read maps.
+    arm_with_maps = next((arm for arm in cells if terms_of(cells[arm]).needs("maps")), next(iter(cells)))
+    (frozen,) = networks[arm_with_maps].teachers
+    made_of: dict[str, Any] = {arm: as_dict(recipe, digest_only=True) for arm, recipe in cells.items()}
+    made_of |= {"teacher": frozen.digest, "images": [images.train.digest, images.evaluation.digest]}
+    group = digest(made_of)[:12]
     folder = args.output / f"pass-{name}-{seed}-{group}"
     folder.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {}
-    assert images.evaluation is not None
-    watched = images.evaluation
-    summary["teacher_top1"] = evaluate_taps({"t": frozen}, watched, accelerator, 256)["t"]["top1"]
-    if any(r.method != "none" for r in cells.values()):
-        (folder / "for_heads").mkdir(exist_ok=True)
-        with_heads = next(r for r in cells.values() if r.method != "none")
-        of_heads = make_recipe(**{**flat(with_heads), "output": str(folder / "for_heads"), "resume": True})
-        fitted_heads = fit_heads(frozen, of_heads.heads, context_of(of_heads, images, accelerator))
-        summary["heads"] = fitted_heads.metrics
-        frozen = frozen.with_heads(fitted_heads.heads)
-    cohort = Cohort(distillers).to(accelerator.device)
-    cohort.to(memory_format=torch.channels_last)
-
-    def watch(_: nn.Module | None) -> Metrics:
-        found = evaluate_taps(taps, watched, accelerator, 256)
-        return {arm: metrics["top1"] for arm, metrics in found.items()}
-
-    def teach(batch: Batch) -> Features:
-        return frozen(batch.images)
-
+    teacher_top1 = evaluate_taps({"t": frozen}, images.evaluation, accelerator, 256)["t"]["top1"]
+    taught_by, heads = with_heads(frozen, cells, images, accelerator, folder)
     fit_options = FitOptions(folder=folder, fingerprint={"group": group}, resume=True, stage="cohort")
-    fitted = fit(
-        cohort,
-        images.train,
-        first.optim,
-        accelerator,
-        seed=seed,
-        batch_size=first.data.batch_size,
-        teach=teach,
-        evaluate=watch,
-        options=fit_options,
-    )
+    fitted = train_cohort(networks, taught_by, first, images, accelerator, fit_options)
     curves = [row["eval"] for row in read_metrics(folder) if row["stage"] == "cohort"]
+    given: dict[str, Any] = {"std": images.std, "noise": args.noise, "seeds": args.noise_seeds}
     common = {
-        "teacher_top1": round(summary["teacher_top1"], 2),
-        "heads": {k: round(v, 2) for k, v in summary.get("heads", {}).items()},
+        "teacher_top1": round(teacher_top1, 2),
+        "heads": {name: round(value, 2) for name, value in heads.items()},
         "students_in_pass": len(cells),
         "pass_seconds": round(fitted.seconds, 1),
-        "n_test": len(watched.ids),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
+        "n_test": len(images.evaluation.ids),
         "precision": str(accelerator.mixed_precision),
-        "versions": running,
-        "date": datetime.now(UTC).date().isoformat(),
+        **made_by,
     }
-    noisy = under_noise(taps, watched, accelerator, images.std, args.noise, args.noise_seeds)
     rows = []
     for arm, recipe in cells.items():
         curve = [round(metrics[arm], 2) for metrics in curves]
-        scores = {
-            "last": curve[-1],
-            "best": max(curve),
-            "best_epoch": 1 + curve.index(max(curve)),
-            "epochs": len(curve),
-        }
-        key = key_of(name, frozen.tap.name, weights, images.train.digest, recipe, arm)
-        rows.append({**key, **scores, "noise": noisy[arm], "curve": curve, **common})
+        best = max(curve)
+        scores = {"last": curve[-1], "best": best, "best_epoch": 1 + curve.index(best), "epochs": len(curve)}
+        _, noisy = evaluate_noise(networks[arm].student.model, images.evaluation, accelerator, 256, **given)
+        noise = {sigma: round(metrics["top1"], 2) for sigma, metrics in noisy.items()}
+        key = key_of(name, frozen.tap.name, frozen.digest, images.train.digest, recipe, arm)
+        rows.append({**key, **scores, "noise": noise, "curve": curve, **common})
     return rows
 
 
-def under_noise(
-    taps: dict[str, nn.Module],
-    source: Source,
+def connect_cell(recipe: Recipe, images: Images, accelerator: Accelerator, teacher: nn.Module) -> Networks:
+    """The networks of one student's run."""
+    networks = connect(recipe, terms_of(recipe), images, accelerator, [teacher])
+    return finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
+
+
+def with_heads(
+    teacher: Teacher, cells: dict[str, Recipe], images: Images, accelerator: Accelerator, folder: Path
+) -> tuple[Teacher, Metrics]:
+    """The teacher with the heads that its students need, fitted once for all, and the heads' metrics."""
+    recipe = next((recipe for recipe in cells.values() if recipe.method != "none"), None)
+    if recipe is None:
+        return teacher, {}
+    (folder / "for_heads").mkdir(exist_ok=True)
+    recipe = make_recipe(**{**flatten(as_dict(recipe)), "output": str(folder / "for_heads"), "resume": True})
+    fitted = fit_heads(teacher, recipe.heads, context_of(recipe, images, accelerator))
+    return teacher.with_heads(fitted.heads), fitted.metrics
+
+
+def train_cohort(
+    networks: dict[str, Networks],
+    teacher: Teacher,
+    recipe: Recipe,
+    images: Images,
     accelerator: Accelerator,
-    std: Sequence[float],
-    sigmas: Sequence[float],
-    seeds: int,
-) -> dict[str, dict[str, float]]:
-    """Top-1 of every student by standard deviation of the noise, mean over noise seeds; all see the same noisy
-    images."""
-    if not sigmas:
-        return {arm: {} for arm in taps}
-    scale = 1 / torch.tensor(std, device=accelerator.device)[:, None, None]
-    cells = {(arm, sigma, seed): f"{arm} {sigma} {seed}" for arm in taps for sigma in sigmas for seed in range(seeds)}
-    for tap in taps.values():
-        tap.eval()
+    fit_options: FitOptions,
+) -> Fitted:
+    """Train all students on the same batches and outputs of the teacher."""
+    cohort = Cohort({arm: connected.trainee() for arm, connected in networks.items()}).to(accelerator.device)
+    cohort.to(memory_format=torch.channels_last)
+    taps: dict[str, nn.Module] = {arm: connected.student for arm, connected in networks.items()}
+    assert images.evaluation is not None
+    evaluation = images.evaluation
 
-    def predict(batch: Batch) -> dict[str, Tensor]:
-        shown: dict[str, Tensor] = {}
-        for seed in range(seeds):
-            drawn = pixel_noise(batch.images, batch.sample_ids, seed) * scale
-            for sigma in sigmas:
-                images = batch.images + sigma * drawn
-                shown |= {cells[arm, sigma, seed]: tap(images).logits for arm, tap in taps.items()}
-        return shown
+    def watch(_: nn.Module | None) -> Metrics:
+        found = evaluate_taps(taps, evaluation, accelerator, 256)
+        return {arm: metrics["top1"] for arm, metrics in found.items()}
 
-    found = evaluate(predict, tuple(cells.values()), source, accelerator, 256)
-    return {
-        arm: {
-            f"{s:g}": round(statistics.fmean(found[cells[arm, s, seed]]["top1"] for seed in range(seeds)), 2)
-            for s in sigmas
-        }
-        for arm in taps
-    }
+    def teach(batch: Batch) -> Features:
+        return teacher(batch.images)
+
+    schedule: dict[str, Any] = {"seed": recipe.seed, "batch_size": recipe.data.batch_size}
+    return fit(
+        cohort,
+        images.train,
+        recipe.optim,
+        accelerator,
+        teach=teach,
+        evaluate=watch,
+        options=fit_options,
+        **schedule,
+    )
 
 
 def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str, Recipe], seed: int) -> None:
     """One pass; where a GPU's memory does not hold its students, two of half as many."""
     print(f"\n== {name}, seed {seed}: {', '.join(cells)}", flush=True)
     try:
-        add_rows(args.results, run_pass(args, name, teacher, cells, seed))
+        append_rows(args.results, run_pass(args, name, teacher, cells, seed))
         return
     except torch.cuda.OutOfMemoryError:
         if len(cells) == 1:
@@ -308,12 +249,6 @@ def run_cells(args: argparse.Namespace, name: str, teacher: str, cells: dict[str
     names = list(cells)
     for part in (names[: len(names) // 2], names[len(names) // 2 :]):
         run_cells(args, name, teacher, {arm: cells[arm] for arm in part}, seed)
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    from mgd_timm.recipe.recipe import flatten
-
-    return flatten(as_dict(recipe))
 
 
 def key_of(name: str, teacher: str, weights: str, images: str, recipe: Recipe, arm: str) -> dict[str, Any]:
@@ -327,128 +262,6 @@ def key_of(name: str, teacher: str, weights: str, images: str, recipe: Recipe, a
         "recipe": digest(as_dict(recipe, digest_only=True))[:12],
         "data_sha256": images,
     }
-
-
-def known_rows(path: Path) -> list[dict[str, Any]]:
-    """Finished cells; what an interrupted write left of a line does not count."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def add_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    whole = not path.is_file() or path.read_text().endswith("\n") or not path.stat().st_size
-    with path.open("a") as file:
-        file.write(("" if whole else "\n") + "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and spread by arm, gains paired by seed, and the literature's figures where the pair is the paper's own."""
-    out = []
-    for alike in dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows):
-        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike]
-        name, teacher, student, epochs = (chosen[0][key] for key in ("pair", "teacher", "student", "epochs"))
-        by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in chosen:
-            by_arm.setdefault(row["arm"], {})[row["seed"]] = row
-        cells = []
-        known = list(arms(TITLES))
-        for arm, found in sorted(by_arm.items(), key=lambda item: known.index(item[0])):
-            last = [r["last"] for r in found.values()]
-            best = [r["best"] for r in found.values()]
-            own_pair = (teacher, student) == presets.PAIRS.get(name)  # figures of the paper's networks only
-            paper, other = (
-                PUBLISHED[key]["top1"].get(arm, {}).get(name) if own_pair else None for key in ("paper", "repdistiller")
-            )
-            gains = [gain(found, by_arm.get(base, {})) for base in ("alone", control(arm))]
-            figures = [f"{paper:.2f}" if paper else "", f"{other:.2f}" if other else ""]
-            cells.append([arm, spread(last), spread(best), *gains, str(len(last)), *figures])
-        tops = sorted({r["teacher_top1"] for r in chosen})
-        title = f"{teacher} ({', '.join(f'{t:.2f}' for t in tops)} %) -> {student}, {epochs} epochs"
-        header = [
-            "arm",
-            "last top-1 %",
-            "best top-1 %",
-            "over alone",
-            "over its control",
-            "seeds",
-            "paper",
-            "RepDistiller",
-        ]
-        out.append(f"{title}\n\n{markdown(header, cells)}")
-    return "\n\n".join(out)
-
-
-def noise_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and spread of top-1 under noise by arm, of the same students as in `table`."""
-    known = list(arms(TITLES))
-    out = []
-    for alike in dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows if row.get("noise")):
-        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike and row.get("noise")]
-        sigmas = sorted({sigma for row in chosen for sigma in row["noise"]}, key=float)
-        by_arm: dict[str, list[dict[str, float]]] = {}
-        for row in chosen:
-            by_arm.setdefault(row["arm"], []).append({"0": row["last"], **row["noise"]})
-        cells = [
-            [arm, *(spread([found[sigma] for found in by_arm[arm] if sigma in found]) for sigma in ["0", *sigmas])]
-            for arm in sorted(by_arm, key=known.index)
-        ]
-        title = f"{chosen[0]['teacher']} -> {chosen[0]['student']}, top-1 % under Gaussian noise of standard deviation"
-        out.append(f"{title}\n\n{markdown(['arm', '0', *sigmas], cells)}")
-    return "\n\n".join(out)
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Every student a dot and every arm's mean a line, as a PNG: how large the effects are beside the spread of
-    seeds."""
-    from matplotlib.figure import Figure
-
-    known = list(arms(TITLES))
-    colours = {"MAG": "#E69F00", "MAS": "#D55E00", "KD": "#0072B2", "": "#000000"}
-    groups = list(dict.fromkeys(tuple(row[key] for key in ALIKE) for row in rows))
-    figure: Any = Figure(figsize=(8, 0.6 + 3.6 * len(groups)), layout="constrained")
-    for axis, alike in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
-        chosen = [row for row in rows if tuple(row[key] for key in ALIKE) == alike]
-        names = sorted({row["arm"] for row in chosen}, key=known.index)
-        for place, arm in enumerate(names):
-            values = [row["last"] for row in chosen if row["arm"] == arm]
-            kind = arm[:3] if arm[:3] in colours else "KD" if arm.endswith("KD") else ""
-            axis.plot(values, [place] * len(values), "o", color=colours[kind], markersize=5, alpha=0.7)
-            axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=colours[kind], linewidth=2)
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        first = chosen[0]
-        axis.set_title(
-            f"{first['teacher']} ({first['teacher_top1']:.1f} %) teaches {first['student']}, {first['epochs']} epochs"
-        )
-        axis.set_xlabel("top-1 (%) on test images after the last epoch; a dot is a seed, a line the mean")
-        axis.grid(axis="x", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def control(arm: str) -> str:
-    """The arm that differs from this one by MAG or MAS alone: the host with KD."""
-    host = arm.partition("+")[2]
-    if not arm.startswith(("MAG", "MAS")):
-        return ""
-    return host if host == "KD" else f"{host}+KD"
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def gain(found: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> str:
-    """Mean and spread of the differences between last accuracies of the same seed."""
-    both = sorted(set(found) & set(base))
-    differences = [found[seed]["last"] - base[seed]["last"] for seed in both]
-    if not differences or found is base:
-        return ""
-    text = f"{statistics.fmean(differences):+.2f}"
-    return text + (f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -468,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not args.arms or arm in args.arms
             }
             images = cifar.images_of(next(iter(recipes.values()))).train.digest
-            done = [{k: row[k] for k in DISTINCT} for row in known_rows(args.results)]
+            done = [{k: row[k] for k in DISTINCT} for row in read_rows(args.results)]
             open_cells = {
                 arm: r for arm, r in recipes.items() if key_of(name, architecture, weights, images, r, arm) not in done
             }
@@ -476,9 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for start in range(0, len(names), args.students_per_pass):
                 chosen = {arm: open_cells[arm] for arm in names[start : start + args.students_per_pass]}
                 run_cells(args, name, teacher, chosen, seed)
-    print("\n" + table(known_rows(args.results)))
-    print("\n" + noise_table(known_rows(args.results)))
-    draw(known_rows(args.results), args.results.with_suffix(".png"))
+    print("\n" + table(read_rows(args.results)))
+    print("\n" + noise_table(read_rows(args.results)))
+    draw(read_rows(args.results), args.results.with_suffix(".png"))
     print(f"\nresults: {args.results}; picture: {args.results.with_suffix('.png')}")
 
 

@@ -13,30 +13,21 @@ resnet18 at 96 px; 100 classes, batches of 64. Writes benchmarks/results/criteri
 """
 
 import argparse
-import contextlib
-import json
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
-from report import machine, markdown
 from tqdm import tqdm
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Pair
-from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.build import build_model, build_tap, set_memory_format
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
-from mgd_timm.storage.versions import versions
 
-RESULTS = Path(__file__).parent / "results"
 PAIRS = {"cnn": ("cifar_resnet32x4", "cifar_resnet8x4", 32), "vit": ("vit_tiny_patch16_224", "resnet18", 96)}
 CLASSES, BATCH, SAMPLES = 100, 64, 50_000
 AIMS = dict.fromkeys(CRITERIA, 1.25) | {"crd": 1.6}
@@ -54,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each, 2 or more")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=report.RESULTS)
     parser.add_argument(
         "--only", choices=tuple(CRITERIA), help=argparse.SUPPRESS
     )  # a process that measures its own memory
@@ -88,20 +79,16 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     frozen = Teacher(fold_batchnorm(seen) or seen).to(device)
     objective = Objective(task=(1.0, CrossEntropy(shapes)), **{name: (kind.weight, kind(shapes))})
     trainee = Distiller(tap, objective).to(device).train()
-    if device.type == "cuda" or student_name.startswith("cifar_"):
-        trainee.to(memory_format=torch.channels_last)
-        frozen.to(memory_format=torch.channels_last)
+    for module in (trainee, frozen):
+        set_memory_format(module, student_name, None, device)
     optimizer = torch.optim.SGD(
         [p for p in trainee.parameters() if p.requires_grad], lr=1e-3, momentum=0.9, weight_decay=5e-4
     )
     ids = torch.arange(args.batch_size, device=device)
     batch = Batch(torch.randn(args.batch_size, *size, device=device), ids % CLASSES, ids)
 
-    def amp() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
-
     def step() -> None:
-        with amp():
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             terms, _ = trainee(batch, frozen(batch.images))
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
@@ -113,60 +100,28 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
 def peak_bytes(pair: str, name: str, args: argparse.Namespace) -> int:
     """Peak memory of a process of its own that takes a few steps."""
     options = ["--pairs", pair, "--only", name, "--batch-size", str(args.batch_size), *(["--amp"] if args.amp else [])]
-    return int(
-        subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True).stdout.split()[
-            -1
-        ]
-    )
-
-
-def measure_memory(args: argparse.Namespace) -> None:
-    step = maker(args.pairs[0], args.only, args)
-    for _ in range(4):
-        step()
-    if torch.cuda.is_available():
-        print(torch.cuda.max_memory_allocated())
-    elif sys.platform == "linux":  # not ru_maxrss, which counts what the parent held when it forked
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        print(int(line.split()[1]) * 1024)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return int(report.last_line(__file__, *options))
 
 
 def measure(pair: str, name: str, base: Step, step: Step, base_peak: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: a criterion in turn with KD."""
-    for warm in (base, step):
-        for _ in range(2):
-            warm()
-    times: list[list[float]] = []
-    for number in range(args.rounds):
-        turn = {}
-        for run in (base, step)[:: 1 - 2 * (number % 2)]:  # each is first in turn
-            start = time.perf_counter()
+    """What is measured of a criterion in turn with KD."""
+    for warm in (base, base, step, step):
+        warm()
+
+    def repeated(run: Step) -> Step:
+        def loop() -> None:
             for _ in range(args.steps):
                 run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            turn[run] = (time.perf_counter() - start) / args.steps * 1000
-        times.append([turn[base], turn[step]])
-    ratios = [own / other for other, own in times]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    peak = base_peak if name == "kd" else peak_bytes(pair, name, args)
+
+        return loop
+
+    times = report.time_in_turn({"kd": repeated(base), "own": repeated(step)}, args.rounds, args.steps)
     return {
-        "pair": pair,
-        "networks": list(PAIRS[pair]),
-        "criterion": name,
-        "precision": "bfloat16" if args.amp else "float32",
-        "batch_size": args.batch_size,
-        "kd_ms": statistics.median(other for other, _ in times),
-        "ms": statistics.median(own for _, own in times),
-        "ratio": {"median": statistics.median(ratios), "quartiles": [low, high], "n": args.rounds, "steps": args.steps},
-        "peak_bytes": peak,
+        "kd_ms": statistics.median(times["kd"]),
+        "ms": statistics.median(times["own"]),
+        "ratio": report.ratio(times["own"], times["kd"]) | {"steps": args.steps},
+        "peak_bytes": base_peak if name == "kd" else peak_bytes(pair, name, args),
         "kd_peak_bytes": base_peak,
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
@@ -189,7 +144,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for pair in pairs:
         teacher, student, side = PAIRS[pair]
         header += [f"time over KD's, {teacher} -> {student} at {side} px", "MiB over KD's"]
-    return markdown(header, cells)
+    return report.markdown(header, cells)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -225,49 +180,62 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def known_rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["pair"], row["criterion"], row["precision"], row["batch_size"], row["machine"]["gpu"]
+
+
+def section() -> str:
+    """The table of docs/results.md."""
+    rows = report.read_rows(report.RESULTS / "criteria.json")
+    measured = [row for row in rows if "refused" not in row]
+    refused = "".join(
+        f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})."
+        for row in rows
+        if "refused" in row
+    )
+    sizes = sorted({(row["ratio"]["n"], row["ratio"]["steps"]) for row in measured})
+    turns = " or ".join(f"{n} turns of {steps} steps" for n, steps in sizes)
+    return (
+        f"{table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
+        f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
+        f"`benchmarks/criteria.py`; {report.about(*measured)}."
+    )
+
+
+def measure_pair(pair: str, args: argparse.Namespace, bar: Any) -> None:
+    """Measure every criterion on a pair; each row is written when it is there."""
+    path = args.output / "criteria.json"
+    base, base_peak = maker(pair, "kd", args), peak_bytes(pair, "kd", args)
+    order = list(CRITERIA)
+    for name in args.criteria:
+        row = {"pair": pair, "networks": list(PAIRS[pair]), "criterion": name, "batch_size": args.batch_size}
+        row |= {"precision": "bfloat16" if args.amp else "float32"} | report.provenance()
+        try:
+            step = maker(pair, name, args)
+        except ValueError as reason:
+            row["refused"] = str(reason)
+        else:
+            row |= measure(pair, name, base, step, base_peak, args)
+        rows = [row, *(old for old in report.read_rows(path) if key(old) != key(row))]
+        report.write_json(path, sorted(rows, key=lambda row: (row["pair"], order.index(row["criterion"]))))
+        bar.update()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.only:
-        measure_memory(args)
+        step = maker(args.pairs[0], args.only, args)
+        for _ in range(4):
+            step()
+        print(report.peak_memory())
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "criteria.json"
     with tqdm(total=len(args.pairs) * len(args.criteria), unit="criterion", desc="criteria") as bar:
         for pair in args.pairs:
-            base, base_peak = maker(pair, "kd", args), peak_bytes(pair, "kd", args)
-            for name in args.criteria:
-                try:
-                    step = maker(pair, name, args)
-                except ValueError as reason:
-                    row = {"pair": pair, "criterion": name, "precision": "bfloat16" if args.amp else "float32"}
-                    row |= {
-                        "batch_size": args.batch_size,
-                        "machine": machine(),
-                        "versions": versions(),
-                        "refused": str(reason),
-                    }
-                else:
-                    row = measure(pair, name, base, step, base_peak, args)
-                rows = [old for old in known_rows(path) if key(old) != key(row)]
-                order = {name: place for place, name in enumerate(CRITERIA)}
-                rows = sorted([*rows, row], key=lambda row: (row["pair"], order.get(row["criterion"], len(order))))
-                path.write_text(json.dumps(rows, indent=2) + "\n")
-                bar.update()
-    mine = [other for other in rows if key(other)[2:] == key(row)[2:]]
-    draw(mine, args.output / "criteria.png")
-    print(table(mine))
-    for row in mine:
-        if "refused" in row:
-            print(f"{row['pair']}, {row['criterion']}: {row['refused']}")
-    print(f"wrote {path} and {args.output / 'criteria.png'}")
+            measure_pair(pair, args, bar)
+    rows, precision = report.read_rows(args.output / "criteria.json"), "bfloat16" if args.amp else "float32"
+    alike = [row for row in rows if (row["precision"], row["batch_size"]) == (precision, args.batch_size)]
+    draw(alike, args.output / "criteria.png")
+    print(table(alike))
 
 
 if __name__ == "__main__":

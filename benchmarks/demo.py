@@ -13,7 +13,6 @@ import json
 import shutil
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,11 @@ def main() -> None:
     print("mgd_timm demo: Fashion-MNIST (10,000 training and 4,000 test images, in the package), no network needed")
     from report import draw_curves
 
-    from mgd_timm.pipeline.run import Result, run
+    from mgd_timm.pipeline.run import run
     from mgd_timm.recipe.recipe import make_recipe
 
     shutil.rmtree(args.output, ignore_errors=True)
-    found: dict[str, list[Result]] = {name: [] for name in ARMS}
+    found: dict[str, list[Any]] = {name: [] for name in ARMS}
     folders: dict[str, list[Path]] = {name: [] for name in ARMS}
     for seed in range(args.seeds):
         for name, options in ARMS.items():
@@ -75,24 +74,22 @@ def main() -> None:
 
 
 def table(found: dict[str, list[Any]], teacher: float) -> str:
-    from report import macs, markdown
+    """Accuracy, size and cost of the teacher and each student, and what students gain."""
+    from report import macs, markdown, spread
 
     from mgd_timm.models.load import load_model
 
-    student = found["alone"][0].student
-    rows = []
-    means = {name: statistics.fmean(r.summary["top1"] for r in results) for name, results in found.items()}
-    for name, model in [("teacher (ResNet-20)", load_model("embedded")), *((name, student) for name in found)]:
+    def cost(model: Any) -> list[str]:
         parameters = sum(p.numel() for p in model.parameters())
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        cost = [f"{parameters:,}", f"{macs(model, (3, 28, 28)) / 1e6:.2f} M", f"{size:,}"]
-        if name not in found:
-            rows.append([name, f"{teacher:.2f}", *cost, "", ""])
-            continue
-        values = [r.summary["top1"] for r in found[name]]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        gains = [f"{means[name] - means[base]:+.2f}" if name != base else "" for base in ("alone", "KD")]
-        rows.append([name, f"{means[name]:.2f}{spread}", *cost, *gains])
+        return [f"{parameters:,}", f"{macs(model, (3, 28, 28)) / 1e6:.2f} M", f"{size:,}"]
+
+    top1 = {name: [r.summary["top1"] for r in results] for name, results in found.items()}
+    means = {name: statistics.fmean(values) for name, values in top1.items()}
+    rows = [["teacher (ResNet-20)", f"{teacher:.2f}", *cost(load_model("embedded")), "", ""]]
+    for name, results in found.items():
+        gained = [f"{means[name] - means[base]:+.2f}" if name != base else "" for base in ("alone", "KD")]
+        rows.append([name, spread(top1[name]), *cost(results[0].student), *gained])
     header = ["student cifar_resnet8x05", "top-1 %", "parameters", "MACs", "bytes", "over alone", "over KD"]
     return markdown(header, rows)
 
@@ -107,56 +104,59 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
     name, index = max(
         ((n, i) for n, rs in found.items() for i in range(len(rs))), key=lambda at: found[at[0]][at[1]].summary["top1"]
     )
-    before = found[name][index].summary["top1"]
-    place = export_model(found[name][index].student, output / "student", provenance={"run": folders[name][index].name})
+    best, before = found[name][index].student, found[name][index].summary["top1"]
+    place = export_model(best, output / "student", provenance={"run": folders[name][index].name})
     model = timm.create_model(f"local-dir:{place}", pretrained=True)
     after = evaluate(model)["top1"]
     print(f"best student ({name}): {place}")
+    same = "the same" if after == before else "NOT the same"
     print(
-        f"timm.create_model('local-dir:{place}', pretrained=True): top-1 {after:.2f} %, trained as {before:.2f} %",
-        end="",
+        f"timm.create_model('local-dir:{place}', pretrained=True): top-1 {after:.2f} %, trained {before:.2f} %: {same}"
     )
-    print(": the same" if after == before else ": NOT the same")
     if after != before:
         raise SystemExit(1)
 
 
 def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace) -> None:
-    from report import machine
-
-    from mgd_timm.storage.versions import versions
+    """Write benchmarks/results/demo.json."""
+    from report import provenance, write_json
 
     arms = {
         name: {
             "last_top1": [r.summary["top1"] for r in results],
             "best_top1": [r.summary["best_top1"] for r in results],
-            "mean": statistics.fmean(r.summary["top1"] for r in results),
-            "std": statistics.stdev(r.summary["top1"] for r in results),
             "seconds": [r.summary["seconds"] for r in results],
         }
         for name, results in found.items()
     }
-    for base in ("alone", "KD"):
-        for name in found:
-            paired = [a - b for a, b in zip(arms[name]["last_top1"], arms[base]["last_top1"], strict=True)]
-            arms[name][f"gain_over_{base}"] = {"mean": statistics.fmean(paired), "std": statistics.stdev(paired)}
-    heads = [r.summary["heads"] for r in found["MAS+KD"]]
     body = {
         "what": "python benchmarks/demo.py",
         "seeds": list(range(args.seeds)),
         "n_test": 4000,
         "budget": {**BUDGET, "epochs": args.epochs},
         "teacher_top1": teacher,
-        "heads": heads,
+        "heads": [r.summary["heads"] for r in found["MAS+KD"]],
         "arms": arms,
         "table": table(found, teacher),
-        "machine": machine(),
-        "versions": versions(),
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n")
+    write_json(RESULTS, body | provenance())
     print(f"wrote {RESULTS}")
+
+
+def section() -> str:
+    """The table of docs/results.md."""
+    from report import about
+
+    row = json.loads(RESULTS.read_text())
+    means = {name: statistics.fmean(h[name] for h in row["heads"]) for name in ("abstract", "detailed", "top1")}
+    seeds = len(row["seeds"])
+    return (
+        f"{row['table']}\n\n"
+        f"Fashion-MNIST, {row['n_test']:,} test images, accuracy after the last of {row['budget']['epochs']} epochs; "
+        f"mean ± standard deviation over {seeds} seeds, gains are of means. The teacher saw 60,000 images, the "
+        f"students 10,000. Heads, mean top-1: abstract {means['abstract']:.2f}, detailed {means['detailed']:.2f}, "
+        f"stable logits {means['top1']:.2f} %. `{row['what']} --seeds {seeds}`; {about(row)}."
+    )
 
 
 if __name__ == "__main__":

@@ -10,23 +10,19 @@ weight, and does not rank them. Writes benchmarks/results/hosts.jsonl.
 """
 
 import argparse
-import json
 import shutil
-import statistics
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from report import machine, markdown
+from report import RESULTS, about, append_rows, gains, has_row, markdown, provenance, read_rows, spread
 
 from mgd_timm.criteria import CRITERIA
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
-from mgd_timm.storage.versions import versions
 from mgd_timm.training.report import NonFiniteError
 
-RESULTS = Path(__file__).parent / "results" / "hosts.jsonl"
+FILE = RESULTS / "hosts.jsonl"
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "lr": 0.1, "batch_size": 64, "pad": 2, "channels_last": True}
 # CAT-KD's weight goes with the scale of the networks' maps: the usual one is too large for these.
 HOSTS = ["alone", *(name for name in CRITERIA if name != "ce"), "catkd:1"]
@@ -37,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--output", type=Path, default=Path("runs/hosts"))
     return parser.parse_args(arguments)
 
@@ -60,12 +56,6 @@ def arms(host: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def known_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a line that was being written when its run was stopped is none."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per host: mean top-1 of its arms, and what MAS adds to the host with KD, seed by seed."""
     found: dict[tuple[str, str], dict[int, float]] = {}
@@ -82,50 +72,50 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for host in [host for host in HOSTS if any(row["host"] == host for row in rows)]:
         base = found.get((host, "KD" if host == "kd" else "X" if host == "dml" else "X+KD"), {})
         top = next((found[host, name] for name in ("MAS+X", "MAS+KD", "MAG+X") if (host, name) in found), {})
-        gains = [top[seed] - base[seed] for seed in sorted(set(base) & set(top))]
-        cells.append(
-            [
-                host,
-                cell(host, "alone", "X"),
-                cell(host, "X+KD", "KD"),
-                cell(host, "MAS+X", "MAS+KD", "MAG+X"),
-                spread(gains, "+"),
-            ]
-        )
+        arms_of_host = [cell(host, "alone", "X"), cell(host, "X+KD", "KD"), cell(host, "MAS+X", "MAS+KD", "MAG+X")]
+        cells.append([host, *arms_of_host, spread(gains(top, base), "+")])
     return markdown(["host", "X top-1 %", "X+KD", "MAS+X (dml: MAG+X)", "MAS adds to X+KD (dml: MAG to X)"], cells)
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def section() -> str:
+    """The table of docs/results.md."""
+    rows = read_rows(FILE)
+    seeds, epochs = {row["seed"] for row in rows}, {row["epochs"] for row in rows}
+    return (
+        f"{table(rows)}\n\nFashion-MNIST, {int(rows[0]['n_test']):,} test images, cifar_resnet8x05 after {min(epochs)} "
+        f"epochs from the embedded ResNet-20; mean ± standard deviation over {len(seeds)} seeds, without those that "
+        f"diverged. `benchmarks/hosts.py`; {about(*rows)}."
+    )
+
+
+def run_arm(options: dict[str, Any]) -> dict[str, Any]:
+    """Train a student; what a row holds of it."""
+    row: dict[str, Any] = {"top1": None, "seconds": None}
+    made_by = provenance()
+    recipe = make_recipe(**options)
+    try:
+        summary = run(recipe).summary
+        row |= {"top1": summary["top1"], "seconds": summary["seconds"], "n_test": summary["last"]["n"]}
+    except NonFiniteError as error:
+        print(f"diverged: {error}")
+    return row | made_by
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for host in args.hosts:
             for arm, options in arms(host).items():
                 key = {"host": host, "arm": arm, "seed": seed, "epochs": args.epochs}
-                if any(all(row[name] == value for name, value in key.items()) for row in known_rows(args.results)):
+                if has_row(args.results, key):
                     continue
                 print(f"\n== {host}: {arm}, seed {seed}", flush=True)
                 folder = args.output / f"{host}-{arm}-{seed}"
                 shutil.rmtree(folder, ignore_errors=True)
-                running = versions()  # of the code that runs, whatever is committed meanwhile
-                recipe = make_recipe(**BUDGET | {"epochs": args.epochs, "seed": seed, "output": str(folder)} | options)
-                row = {**key, "top1": None, "seconds": None}
-                try:
-                    summary = run(recipe).summary
-                    row |= {"top1": summary["top1"], "seconds": summary["seconds"], "n_test": summary["last"]["n"]}
-                except NonFiniteError as error:
-                    print(f"diverged: {error}")
-                row |= {"machine": machine(), "versions": running, "date": datetime.now(UTC).date().isoformat()}
-                with args.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                given = BUDGET | {"epochs": args.epochs, "seed": seed, "output": str(folder)} | options
+                append_rows(args.results, [key | run_arm(given)])
                 shutil.rmtree(folder)
-    print("\n" + table(known_rows(args.results)))
+    print("\n" + table(read_rows(args.results)))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hosts as each
-from report import machine, markdown
+from report import RESULTS, about, append_rows, gains, has_row, markdown, provenance, read_rows, spread
 
-from mgd_timm.storage.versions import versions
-
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "imagenette.jsonl"
+RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet.py"
+FILE = RESULTS / "imagenette.jsonl"
 SCHEDULE = (
     *("--batch-size", "64", "--grad-accum-steps", "1", "--opt", "adamw", "--lr", "0.002", "--weight-decay", "0.05"),
     *("--sched", "cosine", "--warmup-epochs", "1", "--clip-grad", "1"),
@@ -52,41 +48,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--output", type=Path, default=Path("runs/imagenette"))
     return parser.parse_args(arguments)
 
 
 def command(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> list[str]:
     """A run of the recipe, as a user starts it."""
-    words = [
-        sys.executable,
-        str(ROOT / "recipes" / "imagenet.py"),
-        "--data-dir",
-        str(args.data_dir),
-        "--eval-split",
-        "validation",
-    ]
-    words += [
-        "--teacher",
-        args.teacher,
-        "--teacher-classes",
-        "auto",
-        "--student",
-        args.student,
-        "--img-size",
-        str(args.img_size),
-    ]
-    words += [
-        "--teacher-store",
-        str(args.output / "store"),
-        "--epochs",
-        str(args.epochs),
-        *SCHEDULE,
-        "--workers",
-        str(args.workers),
-    ]
-    return [*words, *ARMS[arm], "--seed", str(seed), "--output", str(folder)]
+    flags = {
+        "data-dir": args.data_dir,
+        "eval-split": "validation",
+        "teacher": args.teacher,
+        "teacher-classes": "auto",
+        "student": args.student,
+        "img-size": args.img_size,
+        "teacher-store": args.output / "store",
+        "epochs": args.epochs,
+        "workers": args.workers,
+        "seed": seed,
+        "output": folder,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(RECIPE), *words, *SCHEDULE, *ARMS[arm]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -95,47 +78,45 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         found.setdefault(row["arm"], {})[row["seed"]] = row["top1"]
     cells: list[list[str]] = []
-    before: str | None = None
+    before: dict[int, float] = {}
     for arm in (arm for arm in ARMS if arm in found):
-        base = found[before] if before is not None else {}
-        gains = [found[arm][s] - base[s] for s in sorted(found[arm]) if s in base]
-        cells.append([arm, each.spread(list(found[arm].values())), each.spread(gains, "+"), str(len(found[arm]))])
-        before = arm
+        top1 = found[arm]
+        cells.append([arm, spread(list(top1.values())), spread(gains(top1, before), "+"), str(len(top1))])
+        before = top1
     return markdown(["", "top-1 %", "over the line above", "seeds"], cells)
+
+
+def section() -> str:
+    """The table of docs/results.md."""
+    rows = read_rows(FILE)
+    first = rows[0]
+    return (
+        f"{table(rows)}\n\nTop-1 after the last of {first['epochs']} epochs on {int(first['n_test']):,} images of "
+        f"{first['img_size']} px; mean ± standard deviation over the seeds, gains seed by seed. Student "
+        f"{first['student']}, {first['parameters']:,} parameters; teacher {first['teacher']}, "
+        f"{first['teacher_top1']:.2f} % among the ten classes; the schedule was not tuned and is short. "
+        f"`benchmarks/imagenette.py`; {about(*rows)}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for arm in args.arms:
             key = {"arm": arm, "seed": seed, "student": args.student, "img_size": args.img_size, "epochs": args.epochs}
-            if any(all(row.get(name) == value for name, value in key.items()) for row in each.known_rows(args.results)):
+            if has_row(args.results, key):
                 continue
             print(f"\n== {arm}, seed {seed}", flush=True)
             folder = args.output / f"{arm}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
-            running = versions()  # of the code that runs, whatever is committed meanwhile
+            made_by = provenance()
             subprocess.run(command(args, arm, seed, folder), check=True)
             summary = json.loads((folder / "summary.json").read_text())
-            row = {
-                **key,
-                "teacher": Path(args.teacher).name,
-                "teacher_top1": summary.get("teacher_top1"),
-                "top1": summary["top1"],
-                "best_top1": summary["best_top1"],
-                "parameters": summary["parameters"],
-                "heads": summary.get("heads"),
-                "seconds": summary["seconds"],
-                "n_test": summary["last"]["n"],
-                "schedule": " ".join(SCHEDULE),
-                "machine": machine(),
-                "versions": running,
-                "date": datetime.now(UTC).date().isoformat(),
-            }
-            with args.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    print("\n" + table(each.known_rows(args.results)))
+            kept = ("teacher_top1", "top1", "best_top1", "parameters", "heads", "seconds")
+            row = {**key, "teacher": Path(args.teacher).name, **{name: summary.get(name) for name in kept}}
+            row |= {"n_test": summary["last"]["n"], "schedule": " ".join(SCHEDULE)}
+            append_rows(args.results, [row | made_by])
+    print("\n" + table(read_rows(args.results)))
 
 
 if __name__ == "__main__":

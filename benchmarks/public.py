@@ -8,25 +8,26 @@ ours to ship. Writes benchmarks/results/public.json.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
-from report import machine
+from report import RESULTS, about, last_line, markdown, provenance, read_rows, write_json
 
 from mgd_timm.storage.digests import sha256
-from mgd_timm.storage.versions import versions
 
+FILE = RESULTS / "public.json"
 PUBLISHED = {"resnet20_cifar10.pt": ("cifar_resnet20", 92.40), "resnet56_cifar10.pt": ("cifar_resnet56", 93.39)}
 STATISTICS = ["--mean", "0.4914", "0.4822", "0.4465", "--std", "0.2023", "0.1994", "0.2010"]
-RESULTS = Path(__file__).parent / "results" / "public.json"
 
 
-def call(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "mgd_timm", *words], check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip().splitlines()[-1]
+def section() -> str:
+    """The table of docs/results.md."""
+    rows = read_rows(FILE)
+    header = ["public checkpoint", "test images of", "published top-1 %", "here", "precision"]
+    cells = [
+        [row["model"], row["data"], f"{row['published']:.2f}", f"{row['top1']:.2f}", row["precision"]] for row in rows
+    ]
+    return f"{markdown(header, cells)}\n\n`benchmarks/public.py`; {about(*rows)}."
 
 
 def main() -> None:
@@ -37,22 +38,14 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for name, (architecture, published) in PUBLISHED.items():
-            folder = f"{place}/{architecture}"
-            call("import", str(args.folder / name), folder, "--model", architecture, *STATISTICS)
-            found = json.loads(call("evaluate", folder, "--data-dir", args.data_dir))
-            row = {
-                "model": architecture,
-                "file_sha256": sha256(args.folder / name),
-                "data": "CIFAR-10",
-                "published": published,
-            }
+            file, folder = args.folder / name, f"{place}/{architecture}"
+            last_line("-m", "mgd_timm", "import", str(file), folder, "--model", architecture, *STATISTICS)
+            found = json.loads(last_line("-m", "mgd_timm", "evaluate", folder, "--data-dir", args.data_dir))
+            row = {"model": architecture, "file_sha256": sha256(file), "data": "CIFAR-10", "published": published}
             row |= {"top1": found["top1"], "n": found["n"], "precision": "float32"}
-            rows.append(
-                row | {"machine": machine(), "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
-            )
-            print(f"{architecture}: top-1 {found['top1']:.2f} %, published {published:.2f} %")
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"wrote {RESULTS}")
+            rows.append(row | provenance())
+    write_json(FILE, rows)
+    print(section())
 
 
 if __name__ == "__main__":

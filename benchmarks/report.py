@@ -1,16 +1,27 @@
-"""Tables and pictures of runs: what a model costs, how runs compare, how they went."""
+"""What every benchmark does: time in turn, name machine and code, keep result rows, write tables and pictures."""
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from mgd_timm.storage.versions import versions
+
+RESULTS = Path(__file__).parent / "results"
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
@@ -35,6 +46,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [("-" * w) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard deviation, with two decimals; `sign` "+" shows the sign of gains."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def gains(found: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
+    """Differences between the values of the same seed."""
+    return [found[seed] - base[seed] for seed in sorted(set(found) & set(base))]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -101,3 +124,101 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "system": platform.platform(),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, commit and date: take it before a run, as code may be committed meanwhile."""
+    date = datetime.now(UTC).date().isoformat()
+    return {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions(), "date": date}
+
+
+def about(*rows: Mapping[str, Any]) -> str:
+    """The provenance of results in words."""
+    found = set()
+    for row in rows:
+        where, of = row["machine"], row["versions"]
+        device = where["gpu"] or f"{where['cores']} cores of {where['cpu']}"
+        commit = str(of.get("commit"))[:10]
+        found.add(f"{device}; torch {of['torch']}, timm {of['timm']}; commit {commit}; {row['date']}")
+    return "; ".join(sorted(found))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .json or .jsonl file, none where there is no file; a line cut off by an interruption does not count."""
+    if not path.is_file():
+        return []
+    if path.suffix == ".json":
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+        return rows
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a .jsonl file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.is_file() or path.read_text().endswith("\n") or not path.stat().st_size
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=2) + "\n")
+
+
+def has_row(path: Path, key: Mapping[str, Any]) -> bool:
+    """Whether a file has a row with these values."""
+    return any(all(row.get(name) == value for name, value in key.items()) for row in read_rows(path))
+
+
+def time_in_turn(loops: Mapping[str, Callable[[], None]], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Time loops in turn.
+
+    Args:
+        loops: Each takes `steps` steps.
+        rounds: Turns of each; the order is reversed from turn to turn.
+        steps: Of a loop.
+
+    Returns:
+        Milliseconds per step of each loop, by turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds):
+        for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
+            start = time.perf_counter()
+            loops[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / steps * 1000)
+    return times
+
+
+def ratio(ours: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of the ratios of neighbouring turns, two or more."""
+    ratios = [own / other for own, other in zip(ours, base, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "quartiles": [low, high], "n": len(ratios)}
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: on a GPU what was allocated there, else resident."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process in bytes."""
+    if sys.platform == "linux":  # not ru_maxrss, which counts what the parent held when it forked
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def last_line(*words: str) -> str:
+    """The last line that a Python process prints, such as a measurement of itself."""
+    done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip().splitlines()[-1]

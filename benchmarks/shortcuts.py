@@ -9,24 +9,32 @@ benchmarks/results/shortcuts.json.
 
 import argparse
 import json
-import statistics
 import tempfile
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from report import machine, markdown
+from report import RESULTS, about, markdown, provenance, spread, write_json
 
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.recipe import make_recipe
-from mgd_timm.storage.versions import versions
 
+FILE = RESULTS / "shortcuts.json"
 BUDGET: dict[str, Any] = {"student": "cifar_resnet8x05", "epochs": 8, "lr": 0.1, "pad": 2}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"channels_last": False, "fold_teacher": False},
     "fast": {"channels_last": True, "fold_teacher": True, "amp": True, "compile": True},
 }
-RESULTS = Path(__file__).parent / "results" / "shortcuts.json"
+
+
+def section() -> str:
+    """The table of docs/results.md."""
+    row = json.loads(FILE.read_text())
+    cells = [[name, spread(values), " ".join(f"{v:.2f}" for v in values)] for name, values in row["top1"].items()]
+    differences = [fast - plain for plain, fast in zip(row["top1"]["plain"], row["top1"]["fast"], strict=True)]
+    return (
+        f"{markdown(['MAS+KD', 'top-1 %', 'by seed'], cells)}\n\n"
+        f"fast - plain, same seed: {spread(differences, '+')} points over {len(row['seeds'])} seeds. "
+        f"`{row['what']}`; {about(row)}."
+    )
 
 
 def main() -> None:
@@ -36,42 +44,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: expected 2 or more, of one there is no spread.")
-    top1: dict[str, list[float]] = {name: [] for name in ARMS}
+    made_by, top1 = provenance(), {name: list[float]() for name in ARMS}
+    budget = {**BUDGET, "epochs": args.epochs}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for name, options in ARMS.items():
                 print(f"\n== {name}, seed {seed}")
-                budget = {**BUDGET, "epochs": args.epochs}
-                found = run(make_recipe(**budget, **options, seed=seed, output=f"{folder}/{name}_{seed}")).summary
-                top1[name].append(found["top1"])
-    differences = [b - a for a, b in zip(top1["plain"], top1["fast"], strict=True)]
-    rows = [
-        [
-            name,
-            f"{statistics.fmean(top1[name]):.2f} ± {statistics.stdev(top1[name]):.2f}",
-            " ".join(f"{v:.2f}" for v in top1[name]),
-        ]
-        for name in ARMS
-    ]
-    table = markdown(["MAS+KD", "top-1 %", "by seed"], rows)
-    print(
-        f"\n{table}\nfast - plain, same seed: {statistics.fmean(differences):+.2f} ± "
-        f"{statistics.stdev(differences):.2f}"
-    )
-    body = {
-        "what": f"python benchmarks/shortcuts.py --seeds {args.seeds}",
-        "budget": {**BUDGET, "epochs": args.epochs},
-        "seeds": list(range(args.seeds)),
-        "n_test": int(found["last"]["n"]),
-        "top1": top1,
-        "difference": {"mean": statistics.fmean(differences), "std": statistics.stdev(differences)},
-        "table": table,
-        "machine": machine(),
-        "versions": versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n")
-    print(f"wrote {RESULTS}")
+                recipe = make_recipe(**budget, **options, seed=seed, output=f"{folder}/{name}_{seed}")
+                summary = run(recipe).summary
+                top1[name].append(summary["top1"])
+    body: dict[str, Any] = {"what": f"python benchmarks/shortcuts.py --seeds {args.seeds}", "budget": budget}
+    body |= {"seeds": list(range(args.seeds)), "n_test": int(summary["last"]["n"]), "top1": top1}
+    write_json(FILE, body | made_by)
+    print(section())
 
 
 if __name__ == "__main__":

@@ -15,24 +15,18 @@ Writes benchmarks/results/step.json.
 """
 
 import argparse
-import contextlib
-import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import report
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from report import machine, markdown
 from torch import Tensor, nn
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
@@ -44,7 +38,6 @@ from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.outputs.layout import Layout
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.outputs.stored_source import StoredSource, stored_teacher
@@ -52,7 +45,7 @@ from mgd_timm.training.loop import fit
 from mgd_timm.training.options import FitOptions
 from mgd_timm.training.step import compile_mode
 
-RESULTS = Path(__file__).parent / "results" / "step.json"
+FILE = report.RESULTS / "step.json"
 AGAINST = ("bare", "plain", "alone")
 Loop = Callable[[], None]
 
@@ -69,10 +62,8 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=40, help="steps in a timed run; starting and ending a run count in"
     )
     parser.add_argument("--rounds", type=int, default=6, help="timed runs of each")
-    parser.add_argument("--no-channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in ours and in the bare loop")
     parser.add_argument("--compile", action="store_true", help="ours compiled")
-    parser.add_argument("--no-fold", action="store_true", help="ours with the teacher's BatchNorm as it is")
     parser.add_argument("--stored", action="store_true", help="ours with the teacher's outputs read from a store")
     parser.add_argument(
         "--only", choices=("ours", *AGAINST), help=argparse.SUPPRESS
@@ -108,19 +99,15 @@ def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def bare(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
     """What one would write by hand for KD, and nothing else: normalised float batches lie ready."""
     device = accelerator.device
-    teacher, student = (network.to(device) for network in networks(args, not args.no_channels_last))
+    teacher, student = (network.to(device) for network in networks(args, True))
     teacher.eval().requires_grad_(False)
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    form = torch.contiguous_format if args.no_channels_last else torch.channels_last
-    ready = ready_batches(args, images, labels, device, form)
-
-    def amp() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
+    ready = ready_batches(args, images, labels, device, torch.channels_last)
 
     def loop() -> None:
         for x, y in ready:
-            with amp():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 with torch.no_grad():
                     target = teacher(x)
                 logits = student(x)
@@ -180,19 +167,17 @@ def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator:
 def ours(
     args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator, *, taught: bool = True
 ) -> Loop:
-    teacher, student = networks(args, not args.no_channels_last)
+    teacher, student = networks(args, True)
     device, size = accelerator.device, (3, args.size, args.size)
     teacher_tap, tap = (FeatureTap(network.to(device), input_size=size) for network in (teacher, student))
     pair = Pair(tap.shapes(args.size), teacher_tap.shapes(args.size))
-    if not args.no_fold:
-        teacher_tap = fold_batchnorm(teacher_tap) or teacher_tap
+    teacher_tap = fold_batchnorm(teacher_tap) or teacher_tap
     frozen = Teacher(teacher_tap, GranularityHeads(teacher_tap.embed_dim, args.classes).to(device))
     terms = Objective(task=(0.2, CrossEntropy(pair)), kd=(0.8, KD(pair)))
     objective = MAS(pair, terms) if taught else Objective(task=(1.0, CrossEntropy(pair)))
     distiller = Distiller(tap, objective).to(device)
-    if not args.no_channels_last:
-        distiller.to(memory_format=torch.channels_last)
-        frozen.to(memory_format=torch.channels_last)
+    for module in (distiller, frozen):
+        module.to(memory_format=torch.channels_last)
     stats = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
     source: Any = SmallImageSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
     look = torch.compile(frozen, dynamic=False, mode=compile_mode(accelerator)) if args.compile else frozen
@@ -210,17 +195,15 @@ def ours(
         teach = stored_teacher(frozen.heads)
 
     def loop() -> None:
-        optim, fit_options = Optim(epochs=1, lr=0.05), FitOptions(quiet=True)
+        options: dict[str, Any] = {"seed": 0, "batch_size": args.batch_size, "compile": args.compile}
         fit(
             distiller,
             source,
-            optim,
+            Optim(epochs=1, lr=0.05),
             accelerator,
-            seed=0,
-            batch_size=args.batch_size,
             teach=teach,
-            compile=args.compile,
-            options=fit_options,
+            options=FitOptions(quiet=True),
+            **options,
         )
 
     return loop
@@ -241,21 +224,69 @@ def random_data(args: argparse.Namespace, steps: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, args.classes, (count,), generator=generator)
 
 
-def peak_memory(name: str) -> int:
-    """Peak memory in bytes of a process that runs one loop for a few steps: on a GPU what is allocated there, else
-    resident."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def measure_memory(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    loop = MAKERS[args.only](args, *random_data(args, 4), accelerator)
-    for _ in range(2):
+def measure(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Time ours in turn with the other loop, and put the row into the results."""
+    names = (args.against, "ours")
+    peaks = {name: int(report.last_line(__file__, *sys.argv[1:], "--only", name)) for name in names}
+    images, labels = random_data(args, args.steps)
+    loops = {name: MAKERS[name](args, images, labels, accelerator) for name in names}
+    for loop in loops.values():  # first calls allocate, choose kernels and compile
         loop()
-    if accelerator.device.type == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    times = report.time_in_turn(loops, args.rounds, args.steps)
+    key = {
+        "against": args.against,
+        "pair": f"{args.teacher} -> {args.student}",
+        "batch": [args.batch_size, *images.shape[1:]],
+        "precision": "bfloat16" if args.amp else "float32",
+        "compile": args.compile,
+        "stored": args.stored,
+    }
+    row: dict[str, Any] = key | {
+        "other_ms": statistics.median(times[args.against]),
+        "ours_ms": statistics.median(times["ours"]),
+        "ratio": report.ratio(times["ours"], times[args.against]),
+        "peak_bytes": {"other": peaks[args.against], "ours": peaks["ours"]},
+        "steps": args.steps,
+    }
+    row |= report.provenance()
+    others = [
+        old
+        for old in report.read_rows(FILE)
+        if any(old[name] != value for name, value in key.items()) or old["machine"]["gpu"] != row["machine"]["gpu"]
+    ]
+    report.write_json(FILE, [*others, row])
+    print(table([row]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        median, (low, high) = row["ratio"]["median"], row["ratio"]["quartiles"]
+        extra = [name for name in ("compile", "stored") if row[name]]
+        cells.append(
+            [
+                row["pair"].replace("cifar_", ""),
+                row["against"],
+                ", ".join([{"float32": "fp32", "bfloat16": "bf16"}[row["precision"]], *extra]),
+                f"{row['other_ms']:.1f}",
+                f"{row['ours_ms']:.1f}",
+                f"{median:.3f} ({low:.3f} to {high:.3f})",
+                f"{1 / median:.2f}",
+                " / ".join(f"{row['peak_bytes'][name] / 2**20:.0f}" for name in ("ours", "other")),
+            ]
+        )
+    header = ["pair", "against", "ours", "its ms", "our ms", "ours / it (quartiles)", "it / ours"]
+    return report.markdown([*header, "peak MiB, ours / it"], cells)
+
+
+def section() -> str:
+    """The table of docs/results.md."""
+    rows = report.read_rows(FILE)
+    rounds = sorted({row["ratio"]["n"] for row in rows})
+    return (
+        f"{table(rows)}\n\nMAS+KD by `benchmarks/step.py`, batches of 64, each in turn with the other, "
+        f"n={' or '.join(map(str, rounds))} runs of each: {report.about(*rows)}."
+    )
 
 
 def main() -> None:
@@ -263,83 +294,12 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16" if args.amp else None)
     with tempfile.TemporaryDirectory() as args.folder:
         if args.only:
-            measure_memory(args, accelerator)
-        else:
-            measure_time(args, accelerator)
-
-
-def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    names = (args.against, "ours")
-    peaks = {name: peak_memory(name) for name in names}
-    images, labels = random_data(args, args.steps)
-    loops = {name: MAKERS[name](args, images, labels, accelerator) for name in names}
-    for loop in loops.values():  # first calls allocate, choose kernels and compile
-        loop()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name, loop in loops.items():
-            start = time.perf_counter()
+            loop = MAKERS[args.only](args, *random_data(args, 4), accelerator)
             loop()
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / args.steps * 1000)
-    ratios = [b / a for a, b in zip(times[args.against], times["ours"], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
-    switches = {"compile": args.compile, "fold": not args.no_fold, "stored": args.stored}
-    row = {
-        "against": args.against,
-        "pair": f"{args.teacher} -> {args.student}",
-        "batch": [args.batch_size, *images.shape[1:]],
-        "precision": "bfloat16" if args.amp else "float32",
-        "channels_last": not args.no_channels_last,
-        **switches,
-        "other_ms": statistics.median(times[args.against]),
-        "ours_ms": statistics.median(times["ours"]),
-        "ratio": {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]], "n": args.rounds},
-        "peak_bytes": {"other": peaks[args.against], "ours": peaks["ours"]},
-        "steps": args.steps,
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    key = ("against", "pair", "batch", "precision", "channels_last", *switches)
-    known = [old for old in known if "against" in old]  # rows of before hold less
-    known = [
-        old for old in known if any(old.get(k) != row[k] for k in key) or old["machine"]["gpu"] != row["machine"]["gpu"]
-    ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([*known, row], indent=2) + "\n")
-    median = statistics.median(ratios)
-    memory = [f"{peaks[name] / 2**20:.0f}" for name in names]
-    cells = [
-        [
-            row["pair"],
-            row["precision"],
-            f"{row['other_ms']:.1f}",
-            f"{row['ours_ms']:.1f}",
-            f"{median:.3f}",
-            f"{1 / median:.2f}",
-            *memory,
-        ]
-    ]
-    against = args.against
-    header = [
-        "pair",
-        "precision",
-        f"{against} ms",
-        "ours ms",
-        f"ours / {against}",
-        f"{against} / ours",
-        f"{against} MiB",
-        "ours MiB",
-    ]
-    print(markdown(header, cells))
-    print(
-        f"quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, n={args.rounds} runs of {args.steps} steps; wrote "
-        f"{RESULTS}"
-    )
+            loop()
+            print(report.peak_memory())
+        else:
+            measure(args, accelerator)
 
 
 if __name__ == "__main__":

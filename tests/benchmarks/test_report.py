@@ -7,7 +7,19 @@ from pathlib import Path
 
 import timm
 from PIL import Image
-from report import draw_curves, machine, macs, markdown
+from report import (
+    append_rows,
+    draw_curves,
+    gains,
+    has_row,
+    machine,
+    macs,
+    markdown,
+    ratio,
+    read_rows,
+    spread,
+    time_in_turn,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +48,31 @@ def test_curves_are_drawn_from_metrics(tmp_path):
     with Image.open(tmp_path / "out" / "curves.png") as picture:
         assert picture.size > (1000, 400)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_a_row_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_rows(path, [{"arm": "KD", "seed": 0}])
+    with path.open("a") as file:
+        file.write('{"arm": "KD", "se')
+    append_rows(path, [{"arm": "KD", "seed": 1}])
+    assert read_rows(path) == [{"arm": "KD", "seed": 0}, {"arm": "KD", "seed": 1}]
+    assert has_row(path, {"seed": 1})
+    assert not has_row(path, {"arm": "AT", "seed": 1})
+
+
+def test_gains_are_of_the_same_seed():
+    assert gains({0: 3.0, 1: 5.0, 2: 9.0}, {1: 4.0, 0: 1.0}) == [2.0, 1.0]
+    assert (spread([]), spread([2.0], "+"), spread([1.0, 3.0])) == ("", "+2.00", "2.00 ± 1.41")
+
+
+def test_loops_are_timed_in_turn_and_compared_turn_by_turn():
+    order = []
+    times = time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, steps=2)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    assert ratio([2.0, 6.0, 12.0], [1.0, 2.0, 3.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 3}
 
 
 def test_machine_names_what_a_number_ran_on():

@@ -15,7 +15,7 @@ MARK = re.compile(r"<!-- not run: .+ -->\n\Z")
 """The line above a block that is not run."""
 OF_OTHERS = {
     *("--config_file", "--machine_rank", "--main_process_ip", "--num_machines", "--num_processes"),  # accelerate
-    *("--nproc_per_node", "--logdir"),  # torchrun, tensorboard
+    *("--master_addr", "--nproc_per_node", "--rdzv_backend", "--tee", "--logdir"),  # torchrun, tensorboard
 }
 
 
@@ -58,4 +58,4 @@ def known_flags() -> frozenset[str]:
             found.update(action.option_strings)
     for file in (path for folder in ("mgd_timm/cli", "recipes", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")):
         found.update(re.findall(r'"(--[a-z][\w-]+)"', file.read_text()))
-    return frozenset(found | {"--help", "--mean", "--std"})
+    return frozenset(found | {"--help", "--markdown", "--mean", "--std"})

@@ -112,9 +112,8 @@ def test_a_part_does_not_replace_the_results(capsys: pytest.CaptureFixture[str])
     assert "--output" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not sweep.RESULTS.is_file(), reason="not measured yet")
-def test_the_table_is_that_of_the_results() -> None:
-    body = json.loads(sweep.RESULTS.read_text())
-    assert sweep.TABLE.read_text() == sweep.document(body)
+@pytest.mark.skipif(not sweep.FILE.is_file(), reason="not measured yet")
+def test_the_results_are_of_all_architectures() -> None:
+    body = json.loads(sweep.FILE.read_text())
     if body["versions"]["timm"] == timm.__version__:
         assert [row["model"] for row in body["architectures"]] == sorted(EVERY)
