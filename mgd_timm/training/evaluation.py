@@ -25,10 +25,12 @@ def evaluate(
     *,
     bar: bool = False,
 ) -> dict[str, Metrics]:
-    """Top-1, top-5 (both in %) and cross-entropy of named logits, each image counted once on any number of processes.
+    """Return top-1 and top-5 (in %) and the cross-entropy of named logits, and the number of images.
+
+    Each image is counted once, on any number of processes.
 
     Args:
-        predict: Gives logits [batch, classes] for each of `names`; models are the caller's to put into eval mode.
+        predict: Returns logits [batch, classes] for each of `names`; models are the caller's to put into eval mode.
         names: Names of the logits.
         source: Images, and their labels.
         accelerator: Device and processes.
@@ -36,22 +38,22 @@ def evaluate(
         bar: Show a progress bar, on the main process and a terminal.
 
     Raises:
-        ValueError: No images.
+        ValueError: There are no images.
     """
     if not len(source.ids):
-        raise ValueError("there is no image to evaluate on.")
+        raise ValueError("there are no images to evaluate on: expected at least one in the evaluation split.")
     mine = source.ids[accelerator.process_index :: accelerator.num_processes]
     precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(len(names), 3, dtype=precise, device=accelerator.device)
     classes = 0
-    slots = mine.split(batch_size) if len(mine) else ()
-    batches = source.batches(slots, 0, accelerator.device)
+    micro_batches = mine.split(batch_size) if len(mine) else ()
+    batches = source.batches(micro_batches, 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
     with (
         print_stacks_before_timeout(accelerator) as start_step,
         tqdm(total=len(mine), desc="evaluate", unit="img", leave=False, disable=hidden) as shown_bar,
     ):
-        for _ in slots:
+        for _ in micro_batches:
             start_step()
             batch = next(batches)
             with accelerator.autocast():
@@ -75,7 +77,7 @@ def evaluate(
 def evaluate_taps(
     taps: dict[str, nn.Module], source: Source, accelerator: Accelerator, batch_size: int
 ) -> dict[str, Metrics]:
-    """Metrics of the logits of taps or teachers, in eval mode; their modes are as before afterwards."""
+    """Return metrics of the logits of taps or teachers in eval mode; they are then put back into their modes."""
     modes = {name: tap.training for name, tap in taps.items()}
     for tap in taps.values():
         tap.eval()
@@ -94,7 +96,7 @@ def evaluate_taps(
 def evaluate_model(
     model: nn.Module, source: Source, accelerator: Accelerator, batch_size: int, *, bar: bool = False
 ) -> Metrics:
-    """Metrics of a plain model, which is left in eval mode on the accelerator's device."""
+    """Return metrics of a plain model, which is left in eval mode on the accelerator's device."""
     model.to(accelerator.device).eval()
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:

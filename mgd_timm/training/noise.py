@@ -16,7 +16,7 @@ from mgd_timm.training.evaluation import Metrics, evaluate
 
 
 def check_noise(noise: float | Sequence[float], seeds: int) -> tuple[float, ...]:
-    """The standard deviations, each once.
+    """Return the standard deviations, each once.
 
     Raises:
         ValueError: One that is not from 0 to 1, or no seed.
@@ -33,12 +33,12 @@ def check_noise(noise: float | Sequence[float], seeds: int) -> tuple[float, ...]
     return tuple(dict.fromkeys(float(sigma) for sigma in sigmas))
 
 
-# Draws in one go: more take gigabytes, as every number is several 64-bit integers on its way.
+# Draws at a time: more take gigabytes, as every number passes through several 64-bit integers.
 _DRAWS = 1 << 22
 
 
 def pixel_noise(images: Float[Tensor, "b c h w"], sample_ids: Int[Tensor, " b"], seed: int) -> Float[Tensor, "b c h w"]:
-    """Standard normal noise in the shape of images: of each pixel by (seed, sample id, place in the image) alone."""
+    """Return standard normal noise in the shape of images: of each pixel by (seed, sample id, position) alone."""
     draws = math.prod(images.shape[1:])
     parts = [normal(ids, seed, draws).to(images.dtype) for ids in sample_ids.split(max(1, _DRAWS // draws))]
     return torch.cat(parts).reshape(images.shape)
@@ -55,18 +55,18 @@ def evaluate_noise(
     seeds: int = 5,
     bar: bool = False,
 ) -> tuple[Metrics, dict[str, Metrics]]:
-    """Metrics of a plain model on images as they are, and with additive Gaussian noise; the model is left in eval mode.
+    """Return metrics of a plain model on clean images, and with additive Gaussian noise; it is left in eval mode.
 
     x' = x + sigma * n / std, with n standard normal: noise of standard deviation sigma on pixels in [0, 1], added
     before they are normalised. Pixels are not clipped to [0, 1] afterwards, so the noise is Gaussian in dark and bright
     places too.
 
-    n is a function of (noise seed, sample id, place in the image as the model sees it) alone: the same for every sigma
-    and every model, in any batch, on any number of processes and on any device. All is found in one pass over the
-    images.
+    n is a function of (noise seed, sample id, position in the image as the model sees it) alone: the same for every
+    sigma and every model, in any batch, on any number of processes and on any device. One pass over the images finds
+    all.
 
     Args:
-        model: Takes normalised images, gives logits.
+        model: Takes normalised images, returns logits.
         source: Images without augmentation, and their labels.
         accelerator: Device and processes.
         batch_size: Images per process and step.

@@ -27,13 +27,13 @@ def check_names(optim: Optim) -> None:
 
 
 def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) -> Optimizer:
-    """timm's optimizer of that name over all of a module's parameters; torch's fused one where torch has it.
+    """Return timm's optimizer over all of a module's parameters; torch's fused one where torch has it.
 
     Args:
-        module: Whose parameters. Those that a timm model in it exempts from weight decay are not decayed.
-        optim: Name and numbers.
-        scaled: A loss scaler (fp16) goes with it. Then nothing is fused: after an overflow in the first update, torch's
-            fused SGD takes memory that nothing was written to as its momentum.
+        module: Has the parameters. Those that a timm model in it exempts from weight decay are not decayed.
+        optim: Name, learning rate, momentum and weight decay.
+        scaled: A loss scaler (fp16) is used with it. Then nothing is fused: after an overflow in the first update,
+            torch's fused SGD takes memory that nothing was written to as its momentum.
 
     Raises:
         ValueError: No optimizer of that name.
@@ -44,7 +44,7 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     known = not scaled and kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and devices <= {"cpu", "cuda"}
     fused: dict[str, Any] = {"fused": True} if known else {}
     if known and kind is torch.optim.SGD and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        fused = {"foreach": True}  # torch has no fused SGD for parameters that are cut up between processes
+        fused = {"foreach": True}  # torch has no fused SGD for parameters that are sharded
     # timm asks only the module that it is given for `no_weight_decay()`, and its models lie deeper in ours.
     exempt = {
         f"{path}.{name}" if path else name
@@ -59,7 +59,7 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
 
 
 def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:
-    """timm's scheduler of that name, a pure function of the number of updates done.
+    """Return timm's scheduler, a pure function of the number of updates done.
 
     Raises:
         ValueError: No scheduler of that name that goes by updates.

@@ -11,13 +11,13 @@ from mgd_timm.distributed.sharding import shard_like
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    """Names of the optimizer's parameters in the order of its state's indices."""
+    """Return the names of the optimizer's parameters, in the order of its state's indices."""
     by_id = {id(parameter): name for name, parameter in module.named_parameters()}
     return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State tensors by name, and JSON values with a reference where each tensor stands.
+    """Return state tensors by name, and JSON values with a reference where each tensor stands.
 
     Raises:
         ValueError: The optimizer keeps something that is neither a tensor nor a plain value.
@@ -39,7 +39,7 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, 
 def load_optimizer_state(
     optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], values: dict[str, Any]
 ) -> None:
-    """The inverse of `optimizer_state`, onto an optimizer built from the same recipe."""
+    """Load what `optimizer_state` returned into an optimizer built from the same recipe."""
     names = _names(optimizer, module)
     assert names == values["names"], "an optimizer of another module"
     own = dict(module.named_parameters())
@@ -49,8 +49,7 @@ def load_optimizer_state(
     }
     groups = _unpack(values["groups"], tensors)
     for group, now in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
-        # What a parameter's kind and device decide is not the checkpoint's to say: fused where DDP wrote it, not under
-        # FSDP.
+        # A parameter's kind and device decide these, not the checkpoint: fused where DDP wrote it, not under FSDP.
         group |= {key: now[key] for key in ("params", "fused", "foreach") if key in now}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
@@ -62,7 +61,7 @@ def load_optimizer_state(
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree with its tensors taken out into `tensors`, and what JSON does not have marked."""
+    """Return a tree of JSON values, with its tensors moved to `tensors`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

@@ -74,7 +74,8 @@ def call_machines(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     ]
 
 
-# Of 320 images a tail of 2 is left, one slot: one of two processes has nothing. A rate at which rounding does not grow.
+# Of 320 images a tail of 2 is left, one micro-batch: one of two processes has nothing. The learning rate is so low that
+# rounding does not grow.
 GLOBAL = ["--batch-size", "53", "--global-batch-size", "106", "--lr", "0.001"]
 LAUNCHED = ("one process", "two processes", "two machines")
 
@@ -122,8 +123,8 @@ def test_the_recipe_of_a_run_is_that_of_any_number_of_processes(runs):
     assert "global_batch_size: 106" in texts[0]
 
 
-def test_batchnorm_has_the_statistics_of_the_slots_one_after_another(runs):
-    """Two steps of one process move them twice an update: so do two processes together, whichever had the slot."""
+def test_batchnorm_has_the_statistics_of_the_micro_batches_in_turn(runs):
+    """Two steps of one process move them twice an update: so do two processes together."""
     one, *others = [load_file(runs[name] / "export" / "model.safetensors") for name in LAUNCHED]
     moved = [key for key in one if "running_" in key]
     assert moved
@@ -133,8 +134,7 @@ def test_batchnorm_has_the_statistics_of_the_slots_one_after_another(runs):
 
 
 def test_a_run_stopped_on_two_processes_goes_on_on_one_as_if_never_stopped(tmp_path):
-    """In the midst of an epoch, by a signal; other numbers of readers as well. Six slots of 4 images: the same on
-    both."""
+    """Stopped within an epoch, by a signal; other numbers of workers as well. Six micro-batches of 4 images on both."""
     data = write_pictures(tmp_path / "data", count=51)
     options = {"model": "cifar_resnet8x05", "data_dir": str(data), "img_size": 104, "epochs": 2, "log_interval": 1}
     options |= {

@@ -158,12 +158,12 @@ def test_fp16_on_a_cpu_is_refused():
         build_accelerator(amp_dtype="float16")
 
 
-def test_a_teacher_that_cannot_be_cut_up_is_refused():
+def test_a_teacher_that_cannot_be_sharded_is_refused():
     with pytest.raises(ValueError, match="--shard-teacher with one process: expected several"):
         build_accelerator(shard_teacher=True)
     with pytest.raises(ValueError, match="--find-batch-size with --shard-teacher: a process cannot try"):
         build_accelerator(shard_teacher=True, find_batch_size=True)
     with pytest.raises(ValueError, match="there is no teacher, so there is nothing to shard"):
         make_recipe(shard_teacher=True, teacher=None)
-    with pytest.raises(ValueError, match="teacher_store='x' holds its outputs"):
+    with pytest.raises(ValueError, match="teacher_store='x' replaces it"):
         make_recipe(shard_teacher=True, teacher_store="x")

@@ -12,8 +12,8 @@ from small import write_pictures
 from traced import launch, recorded
 
 PROCESSES, WORKERS, EPOCHS = (1, 2, 3, 4), (0, 1, 2, 3, 4), 2
-# 63 images: two updates of 24 (12 slots of 2 on any number of processes), and one of 15, 7 slots, of which 4 processes
-# want 8.
+# 63 images: two updates of 24 (12 micro-batches of 2 on any number of processes), and one of 15 in 7 micro-batches,
+# of which 4 processes want 8.
 OPTIONS = {
     "model": "cifar_resnet8x05",
     "img_size": 100,
@@ -71,7 +71,10 @@ def test_on_any_number_of_processes_and_readers(folder, whole, processes, worker
     name = f"{processes} x {workers}"
     assert recorded(folder / name, processes) == whole
     for row, expected in zip(history(folder, name), history(folder, "1 x 0"), strict=True):
-        for part in ("train", "eval"):  # the slots are the same as well, so losses and BatchNorm are, but for rounding
+        for part in (
+            "train",
+            "eval",
+        ):  # micro-batches are the same as well, so losses and BatchNorm are, but for rounding
             assert row[part] == pytest.approx(expected[part], rel=1e-3, abs=1e-5)
 
 

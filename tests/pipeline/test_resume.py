@@ -188,7 +188,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(small_data, tm
         assert ranks.wait(120) == [processes - 1] * processes, ranks.said()
     for rank in (0, 1):
         expected = (
-            r"error: rank 0 finds in .* the checkpoint of update 5, and rank 1 none: all machines "
-            r"have to see one --output"
+            r"error: rank 0 found in .* the checkpoint of update 5, and rank 1 none: expected the "
+            r"same on all. Give an --output folder that all machines share"
         )
         assert re.search(expected, ranks.said(rank)), ranks.said(rank)
