@@ -27,7 +27,7 @@ from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import units
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.build import build_model
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.pipeline.plan import objective_of, terms_of
@@ -97,7 +97,7 @@ class Step:
         words = (recipe.maps if terms.needs("maps", student=student) else None for student in (True, False))
         sides = ((case.student, size), (case.teacher, seen_size))
         tap, seen = (
-            build_tap(build_model(name, side, case.classes), side, word)
+            FeatureTap(build_model(name, side, case.classes), word, input_size=side)
             for (name, side), word in zip(sides, words, strict=True)
         )
         labels = torch.arange(case.batch_size, device="cpu") % case.classes
