@@ -38,7 +38,7 @@ from mgd_timm.criteria import Objective
 from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG, GranularityHeads
-from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.build import build_model
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.objective import build_objective
@@ -69,14 +69,16 @@ def nominal(name: str) -> tuple[int, int, int]:
 
 def tapped(model: nn.Module, size: tuple[int, int, int]) -> tuple[FeatureTap, int]:
     """The tap of a model, and how many maps it shares with a network of four stages."""
-    tap = build_tap(model, size, "stages")
+    tap = FeatureTap(model, "stages", input_size=size)
     return tap, len(tap.indices)
 
 
 @functools.cache
 def partner(count: int) -> Shapes:
     with torch.device("meta"):
-        shapes = build_tap(build_model(PARTNER, (3, 224, 224), CLASSES), (3, 224, 224), "stages").shapes(224)
+        shapes = FeatureTap(build_model(PARTNER, (3, 224, 224), CLASSES), "stages", input_size=(3, 224, 224)).shapes(
+            224
+        )
     return shapes._replace(maps=shapes.maps[-count:])
 
 
@@ -222,7 +224,7 @@ def by_steps(name: str, side: int, options: dict[str, Any]) -> Row:
             own, _ = tapped(build_model(name, size, CLASSES, **options), size)
             if role == "student":
                 check_classifier(own.model)
-            other = build_tap(build_model(SMALL, size, CLASSES), size, "stages")
+            other = FeatureTap(build_model(SMALL, size, CLASSES), "stages", input_size=size)
             match_number_of_maps("stages", own, other)
             distil_once(*((own, other) if role == "student" else (other, own)), size)
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Pair
-from mgd_timm.models.build import build_model, build_tap, set_memory_format
+from mgd_timm.features import Batch, FeatureTap, Pair
+from mgd_timm.models.build import build_model, set_memory_format
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 
 PAIRS = {"cnn": ("cifar_resnet32x4", "cifar_resnet8x4", 32), "vit": ("vit_tiny_patch16_224", "resnet18", 96)}
@@ -67,11 +67,11 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     torch.manual_seed(0)
     models = [build_model(model, size, CLASSES) for model in (teacher_name, student_name)]
     # The networks may differ in their number of stages.
-    counts = [len(build_tap(model, size, "stages").indices) for model in models]
+    counts = [len(FeatureTap(model, "stages", input_size=size).indices) for model in models]
     maps = "stages" if len(set(counts)) == 1 else str(min(counts))
     both = [maps if "maps" in read else None for read in (kind.needs, kind.needs | kind.student_needs)]
     taps = [
-        build_tap(model, size, word, preact=kind.preact, cam="cams" in kind.needs)
+        FeatureTap(model, word, input_size=size, preact=kind.preact, cam="cams" in kind.needs)
         for model, word in zip(models, both, strict=True)
     ]
     seen, tap = (network.to(device) for network in taps)

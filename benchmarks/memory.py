@@ -34,7 +34,7 @@ from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.sharding import fsdp_units
 from mgd_timm.features import Batch, FeatureTap, Pair
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.build import build_model, build_tap, set_memory_format
+from mgd_timm.models.build import build_model, set_memory_format
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.pipeline.plan import objective_of, terms_of
@@ -71,8 +71,9 @@ class Step:
         teacher_size = config.input_size if config is not None and config.fixed_input_size else size
         terms = terms_of(recipe)
         maps = [recipe.maps if terms.needs("maps", student=student) else None for student in (True, False)]
-        tap = build_tap(build_model(recipe.student, size, classes), size, maps[0])
-        teacher_tap = build_tap(build_model(teacher, teacher_size, classes), teacher_size, maps[1])
+        tap = FeatureTap(build_model(recipe.student, size, classes), maps[0], input_size=size)
+        teacher_model = build_model(teacher, teacher_size, classes)
+        teacher_tap = FeatureTap(teacher_model, maps[1], input_size=teacher_size)
         labels = torch.arange(recipe.data.batch_size, device="cpu") % classes
         shapes = tap.shapes(self.side), teacher_tap.shapes(teacher_size[1])
         pair = Pair(*shapes, len(labels), labels, teacher_tap.classifier)

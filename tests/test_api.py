@@ -155,7 +155,7 @@ for call in (lambda: mgd_timm.evaluate(3), lambda: mgd_timm.distill([3]), lambda
     [
         (
             lambda m, data: mgd_timm.evaluate(nn.Linear(2, 2), data),
-            "model: a Linear, which has no num_classes: expected a model that timm",
+            "model: a Linear, which has no num_classes: expected a model of timm.create_model",
         ),
         (
             lambda m, data: mgd_timm.distill(m.half(), data=data, output="run"),

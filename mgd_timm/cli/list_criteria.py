@@ -17,7 +17,7 @@ from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.criteria.terms import hyper_parameters
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG, MAS
-from mgd_timm.models.build import build_model, build_tap
+from mgd_timm.models.build import build_model
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_model
 from mgd_timm.recipe.options import flag
@@ -83,7 +83,9 @@ class Connection:
     def _tap(self, model: nn.Module, size: tuple[int, int, int], read: frozenset[Need], *, preact: bool) -> FeatureTap:
         key = (model, "maps" in read, preact, "cams" in read)
         if key not in self._seen:
-            self._seen[key] = build_tap(model, size, self.maps if key[1] else None, preact=preact, cam=key[3])
+            self._seen[key] = FeatureTap(
+                model, self.maps if key[1] else None, input_size=size, preact=preact, cam=key[3]
+            )
         return self._seen[key]
 
     def pair(self, name: str) -> Pair:

@@ -175,9 +175,8 @@ class CRD(Criterion):
         else:
             self.num_samples = int(counts.sum())
             # Sample ids sorted by class: those of other classes are all but one interval.
-            self.register_buffer(
-                "order", labels.argsort(stable=True)[len(labels) - self.num_samples :], persistent=False
-            )
+            order = labels.argsort(stable=True)[len(labels) - self.num_samples :]
+            self.register_buffer("order", order, persistent=False)
             self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
             self.register_buffer("counts", counts, persistent=False)
 

@@ -8,9 +8,6 @@ from torch import Tensor
 from mgd_timm.criteria.base import Criterion, at_least_float32, check_parts, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
-SMALLEST_SQUARE = 1e-12  # of a distance, as in RepDistiller
-SMALLEST_DIRECTION = 1e-4  # of the length of a difference, in units of the mean distance or of sqrt(dims)
-
 
 def squared_distances(embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     """Return the squared Euclidean distances between all samples.
@@ -36,9 +33,9 @@ def relations(embedding: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b b"], Fl
     count, dims = embedding.shape
     squares = squared_distances(embedding)
     different = 1 - torch.eye(count, dtype=squares.dtype, device=squares.device)
-    distances = squares.clamp(min=SMALLEST_SQUARE).sqrt() * different
+    distances = squares.clamp(min=1e-12).sqrt() * different
     mean = distances.sum() / max(count * (count - 1), 1)
-    smallest = SMALLEST_DIRECTION * mean.clamp(min=dims**0.5)
+    smallest = 1e-4 * mean.clamp(min=dims**0.5)
     inverse = different * torch.maximum(squares, smallest.square()).rsqrt()
     inner = squares[:, :, None] + squares[:, None, :] - squares
     return distances / mean.clamp(min=smallest_norm(dims)), inner * (inverse / 2)[:, :, None] * inverse[:, None, :]

@@ -10,16 +10,6 @@ from mgd_timm.criteria.base import Criterion, at_least_float32, check_parts
 from mgd_timm.features import Batch, Features, Pair
 
 
-class Connector(nn.Sequential):
-    """Linear layer without bias, BatchNorm and an optional ReLU, from the student's embedding to the teacher's
-    width."""
-
-    def __init__(self, student_dim: int, teacher_dim: int, *, relu: bool = True) -> None:
-        linear = nn.Linear(student_dim, teacher_dim, bias=False)
-        nn.init.kaiming_normal_(linear.weight, mode="fan_out")
-        super().__init__(linear, nn.BatchNorm1d(teacher_dim), *([nn.ReLU()] if relu else []))
-
-
 class SRRL(Criterion):
     """Representations through the teacher's classifier W_t: alpha mean((h_s' - h_t)^2) + beta mean((W_t h_s' - W_t
     h_t)^2).
@@ -62,13 +52,16 @@ class SRRL(Criterion):
                 "criterion. A peer's classifier is not trained yet: use a teacher instead of --peer."
             )
         self.alpha, self.beta = check_parts(alpha=alpha, beta=beta)
-        self.connector = Connector(pair.student.embed_dim, pair.teacher.embed_dim, relu=relu)
-        # A copy, which follows this criterion's device and dtype, not the teacher's; in float32 as the connector.
+        linear = nn.Linear(pair.student.embed_dim, pair.teacher.embed_dim, bias=False)
+        nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+        norm = nn.BatchNorm1d(pair.teacher.embed_dim)
+        self.connector = nn.Sequential(linear, norm, nn.ReLU() if relu else nn.Identity())
+        # A copy, which follows this criterion's device and dtype, not the teacher's; in float32 like the connector.
         self.classifier = copy.deepcopy(pair.teacher_classifier).float().requires_grad_(False).eval()
         self._original = [pair.teacher_classifier]  # in a list: it is no module of this criterion
 
     def reload_teacher_classifier(self) -> None:
-        """Copy the weights of the teacher's classifier anew, after they were fitted."""
+        """Update the copy of the teacher's classifier, after the original was fitted."""
         self.classifier.load_state_dict(self._original[0].state_dict())
 
     # "SRRL", not Self, which beartype refuses in a class that it does not decorate as a whole.

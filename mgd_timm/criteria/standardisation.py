@@ -74,11 +74,3 @@ class Standardised(Criterion):
         """Return the criterion's loss on features with standardised logits."""
         student, teacher = (f._replace(logits=standardise(f.logits)) for f in (student, teacher))
         return self.criterion(student, teacher, batch)
-
-    def fitting(self) -> nn.Module | None:
-        """Return what the wrapped criterion fits before the run."""
-        return self.criterion.fitting()
-
-    def remark(self) -> str | None:
-        """Return the remark of the wrapped criterion."""
-        return self.criterion.remark()

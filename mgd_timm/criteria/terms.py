@@ -141,7 +141,7 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
         by_name["task" if name == "ce" else name] = term
         _check_term(term, peer=options.peer, plain=weight is None)
     terms = Terms(by_name, named, options.standardise_logits, peer=options.peer)
-    _check_options_are_used(terms, arguments, list(criterion), options)
+    _check_options_are_used(terms, arguments, list(criterion))
     _check_something_is_learnt(terms, list(criterion), options)
     return terms
 
@@ -174,21 +174,9 @@ def _given_weights(criterion: Sequence[str], options: TermOptions) -> dict[str, 
     return given
 
 
-def _check_options_are_used(
-    terms: Terms, arguments: Mapping[str, Any], criterion: list[str], options: TermOptions
-) -> None:
-    """Raise ValueError for an option of a criterion that is not named or has weight 0."""
-    for flag, value, default, name in (
-        ("--kd-temperature", options.kd_temperature, 4.0, "kd"),
-        ("--smoothing", options.smoothing, 0.0, "task"),
-    ):
-        term = terms.by_name[name]
-        if value != default and not term.weight:
-            raise ValueError(
-                f"{flag} {value} has no effect: the weight of {term.criterion} is 0. Give it one with "
-                f"--{name}-weight, or leave out {flag}."
-            )
-    for name in arguments:
+def _check_options_are_used(terms: Terms, arguments: Mapping[str, Mapping[str, Any]], criterion: list[str]) -> None:
+    """Raise ValueError for options of a criterion that is not named or has weight 0."""
+    for name, given in arguments.items():
         if name not in terms.named and name not in ("ce", "kd"):
             raise ValueError(
                 f"criterion options of {name}, which --criterion {' '.join(criterion)} does not name: name it, or "
@@ -196,7 +184,8 @@ def _check_options_are_used(
             )
         if not terms.by_name["task" if name == "ce" else name].weight:
             raise ValueError(
-                f"criterion options of {name}, whose weight is 0: give it a weight, or leave out its options."
+                f"options of {name} without effect, as its weight is 0: {dict(given)}. Give it a weight, or leave out "
+                "its options (--criterion-options, --kd-temperature, --smoothing)."
             )
 
 

@@ -20,16 +20,15 @@ from mgd_timm.storage.versions import versions
 def export_model(
     model: nn.Module, folder: str | Path, *, provenance: Mapping[str, Any] | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same weights, bit for
-    bit.
+    """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads exactly the same weights.
 
     The folder is written atomically. `cifar_*` networks load after `import mgd_timm.models`.
 
     Args:
-        model: A timm model without heads, encoders or adapters. Its pretrained_cfg is written: mean, std, labels,
-            licence and tag, which the students of `mgd_timm.distill` have from models.pretrained_cfg.describe_weights.
+        model: A timm model. Its pretrained_cfg is written too: mean, std, labels, licence and tag, as set by
+            models.pretrained_cfg.describe_weights.
         folder: Must not exist unless `overwrite`.
-        provenance: Written to recipe.json beside versions and the digest of the weights.
+        provenance: JSON values to write to recipe.json, with versions and the digest of the weights.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -43,7 +42,7 @@ def export_model(
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     if not config.get("architecture"):
         raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg with its architecture: export takes models that timm built."
+            f"{type(model).__name__} has no pretrained_cfg with an 'architecture': export a model of timm.create_model."
         )
     target = Path(folder)
     if target.exists() and not overwrite:
@@ -73,7 +72,7 @@ def _write_files(folder: Path, model: nn.Module, config: Mapping[str, Any], prov
         for name, tensor in model.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    # The size that the module was built for: pretrained_cfg may hold that of its original weights.
+    # The size that the model was built for: pretrained_cfg may have that of its original weights.
     inputs = get_model_input_config(model)
     size = inputs["input_size"]
     if config.get("input_size") and not inputs["fixed_input_size"]:

@@ -124,15 +124,10 @@ def probe_model(
                 f"{name} cannot be probed with an image of {tuple(input_size)}: {reason}. Give "
                 "input_size=(channels, height, width) that the model accepts."
             ) from error
-        if logits is not None and not _is_vector_per_image(logits):
-            raise ValueError(
-                f"{name} returns {_describe(logits)}, not logits [batch, classes]: use a global_pool that pools."
-            )
-        if not _is_vector_per_image(embedding):
-            raise ValueError(
-                f"{name} gives {_describe(embedding)} before its classifier, not an embedding [batch, dim]: "
-                "use a global_pool that pools."
-            )
+        for what, value in (("logits [batch, classes]", logits), ("an embedding [batch, dim]", embedding)):
+            if value is not None and not (isinstance(value, Tensor) and value.ndim == 2):
+                given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"{name} returns {given}, not {what}: use a global_pool that pools.")
         classify = give_no_logits if logits is None else _find_classify(model, name, logits, final)
     num_classes = 0 if logits is None else logits.shape[1]
     map_sizes = [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
@@ -223,11 +218,3 @@ def probe_image(model: nn.Module, size: tuple[int, ...]) -> Tensor:
     count = 2 * size[0] * size[1] * size[2]
     ramp = torch.arange(count, device=weight.device, dtype=torch.float32)
     return (ramp * 0.37).sin().reshape(2, *size).to(weight.dtype)
-
-
-def _is_vector_per_image(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2
-
-
-def _describe(value: object) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Build models: a student, an architecture for an image size and classes, a tap, and their memory format."""
+"""Build models and students, and set their memory format."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
-from mgd_timm.features import FeatureTap
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_weights
 
@@ -16,7 +15,7 @@ def build_model(name: str, input_size: tuple[int, int, int], num_classes: int, *
     """Build a timm model for an image size and a number of classes.
 
     Raises:
-        ValueError: Unknown name, or an argument that the architecture does not take.
+        ValueError: The name is unknown, or the architecture does not take an argument.
     """
     check_model_name(name)
     inputs = {"in_chans": input_size[0], "img_size": input_size[1:]}
@@ -47,12 +46,12 @@ def build_student(
         num_classes: Number of classes of the data.
         pretrained: Start from the published weights.
         checkpoint: A safetensors file to start from.
-        drop: Dropout rate; 0 leaves the architecture's own.
-        drop_path: Stochastic depth rate; None leaves the architecture's own.
+        drop: Dropout rate; 0 for the architecture's default.
+        drop_path: Stochastic depth rate; None for the architecture's default.
 
     Raises:
-        ValueError: Unknown name, an argument that the architecture does not take, no classifier, or a checkpoint that
-            does not fit.
+        ValueError: The name is unknown, the architecture does not take an argument or has no classifier, or the
+            checkpoint does not fit.
     """
     options: dict[str, Any] = {"pretrained": pretrained}
     if drop:
@@ -66,34 +65,17 @@ def build_student(
     return model
 
 
-def build_tap(
-    model: nn.Module, input_size: tuple[int, int, int], maps: str | None, *, preact: bool = False, cam: bool = False
-) -> FeatureTap:
-    """Build the FeatureTap of a model, with the maps that a word stands for.
-
-    Args:
-        model: A timm model.
-        input_size: (channels, height, width) of the images.
-        maps: A word for maps (features.maps.choose_maps); None for no maps.
-        preact, cam: As for FeatureTap; preact is ignored without maps.
-
-    Raises:
-        ValueError: As for FeatureTap and choose_maps.
-    """
-    return FeatureTap(model, maps, input_size=input_size, preact=preact and maps is not None, cam=cam)
-
-
 def set_memory_format(module: nn.Module, name: str, channels_last: bool | None, device: torch.device) -> None:
-    """Convert a module to channels-last if that is asked for, or if it is left open and known to be safe.
+    """Convert a module to channels-last if `channels_last` is true, or if it is None and the format is safe.
 
     It is safe on GPUs and for cifar_* networks. On CPUs, oneDNN's backward of a strided 1x1 convolution with few
     channels ends the process (see models.cifar.cifar_resnet.BasicBlock).
 
     Args:
         module: Converted in place.
-        name: Name of its architecture.
-        channels_last: None converts it where that is safe.
-        device: Where it runs.
+        name: Name of the architecture.
+        channels_last: True, False, or None for "if safe".
+        device: Device that the module runs on.
     """
     safe = device.type == "cuda" or name.startswith("cifar_")
     if channels_last if channels_last is not None else safe:

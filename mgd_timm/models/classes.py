@@ -15,22 +15,22 @@ from mgd_timm.features.probe import eval_without_gradients, probe_image
 from mgd_timm.recipe.options import few
 
 FORMS = (
-    "expected a text file with a line for each class of the data, in the data's order, that is the teacher's name or "
-    "index of it (a line that begins with # is a comment); or a .yaml or .json file, a list in the data's order or a "
-    "mapping from the data's names"
+    "expected a text file with the teacher's name or index of each class of the data, one per line in the data's order "
+    "(lines that begin with # are comments); or a .yaml or .json file with a list in the data's order, or a mapping "
+    "from the data's names"
 )
 
 
 def select_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> None:
     """Give a teacher the data's classes in the data's order, in place.
 
-    A teacher that has them already is unchanged. Under "auto", so is a teacher of as many classes whose names are not
-    known, or are numbers; unless it has as many classes as ImageNet, and the data's names are among ImageNet's.
+    A teacher that has them already is unchanged. With "auto", a teacher with the same number of classes is unchanged
+    too if its class names are unknown or numbers, unless the data's names are found among its ImageNet classes.
 
     Args:
         model: The teacher, with its classifier.
         spec: As for `find_teacher_rows`.
-        class_names: Names of the data's classes, in its order.
+        class_names: Names of the data's classes, in order.
 
     Raises:
         ValueError: As for `find_teacher_rows` and `select_rows`.
@@ -48,13 +48,10 @@ def select_classes(model: nn.Module, spec: str, class_names: Sequence[str]) -> N
 
 
 def read_class_names(model: nn.Module) -> list[tuple[str, ...]] | None:
-    """Read every name of each class of a model: its own name first, then its synonyms.
+    """Return all names of each class of a model, its own name before its synonyms; None if they are unknown.
 
-    The names are the weights' label names, or else those of the ImageNet subset that has this number of classes:
-    synsets (n01440764) and their lemmas.
-
-    Returns:
-        None where the names are not known.
+    The names are the weights' label names, or else those of the ImageNet subset with this number of classes: synsets
+    (n01440764) and their lemmas.
     """
     config = getattr(model, "pretrained_cfg", {}) or {}
     names, count = config.get("label_names"), getattr(model, "num_classes", 0)
@@ -80,11 +77,7 @@ def _normalise(name: str) -> str:
 
 
 class _ClassLookup:
-    """Looks up classes by any of their names.
-
-    Args:
-        names: Every name of each class, its own first.
-    """
+    """Look up classes by any of their names: all names of each class, its own first."""
 
     def __init__(self, names: Sequence[tuple[str, ...]]) -> None:
         # A class's own name wins over synonyms of other classes: 'crane' may be one synset's name and another's lemma.
@@ -101,11 +94,8 @@ class _ClassLookup:
 
     def rows(self, word: str) -> set[int]:
         """Return the indices of the classes that a word names: none, one, or several if it is ambiguous."""
-        found = (
-            self.by_name.get(word)
-            or self.by_all_synonyms.get(_normalise(word))
-            or self.by_any_name.get(_normalise(word))
-        )
+        plain = _normalise(word)
+        found = self.by_name.get(word) or self.by_all_synonyms.get(plain) or self.by_any_name.get(plain)
         return found or set.intersection(*(self.by_any_name.get(_normalise(part), set()) for part in word.split(",")))
 
 
@@ -115,19 +105,19 @@ def find_teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -
     Args:
         spec: "auto" looks the data's class names up among the teacher's; otherwise a file (`FORMS`).
         model: The teacher, with its classifier.
-        class_names: Names of the data's classes, in its order.
+        class_names: Names of the data's classes, in order.
 
     Raises:
-        ValueError: No such file or a malformed one; a class that the teacher does not know, or knows twice; two classes
-            of one row.
+        ValueError: The file is missing or malformed; the teacher lacks a class or has several of its name; or two
+            classes have the same row.
     """
     names = read_class_names(model)
     if spec == "auto":
         if names is None:
             raise ValueError(
-                f"teacher_classes='auto': the names of the teacher's {getattr(model, 'num_classes', 0)} classes "
-                f"are not known: give a file instead; {FORMS}. Or fit it a classifier of the data's classes "
-                "(--fit-teacher-head probe), or let it teach without its logits (--teacher-classes none)."
+                f"--teacher-classes auto: the names of the teacher's {getattr(model, 'num_classes', 0)} classes "
+                f"are not known. Give a file instead; {FORMS}. Or fit a classifier of the data's classes "
+                "(--fit-teacher-head probe), or use the teacher without its logits (--teacher-classes none)."
             )
         wanted: list[str | int] = list(class_names)
     else:
@@ -144,18 +134,18 @@ def find_teacher_rows(spec: str, model: nn.Module, class_names: Sequence[str]) -
         rows.append(min(found, default=-1))
     if unknown or several:
         problems = [f"the teacher does not know {few(unknown)}"] if unknown else []
-        problems += [f"it knows several classes as {few(several)}"] if several else []
+        problems += [f"it has several classes named {few(several)}"] if several else []
         examples = f", such as {few([called[0] for called in names])}" if names else ""
         raise ValueError(
             f"teacher_classes={spec!r}: {' and '.join(problems)}. It has {count} classes{examples}. Give a file; "
-            f"{FORMS}. Or fit it a classifier of the data's classes with --fit-teacher-head probe."
+            f"{FORMS}. Or fit a classifier of the data's classes with --fit-teacher-head probe."
         )
     for index, name in enumerate(class_names):
         if rows[index] in rows[:index]:
             other = class_names[rows.index(rows[index])]
             raise ValueError(
-                f"teacher_classes={spec!r}: {name!r} and {other!r} are the same class of the teacher: each needs a "
-                "class of its own."
+                f"teacher_classes={spec!r}: {name!r} and {other!r} are the same class of the teacher: give each "
+                "another one."
             )
     return rows
 
@@ -207,7 +197,7 @@ def select_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str
         layers += linear[-1:]
         if not linear:
             raise ValueError(
-                f"{name} has no linear layer whose {count} rows are its classes: they cannot be selected. Fit it a "
+                f"{name} has no linear layer with one row per class ({count}): classes cannot be selected. Fit a "
                 "classifier of the data's classes (--fit-teacher-head finetune)."
             )
     before = _logits(model)[:, list(rows)]
@@ -226,8 +216,8 @@ def select_rows(model: nn.Module, rows: Sequence[int], class_names: Sequence[str
             _set_num_outputs(layer, count)
         model.num_classes = count  # type: ignore[assignment]
         raise ValueError(
-            f"{name}'s logits are not the rows of one linear layer: its classes cannot be selected. Fit it a "
-            "classifier of the data's classes (--fit-teacher-head finetune)."
+            f"{name}'s logits are not the rows of one linear layer: classes cannot be selected. Fit a classifier of "
+            "the data's classes (--fit-teacher-head finetune)."
         )
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
     config.pop("label_descriptions", None)
@@ -242,7 +232,6 @@ def _set_num_outputs(layer: nn.Linear | nn.Conv2d, count: int) -> None:
 
 
 def _logits(model: nn.Module) -> Tensor:
-    """Return the logits of the probe image in eval mode."""
     with eval_without_gradients(model):
         logits: Tensor = model(probe_image(model, tuple(get_model_input_config(model)["input_size"])))
         return logits.float()

@@ -1,4 +1,4 @@
-"""Fold BatchNorm into the convolutions before it, which makes a frozen network faster with the same features."""
+"""Fold BatchNorm into the convolutions before it: a frozen network is faster, with the same features."""
 
 import copy
 from typing import Any
@@ -16,15 +16,15 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 def fold_batchnorm(tap: FeatureTap) -> FeatureTap | None:
     """Copy a tap and fold its BatchNorms into the weights of the convolutions before them, for inference.
 
-    A forward pass shows which convolution a BatchNorm follows, so no layer is named. The copy's features of a fixed
-    image are compared with the tap's: a fold that changes them by more than float32 rounding is left out, such as that
-    of a convolution whose output is read elsewhere too.
+    A forward pass finds the convolution before each BatchNorm. The copy's features of a fixed image are compared with
+    the tap's: a fold that changes them by more than float32 rounding is left out, such as that of a convolution whose
+    output is used elsewhere too.
 
     Args:
         tap: Unchanged.
 
     Returns:
-        The copy in eval mode; None where nothing can be folded.
+        The copy in eval mode; None if nothing can be folded.
     """
     expected = _features(tap)
     chosen = _find_safe_folds(tap, list(range(len(_find_pairs(tap)))), expected)
@@ -73,15 +73,11 @@ def _find_pairs(tap: FeatureTap) -> list[tuple[Any, Any]]:
     calls: dict[int, int] = {}
     pairs: list[tuple[Any, Any]] = []
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[id(module)] = calls.get(id(module), 0) + 1
         if type(module) in _CONVOLUTIONS:
             outputs[id(output)] = (module, output)
-        elif (
-            id(inputs[0]) in outputs
-            and getattr(module, "running_mean", None) is not None
-            and getattr(module, "affine", False)
-        ):
+        elif id(inputs[0]) in outputs and module.running_mean is not None and module.affine:
             pairs.append((outputs[id(inputs[0])][0], module))
 
     handles = [m.register_forward_hook(record) for m in tap.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]

@@ -32,14 +32,14 @@ _PREFIXES = {
 
 
 def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint by name, on the CPU: of a safetensors file, or of one that torch.save wrote.
+    """Read the tensors of a checkpoint by name, on the CPU, from a safetensors file or a file of torch.save.
 
-    The latter holds a dict of tensors, or has one under the key `model`, `state_dict` or `net`. A moving average beside
-    it, under `state_dict_ema` or `model_ema`, is preferred, as timm does. The prefix `module.` of DataParallel is
-    dropped where all names have it.
+    A file of torch.save holds a dict of tensors, or has one under `model`, `state_dict` or `net`. A moving average
+    beside it, under `state_dict_ema` or `model_ema`, is preferred, as in timm. The prefix `module.` of DataParallel is
+    removed if all names have it.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: There is no such file.
         ValueError: The file is empty or corrupt, holds more than tensors and plain containers (which are not executed),
             or has no such dict.
     """
@@ -49,7 +49,7 @@ def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with path.open("rb") as file:
         head = file.read(9)
     if not head:
-        raise ValueError(f"{path} is empty: fetch it again.")
+        raise ValueError(f"{path} is empty: download it again.")
     # A safetensors file begins with the length of its header, which is JSON.
     content = read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
     state = _find_weights(path, content)
@@ -69,8 +69,8 @@ def _read_torch(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", message)
         if type(error).__name__ == "UnpicklingError" and refused:
             raise ValueError(
-                f"{path} holds more than tensors: {refused[1]}, and loading that may run code. It is refused, and "
-                "nothing of it was run. If you trust the file, write its weights alone: "
+                f"{path} holds more than tensors: {refused[1]}, which may run code. It is refused, and nothing of "
+                "it was run. If you trust the file, write its weights alone: "
                 "torch.save(model.state_dict(), FILE), or as safetensors."
             ) from error
         if "TorchScript" in message:
@@ -78,12 +78,11 @@ def _read_torch(path: Path) -> Any:
         first = message.splitlines()[0] if message else ""
         raise ValueError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {first[:200]}). It is truncated, "
-            "corrupt, or was not written by torch.save: fetch it again."
+            "corrupt, or was not written by torch.save: download it again."
         ) from error
 
 
 def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
-    """Find the dict of tensors in the content of a file."""
     if isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
         content = next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping):
@@ -91,20 +90,14 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
             f"{path} holds a {type(content).__name__}, expected tensors by name: torch.save(model.state_dict(), FILE)."
         )
     if not content:
-        raise ValueError(f"{path} holds no tensors.")
+        raise ValueError(f"{path} holds no tensors: expected those of torch.save(model.state_dict(), FILE).")
     for name, value in content.items():
-        dense = (
-            isinstance(value, Tensor)
-            and value.layout == torch.strided
-            and not value.is_quantized
-            and not value.is_complex()
-        )
+        kind = f"of type {type(value).__name__}"
+        dense = False
+        if isinstance(value, Tensor):
+            kind = f"a {value.layout} {value.dtype} tensor"
+            dense = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
         if not isinstance(name, str) or not dense:
-            kind = (
-                f"a {value.layout} {value.dtype} tensor"
-                if isinstance(value, Tensor)
-                else f"of type {type(value).__name__}"
-            )
             raise ValueError(
                 f"{path}: {name!r} is {kind}, expected dense real tensors by name, in the file itself or under one of "
                 f"{_WEIGHT_KEYS}."
@@ -123,27 +116,24 @@ def load_public_checkpoint(
     license: str = "other",
     class_names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Load a public checkpoint into a timm model whose pretrained_cfg lets it teach and be exported like a student.
-
-    Every weight must be there and fit, as for `load_state_dict`.
+    """Load a public checkpoint strictly (`load_state_dict`) into a timm model with a pretrained_cfg.
 
     Args:
         path: The file, as for `read_public_checkpoint`.
-        architecture: timm's name, cifar_* among them. Weights that public files of a cifar_* network name differently
-            are renamed.
-        num_classes: Expected classes of the classifier; by default as many as it has.
+        architecture: timm's name. Weights that public files of a cifar_* network name differently are renamed.
+        num_classes: Expected number of classes; by default not checked.
         in_chans: Channels of the image; by default those of the first convolution's weights.
-        mean, std: Of the images that the weights were trained on, one value per channel of pixels in [0, 1]. By default
-            the architecture's, which is CIFAR-100's for cifar_*.
+        mean, std: Normalisation of the images that the weights were trained on, one value per channel of pixels in
+            [0, 1]. By default the architecture's, which is CIFAR-100's for cifar_*.
         license: Licence of the weights.
-        class_names: In the order of the classifier; by default numbers, which fit any data of as many classes.
+        class_names: In the order of the classifier; by default numbers, which fit any data with this many classes.
 
     Returns:
         The model, with `pretrained_cfg` set.
 
     Raises:
-        ValueError: As for `read_public_checkpoint`; an unknown architecture, weights of another one (the first names
-            and shapes that differ are given), or values that do not fit the weights.
+        ValueError: As for `read_public_checkpoint`; or the architecture is unknown, the weights do not fit it, or
+            values do not fit the weights.
     """
     path = Path(path)
     check_model_name(architecture)
@@ -151,7 +141,7 @@ def load_public_checkpoint(
     renames = _PREFIXES.get(architecture.partition(".")[0], {})
     state = {_rename(name, renames): tensor for name, tensor in public.items()}
     if len(state) != len(public):
-        raise ValueError(f"{path} holds a parameter under both its public name and ours, of {sorted(renames.items())}.")
+        raise ValueError(f"{path} holds a weight under both names of a pair in {sorted(renames.items())}: remove one.")
     default = get_pretrained_cfg(architecture)
     config: Mapping[str, Any] = default.to_dict() if default is not None else {}
     classes = _count_classes(path, state, config, num_classes)
@@ -165,7 +155,7 @@ def load_public_checkpoint(
     count = int(getattr(model, "num_classes", 0))
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(count))
     if len(names) != count:
-        raise ValueError(f"{len(names)} class names were given, the classifier in {path} has {count} outputs.")
+        raise ValueError(f"{len(names)} class names, but the classifier in {path} has {count} outputs: give {count}.")
     mean, std = _read_per_channel("mean", mean, config, channels), _read_per_channel("std", std, config, channels)
     size = (channels, *(config.get("input_size") or (3, 224, 224))[1:])
     describe_weights(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
@@ -186,17 +176,19 @@ def _first(value: Any) -> Any:
 def _count_classes(
     path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], expected: int | None
 ) -> int | None:
-    """Count the outputs of the classifier in the file; None where it has no classifier of this architecture."""
+    """Return the number of outputs of the classifier in the file; None if it has no classifier."""
     weight = state.get(f"{_first(config.get('classifier'))}.weight")
     if weight is None or weight.ndim < 2:
         return None
     if expected not in (None, weight.shape[0]):
-        raise ValueError(f"num_classes={expected}: the classifier in {path} has {weight.shape[0]} outputs.")
+        raise ValueError(
+            f"num_classes={expected}: the classifier in {path} has {weight.shape[0]} outputs: give that number or none."
+        )
     return weight.shape[0]
 
 
 def _count_channels(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
-    """Return the input channels of the first convolution in the file; 3 where it has none."""
+    """Return the input channels of the first convolution in the file; 3 if it has none."""
     weight = state.get(f"{_first(config.get('first_conv'))}.weight")
     return weight.shape[1] if weight is not None and weight.ndim == 4 else 3
 

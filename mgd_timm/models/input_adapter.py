@@ -12,7 +12,7 @@ from mgd_timm.models.pretrained_cfg import read_channel_values
 
 
 class InputAdapter(nn.Module):
-    """Re-normalise images for the teacher, and resize them where it needs another size.
+    """Re-normalise images for a teacher, and resize them if it needs another size.
 
     Args:
         mean, std: Normalisation of the images, one value per channel, of pixels in [0, 1].
@@ -37,7 +37,7 @@ class InputAdapter(nn.Module):
         super().__init__()
         stats = [torch.tensor(v, dtype=torch.float64) for v in (mean, std, teacher_mean, teacher_std)]
         if len({len(v) for v in stats}) != 1:
-            raise ValueError(f"mean and std need one value per channel each, got {[v.tolist() for v in stats]}.")
+            raise ValueError(f"mean and std: expected one value per channel each, got {[v.tolist() for v in stats]}.")
         ours_mean, ours_std, its_mean, its_std = stats
         self.register_buffer("scale", (ours_std / its_std).float()[:, None, None], persistent=False)
         self.register_buffer("shift", ((ours_mean - its_mean) / its_std).float()[:, None, None], persistent=False)

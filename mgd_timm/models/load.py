@@ -22,10 +22,10 @@ def load_model(
             weights, or an architecture of timm together with `checkpoint`.
         checkpoint: A safetensors file of the architecture's weights.
         in_chans: Channels that the weights of `checkpoint` take.
-        classifier_required: Refuse a `checkpoint` without a classifier; otherwise the model has none either.
+        classifier_required: Raise ValueError for a `checkpoint` without a classifier; if false, the model has none.
 
     Raises:
-        ValueError: Unknown name, no weights, weights given twice, or a checkpoint that does not fit.
+        ValueError: The name is unknown, there are no weights or two sources of them, or the checkpoint does not fit.
     """
     folder = _find_weights_folder(spec)
     if folder is not None or spec.startswith("hf-hub:"):
@@ -39,18 +39,14 @@ def load_model(
         return _load_checkpoint(spec, checkpoint, in_chans, classifier_required)
     if not timm.is_model_pretrained(spec):
         raise ValueError(
-            f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, "
-            "local-dir:PATH or a run folder; mgd-timm train makes one."
+            f"teacher {spec!r} has no published weights: give --teacher-checkpoint FILE.safetensors, or as --teacher "
+            "local-dir:PATH or a run folder of mgd-timm train."
         )
     return _create_pretrained(spec)
 
 
 def check_model_name(name: str) -> None:
-    """Check that timm knows an architecture, and the tag of its weights where the name has one.
-
-    Raises:
-        ValueError: It does not; the nearest names are given.
-    """
+    """Raise ValueError, with the nearest names, unless timm knows an architecture and the tag in its name, if any."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         path = name.removeprefix("local-dir:").removeprefix("hf-hub:")
@@ -72,11 +68,7 @@ def check_model_name(name: str) -> None:
 
 
 def check_no_checkpoint(checkpoint: str | None, spec: str) -> None:
-    """Check that no checkpoint is given for a teacher that has weights of its own.
-
-    Raises:
-        ValueError: One is given, and either it or the teacher's own weights would be ignored.
-    """
+    """Raise ValueError if a checkpoint is given for a teacher that has weights of its own."""
     if checkpoint is not None:
         raise ValueError(
             f"teacher_checkpoint={checkpoint!r}: the teacher {spec!r} has weights of its own. Leave one out, or give "
@@ -93,7 +85,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors and the file system raise several kinds
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}): fetch it again.") from error
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}): download it again.") from error
 
 
 def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
@@ -108,16 +100,16 @@ def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
 def load_state_dict(model: nn.Module, name: str, path: str | Path, state: dict[str, Tensor]) -> None:
     """Load weights strictly, except that BatchNorm's num_batches_tracked may be missing.
 
-    Old files lack these counters, and nothing here reads them.
+    Old files lack these counters, which are not used.
 
     Args:
         model: Loaded in place.
-        name: Of its architecture, for messages.
-        path: Where the weights come from, for messages.
+        name: Name of its architecture, for messages.
+        path: Source of the weights, for messages.
         state: Weights by name.
 
     Raises:
-        ValueError: Names, shapes or kinds of numbers differ from the model's; the first ones are given.
+        ValueError: Names, shapes or types differ from the model's.
     """
     expected = model.state_dict()
     state = {**{key: tensor for key, tensor in expected.items() if key.endswith("num_batches_tracked")}, **state}
@@ -145,7 +137,7 @@ def load_state_dict(model: nn.Module, name: str, path: str | Path, state: dict[s
 
 
 def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_required: bool) -> nn.Module:
-    """Build an architecture with as many classes as the classifier in a safetensors file has, and load the file."""
+    """Build an architecture with the number of classes of a safetensors file's classifier, and load the file."""
     config = get_pretrained_cfg(name)
     key = config.classifier if config is not None else None
     key = key[0] if isinstance(key, tuple | list) else key
@@ -154,8 +146,8 @@ def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_requi
     if weight is None and classifier_required:
         raise ValueError(
             f"{checkpoint} holds no classifier ({key}.weight): a teacher with a random one teaches "
-            "noise. Train its classifier first (mgd-timm train; --fit-teacher-head probe), give weights that have "
-            "one, or let it teach without logits (--teacher-classes none)."
+            "noise. Fit a classifier (mgd-timm train, or --fit-teacher-head probe), give weights that have one, or use "
+            "the teacher without its logits (--teacher-classes none)."
         )
     model = timm.create_model(name, num_classes=0 if weight is None else weight.shape[0], in_chans=in_chans)
     load_state_dict(model, name, checkpoint, state)
@@ -163,7 +155,7 @@ def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_requi
 
 
 def _find_weights_folder(spec: str) -> Path | None:
-    """Return the folder that `spec` names and that holds an exported model; None if it names no folder."""
+    """Return the folder of an exported model that `spec` names; None if it names no folder."""
     if spec == "embedded":
         return EMBEDDED / "teacher"
     path = Path(spec.removeprefix("local-dir:"))
@@ -171,9 +163,11 @@ def _find_weights_folder(spec: str) -> Path | None:
         if (folder / "config.json").is_file():
             return folder
     if (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path} is a run that has not finished: it holds no export yet. Continue it with --resume.")
+        raise ValueError(f"{path} is a run that has not finished and has no export yet. Continue it with --resume.")
     if spec.startswith("local-dir:") or path.is_dir():
-        raise ValueError(f"{path}: no export in it (config.json and model.safetensors); mgd-timm export writes one.")
+        raise ValueError(
+            f"{path}: no export in it (config.json and model.safetensors): write one with mgd-timm export."
+        )
     return None
 
 
@@ -182,8 +176,7 @@ def _load_folder(folder: Path) -> nn.Module:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(
-            f"{folder}: no model.safetensors beside config.json; mgd-timm import writes a folder with one from "
-            "another file."
+            f"{folder}: no model.safetensors beside config.json: convert other files with mgd-timm import."
         )
     _check_config(folder / "config.json")
     try:
@@ -208,15 +201,13 @@ _FACTORY_ARGUMENTS = {
 
 
 def _check_config(path: Path) -> None:
-    """Refuse a config.json that is malformed, or whose model_args are not the architecture's: it may be untrusted."""
+    """Raise ValueError for a malformed config.json, or model_args that are not the architecture's: it is untrusted."""
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}): write it again with mgd-timm export.") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(
-            f"{path}: expected an object with the name of an 'architecture': write it again with mgd-timm export."
-        )
+        raise ValueError(f"{path}: expected an object with an 'architecture': write it again with mgd-timm export.")
     for key, kind in {"architecture": str, "pretrained_cfg": dict, "model_args": dict}.items():
         if key in config and not isinstance(config[key], kind):
             expected = "a name" if kind is str else "an object"

@@ -1,4 +1,4 @@
-"""Read and write timm's pretrained_cfg: where weights come from, and how their images are normalised and resized."""
+"""Read and write timm's pretrained_cfg: source of the weights, normalisation and size of their images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,8 @@ from torch import nn
 
 from mgd_timm.features import Defaults
 
-_SOURCE_KEYS = (
+# Keys of the default weights: their source, inputs and labels.
+_WEIGHT_KEYS = (
     "url",
     "hf_hub_id",
     "hf_hub_filename",
@@ -19,8 +20,6 @@ _SOURCE_KEYS = (
     "notes",
     "state_dict",
     "custom_load",
-)
-_INPUT_AND_LABEL_KEYS = (
     "label_names",
     "label_descriptions",
     "label_offset",
@@ -41,7 +40,7 @@ def describe_weights(
     tag: str,
     evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace the pretrained_cfg of the architecture's default weights by one that describes the model's own weights.
+    """Set a pretrained_cfg that describes the model's own weights, not the architecture's default ones.
 
     Args:
         model: Its `pretrained_cfg` and `default_cfg` are set.
@@ -50,10 +49,10 @@ def describe_weights(
         class_names: Names of the classes, in the order of the classifier.
         license: Licence of the weights.
         tag: timm's tag of the weights.
-        evaluation: crop_pct, crop_mode and interpolation where they differ from the architecture's.
+        evaluation: crop_pct, crop_mode and interpolation that differ from the architecture's.
     """
     config = dict(getattr(model, "pretrained_cfg", {}) or {})
-    for key in (*_SOURCE_KEYS, *_INPUT_AND_LABEL_KEYS):
+    for key in _WEIGHT_KEYS:
         config.pop(key, None)
     config |= {"tag": tag, "license": license, "input_size": input_size, "mean": mean, "std": std}
     config |= {"num_classes": len(class_names), "label_names": list(class_names), **(evaluation or {})}
@@ -76,7 +75,7 @@ def read_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ..
     """Read the mean or std from a pretrained_cfg.
 
     Returns:
-        One value per channel; None where there is no list of numbers, as the file may be untrusted.
+        One value per channel; None if it is not a list of numbers: the file may be untrusted.
     """
     values = config.get(name)
     if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):

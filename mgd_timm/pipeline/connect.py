@@ -18,7 +18,7 @@ from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
 from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
-from mgd_timm.models.build import build_student, build_tap, set_memory_format
+from mgd_timm.models.build import build_student, set_memory_format
 from mgd_timm.models.checks import check_channels, check_student
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import build_input_adapter
@@ -191,7 +191,7 @@ def _connect_student(
     check_student(student, images.input_size[0], images.num_classes)
     _describe(student, images, recipe, terms)
     maps = recipe.maps if terms.needs("maps", student=True) else None
-    tap = build_tap(student, images.input_size, maps, cam=terms.needs("cams"))
+    tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
     if recipe.train_only == "classifier":
         tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
         if random:
@@ -213,7 +213,7 @@ def _connect_teacher(
     adapter = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
     size = adapter.size or (images.input_size[1], images.input_size[2])
     maps = recipe.maps if terms.needs("maps") else None
-    tap = build_tap(model, (images.input_size[0], *size), maps, cam=terms.needs("cams"))
+    tap = FeatureTap(model, maps, input_size=(images.input_size[0], *size), cam=terms.needs("cams"))
     if recipe.fit_teacher_head == "probe":
         check_probe(tap)
     teacher = Teacher(tap, view=adapter, logits=shows_logits).to(accelerator.device)
@@ -232,7 +232,7 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
         raise ValueError(f"peer: {error}") from error
     _describe(peer, images, recipe, terms)
     maps = recipe.maps if terms.needs("maps") else None
-    return build_tap(peer, images.input_size, maps, cam=terms.needs("cams"))
+    return FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) -> None:

@@ -15,7 +15,7 @@ from mgd_timm.data.rng import set_seed
 from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
-from mgd_timm.models.build import build_tap, set_memory_format
+from mgd_timm.models.build import set_memory_format
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.storage.digests import module_digest
@@ -85,8 +85,8 @@ def fits_of_student(
     for name, term in terms.fitted_first("student").items():
         preact = term.kind.preact
         teacher_input = (images.input_size[0], *teacher.size(images.input_size[1:]))
-        tap = build_tap(student.model, images.input_size, maps, preact=preact)
-        teacher_tap = build_tap(teacher.tap.model, teacher_input, maps, preact=preact)
+        tap = FeatureTap(student.model, maps, input_size=images.input_size, preact=preact)
+        teacher_tap = FeatureTap(teacher.tap.model, maps, input_size=teacher_input, preact=preact)
         match_number_of_maps(maps, tap, teacher_tap)
         set_seed(seed, 7)
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=teacher_tap.shapes(teacher_input[1:]))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, Features, FeatureTap
-from mgd_timm.models.build import build_tap
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
@@ -125,7 +124,7 @@ def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context
     input_size = context.images.input_size
     for number, teacher in enumerate(teachers, start=1):
         name = "teacher_head" if len(teachers) == 1 else f"teacher_head_{number}"
-        tap = build_tap(teacher.tap.model, (input_size[0], *teacher.size(input_size[1:])), None)  # no maps are needed
+        tap = FeatureTap(teacher.tap.model, input_size=(input_size[0], *teacher.size(input_size[1:])))
         found.append(_fit_one(name, Teacher(tap, view=teacher.input_adapter, digest=teacher.digest), options, context))
     return found
 

@@ -482,7 +482,7 @@ def test_a_run_without_an_export_has_not_finished(mgd, trained, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ([], ["expected an object with the name of an 'architecture'"]),
+        ([], ["expected an object with an 'architecture'"]),
         ({"architecture": 3}, ["'architecture' is 3, expected a name"]),
         ({"pretrained_cfg": "x"}, ["'pretrained_cfg' is 'x', expected an object"]),
         ({"model_args": ["x"]}, ["'model_args' is ['x'], expected an object"]),

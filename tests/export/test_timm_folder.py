@@ -118,7 +118,7 @@ def test_a_module_built_for_another_size_is_exported_with_it(tmp_path, options):
 
 
 def test_only_timm_models_are_exported(tmp_path):
-    with pytest.raises(ValueError, match="Linear has no pretrained_cfg with its architecture"):
+    with pytest.raises(ValueError, match="Linear has no pretrained_cfg with an 'architecture'"):
         export_model(nn.Linear(3, 3), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

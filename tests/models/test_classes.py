@@ -39,7 +39,7 @@ def test_auto_reads_the_label_names_of_the_weights():
 
 
 def test_a_name_of_several_classes_and_an_unknown_one_are_refused_with_the_ways_out():
-    with pytest.raises(ValueError, match=r"several classes as 'crane' \(rows 134, 517\).*fit-teacher-head") as caught:
+    with pytest.raises(ValueError, match=r"several classes named 'crane' \(rows 134, 517\).*--fit") as caught:
         find_teacher_rows("auto", network(), ["tench", "crane", "no such animal"])
     assert "does not know 'no such animal'" in str(caught.value)
     with pytest.raises(ValueError, match="'Tinca tinca' and 'tench' are the same class of the teacher"):

@@ -158,10 +158,10 @@ def test_damaged_files(tmp_path, kind):
     whole = path.read_bytes()
     for length in (1, 8, 9, 64, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"public.pth: cannot be read as .*: fetch it again"):
+        with pytest.raises(ValueError, match=r"public.pth: cannot be read as .*: download it again"):
             read_public_checkpoint(path)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="is empty: fetch it again"):
+    with pytest.raises(ValueError, match="is empty: download it again"):
         read_public_checkpoint(path)
     path.write_bytes(whole)
     assert len(read_public_checkpoint(path)) == len(network().state_dict())
@@ -261,7 +261,7 @@ def test_families(tmp_path, name):
         again = import_checkpoint(tmp_path / "ours.pth", name, tmp_path / "again")
         assert same(timm.create_model(f"local-dir:{again}", pretrained=True).state_dict(), model.state_dict())
         torch.save({**state, **model.state_dict()}, tmp_path / "both.pth")
-        with pytest.raises(ValueError, match="under both its public name and ours"):
+        with pytest.raises(ValueError, match="under both names of a pair"):
             import_checkpoint(tmp_path / "both.pth", name, tmp_path / "no")
 
 
@@ -333,7 +333,7 @@ def test_another_architecture(tmp_path, source, target, expected):
     [
         ("cifar_resnet8x5", {}, "unknown model 'cifar_resnet8x5': did you mean"),
         (NAME, {"num_classes": 100}, "num_classes=100: the classifier in .*x.pt has 10 outputs"),
-        (NAME, {"class_names": ["a", "b"]}, "2 class names were given, the classifier in .*x.pt has 10 outputs"),
+        (NAME, {"class_names": ["a", "b"]}, "2 class names, but the classifier in .*x.pt has 10 outputs"),
         (NAME, {"mean": (0.5,)}, r"mean=\(0.5,\): expected one value for each of the 3 channels"),
         (NAME, {"std": (0.5, 0.5, 0)}, r"std=\(0.5, 0.5, 0.0\): expected finite values above 0"),
         (NAME, {"mean": (0.5, float("nan"), 0.5)}, "mean=.* expected finite values"),

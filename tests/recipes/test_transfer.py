@@ -294,7 +294,7 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 
 def test_networks_that_cannot_do_it_are_refused(small_data, tmp_path, capsys):
     options = {"output": tmp_path / "run", "train_only": "classifier", "img_size": 32}
-    with pytest.raises(ValueError, match="test_vit has no BatchNorm whose statistics could follow the images"):
+    with pytest.raises(ValueError, match="test_vit has no BatchNorm whose statistics could be updated"):
         mgd_timm.train("test_vit", str(small_data), adapt_batchnorm=True, **options)
     model = load_model("embedded")
     model.reset_classifier(0)

@@ -17,7 +17,7 @@ import mgd_timm
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
-from mgd_timm.models.build import build_tap
+from mgd_timm.features import FeatureTap
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.run import run
@@ -281,7 +281,7 @@ def test_a_stage_sees_maps_of_a_teacher_whose_folding_was_checked_on_them():
     size = (3, 32, 32)
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     for preact, cam in ((False, True), (True, False)):
-        tap = build_tap(model, size, "all", preact=preact, cam=cam).eval()
+        tap = FeatureTap(model, "all", input_size=size, preact=preact, cam=cam).eval()
         twin = fold_batchnorm(tap)
         assert twin is not None
         one, two = tap(images), twin(images)

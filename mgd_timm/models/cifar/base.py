@@ -286,10 +286,9 @@ def register(
 
 
 def _entry_point(kind: type[CifarNet], name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    # timm's own out_indices may reach past feature_info.
-    feature_cfg = {"out_indices": tuple(range(len(kind.map_modules))), **kind.feature_cfg}
-
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        # timm changes this dict, and its own out_indices may reach past feature_info.
+        feature_cfg = {"out_indices": tuple(range(len(kind.map_modules))), **kind.feature_cfg}
         return build_model_with_cfg(kind, name, pretrained, feature_cfg=feature_cfg, **options, **kwargs)
 
     build.__name__, build.__module__ = name, kind.__module__

@@ -61,13 +61,11 @@ class CifarMobileNetV2(CifarNet):
         groups: list[nn.Sequential] = []
         widths: list[int] = []
         for index, (full, count, stride) in enumerate(_GROUPS):
-            blocks = []
-            for block in range(count):
-                blocks.append(
-                    InvertedResidual(channels, int(full * width), 1 if block else stride, expansion if index else 1)
-                )
-                channels = int(full * width)
+            group_width, factor = int(full * width), expansion if index else 1
+            blocks = [InvertedResidual(channels, group_width, stride, factor)]
+            blocks += [InvertedResidual(group_width, group_width, 1, factor) for _ in range(count - 1)]
             groups.append(nn.Sequential(*blocks))
+            channels = group_width
             widths.append(channels)
         self.blocks = nn.Sequential(*groups)
         self.conv2 = nn.Sequential(*conv_bn(channels, 1280, 1), nn.ReLU(inplace=True))
@@ -79,7 +77,6 @@ class CifarMobileNetV2(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's layer groups, for layer-wise learning rates."""
         blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
         return {"stem": r"^conv1", "blocks": [(blocks, None), (r"^conv2", (99999,))]}
 

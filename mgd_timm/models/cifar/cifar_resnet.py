@@ -22,9 +22,7 @@ class BasicBlock(Block):
         self.conv1, self.bn1 = conv_bn(in_chs, out_chs, 3, stride)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2, self.bn2 = conv_bn(out_chs, out_chs, 3)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_chs != out_chs:
-            self.downsample = nn.Sequential(*conv_bn(in_chs, out_chs, 1))
+        self.downsample = nn.Sequential(*conv_bn(in_chs, out_chs, 1)) if stride != 1 or in_chs != out_chs else None
         self.stride = stride
         self.act2 = nn.ReLU(inplace=True)
 

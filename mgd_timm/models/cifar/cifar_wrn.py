@@ -86,7 +86,6 @@ class CifarWRN(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's layer groups, for layer-wise learning rates."""
         blocks = r"^block(\d+)" if coarse else r"^block(\d+)\.layer\.(\d+)"
         return {"stem": r"^conv1", "blocks": [(blocks, None), (r"^bn1", (99999,))]}
 
