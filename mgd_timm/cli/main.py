@@ -72,8 +72,8 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
             leave()
     except KeyboardInterrupt as stop:
-        message = str(stop) or "interrupted; --resume continues from the newest checkpoint, if there is one"
-        print(f"\n{name}: {message}", file=sys.stderr)
+        reason = str(stop) or "interrupted; --resume continues from the newest checkpoint, if there is one"
+        print(f"\n{name}: {reason}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)

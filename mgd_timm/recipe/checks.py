@@ -150,8 +150,8 @@ def check_teachers(recipe: "Recipe") -> None:
     """Raise ValueError for options of a teacher, of one teacher, of several or of stored outputs without these."""
     teachers = recipe.teacher
     if teachers is None:
-        names = ("teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size")
-        names += ("teacher_resize", "teacher_store", "shard_teacher")
+        names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
@@ -161,7 +161,7 @@ def check_teachers(recipe: "Recipe") -> None:
     else:
         _refuse(recipe, ("teacher_weights",), "it is for several teachers, and there is one", ", or give --kd-weight")
     if recipe.teacher_store is None:
-        names = ("teacher_augmentations", "teacher_augmentation_seed", "teacher_top_k")
+        names = ["teacher_augmentations", "teacher_augmentation_seed", "teacher_top_k"]
         _refuse(recipe, names, "it is for stored teacher outputs only", ", or give --teacher-store FOLDER")
     else:
         _refuse(recipe, ("shard_teacher",), f"teacher_store={recipe.teacher_store!r} replaces the teacher in memory")

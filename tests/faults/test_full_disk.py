@@ -213,8 +213,6 @@ def test_a_full_disk_ends_two_processes(tiny_flags: list[str], tmp_path: Path, r
         assert None not in codes, ranks.said(1)
         assert 0 not in codes
         assert "no space left to write" in ranks.said(0)
-        assert number == 1 or "no space left to write" in ranks.said(
-            1
-        )  # rank 0's error, where they act together
+        assert number == 1 or "no space left to write" in ranks.said(1)  # rank 0's error, where they act together
         check_whole(place)
         report(f"full disk: two processes at write {number}: both ended after {time.monotonic() - began:.0f} s")
