@@ -2,10 +2,10 @@
 
     accelerate launch recipes/transfer.py --student RUN_OR_EXPORT_FOLDER --data-dir FOLDER [--preset tiny-imagenet]
 
-Its accuracy measures how general the student's embedding is. The protocol is that of CRD and of the paper's code: images
-of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and ShuffleNet) times
-0.1 at epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the learning rate, no
-flips.
+Its accuracy measures how general the student's embedding is. The protocol is that of CRD and of the paper's code:
+images of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and ShuffleNet)
+times 0.1 at epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the learning rate,
+no flips.
 
 Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), the section on transfer.
 Differs: their BatchNorm stays in training mode, so that its statistics follow the new images; here it is in eval mode,
