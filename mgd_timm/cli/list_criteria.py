@@ -45,7 +45,7 @@ def paper(kind: type[Criterion]) -> str:
 
 
 def requirements(kind: type[Criterion]) -> list[str]:
-    """Return the inputs and fitting that a method needs beside the student's logits, in words."""
+    """Return the inputs and fitting that a method needs besides the student's logits, in words."""
     words = {"maps": "maps before their activation" if kind.preact else "maps", "cams": "class activation maps"}
     found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
     found += [f"the student's {part}" for part in sorted(kind.student_needs)]
@@ -252,14 +252,14 @@ def _plain(text: str) -> str:
 
 
 def _section(kind: type) -> str:
-    shown = []
+    parts = []
     for text in map(_plain, paragraphs(kind)):
         if not text.startswith(("Args:", "Raises:")):
             word = re.match(r"(Reference|Weight|Differs): ", text)
-            shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
+            parts.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
     if issubclass(kind, Criterion) and hyper_parameters(kind):
-        shown.append("Options:\n\n" + "\n".join(_options(kind)))
-    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in shown) + "\n"
+        parts.append("Options:\n\n" + "\n".join(_options(kind)))
+    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in parts) + "\n"
 
 
 def _options(kind: type[Criterion]) -> Iterator[str]:

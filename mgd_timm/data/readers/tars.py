@@ -1,7 +1,7 @@
 """Tar files, read without unpacking them: an index says where each image starts.
 
 Three layouts: class folders in a tar (train.tar, val.tar), a tar for each class (train/n01440764.tar, or all of them in
-one tar, as ImageNet is published), and webdataset shards, whose images have a label beside them (1.jpg with 1.cls,
+one tar, as ImageNet is published), and webdataset shards, whose images have label files (1.jpg with 1.cls,
 1.json or 1.txt).
 """
 
@@ -129,18 +129,18 @@ def _read(
         torch.cat([index.tensors["index"][part] for index in indices]).numpy() for part in ("offsets", "sizes")
     )
     names = [name for index in indices for name in index.values["names"]]
-    beside = [label for index in indices for label in index.values["labels"]]
+    label_texts = [label for index in indices for label in index.values["labels"]]
     if not names:
         raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
-    if any(beside):
+    if any(label_texts):
         key = data.target_key or "label"
-        words = [_label_beside(text, name, paths[i], key) for text, name, i in zip(beside, names, tar, strict=True)]
+        words = [_parse_label(text, name, paths[i], key) for text, name, i in zip(label_texts, names, tar, strict=True)]
     else:
         words = [_class_folder(paths[i], name) for name, i in zip(names, tar, strict=True)]
         order = sorted(range(len(names)), key=lambda i: (words[i], names[i]))
         tar, offsets, sizes = tar[order], offsets[order], sizes[order]
         names, words = [names[i] for i in order], [words[i] for i in order]
-    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(beside))
+    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(label_texts))
     return TarRows(paths, tar, offsets, sizes, names, split, labels, names_of_classes)
 
 
@@ -172,7 +172,7 @@ def _class_folder(path: Path, name: str) -> str:
     return path.stem
 
 
-def _label_beside(text: str, name: str, path: Path, key: str) -> str:
+def _parse_label(text: str, name: str, path: Path, key: str) -> str:
     """Return the label in an image's label file."""
     kind, _, value = text.partition(" ")
     if not kind:
