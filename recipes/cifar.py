@@ -1,14 +1,13 @@
-"""The paper's CIFAR protocol, whole: teacher, granularity heads, student; each stage reused where its recipe and data
-are the same.
+"""The paper's CIFAR protocol: train the teacher, fit granularity heads, distil the student. A stage of the same recipe
+and data is reused.
 
     accelerate launch recipes/cifar.py --pair resnet32x4-resnet8x4
     accelerate launch recipes/cifar.py --pair wrn_40_2-wrn_16_2 --method mag --criterion at --data-dir cifar100
     accelerate launch recipes/cifar.py --pair vgg13-vgg8 --epochs 30 --amp --compile
 
-The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: a schedule of an eighth, its milestones too. Every flag
-of `mgd-timm distill` but --peer and --resume is here as well and replaces the protocol's value for the student; --amp,
---compile and --channels-last hold for the teacher too. A flag that is left out has the protocol's value. A stopped run
-goes on when the same command is given again.
+The first: MAS+KD, 240 epochs, CIFAR-100 from the hub; the last: an eighth of the schedule. The recipe takes every flag
+of `mgd-timm distill` but --peer and --resume, which replaces the protocol's value for the student; --amp, --compile and
+--channels-last apply to the teacher too. The same command continues a stopped run.
 """
 
 import json
@@ -50,7 +49,7 @@ _FAST = ("amp", "amp_dtype", "channels_last", "compile", "validation_batch_size"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
+    """Return the exit code: 0, 1 for a failure, 130 or 143 after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = run_parser("recipes/cifar.py", distill=True, without=_WITHOUT)
     group = parser.add_argument_group("protocol")
@@ -58,18 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--pair", type=str, default="resnet32x4-resnet8x4", help=f"teacher and student: {', '.join(presets.PAIRS)}"
     )
     group.add_argument(
-        "--teacher-epochs", type=int | None, default=None, help="of the teacher's training; default: --epochs"
+        "--teacher-epochs", type=int | None, default=None, help="epochs of the teacher's training; default: --epochs"
     )
     group.add_argument(
-        "--teacher-seed", type=int, default=0, help="of the teacher's training; with --val-split: the student's"
+        "--teacher-seed", type=int, default=0, help="random seed of the teacher's training; with --val-split: --seed"
     )
     given = given_options(parser, words)
     return guarded("recipes/cifar.py", lambda: print_result(*distil(given)))
 
 
 def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
-    """Carry out the stages; gives the pair's name and the folders of the student and of the teacher that was trained
-    for it."""
+    """Run the stages. Return the pair's name, the student's folder, and the teacher's if it was trained here."""
     name = given.get("pair", "resnet32x4-resnet8x4")
     network, student = presets.pair(name)
     student = given.get("student", student)
@@ -87,7 +85,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     if teacher is None:
         options = presets.training_options(network, given.get("teacher_epochs", epochs), classes=classes) | data
         options |= {key: given[key] for key in _FAST if key in given}
-        # A validation cut follows the seed: the teacher must not have trained on what the student is validated on.
+        # The validation split depends on the seed: the teacher must not train on the student's validation images.
         own_seed = seed if given.get("val_split") else given.get("teacher_seed", 0)
         folder = cifar.teacher_stage(root, network, {**options, "seed": own_seed})
         teacher = str(folder)
@@ -95,7 +93,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
     heads_epochs = given.get("heads_epochs", max(1, presets.HEADS_EPOCHS * epochs // presets.EPOCHS))
     protocol |= presets.distillation_options() | presets.heads_options(heads_epochs)
     if given.get("teacher_store") and not given.get("teacher_top_k"):
-        # What the store holds need not be shown to the teacher again: the heads' passes go over its views.
+        # The heads are fitted on the outputs in the store.
         protocol |= {
             "heads_protocol": "stored",
             "heads_augmentations": min(heads_epochs, given.get("teacher_augmentations", epochs)),
@@ -106,7 +104,7 @@ def distil(given: dict[str, Any]) -> tuple[str, Path, Path | None]:
 
 
 def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
-    """What criteria refuse about the pair is said before the teacher is trained."""
+    """Raise ValueError for a criterion that cannot be built for the pair, before the teacher is trained."""
     teacher, student = (build_model(name, images.input_size, images.num_classes) for name in (network, recipe.student))
     connection = Connection(teacher, student, images.input_size, recipe.maps, images.num_samples)
     terms = terms_of(recipe)
@@ -115,23 +113,19 @@ def _check_criteria(recipe: Recipe, network: str, images: Images) -> None:
 
 
 def print_result(name: str, student: Path, teacher: Path | None) -> None:
-    """Say what the student reached, in the main process."""
+    """Print the accuracies in the main process."""
     summary = json.loads((student / "summary.json").read_text())
-    above = (
-        json.loads((teacher / "summary.json").read_text())["top1"]
-        if teacher is not None
-        else summary.get("teacher_top1")
-    )
-    tops = ", ".join(
+    teachers = summary.get("teacher_top1")
+    if teacher is not None:
+        teachers = json.loads((teacher / "summary.json").read_text())["top1"]
+    tops = [
         "without logits" if top1 is None else f"{top1:.2f} %"
-        for top1 in (above if isinstance(above, list) else [above])
+        for top1 in (teachers if isinstance(teachers, list) else [teachers])
+    ]
+    join().print(
+        f"\n{name}: teacher {', '.join(tops)}, student {summary['top1']:.2f} % after the last epoch, best "
+        f"{summary['best_top1']:.2f} %\nstudent: {student / 'export'}"
     )
-    say = join().print
-    say(
-        f"\n{name}: teacher {tops}, student {summary['top1']:.2f} % after the last epoch, best "
-        f"{summary['best_top1']:.2f} %"
-    )
-    say(f"student: {student / 'export'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cut the package's embedded data set from Fashion-MNIST: 1,000 training and 400 test images of each of its 10 classes.
+"""Take the package's embedded data set from Fashion-MNIST: 1,000 training and 400 test images of each of 10 classes.
 
     python recipes/embedded_data.py FOLDER [--full OUT]
 
@@ -23,7 +23,7 @@ SPLITS = {"train": ("train", 1000), "test": ("t10k", 400)}
 
 
 def read(folder: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, 28, 28] and labels [n], uint8, of one split in the official order."""
+    """Return images [n, 28, 28] and labels [n], uint8, of one split in the official order."""
 
     def idx(name: str, header: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress((folder / f"{stem}-{name}.gz").read_bytes()), np.uint8)[header:]

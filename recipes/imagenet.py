@@ -1,23 +1,19 @@
 """ImageNet, and data sets of its kind: published pairs of teacher and student with their published schedules.
 
     accelerate launch recipes/imagenet.py --data-dir /data/imagenet
-    accelerate launch recipes/imagenet.py --pair resnet50-mobilenet --method none --criterion kd --data-dir
-    /data/imagenet accelerate launch recipes/imagenet.py --student resnet18 --teacher resnet34.a1_in1k --data-dir DIR
-    --epochs 30 --amp python recipes/imagenet.py --list
+    accelerate launch recipes/imagenet.py --data-dir DIR --pair resnet50-mobilenet --method none --criterion kd
+    accelerate launch recipes/imagenet.py --data-dir DIR --student resnet18 --teacher resnet34.a1_in1k --epochs 30 --amp
+    python recipes/imagenet.py --list
 
-Every flag of `mgd-timm distill` is here as well and replaces the pair's value; a flag that is left out has the pair's,
-or its default. A pair is networks, schedule and augmentation; the method is the package's default, mas with kd, where
-the pair names none.
+A pair sets networks, schedule and augmentation. The recipe takes every flag of `mgd-timm distill`, which replaces the
+pair's value. The default method is the package's, mas with kd, unless the pair sets one. The pair's stochastic depth
+applies to its own student only; for another one, give --drop-path.
 
-Stochastic depth is of the pair's own student: to another one give --drop-path.
-
-The batch of an update is the pair's whatever the number of processes. With another (--global-batch-size, or
---batch-size and --grad-accum-steps), the learning rate follows it in proportion, unless --lr is given. With --epochs
-alone a schedule keeps its shape: a decay comes at the same share of its length, and the warm-up is at most a tenth of
-it.
+The global batch is the pair's on any number of processes. With another (--global-batch-size, or --batch-size and
+--grad-accum-steps), the learning rate is scaled in proportion, unless --lr is given. With --epochs the schedule keeps
+its shape: a decay comes at the same share of the epochs, and the warm-up is at most a tenth of them.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,15 +25,15 @@ from mgd_timm.cli.parser import given_options, run_parser
 from mgd_timm.distributed.collectives import join
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.options import flag, unknown
 from mgd_timm.recipe.recipe import PROCESS_TIMEOUT, Recipe, make_recipe
 
-LARGEST = 256  # images per process and step, where a pair's batch leaves the choice
+LARGEST_BATCH = 256  # images per process and step, without --batch-size
 COMMON: dict[str, Any] = {
     "output": "runs/imagenet",
     "img_size": 224,
     "workers": 8,
-    # One view: what a teacher shows of 1.28 million images four times would take tens of gigabytes.
+    # Four augmentations of 1.28 million images would take tens of gigabytes.
     "heads_augmentations": 1,
 }
 SGD: dict[str, Any] = {
@@ -55,7 +51,7 @@ SGD: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student, images per update, options of `make_recipe`, where they are from, and what differs there."""
+    """Teacher and student, images per update, options of `make_recipe`, their source, and what differs from it."""
 
     teacher: str
     student: str
@@ -72,7 +68,7 @@ PAIRS = {
         256,
         SGD,
         "the pair of most papers since AT (Zagoruyko, Komodakis, arXiv 1612.03928), with the schedule of PyTorch's "
-        "ImageNet example, the rate a tenth from epochs 30, 60 and 90 on",
+        "ImageNet example: the learning rate divided by 10 at epochs 30, 60 and 90",
         "nothing known; some of the papers' codes add colour jitter (--color-jitter 0.4).",
     ),
     "resnet50-mobilenet": Pair(
@@ -142,16 +138,16 @@ PAIRS = {
         "a patient and consistent teacher (Beyer et al., arXiv 2106.05237): one crop for both, mixed with a uniform "
         "coefficient, no labels, a long schedule; from 300 to 9600 epochs in the paper, 1200 are its code's middle "
         "ground (--epochs)",
-        "their weight decay of 0.0003 does not go with the learning rate, as AdamW's does: 0.01 x 0.03 is the same. "
-        "They warm up over 5000 updates (16 epochs) and hold 2 % of the training images out; their best number is of "
-        "another optimizer (Shampoo) and of 9600 epochs.",
+        "their weight decay of 0.0003 is not multiplied by the learning rate, as AdamW's is: 0.01 x 0.03 is the same. "
+        "They warm up over 5000 updates (16 epochs) and hold out 2 % of the training images; their best result uses "
+        "another optimizer (Shampoo) and 9600 epochs.",
     ),
 }
 DEFAULT = "resnet34-resnet18"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
+    """Return the exit code: 0, 1 for a failure, 130 or 143 after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--list" in words:
         print("\n".join(listed(name, pair) for name, pair in PAIRS.items()))
@@ -161,13 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group.add_argument(
         "--pair", type=str, default=DEFAULT, help=f"networks, schedule and augmentation of: {', '.join(PAIRS)}"
     )
-    group.add_argument("--list", action="store_true", help="print the pairs, where they are from and what differs")
+    group.add_argument("--list", action="store_true", help="print the pairs, their sources and what differs from them")
     given = given_options(parser, words)
     return guarded("recipes/imagenet.py", lambda: distil(given))
 
 
 def distil(given: dict[str, Any]) -> None:
-    """Carry out the run of a pair with what the user gave."""
+    """Run a pair with the given options."""
     accelerator = join(given.get("process_timeout", PROCESS_TIMEOUT))
     options = options_of(with_batch_of_run(given), accelerator.num_processes)
     accelerator.print(
@@ -178,8 +174,7 @@ def distil(given: dict[str, Any]) -> None:
 
 
 def with_batch_of_run(given: dict[str, Any]) -> dict[str, Any]:
-    """What the user gave, and the global batch of the run that it continues, on whatever number of processes it was
-    started."""
+    """Return the given options with the global batch of the run that --resume continues, on any number of processes."""
     folder = Path(given.get("output", Recipe.output))
     if not given.get("resume") or not (folder / "recipe.yaml").is_file():
         return given
@@ -187,7 +182,7 @@ def with_batch_of_run(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Options of `make_recipe`: the pair's, adapted to batch and epochs, under those that are given.
+    """Return options of `make_recipe`: the given ones, else the pair's, adapted to batch size and epochs.
 
     Raises:
         ValueError: No such pair.
@@ -200,24 +195,23 @@ def options_of(given: dict[str, Any], processes: int) -> dict[str, Any]:
     if given.get("peer") is not None:
         options.pop("teacher")
     if given.get("student", pair.student) != pair.student:
-        options.pop("drop_path", None)  # which not every network takes
-    size = options["batch_size"] = given.get("batch_size", max(2, min(LARGEST, -(-pair.batch // processes))))
+        options.pop("drop_path", None)  # not every network takes it
+    size = options["batch_size"] = given.get("batch_size", max(2, min(LARGEST_BATCH, -(-pair.batch // processes))))
     steps = given.get("grad_accum_steps")
-    whole = given.get("global_batch_size", size * processes * steps if steps is not None else pair.batch)
-    options["global_batch_size"] = whole
-    options["lr"] *= whole / pair.batch
-    epochs, whole = given.get("epochs", options["epochs"]), options["epochs"]
+    global_batch = given.get("global_batch_size", size * processes * steps if steps is not None else pair.batch)
+    options["global_batch_size"] = global_batch
+    options["lr"] *= global_batch / pair.batch
+    epochs = given.get("epochs", options["epochs"])
     if "decay_epochs" in options:
-        options["decay_epochs"] *= epochs / whole
+        options["decay_epochs"] *= epochs / options["epochs"]
     if "warmup_epochs" in options:
         options["warmup_epochs"] = min(options["warmup_epochs"], epochs // 10)
     return {**options, **{key: value for key, value in given.items() if key not in ("pair", "list")}}
 
 
 def listed(name: str, pair: Pair) -> str:
-    """A pair in a few lines."""
-    values = dataclasses.asdict(pair)["options"]
-    flags = " ".join(_flag(key, value) for key, value in values.items())
+    """Return a description of a pair."""
+    flags = " ".join(_flag(key, value) for key, value in pair.options.items())
     return (
         f"{name}\n  teacher {pair.teacher}, student {pair.student}, {pair.batch} images per update\n  {flags}\n"
         f"  from: {pair.source}.\n  differs: {pair.differs}\n"
@@ -225,9 +219,8 @@ def listed(name: str, pair: Pair) -> str:
 
 
 def _flag(name: str, value: Any) -> str:
-    """An option as the command line has it."""
     words = [str(part) for part in value] if isinstance(value, tuple) else [] if value is True else [str(value)]
-    return " ".join([f"--{name.replace('_', '-')}", *words])
+    return " ".join([flag(name), *words])
 
 
 if __name__ == "__main__":

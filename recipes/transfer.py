@@ -1,17 +1,17 @@
-"""Transfer: a distilled student's backbone, frozen, under a fresh linear classifier for another data set.
+"""Transfer: train a new linear classifier for another data set on a distilled student's frozen backbone.
 
     accelerate launch recipes/transfer.py --student RUN_OR_EXPORT_FOLDER --data-dir FOLDER [--preset tiny-imagenet]
 
-How good the classifier gets says how general the student's embedding is. The protocol is that of CRD and of the paper's
-code: images of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and
-ShuffleNet) times 0.1 at epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the
-learning rate, no flips.
+Its accuracy measures how general the student's embedding is. The protocol is that of CRD and of the paper's code:
+images of 32 pixels, 50 epochs of cross-entropy, momentum 0.9, learning rate 0.02 (0.01 for MobileNetV2 and ShuffleNet)
+times 0.1 at epochs 20 and 25, weight decay 5e-4, batches of 64. Tiny-ImageNet: batches of 128, twice the learning rate,
+no flips.
 
-Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), its part on transfer.
-Differs: their BatchNorm goes on in training mode, so that its statistics follow the new images; here it is in eval
-mode, a true linear probe, unless --adapt-batchnorm is given. They normalise by the new images' mean and std, here by
-the student's own, which its backbone was trained with. They report the best epoch on the test images; here that is
-best_top1, and top1 the last epoch's.
+Reference: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), the section on transfer.
+Differs: their BatchNorm stays in training mode, so that its statistics follow the new images; here it is in eval mode,
+a true linear probe, unless --adapt-batchnorm is given. They normalise by the new images' mean and std; here by those
+that the student was trained with. They report the best epoch on the test images; here that is best_top1, and top1 is
+that of the last epoch.
 """
 
 import argparse
@@ -42,17 +42,17 @@ EPOCHS, MILESTONES, PIXELS = 50, (20, 25), 32
 
 
 def base_lr(architecture: str) -> float:
-    """The learning rate at a batch of 64: lower for two families, as in every stage of the paper."""
+    """Return the learning rate at batch size 64, which is lower for two families, as in every stage of the paper."""
     return 0.01 if re.search("mobilenet_?v2|shuffle", architecture) else 0.02
 
 
 def milestones(epochs: int) -> tuple[int, ...]:
-    """Epochs at which the learning rate falls, in proportion to the number of epochs."""
+    """Return the epochs at which the learning rate decays, in proportion to the number of epochs."""
     return tuple(math.ceil(at * epochs / EPOCHS) for at in MILESTONES)
 
 
 def options_for(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `mgd_timm.train` for this student: what is given, else the preset's."""
+    """Return the options of `mgd_timm.train` for this student: the given ones, else the preset's."""
     config = getattr(model, "pretrained_cfg", {}) or {}
     inputs = get_model_input_config(model)
     channels, height = inputs["input_size"][:2]
@@ -91,8 +91,8 @@ def transfer(args: argparse.Namespace) -> None:
     """Train the student's new classifier."""
     model = load_model(args.student)
     options = options_for(model, args)
-    recipe = make_recipe(teacher=None, **options)  # refuses what is out of range before an image is read
-    # The processes wait for the one that decodes the images; they are set up as the run will have them.
+    recipe = make_recipe(teacher=None, **options)  # refuses wrong options before images are read
+    # `join` sets up the processes as the run does: they wait for the one that decodes the images.
     images = load_images(recipe.data, recipe.seed, log=lambda _: None, main_first=partial(local_main_first, join()))
     set_seed(recipe.seed, 3)
     model.reset_classifier(images.num_classes)  # type: ignore[operator]  # timm's, of every classifier
@@ -100,7 +100,7 @@ def transfer(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Gives the exit code: 0, 1 for what failed, 130 or 143 after a signal."""
+    """Return the exit code: 0, 1 for a failure, 130 or 143 after a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--student", required=True, help="run folder, exported folder, hf-hub:ID, or timm name with weights"
@@ -109,12 +109,14 @@ def main() -> int:
     place.add_argument("--data-dir", help="folder of parquet files, or of images in class folders")
     place.add_argument("--dataset", help="hub id, or 'embedded'")
     parser.add_argument("--preset", choices=PRESETS, default="stl10", help="default: stl10, for any small images")
-    parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}; the milestones move in proportion"
-    )
-    parser.add_argument("--lr", type=float, help="default: the preset's and the student's")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}; the milestones scale with them")
+    parser.add_argument("--lr", type=float, help="learning rate; default: by preset and student")
     parser.add_argument("--batch-size", type=int, help="images per process and step; default: the preset's")
-    parser.add_argument("--img-size", type=int, help=f"default: {PIXELS}, or what the student is fixed to")
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        help=f"image side in pixels; default: {PIXELS}, or the student's fixed size",
+    )
     parser.add_argument(
         "--adapt-batchnorm", action="store_true", help="let BatchNorm's statistics follow the new images"
     )

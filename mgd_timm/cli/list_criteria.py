@@ -1,4 +1,4 @@
-"""Describe the criteria from their docstrings: the table of `mgd-timm list criteria`, and docs/methods.md."""
+"""Describe the criteria by their docstrings: the table of `mgd-timm list criteria`, and docs/methods.md."""
 
 import inspect
 import re
@@ -24,18 +24,18 @@ from mgd_timm.recipe.options import flag
 
 
 def paragraphs(kind: type) -> list[str]:
-    """Return the paragraphs of a class's docstring, each in one line but for lists of arguments and errors."""
+    """Return the paragraphs of a class's docstring, each in one line except for "Args:" and "Raises:"."""
     blocks = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
     return [block if block.startswith(("Args:", "Raises:")) else " ".join(block.split()) for block in blocks]
 
 
 def labelled(kind: type, label: str) -> str:
-    """Return the paragraph of a docstring that begins with "LABEL: ", without it; empty where there is none."""
+    """Return the paragraph of a docstring that begins with "LABEL: ", without the label, or ""."""
     return next((text.removeprefix(f"{label}: ") for text in paragraphs(kind) if text.startswith(f"{label}: ")), "")
 
 
 def paper(kind: type[Criterion]) -> str:
-    """Return the authors of a method's paper, with its arXiv number or where it appeared."""
+    """Return the authors of a method's paper, with its arXiv number or venue."""
     reference = labelled(kind, "Reference")
     authors, _, rest = reference.partition(' "')
     names = [name for name in authors.rstrip(",").split(", ") if name]
@@ -45,7 +45,7 @@ def paper(kind: type[Criterion]) -> str:
 
 
 def requirements(kind: type[Criterion]) -> list[str]:
-    """Return what a method needs beside the student's logits, in words."""
+    """Return the inputs and fitting that a method needs besides the student's logits, in words."""
     words = {"maps": "maps before their activation" if kind.preact else "maps", "cams": "class activation maps"}
     found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
     found += [f"the student's {part}" for part in sorted(kind.student_needs)]
@@ -55,17 +55,17 @@ def requirements(kind: type[Criterion]) -> list[str]:
 
 
 class Connection:
-    """The shapes that each criterion would get of a teacher and a student.
+    """The shapes that each criterion gets of a teacher and a student.
 
     Args:
-        teacher: A model; its weights do not matter. One of a fixed input size sees images in that size, as in a run.
-        student: A model of as many classes.
+        teacher: A model with any weights. One with a fixed input size gets images of that size, as in a run.
+        student: A model with as many classes.
         input_size: (channels, height, width) of the images.
         maps: Which maps: stages, last, mid, all, or a number of them.
-        num_samples: Number of training images, which CRD's memory banks are sized by.
+        num_samples: Number of training images, which sets the size of CRD's memory banks.
 
     Raises:
-        ValueError: A network that cannot be tapped, a student without a classifier, or another word.
+        ValueError: A network that cannot be tapped, a student without a classifier, or unknown `maps`.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Connection:
         return self._seen[key]
 
     def pair(self, name: str) -> Pair:
-        """Return the shapes that a criterion would be built from.
+        """Return the shapes that a criterion is built from.
 
         Raises:
-            ValueError: A network that cannot show what the criterion reads.
+            ValueError: A network does not have the outputs that the criterion reads.
         """
         kind = CRITERIA[name]
         reads = (kind.needs | kind.student_needs, kind.needs)
@@ -106,7 +106,7 @@ class Connection:
         """Build a criterion for this pair.
 
         Raises:
-            ValueError: The criterion cannot be built for this pair; the message says why.
+            ValueError: The criterion cannot be built for this pair.
         """
         return CRITERIA[name](self.pair(name))
 
@@ -121,18 +121,18 @@ def connect(
     in_chans: int | None = None,
     num_classes: int | None = None,
 ) -> Connection:
-    """Connect a teacher and a student by name: with random weights, or as a run or an export left them.
+    """Connect a teacher and a student by name, with random weights or those of a run or an export.
 
-    What is not given is that of trained networks, else 100 classes and the student's nominal image.
+    The other values default to those of trained networks, else to 100 classes and the student's nominal input size.
 
     Args:
         teacher: A timm name, or a model as `load_model` takes it.
         student: As `teacher`.
-        maps: As of `Connection`.
-        num_samples: As of `Connection`.
+        maps: As for `Connection`.
+        num_samples: As for `Connection`.
         img_size: Side of the images in pixels.
         in_chans: Channels of the images.
-        num_classes: Classes of the data.
+        num_classes: Number of classes of the data.
 
     Raises:
         ValueError: An unknown name, a number out of range, or networks that were trained for other classes.
@@ -146,7 +146,7 @@ def connect(
     counts = {int(getattr(model, "num_classes", 0)) for model in trained.values()} - {0}
     if len(counts | ({num_classes} - {None})) > 1:
         raise ValueError(
-            f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, and all must agree."
+            f"num_classes={num_classes}: the networks were trained for {sorted(counts)} classes, expected one number."
         )
     classes = num_classes or next(iter(counts), 100)
     (own, _), (theirs, fixed) = (_nominal_input(name, trained.get(name)) for name in (student, teacher))
@@ -161,16 +161,11 @@ def connect(
 
 
 def _is_trained(name: str) -> bool:
-    """Whether a name is that of a model with weights, else of an architecture."""
     return name == "embedded" or Path(name).exists() or ":" in name
 
 
 def _nominal_input(name: str, model: nn.Module | None) -> tuple[tuple[int, int, int], bool]:
-    """Return the input size of a model or an architecture, and whether it takes no other.
-
-    Raises:
-        ValueError: An unknown architecture.
-    """
+    """Return the input size of a model or an architecture, and whether it takes no other."""
     if model is not None:
         known = get_model_input_config(model)
         return known["input_size"], known["fixed_input_size"]
@@ -180,7 +175,7 @@ def _nominal_input(name: str, model: nn.Module | None) -> tuple[tuple[int, int, 
 
 
 def table(connection: Connection) -> Iterator[str]:
-    """Yield the lines of `mgd-timm list criteria`: the criteria with their remarks, then why some are refused."""
+    """Yield the lines of `mgd-timm list criteria`: the criteria with their remarks, then the reasons of refusals."""
     width = max(map(len, CRITERIA))
     needed = max(len(", ".join(requirements(kind))) for kind in CRITERIA.values())
     yield f"{'name':{width}} {'weight':>8}  {'extra parameters':>16}  {'needs':{needed}}  paper"
@@ -207,7 +202,7 @@ _HEAD = """# Methods
 After this page you can choose a method, its weight and its options. `mgd-timm list criteria --markdown` writes this
 page from the docstrings.
 
-`mgd-timm list criteria --teacher NAME --student NAME` lists for a pair of yours what each method needs, and why one is
+`mgd-timm list criteria --teacher NAME --student NAME` lists for your pair what each method needs, and why one is
 refused:
 
 ```bash
@@ -223,16 +218,16 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
     --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
-Each goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher (`--peer
-NAME`), with `none` and `mag`. The task's loss is always there (`--task-weight`). `mag` and `mas` add logit KD of
-weight 1 beside another host, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Other
-weights are those of the table. Only what is asked for warms up.
+Each method goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher
+(`--peer NAME`), with `none` and `mag`. The task's loss is always added (`--task-weight`). With other criteria, `mag`
+and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`).
+Other default weights are in the table. Only a term with `:EPOCHS` warms up.
 
-"Local batch": the method compares the samples of a batch, and under several processes it sees those of its own only.
-"Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; of `ab` and
-`fsp`, which fit the student's backbone, nothing else is left in the run. Maps: `--maps stages | last | mid | all | N`;
-RepDistiller's pairing on `cifar_*` networks is `mid`, which `recipes/cifar.py` uses, while `stages` shows the stem's
-map too where it has a resolution of its own.
+"Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
+"Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and
+`fsp` fit the student's backbone and add no loss to the run. Maps: `--maps stages | last | mid | all | N`;
+RepDistiller's pairing on `cifar_*` networks is `mid`, which `recipes/cifar.py` uses; `stages` adds the stem's map if it
+has a resolution of its own.
 
 | name | method | paper | weight | needs |
 |---|---|---|---|---|
@@ -254,19 +249,19 @@ def markdown() -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape text so that Markdown shows a formula as it is, neither as emphasis nor as HTML."""
+    """Escape text so that Markdown shows formulas as they are."""
     return re.sub(r"(?<!\w)_|_(?!\w)|\*", r"\\\g<0>", text).replace("<", "&lt;")
 
 
 def _section(kind: type) -> str:
-    shown = []
+    parts = []
     for text in map(_plain, paragraphs(kind)):
         if not text.startswith(("Args:", "Raises:")):
             word = re.match(r"(Reference|Weight|Differs): ", text)
-            shown.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
+            parts.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
     if issubclass(kind, Criterion) and hyper_parameters(kind):
-        shown.append("Options:\n\n" + "\n".join(_options(kind)))
-    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in shown) + "\n"
+        parts.append("Options:\n\n" + "\n".join(_options(kind)))
+    return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in parts) + "\n"
 
 
 def _options(kind: type[Criterion]) -> Iterator[str]:

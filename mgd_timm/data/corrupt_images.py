@@ -99,34 +99,30 @@ def check_number_of_corrupt(splits: Sequence[CheckedRows], most: int, log: Calla
     return reasons
 
 
-class _Decodes:
-    """`decodes[row]`: the row, or -1 - row where it cannot be decoded."""
+class _Errors:
+    """`errors[row]`: the error of decoding a row, "" if there is none."""
 
     def __init__(self, rows: Rows, in_chans: int) -> None:
         self.rows, self.in_chans = rows, in_chans
 
-    def __getitem__(self, row: int) -> int:
-        return row if _reason(self.rows, row, self.in_chans) is None else -1 - row
+    def __getitem__(self, row: int) -> str:
+        try:
+            self.rows.pixels(row, self.in_chans)
+        except DataError as error:
+            return str(error)
+        return ""
 
 
 def _find_corrupt(rows: Rows, in_chans: int, workers: int) -> dict[int, str]:
     from tqdm import tqdm
 
+    errors = _Errors(rows, in_chans)
     found: dict[int, str] = {}
     keys = [ids.tolist() for ids in torch.arange(len(rows)).split(64)]
     with tqdm(total=len(rows), desc=f"checking {rows.split}", unit="img", leave=False, disable=len(rows) < 2000) as bar:
-        for numbers in read_ahead(_Decodes(rows, in_chans), keys, workers, torch.device("cpu")):
-            for row in (-1 - numbers[numbers < 0]).tolist():
-                reason = _reason(rows, row, in_chans)
-                if reason is not None:  # else reading failed only the first time
-                    found[row] = reason
-            bar.update(len(numbers))
+        for ids, batch in zip(keys, read_ahead(errors, keys, workers, torch.device("cpu")), strict=True):
+            suspects = [row for row, error in zip(ids, batch, strict=True) if error]
+            # Decoded once more, as a disk may fail only once.
+            found |= {row: error for row in suspects if (error := errors[row])}
+            bar.update(len(ids))
     return found
-
-
-def _reason(rows: Rows, row: int, in_chans: int) -> str | None:
-    try:
-        rows.pixels(row, in_chans)
-    except DataError as error:
-        return str(error)
-    return None

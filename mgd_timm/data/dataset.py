@@ -159,7 +159,6 @@ class _Format:
 
 
 def _build(data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows], ids: _Ids, log: Log) -> Images:
-    """Build the sources of a training split and, where there is one, a test split."""
     train, test = splits[0], splits[1] if len(splits) > 1 else None
     first = int(train.readable(torch.arange(len(train.rows)))[0])
     height, width = train.pixels(first, data.in_chans).shape[:2]
@@ -208,7 +207,6 @@ def _build_small(
 
 
 def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
-    """Decode large images in DataLoader workers, epoch by epoch."""
     if data.in_chans not in (1, 3):
         raise DataError(
             f"--in-chans {data.in_chans}: images of more than {SMALL} pixels are read with 1 or 3 channels: give "

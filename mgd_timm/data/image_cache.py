@@ -9,14 +9,13 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from mgd_timm.data.corrupt_images import CheckedRows
 from mgd_timm.data.decode import DataError, resize
@@ -91,16 +90,12 @@ class CachedImages:
 
     def _compare(self, rows: np.ndarray) -> None:
         pixels = self.images.numpy()
-        changed = [row for row in rows.tolist() if _checksum(pixels[row]) != int(self._sums[row]) % 2**64]
+        changed = [row for row in rows.tolist() if xxh3_64_intdigest(pixels[row]) != int(self._sums[row]) % 2**64]
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise CorruptCacheError(
                 f"{self.path} is corrupt (checksum of image {', '.join(map(str, changed[:5]))}{more})"
             )
-
-
-def _checksum(image: Any) -> int:
-    return xxhash.xxh3_64_intdigest(image)
 
 
 def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: Callable[[str], None]) -> CachedImages:
@@ -170,7 +165,7 @@ def load_or_create(
             return CachedImages(path, shape)  # written by another run in the meantime
         images = decode_all()
         rows = images.numpy()
-        sums = np.fromiter((_checksum(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)
+        sums = np.fromiter((xxh3_64_intdigest(row) for row in rows), dtype=np.uint64, count=len(rows)).view(np.int64)
         write_atomically(path, lambda draft: save_file({"images": images, "sums": torch.from_numpy(sums)}, draft))
         log(f"cached {len(images)} images of split {split!r}, {images.numel() / 1e6:.0f} MB")
         try:

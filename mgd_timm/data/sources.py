@@ -75,7 +75,7 @@ class SmallImageSource:
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """Options that an augmentation depends on, beside images, mean, std and size; as JSON values."""
+        """Options that an augmentation depends on besides images, mean, std and size; as JSON values."""
         return {"pad": self.data.pad, "hflip": self.data.hflip, **_erasing_options(self.data)}
 
     def with_seed(self, seed: int) -> "SmallImageSource":
@@ -141,7 +141,7 @@ class LargeImageSource:
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """Options that an augmentation depends on, beside images, mean, std and size; as JSON values."""
+        """Options that an augmentation depends on besides images, mean, std and size; as JSON values."""
         names = ("scale", "ratio", "hflip", "aa", "color_jitter", "interpolation")
         values = {name: getattr(self.data, name) for name in names} | _erasing_options(self.data)
         if self.data.train_interpolation is not None:

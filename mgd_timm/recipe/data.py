@@ -107,7 +107,7 @@ class Data:
     mixup_off_epoch: int = _augment(0, "first epoch without mixup and cutmix; 0: never off", minimum=0)
     aug_repeats: int = _augment(
         0,
-        "repeated augmentation: augmentations per image, in a row; an epoch stays as long and shows fewer images",
+        "repeated augmentation: augmentations per image, in a row; an epoch has as many samples of fewer images",
         minimum=0,
     )
     crop_pct: float | None = option(

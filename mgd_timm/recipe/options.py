@@ -111,8 +111,8 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         elif fits(value, one):
             return value if one is NoneType else one(value)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-    shown = repr(value) if len(repr(value)) < 80 else "(long)"
-    raise ValueError(f"{name}={shown}: expected {words}, not {type(value).__name__}.")
+    text = repr(value) if len(repr(value)) < 80 else "(long)"
+    raise ValueError(f"{name}={text}: expected {words}, not {type(value).__name__}.")
 
 
 def fits(value: Any, kind: type) -> bool:

@@ -135,7 +135,7 @@ class Recipe:
         None, "weight of the labels' loss; default: 0.2 if kd is the only criterion, else 1"
     )
     kd_weight: float | None = _method(
-        None, "weight of logit KD; default: 0.8 as the only criterion, 1 beside others in mag and mas, else 0"
+        None, "weight of logit KD; default: 0.8 as the only criterion, 1 with others in mag and mas, else 0"
     )
     kd_temperature: float = _method(4.0, "temperature of logit KD", above=0)
     smoothing: float = option(0.0, "label smoothing", group="optimisation", minimum=0, below=1, common=True)

@@ -160,7 +160,7 @@ def test_a_killed_worker_ends_the_run_by_name(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(
-        rf"error: a reader of images was ended from outside.*({'|'.join(map(str, killed))}).*Give fewer --workers",
+        rf"error: a DataLoader worker was killed.*use fewer --workers.*({'|'.join(map(str, killed))})",
         errors,
     )
     assert "Error in" not in errors

@@ -215,8 +215,8 @@ def test_small_images_refuse_what_only_large_ones_have(thumbnails: Path) -> None
         ({"reprob": 1.5}, "reprob=1.5: expected 0 to 1"),
         ({"mixup": -1.0}, "mixup=-1.0: expected 0 or more"),
         ({"aug_repeats": -1}, "aug_repeats=-1"),
-        ({"streaming": True, "val_split": 0.1}, "val_split=0.1 needs any image at any time"),
-        ({"num_samples": 10}, "num_samples=10 is for streamed images"),
+        ({"streaming": True, "val_split": 0.1}, "val_split=0.1: it needs random access to the images"),
+        ({"num_samples": 10}, "num_samples=10: it is for streamed images only"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, object], said: str) -> None:

@@ -46,19 +46,19 @@ from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
         ({"decay_milestones": "a"}, "decay_milestones='a': expected tuple[float, ...] | None, not str"),
         (
             {"sched": "multistep", "decay_milestones": (150, 180)},
-            "decay_milestones=(150.0, 180.0): none is reached in epochs=20, so the learning rate would never decay. "
-            "Give smaller ones, or leave --decay-milestones out: the default follows the length",
+            "decay_milestones=(150.0, 180.0): all are after epochs=20, so the learning rate would never decay. Give "
+            "smaller ones, or leave --decay-milestones out",
         ),
         (
             {"heads_sched": "multistep", "heads_decay_milestones": (30, 45)},
-            "heads_decay_milestones=(30.0, 45.0): none is reached in heads_epochs=24, so the learning rate would never "
+            "heads_decay_milestones=(30.0, 45.0): all are after heads_epochs=24, so the learning rate would never "
             "decay. Give smaller ones, or leave --heads-decay-milestones out",
         ),
-        ({"sched": "rsqrt"}, "sched='rsqrt' without a warm-up, whose length is its time scale: give --warmup-epochs 1"),
+        ({"sched": "rsqrt"}, "on the time scale of its warm-up, and there is none: give --warmup-epochs 1"),
         (
             {"sched": "wsd", "epochs": 2, "warmup_epochs": 2},
-            "sched='wsd': warmup_epochs=2 of epochs=2 leave no epoch in which the learning rate decays. Lower "
-            "--warmup-epochs, or raise --epochs",
+            "sched='wsd': warmup_epochs=2 of epochs=2 leaves no epoch for the decay. Lower --warmup-epochs, "
+            "or raise --epochs",
         ),
         ({"criterion": 3}, "criterion=3: expected tuple[str, ...], not int"),
         ({"decay_milestones": True}, "decay_milestones=True: expected tuple[float, ...] | None, not bool"),

@@ -88,7 +88,6 @@ def _read(
 
 
 def _open_pair(folder: Path, split: str) -> ArrayRows:
-    """Open and check the two files of a split."""
     images_path, labels_path = folder / f"{split}_x.npy", folder / f"{split}_y.npy"
     images, labels = _open_array(images_path), _open_array(labels_path)
     channels_first = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)

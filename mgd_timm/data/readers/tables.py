@@ -136,6 +136,10 @@ def read_table(
     if not len(table):
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
     key = image_column(table, data)
+    if not _holds_images(table.features[key]):
+        raise DataError(
+            f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key."
+        )
     target = label_column(table, key, data, log if class_names is None else lambda _: None)
     if isinstance(table.features[key], datasets.Image):
         table = table.cast_column(key, datasets.Image(decode=False))
@@ -164,11 +168,6 @@ def image_column(table: Any, data: Data) -> str:
     """
     if data.input_key is not None:
         _check_column(table, data.input_key)
-        if not _holds_images(table.features[data.input_key]):
-            raise DataError(
-                f"column {data.input_key!r} holds {table.features[data.input_key]}: expected encoded images; choose "
-                "another with --input-key."
-            )
         return data.input_key
     found = [name for name, feature in table.features.items() if _holds_images(feature)]
     if len(found) != 1:

@@ -1,7 +1,7 @@
 """Tar files, read without unpacking them: an index says where each image starts.
 
 Three layouts: class folders in a tar (train.tar, val.tar), a tar for each class (train/n01440764.tar, or all of them in
-one tar, as ImageNet is published), and webdataset shards, whose images have a label beside them (1.jpg with 1.cls,
+one tar, as ImageNet is published), and webdataset shards, whose images have label files (1.jpg with 1.cls,
 1.json or 1.txt).
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
 from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
@@ -30,15 +30,12 @@ _LABELS = (".cls", ".json", ".txt")
 _SPLITS = ("train", *EVAL_SPLITS)
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Where the images of a tar are, in its order."""
+class _Member(NamedTuple):
+    """A file in a tar: its name, and its offset and size in bytes."""
 
-    offsets: np.ndarray
-    sizes: np.ndarray
-    names: list[str]
-    labels: list[str]
-    """The label file beside an image (".cls" and its text, ...), or "" where there is none."""
+    name: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -127,21 +124,23 @@ def _read(
     if data.input_key is not None:
         raise DataError("tar files have no image columns: leave --input-key out.")
     indices = [_load_index(path, log) for path in paths]
-    tar = np.concatenate([np.full(len(index.names), i) for i, index in enumerate(indices)])
-    offsets, sizes = (np.concatenate([getattr(index, part) for index in indices]) for part in ("offsets", "sizes"))
-    names = [name for index in indices for name in index.names]
-    beside = [label for index in indices for label in index.labels]
+    tar = np.repeat(np.arange(len(paths)), [len(index.values["names"]) for index in indices])
+    offsets, sizes = (
+        torch.cat([index.tensors["index"][part] for index in indices]).numpy() for part in ("offsets", "sizes")
+    )
+    names = [name for index in indices for name in index.values["names"]]
+    label_texts = [label for index in indices for label in index.values["labels"]]
     if not names:
         raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
-    if any(beside):
+    if any(label_texts):
         key = data.target_key or "label"
-        words = [_label_beside(text, name, paths[i], key) for text, name, i in zip(beside, names, tar, strict=True)]
+        words = [_parse_label(text, name, paths[i], key) for text, name, i in zip(label_texts, names, tar, strict=True)]
     else:
         words = [_class_folder(paths[i], name) for name, i in zip(names, tar, strict=True)]
         order = sorted(range(len(names)), key=lambda i: (words[i], names[i]))
         tar, offsets, sizes = tar[order], offsets[order], sizes[order]
         names, words = [names[i] for i in order], [words[i] for i in order]
-    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(beside))
+    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(label_texts))
     return TarRows(paths, tar, offsets, sizes, names, split, labels, names_of_classes)
 
 
@@ -173,7 +172,7 @@ def _class_folder(path: Path, name: str) -> str:
     return path.stem
 
 
-def _label_beside(text: str, name: str, path: Path, key: str) -> str:
+def _parse_label(text: str, name: str, path: Path, key: str) -> str:
     """Return the label in an image's label file."""
     kind, _, value = text.partition(" ")
     if not kind:
@@ -199,58 +198,38 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _load_index(path: Path, log: Callable[[str], None]) -> _Index:
-    """Load the index of a tar from the cache, by the tar's path, size and time, or scan the tar."""
+def _load_index(path: Path, log: Callable[[str], None]) -> State:
+    """Load the index of a tar from the cache, by the tar's path, size and time, or create it."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:1".encode()).hexdigest()[:32]
-    folder = cache_folder() / "tars" / key
-
-    def create() -> State:
-        rows = _scan(path)
-        index = {
-            "offsets": torch.tensor([row[1] for row in rows], dtype=torch.int64),
-            "sizes": torch.tensor([row[2] for row in rows], dtype=torch.int64),
-            "names": _to_bytes([row[0] for row in rows]),
-            "labels": _to_bytes([row[3] for row in rows]),
-        }
-        return State({"index": index}, {})
-
-    found = load_or_create(folder, f"index of {path}", create, log).tensors["index"]
-    names, labels = _from_bytes(found["names"]), _from_bytes(found["labels"])
-    return _Index(found["offsets"].numpy(), found["sizes"].numpy(), names, labels)
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2".encode()).hexdigest()[:32]
+    return load_or_create(cache_folder() / "tars" / key, f"index of {path}", lambda: _scan(path), log)
 
 
-def _to_bytes(words: list[str]) -> Tensor:
-    text = "".join(f"{word}\n" for word in words).encode("utf-8", "surrogateescape")
-    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+def _scan(path: Path) -> State:
+    """Create the index of a tar: offsets, sizes and names of its images, and their labels.
 
-
-def _from_bytes(text: Tensor) -> list[str]:
-    return text.numpy().tobytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
-
-
-def _scan(path: Path) -> list[tuple[str, int, int, str]]:
-    """Return name, offset, size and label file of every image.
+    A label is the suffix and the text of the image's label file (".cls 3"), "" without one.
 
     Raises:
         DataError: The file is not a tar, or compressed or truncated.
     """
     members = list(_members(path))
-    beside: dict[str, tuple[int, str]] = {}
-    for name, offset, size in members:
-        stem, suffix = _key(name)
+    labels: dict[str, tuple[int, str]] = {}
+    for member in members:
+        stem, suffix = _key(member.name)
         if suffix in _LABELS:
-            text = _read_part(path, offset, size).decode(errors="replace")
-            text = _json_line(text, name, path) if suffix == ".json" else text.strip().partition("\n")[0]
+            text = _read_part(path, member.offset, member.size).decode(errors="replace")
+            text = _json_line(text, member.name, path) if suffix == ".json" else text.strip().partition("\n")[0]
             rank = _LABELS.index(suffix)
-            if stem not in beside or rank < beside[stem][0]:
-                beside[stem] = rank, f"{suffix} {text}"
-    return [
-        (name, offset, size, beside.get(stem, (0, ""))[1])
-        for name, offset, size in members
-        for stem, suffix in [_key(name)]
-        if suffix in IMAGE_SUFFIXES
-    ]
+            if stem not in labels or rank < labels[stem][0]:
+                labels[stem] = rank, f"{suffix} {text}"
+    images = [member for member in members if _key(member.name)[1] in IMAGE_SUFFIXES]
+    tensors = {
+        "offsets": torch.tensor([member.offset for member in images], dtype=torch.int64),
+        "sizes": torch.tensor([member.size for member in images], dtype=torch.int64),
+    }
+    found = [labels.get(_key(member.name)[0], (0, ""))[1] for member in images]
+    return State({"index": tensors}, {"names": [member.name for member in images], "labels": found})
 
 
 def _json_line(text: str, name: str, path: Path) -> str:
@@ -266,26 +245,23 @@ def _key(name: str) -> tuple[str, str]:
     return str(path.parent / path.name.partition(".")[0]), path.suffix.lower()
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of every file. The files of a tar in a tar get its name as their folder."""
+def _members(path: Path) -> Iterator[_Member]:
+    """Yield every file. The files of a tar in a tar get its name as their folder."""
     try:
         with tarfile.open(path, "r:") as outer:
             for member in outer:
                 if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 if not member.name.endswith(".tar"):
-                    yield member.name, member.offset_data, member.size
+                    yield _Member(member.name, member.offset_data, member.size)
                     continue
                 content = outer.extractfile(member)
                 assert content is not None
                 with tarfile.open(fileobj=content, mode="r:") as inner:
                     for one in inner:
                         if one.isreg():
-                            yield (
-                                f"{PurePosixPath(member.name).stem}/{one.name}",
-                                member.offset_data + one.offset_data,
-                                one.size,
-                            )
+                            name = f"{PurePosixPath(member.name).stem}/{one.name}"
+                            yield _Member(name, member.offset_data + one.offset_data, one.size)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as a tar ({error}): expected a complete tar without compression, as a compressed "
