@@ -25,9 +25,9 @@ def unit_energy(energies: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m n"]:
     return F.normalize(energies.flatten(2), dim=2, eps=smallest)
 
 
-def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 n"]:
+def attention(maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
     """Return where a map is active: its energy with unit L2 norm per sample."""
-    return unit_energy(energy(maps))
+    return unit_energy(energy(maps)).squeeze(1)
 
 
 def attention_transfer(student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c2 h2 w2"]) -> Float[Tensor, ""]:
