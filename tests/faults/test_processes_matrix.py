@@ -71,10 +71,8 @@ def test_on_any_number_of_processes_and_readers(folder, whole, processes, worker
     name = f"{processes} x {workers}"
     assert recorded(folder / name, processes) == whole
     for row, expected in zip(history(folder, name), history(folder, "1 x 0"), strict=True):
-        for part in (
-            "train",
-            "eval",
-        ):  # micro-batches are the same as well, so losses and BatchNorm are, but for rounding
+        # Micro-batches are the same as well, so losses and BatchNorm are, but for rounding.
+        for part in ("train", "eval"):
             assert row[part] == pytest.approx(expected[part], rel=1e-3, abs=1e-5)
 
 
