@@ -12,8 +12,7 @@ from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.derived import with_global_batch
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, make_recipe
-from mgd_timm.storage import checkpoint
-from mgd_timm.storage.digests import module_digest
+from mgd_timm.storage.digests import module_digest, sha256
 
 
 def images_of(recipe: Recipe) -> Images:
@@ -34,9 +33,7 @@ def made_from(recipe: Recipe) -> dict[str, Any]:
     digests = [module_digest(load_named_teacher(recipe, name)) for name in recipe.teacher or ()]
     found: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests}
     if recipe.teacher_classes is not None:
-        found["classes"] = [
-            checkpoint.sha256(path) if (path := Path(word)).is_file() else word for word in recipe.teacher_classes
-        ]
+        found["classes"] = [sha256(path) if (path := Path(word)).is_file() else word for word in recipe.teacher_classes]
     return found
 
 
@@ -64,7 +61,7 @@ def stage(
         "recipe": as_dict(recipe, digest_only=True),
         "images": [source.digest if source is not None else None for source in (images.train, images.evaluation)],
         "from": made_from or {},
-        "initial": checkpoint.sha256(Path(initial)) if initial is not None else None,
+        "initial": sha256(Path(initial)) if initial is not None else None,
         "precision": recipe.amp_dtype if recipe.amp else str(accelerator.mixed_precision),
     }
     folder = root / f"{name}-{digest(made_of)[:12]}"
