@@ -34,13 +34,13 @@ def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
     mixing += [f"aug_repeats={data.aug_repeats}"] if data.aug_repeats > 1 else []
     if mixing and recipe.teacher_store is not None:
         raise ValueError(
-            f"{', '.join(mixing)} beside teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs "
-            "image by image, once for each pass. Leave one of both out."
+            f"{', '.join(mixing)} with teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs of "
+            "single images, not of mixed or repeated ones. Leave --teacher-store out, or the other option."
         )
     if mixing and "crd" in terms.active:
         raise ValueError(
-            f"{', '.join(mixing)} beside criterion 'crd', which keeps one embedding of each image, as of its class: "
-            "leave one of both out."
+            f"{', '.join(mixing)} with criterion 'crd', which stores one embedding of each image under its class: "
+            "leave crd out, or the other option."
         )
 
 
@@ -48,22 +48,22 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
     """Raise ValueError where something has to know an image of a stream again in the next epoch."""
     if recipe.fit_teacher_head == "probe":
         raise ValueError(
-            "streaming beside fit_teacher_head='probe', which keeps the teacher's embedding of every image: choose "
-            "'finetune'."
+            "streaming with fit_teacher_head='probe', which stores the teacher's embedding of every image: give "
+            "--fit-teacher-head finetune."
         )
     if recipe.teacher_store is not None:
         raise ValueError(
-            f"streaming beside teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave one of "
-            "both out."
+            f"streaming with teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave --streaming "
+            "or --teacher-store out."
         )
     if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
         raise ValueError(
-            "streaming beside heads_protocol='stored', which keeps the teacher's outputs of all images: give "
+            "streaming with heads_protocol='stored', which stores the teacher's outputs of all images: give "
             "--heads-protocol live and a few --heads-epochs, each a pass over the stream."
         )
     if "crd" in terms.active:
         raise ValueError(
-            "streaming beside criterion 'crd', which keeps an embedding of each image: choose another criterion."
+            "streaming with criterion 'crd', which stores an embedding of each image: choose another --criterion."
         )
 
 

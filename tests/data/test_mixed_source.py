@@ -89,12 +89,12 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
         check_recipe(recipe, terms_of(recipe))
 
     for options, said in (
-        ({"mixup": 0.2, "teacher_store": "store"}, "mixup=0.2 beside teacher_store='store'"),
-        ({"aug_repeats": 3, "teacher_store": "store"}, "aug_repeats=3 beside teacher_store"),
-        ({"cutmix": 1.0, "criterion": ("crd",)}, "cutmix=1.0 beside criterion 'crd'"),
+        ({"mixup": 0.2, "teacher_store": "store"}, "mixup=0.2 with teacher_store='store'"),
+        ({"aug_repeats": 3, "teacher_store": "store"}, "aug_repeats=3 with teacher_store"),
+        ({"cutmix": 1.0, "criterion": ("crd",)}, "cutmix=1.0 with criterion 'crd'"),
         ({"streaming": True}, "--heads-protocol live"),
-        ({"streaming": True, "method": "none", "criterion": ("crd",)}, "streaming beside criterion 'crd'"),
-        ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming beside teacher_store"),
+        ({"streaming": True, "method": "none", "criterion": ("crd",)}, "streaming with criterion 'crd'"),
+        ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming with teacher_store"),
     ):
         with pytest.raises(ValueError, match=said):
             refuse(make_recipe(**options))  # type: ignore[arg-type]
