@@ -64,9 +64,9 @@ class _Probe(nn.Module):
 class _FineTuning(nn.Module):
     """Cross-entropy of a whole network, which sees the images as the teacher will."""
 
-    def __init__(self, tap: FeatureTap, view: nn.Module) -> None:
+    def __init__(self, tap: FeatureTap, input_adapter: nn.Module) -> None:
         super().__init__()
-        self.tap, self.view = tap, view
+        self.tap, self.input_adapter = tap, input_adapter
 
     def forward(
         self,
@@ -74,7 +74,7 @@ class _FineTuning(nn.Module):
         teacher: Features | None = None,  # noqa: ARG002 - there is none
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
         """The labels' loss, and the logits."""
-        logits = self.tap(self.view(batch.images)).logits
+        logits = self.tap(self.input_adapter(batch.images)).logits
         return {"task": F.cross_entropy(logits, batch.labels)}, logits
 
 
@@ -135,7 +135,7 @@ def _fit_one(name: str, teacher: Teacher, options: ClassifierFit, context: RunCo
         **context.teacher_fingerprint(teacher),
         "head": options.how,
         "optim": as_dict(optim, digest_only=True),
-        "views": options.augmentations if options.how == "probe" else None,
+        "augmentations": options.augmentations if options.how == "probe" else None,
     }
 
     def fit_module() -> Metrics:

@@ -52,7 +52,7 @@ def fit_heads(
         "heads": as_dict(replace(options, abstract_weight=1.0, detailed_weight=1.0)),
         **context.teacher_fingerprint(teacher),
         "logits": teacher.shows_logits,
-        "watched": images.evaluation.digest
+        "evaluation": images.evaluation.digest
         if images.evaluation is not None
         else None,  # as metrics are cached with them
     }
@@ -73,7 +73,7 @@ def fit_heads(
 
 
 def _store_serves(store: TeacherStore, options: Heads) -> bool:
-    """True if the heads can be fitted on a store: their targets at T=8 are what the smaller logits say."""
+    """Return whether heads can be fitted on a store: at T=8 they need all logits, not the largest alone."""
     stored = options.heads_protocol == "stored"
     return stored and options.heads_augmentations <= store.passes and not store.layout.top_k
 
