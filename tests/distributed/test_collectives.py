@@ -20,6 +20,8 @@ from traced import launch, recorded
 
 import mgd_timm
 from mgd_timm.criteria import CRITERIA
+from mgd_timm.data.dataset import load_images
+from mgd_timm.recipe.data import Data
 
 pytestmark = pytest.mark.slow
 

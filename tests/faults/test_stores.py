@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from small import digest, holding
 
 from mgd_timm.data.dataset import load_images
-from mgd_timm.distributed.collectives import leave
+from mgd_timm.distributed.collectives import leave, lock_on_main
 from mgd_timm.features import Batch, Features
 from mgd_timm.recipe.data import Data
+from mgd_timm.storage.lock import Lock
 from mgd_timm.teachers.outputs.memory import StoredOutputs, store_outputs
 
 VIEWS = 40  # a shard of 60 images each
