@@ -14,7 +14,6 @@ import pytest
 from forked import Ranks, command_line
 from small import FAST, call, digest, end_at, write_pictures
 
-from mgd_timm.cli.main import main
 from mgd_timm.storage.atomic_write import PARTIAL_PREFIX
 
 pytestmark = pytest.mark.slow
