@@ -230,7 +230,7 @@ def test_two_runs_at_once_fit_the_same_heads_once(small_data, tmp_path):
         re.search(r"fitted heads \(.*\): another run .* writes it; waiting for it to end", text) is not None
         for text in said
     ]
-    found = ["fitted before, from the cache" in text for text in said]
+    found = ["loaded from the cache" in text for text in said]
     assert sorted(found) == [False, True]
     assert all(found[number] for number in (0, 1) if waited[number])  # one that was started late need not wait
     assert re.findall("top-1: teacher.*", said[0])[0] == re.findall("top-1: teacher.*", said[1])[0]

@@ -472,7 +472,7 @@ def test_criteria_that_read_maps_are_refused_before_anything_is_written(small_da
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"teacher_augmentations": 3}, "teacher_augmentations=3 belongs to stored teacher outputs"),
+        ({"teacher_augmentations": 3}, "teacher_augmentations=3: it is for stored teacher outputs only"),
         ({"teacher_store": "s", "teacher_augmentations": 0}, "teacher_augmentations=0: expected 1 or more"),
         ({"teacher_store": "s", "teacher_top_k": -1}, "teacher_top_k=-1: expected 0 or more"),
         ({"teacher_store": "s", "teacher": None}, "there is no teacher"),
