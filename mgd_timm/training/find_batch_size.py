@@ -50,18 +50,9 @@ def find_batch_size(
         )
         return size
 
-    def runs_out_of_memory(batch_size: int) -> bool:
-        try:
-            try_update(batch_size)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-                raise
-            return True
-        return False
-
     def check(batch_size: int) -> int:
         accelerator.gradient_accumulation_steps = steps_of(batch_size)
-        failed = runs_out_of_memory(batch_size)
+        failed = _runs_out_of_memory(try_update, batch_size)
         accelerator.free_memory()
         trainee.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
@@ -72,3 +63,13 @@ def find_batch_size(
 
     # Not as a decorator with options: accelerate 1.10 loses one.
     return int(find_executable_batch_size(check, size, halve)())
+
+
+def _runs_out_of_memory(try_update: Callable[[int], None], batch_size: int) -> bool:
+    try:
+        try_update(batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        return True
+    return False
