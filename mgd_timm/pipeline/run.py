@@ -19,6 +19,7 @@ from mgd_timm.export.timm_folder import export_model
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
+from mgd_timm.pipeline.evaluate_teachers import evaluate_teachers
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import (
@@ -100,7 +101,7 @@ def run(
         networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
         stored = _open_store(recipe, networks, images, accelerator)
     log_remarks(networks, accelerator)
-    before |= _evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
+    before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
     teachers, pretrained = _pretrain(recipe, networks, stored, context)
     fitted = _train_student(recipe, networks, teachers, stored, context)
     trained = _final_model(networks, fitted)
@@ -119,30 +120,6 @@ def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator:
     """Open the recipe's store of teacher outputs, which may not be filled yet."""
     options = store_options_of(recipe)
     return None if options is None else open_store(options, networks.teachers[0], images, accelerator)
-
-
-def _evaluate_teachers(
-    teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, batch_size: int
-) -> dict[str, Any]:
-    """Log each teacher's accuracy on the data, before the first epoch; `teacher_top1` of the summary."""
-    found: list[float | None] = []
-    for teacher in teachers if images.evaluation is not None else ():
-        assert images.evaluation is not None
-        if not teacher.shows_logits:
-            accelerator.print(f"teacher {teacher.tap.name}: no accuracy, because it has no logits of these classes")
-            found.append(None)
-            continue
-        row = evaluate_taps({"teacher": teacher}, images.evaluation, accelerator, batch_size)["teacher"]
-        found.append(row["top1"])
-        accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
-        if near_chance(row["top1"], images.num_classes):
-            accelerator.print(
-                f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of "
-                "these classes, in this order?"
-            )
-    if all(top1 is None for top1 in found):
-        return {}
-    return {"teacher_top1": found[0] if len(teachers) == 1 else found}
 
 
 def _pretrain(
@@ -317,10 +294,3 @@ def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable
     log(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
     first = "import mgd_timm.models; " if name.startswith("cifar_") else ""
     log(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
-
-
-def near_chance(top1: float, num_classes: int) -> bool:
-    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to
-    100."""
-    chance = 100 / num_classes
-    return top1 < chance + min(chance, (100 - chance) / 4)

@@ -14,9 +14,9 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.connect import connect, finish_teachers
+from mgd_timm.pipeline.evaluate_teachers import near_chance
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, terms_of
-from mgd_timm.pipeline.run import near_chance
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.classifier import fit_classifiers
