@@ -357,8 +357,8 @@ def section_reasons() -> str:
 def section_families() -> str:
     """The table of families of docs/any_timm.md."""
     body = json.loads(FILE.read_text())
-    counted = ", ".join(f"{count} of them {number}" for number, count in body["map_counts"].items())
-    return f'{families(body)}\n\nMaps under "stages": {counted}.'
+    counted = ", ".join(f"{count} with {number}" for number, count in body["map_counts"].items())
+    return f"{families(body)}\n\nArchitectures by their number of maps with `--maps stages`: {counted}."
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -83,7 +83,8 @@ def train(
         model: A timm name, or a module that timm built.
         data: As for `distill`.
         output: As for `distill`.
-        **options: As for `distill`, without those of distillation.
+        **options: As for `distill`, without those of distillation. `student_pretrained=True` starts from timm's
+            weights, `student_checkpoint=FILE` from a file.
 
     Raises:
         ValueError: As for `distill`.

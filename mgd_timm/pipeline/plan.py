@@ -1,4 +1,4 @@
-"""Unpack a recipe once into what the other wings take."""
+"""Unpack a recipe once into what the other layers take."""
 
 from collections.abc import Sequence
 from dataclasses import replace
