@@ -24,8 +24,9 @@ _HOMES = {
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.export.timm_folder": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
-    "mgd_timm.granularity": ("MAG", "MAS", "Granularity", "GranularityHeads", "HeadFitting"),
+    "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
+    "mgd_timm.recipe.granularity": ("Granularity",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

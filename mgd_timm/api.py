@@ -45,18 +45,18 @@ def distill(
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
             or a module; a list of these for several teachers. With `peer`, None: two students then teach each other,
             and the first is returned.
-        student: A timm name, or a module that timm built.
+        student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data, whose values
             `options` replace.
-        output: Folder of the run; must not exist.
+        output: Folder of the run; must not exist or must be empty, unless resume=True.
         **options: The command line's flags, with underscores: method="mas", criterion=("at",), epochs=20, lr=0.05, ...
 
     Returns:
-        The student, on the CPU and in eval mode.
+        The student (with `model_ema`, its moving average), on the CPU and in eval mode.
 
     Raises:
         ValueError: An unknown option, model, criterion or data set, or networks and data that do not fit.
-        FileExistsError: The output folder exists.
+        FileExistsError: The output folder is not empty, and resume is not set.
     """
     student = _checked(student, "student")
     names: dict[str, Any] = {"student": _name_of(student), "output": output}
@@ -88,7 +88,7 @@ def train(
 
     Raises:
         ValueError: As for `distill`.
-        FileExistsError: The output folder exists.
+        FileExistsError: The output folder is not empty, and resume is not set.
     """
     model = _checked(model, "model")
     for name in options:
@@ -133,12 +133,14 @@ def evaluate(
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
-        data: As for `distill`; by default the data of the run with its validation split, else the embedded data.
+        data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. The test
+            split is evaluated; without one, the validation split.
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are
             normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so it is the same
             for all models.
         noise_seeds: Number of noise seeds to average over.
-        **options: `seed`, `amp`, and options of Data that evaluation uses, such as img_size. They replace the run's.
+        **options: `seed` (by default the run's), `amp` (by default False) and options of Data that evaluation uses,
+            such as img_size, which replace those of `data`.
 
     Returns:
         "top1" and "top5" (in %), "loss" (the cross-entropy) and "n", the number of images. With `noise` also "noise",

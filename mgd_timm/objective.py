@@ -22,7 +22,7 @@ from mgd_timm.recipe.granularity import Granularity
 
 
 def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Sequence[float]) -> Float[Tensor, "b k"]:
-    """Return logits whose softmax is the weighted mean of the given softmaxes: log sum_i w_i softmax(z_i) / sum_i w_i.
+    """Return logits whose softmax is the weighted mean of the given softmaxes: log(sum_i w_i softmax(z_i) / sum_i w_i).
 
     The mean is of probabilities at temperature 1: at T the target is the softmax of the result divided by T.
     """
@@ -34,9 +34,9 @@ def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Seque
 class SeveralTeachers(nn.Module):
     """An objective of a student with several teachers, called with a tuple of their features.
 
-    "sum": each teacher has an objective with its own adapters and encoders; the terms of teacher i (from 1) are named
-    NAME_i and multiplied by its weight. "mean": one objective reads only logits, those of the mean of the teachers'
-    probabilities (under MAS: of their stable excitations); the codes are each teacher's own.
+    "sum": each teacher has an objective with its own adapters and encoders; the terms of teacher i (from 1) but the
+    task are named NAME_i and multiplied by its weight. "mean": one objective reads only logits, those of the mean of
+    the teachers' probabilities (under MAS: of their stable excitations); the codes are each teacher's own.
 
     Args:
         parts: Per teacher. The first is a full objective. For "sum" the others have no task term; for "mean" they have

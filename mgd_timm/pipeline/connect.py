@@ -128,8 +128,10 @@ def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks
     for criterion in networks.objective.modules():
         if fitted and isinstance(criterion, Criterion):
             criterion.reload_teacher_classifier()
-    fits = [replace(fit, teacher=_finished(fit.teacher, fold, fitted)) for fit in networks.criterion_fits]
-    teachers = tuple(_finished(teacher, fold, fitted) for teacher in networks.teachers)
+    distinct = {id(one): one for one in (*networks.teachers, *(fit.teacher for fit in networks.criterion_fits))}
+    final = {key: _finished(one, fold, fitted) for key, one in distinct.items()}
+    fits = [replace(fit, teacher=final[id(fit.teacher)]) for fit in networks.criterion_fits]
+    teachers = tuple(final[id(teacher)] for teacher in networks.teachers)
     return replace(networks, teachers=teachers, criterion_fits=fits)
 
 

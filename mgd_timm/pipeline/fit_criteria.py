@@ -50,7 +50,7 @@ def fits_of_criteria(
 ) -> list[CriterionFit]:
     """Return the fits of modules of the objective's own criteria on the teacher.
 
-    Without `lr`, the rate is RepDistiller's for its paraphraser, or the run's where that is lower.
+    Without `lr`, the learning rate is min(0.01, run_lr); 0.01 is RepDistiller's for FT's paraphraser.
     """
     plain = objective.objective if isinstance(objective, MAG) else objective
     lr = min(0.01, run_lr) if lr is None else lr
@@ -58,7 +58,7 @@ def fits_of_criteria(
     for name, term in terms.fitted_first("teacher").items():
         trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
         assert trainee is not None
-        trainee.requires_grad_(False)  # until its fit begins
+        trainee.requires_grad_(False)  # its own fit trains it, the run does not
         fits.append(CriterionFit(name, term, trainee, trainee, teacher, lr))
     return fits
 

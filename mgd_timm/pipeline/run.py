@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from torch import nn
@@ -16,6 +16,7 @@ from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import local_main_first, run_on_main
 from mgd_timm.export.timm_folder import export_model
+from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
@@ -87,6 +88,7 @@ def run(
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
     adapt_teachers_to_data(models, recipe, images)
     networks = connect(recipe, terms, images, accelerator, models, student)
+    del models  # folding BatchNorm copies a teacher: the first copy need not stay on the device
     context = context_of(recipe, images, accelerator, quiet=quiet)
     classifier_fit = classifier_fit_of(recipe)
     if classifier_fit is None:  # otherwise the store belongs to weights that are fitted first
@@ -220,10 +222,9 @@ def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerat
 
 def _final_model(networks: Networks, fitted: Fitted) -> nn.Module:
     """The trained student: its moving average where there is one."""
-    networks.student.thaw()
-    model = (fitted.averaged or networks.student).model
-    assert isinstance(model, nn.Module)
-    return model
+    tap = networks.student if fitted.averaged is None else cast(FeatureTap, fitted.averaged)
+    tap.thaw()
+    return tap.model
 
 
 def _summary(
@@ -287,7 +288,8 @@ def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable
     top1 = summary["top1"]
     if top1 is not None:
         best = summary["best_top1"]
-        of_best = f"; best {best:.2f} % in epoch {summary['best_epoch']}" if best is not None else ""
+        split = " on the validation split" if "val_top1" in summary else ""
+        of_best = f"; best{split} {best:.2f} % in epoch {summary['best_epoch']}" if best is not None else ""
         log(f"top-1 {top1:.2f} % after the last epoch{of_best}")
     if summary.get("peer", {}).get("top1") is not None:
         log(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")

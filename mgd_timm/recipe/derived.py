@@ -50,10 +50,6 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
     return dataclasses.replace(recipe, optim=optim)
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
-
-
 def num_micro_batches(batch_size: int, processes: int, global_batch: int) -> int:
     """Return the number of micro-batches of a full update over all processes: as few as hold the global batch."""
     return processes * math.ceil(global_batch / (batch_size * processes))

@@ -32,7 +32,7 @@ class State:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is corrupt. The message names the file and what is wrong with it."""
+    """A checkpoint that cannot be used: corrupt, of another recipe, or not the same on all processes."""
 
 
 def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:

@@ -116,9 +116,6 @@ def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context
 
     Returns:
         The training loss of each.
-
-    Raises:
-        ValueError: A probe of a network whose classifier is no one module on its embedding.
     """
     found = []
     input_size = context.images.input_size

@@ -63,7 +63,14 @@ def fit_heads(
     heads = heads.to(accelerator.device)
 
     def fit_module() -> Metrics:
-        return _fit_fresh(heads, teacher, options, context, store, context.fit_options(name, made_of, stage="heads"))
+        fit_options = context.fit_options(
+            name,
+            made_of,
+            stage="heads",
+            advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
+            memory_hint="give a smaller --heads-batch-size.",
+        )
+        return _fit_fresh(heads, teacher, options, context, store, fit_options)
 
     fitted = load_or_fit("heads", heads, made_of, accelerator, fit_module)
     if fitted.from_cache:
@@ -125,11 +132,7 @@ def _fit_fresh(
         teach=stored.features if stored is not None else LiveTeachers(teacher),
         compile=context.compile,
         evaluate=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
-        options=replace(
-            fit_options,
-            advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
-            memory_hint="give a smaller --heads-batch-size.",
-        ),
+        options=fit_options,
     ).last
 
 

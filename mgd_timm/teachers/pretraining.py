@@ -56,7 +56,13 @@ class RunContext:
     quiet: bool = False
 
     def fit_options(self, name: str, fingerprint: dict[str, Any], **options: Any) -> FitOptions:
-        """Checkpoints and logs of what is trained before the run, in the folder `name` of the run's, which is made."""
+        """Return the options of a fit before the run, and create its folder `name` inside the run's.
+
+        Args:
+            name: Of the folder.
+            fingerprint: What decides the result.
+            **options: Fields of FitOptions, which replace the values here.
+        """
         folder = self.folder / name
         run_on_main(self.accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
         options = {

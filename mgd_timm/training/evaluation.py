@@ -25,7 +25,7 @@ def evaluate(
     *,
     bar: bool = False,
 ) -> dict[str, Metrics]:
-    """Return top-1 and top-5 (in %) and the cross-entropy of named logits, and the number of images.
+    """Return metrics of named logits: "top1" and "top5" in %, "loss" (mean cross-entropy) and "n" (images).
 
     Each image is counted once, on any number of processes.
 
@@ -45,7 +45,6 @@ def evaluate(
     mine = source.ids[accelerator.process_index :: accelerator.num_processes]
     precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(len(names), 3, dtype=precise, device=accelerator.device)
-    classes = 0
     micro_batches = mine.split(batch_size) if len(mine) else ()
     batches = source.batches(micro_batches, 0, accelerator.device)
     hidden = None if bar and accelerator.is_main_process else True  # None: hidden where there is no terminal
@@ -61,8 +60,7 @@ def evaluate(
             target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
             for row, name in enumerate(names):
                 logits = at_least_float32(shown[name])
-                classes = logits.shape[1]
-                ranked = logits.topk(min(5, classes)).indices == target[:, None]
+                ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
                 loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
                 found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
                 sums[row] += found.to(precise)  # on the device: nothing waits for it

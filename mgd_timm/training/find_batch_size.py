@@ -14,13 +14,15 @@ from mgd_timm.recipe.derived import num_micro_batches
 def find_batch_size(
     try_update: Callable[[int], None], trainee: nn.Module, accelerator: Accelerator, batch_size: int, global_batch: int
 ) -> int:
-    """Return the largest of `batch_size`, a half, a quarter, ... at which every process has memory for an update.
+    """Return the largest batch size at which every process has memory for an update.
+
+    Tried are `batch_size`, or a process's share of the global batch if that is smaller, then a half, a quarter, ...
 
     The trainee is afterwards as it was before, so that `fit` with the result is a run that was started with it.
     Evaluation, which has a batch size of its own, is not tried.
 
     Args:
-        try_update: Carries out an update with a batch size, without collectives.
+        try_update: Builds the update for a batch size and carries it out. Only building may use collectives.
         trainee: The module whose state it changes.
         accelerator: Processes; its accumulation steps are set to those of the result.
         batch_size: To start at.
@@ -38,14 +40,14 @@ def find_batch_size(
 
     def halve() -> int:
         nonlocal size
-        if size < 4:
+        if size <= 2:
             raise ValueError(
                 f"out of memory with {size} images in a step of a process: choose a smaller student, images "
                 "(--img-size) or --amp."
             )
-        size //= 2
+        previous, size = size, max(2, size // 2)
         accelerator.print(
-            f"out of memory with {2 * size} images in a step of a process: {size}, in {steps_of(size)} steps per "
+            f"out of memory with {previous} images in a step of a process: {size}, in {steps_of(size)} steps per "
             f"update of {global_batch} as before"
         )
         return size

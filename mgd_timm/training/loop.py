@@ -33,8 +33,17 @@ Evaluate = Callable[[nn.Module | None], Metrics]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` returns: metrics and losses of the last epoch, the best `top1` and its epoch (from 1), and the
-    averaged module."""
+    """What `fit` returns.
+
+    Args:
+        last: Metrics of the last epoch; empty without evaluation.
+        losses: Mean training losses of the last epoch, by name.
+        best: Best "top1" in %, -1 without one.
+        best_epoch: Epoch of the best, from 1; 0 without one.
+        updates: Updates in all.
+        seconds: Time spent in updates, also before a resume.
+        averaged: The moving average of the trained module, if asked for.
+    """
 
     last: Metrics
     losses: Metrics
@@ -62,7 +71,7 @@ def fit(
     """Train a module whose forward(batch, teacher) returns its losses by name, and logits.
 
     Args:
-        trainee: On the accelerator's device; all its parameters are trained.
+        trainee: On the accelerator's device, trained in place. Parameters without requires_grad stay as they are.
         source: Training images (or stored teacher outputs).
         optim: Epochs, optimizer, schedule, clipping, global batch, averaging.
         accelerator: Device, processes and precision.
@@ -164,9 +173,9 @@ class _Loop:
             if last or save or stop_alone or len(reporter.pending) >= self.log_interval:
                 stop = reporter.report(now, self.updater.lr, bool(caught))
                 now.seconds += time.monotonic() - clock
-                clock = time.monotonic()
                 if (save or stop) and not last:
                     self.checkpointer.save(now)
+                clock = time.monotonic()  # writing a checkpoint is no part of an update
                 if stop and not last:
                     self._stop(caught)
 

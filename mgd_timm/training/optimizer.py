@@ -27,7 +27,7 @@ def check_names(optim: Optim) -> None:
 
 
 def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) -> Optimizer:
-    """Return timm's optimizer over all of a module's parameters; torch's fused one where torch has it.
+    """Return timm's optimizer over a module's parameters that require a gradient; torch's fused one where torch has it.
 
     Args:
         module: Has the parameters. Those that a timm model in it exempts from weight decay are not decayed.

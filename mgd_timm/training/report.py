@@ -52,7 +52,9 @@ def sums_of(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> dict[str,
     with torch.no_grad():
         count = len(batch.labels)
         target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
-        hits = (logits.argmax(1) == target).sum().float()
+        hits = torch.zeros((), device=logits.device)
+        if logits.shape[1]:  # a teacher without logits may be the trainee
+            hits = (logits.argmax(1) == target).sum().float()
         sums = {name: term.detach().float() * count for name, term in terms.items()}
         return {**sums, "hits": hits, "n": torch.full_like(hits, count)}
 

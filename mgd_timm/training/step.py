@@ -52,9 +52,10 @@ class Wrapper(nn.Module):
         ]
 
     def forward(self, batch: Batch, teacher: TeacherFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the trainee's losses, and its logits without a gradient.
+        """Return the trainee's losses by name, and its logits without a gradient.
 
-        With one, DDP would take a classifier that no loss reads for one that is trained.
+        DDP looks for unused parameters from the outputs: logits with a gradient would hide a classifier that no loss
+        reads, and DDP would wait for its gradient.
         """
         trainee = self.compiled[0] if self.compiled and is_full(batch, self.micro_batch_size) else self.trainee
         terms, logits = trainee(batch, teacher)

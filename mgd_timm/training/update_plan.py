@@ -47,7 +47,8 @@ class UpdatePlan:
     ) -> None:
         self.source, self.seed, self.stage_key = source, seed, mix(*stage.encode())
         self.batch_size, self.global_batch = batch_size, global_batch
-        # Not the accelerator's accumulation steps: an environment variable may override ours, which `backward` undoes.
+        # The steps of an update follow from the global batch. An environment variable may override the accelerator's
+        # accumulation steps; Updater scales the loss so that they cancel out.
         self.processes, self.rank = accelerator.num_processes, accelerator.process_index
         self.micro_batch_size = micro_batch_size(batch_size, self.processes, global_batch)
         self.updates_per_epoch = len(self._split(0))

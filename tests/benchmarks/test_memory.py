@@ -126,7 +126,7 @@ def measure_rank(rank: int, recipe: Recipe, fsdp: bool, folder: str) -> None:
         step = memory.Step(recipe, 1000)
         step.allocate()
         placement = make_data_parallel(step.trainee, accelerator)
-        held.extend((step, placement, placement.average(step.trainee.student)))
+        held.extend((step, placement, placement.moving_average(step.trainee.student)))
         optimizer = build_optimizer(placement.trainee, recipe.optim)
         step.trainee, step.optimizer = placement.prepare(Whole(placement.trainee).train(), optimizer)  # type: ignore[assignment]
         step.run()

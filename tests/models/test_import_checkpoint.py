@@ -386,7 +386,7 @@ def test_the_command(tmp_path, capsys):
     assert (tuple(known["mean"]), tuple(known["std"])) == tuple(CIFAR10.values())
     assert (known["license"], "".join(known["label_names"])) == ("mit", "abcdefghij")
     assert main([*words, "--overwrite"]) == 0
-    assert "warning: mean [0.5071, 0.4867, 0.4408] and std [0.2675," in capsys.readouterr().out
+    assert "normalised by mean [0.5071, 0.4867, 0.4408] and std [0.2675," in capsys.readouterr().out
     assert main(words) == 1
     assert "exists: choose another folder" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0

@@ -102,7 +102,7 @@ def test_a_files_rows_put_a_shuffled_teacher_right(small_data, tmp_path):
     mgd_timm.distill(**two, output=tmp_path / "two", teacher_classes=["auto", str(file)])
     assert summary(tmp_path / "two")["teacher_top1"] == pytest.approx([right, right], abs=ONE_IMAGE)
     with pytest.raises(
-        ValueError, match=r"teacher 'module:cifar_resnet20:\w+': teacher_classes='auto': nothing says what"
+        ValueError, match=r"teacher 'module:cifar_resnet20:\w+': --teacher-classes auto: the names .* are not known"
     ):
         mgd_timm.distill(**two, output=tmp_path / "auto", teacher_classes="auto")
 

@@ -111,13 +111,13 @@ def test_large_images_in_workers_ended_by_a_signal_to_the_whole_group(tmp_path):
 
 def test_another_teacher_under_the_same_name_is_refused(small_data, tmp_path, capsys):
     teacher = ["train", "--model", "cifar_resnet8x05", "--epochs", "1", "--data-dir", str(small_data)]
-    assert command_line([*teacher, "--output", str(tmp_path / "teacher")]) == 0
+    assert command_line(*teacher, "--output", str(tmp_path / "teacher")) == 0
     words = [*flags(small_data, tmp_path / "run"), "--teacher", str(tmp_path / "teacher")]
     code, _ = end_at(3, tmp_path / "run" / "checkpoints", signal.SIGKILL, *words)
     assert code == -signal.SIGKILL
     shutil.rmtree(tmp_path / "teacher")
-    assert command_line([*teacher, "--seed", "7", "--output", str(tmp_path / "teacher")]) == 0
-    assert command_line([*words, "--resume"]) == 1
+    assert command_line(*teacher, "--seed", "7", "--output", str(tmp_path / "teacher")) == 0
+    assert command_line(*words, "--resume") == 1
     said = capsys.readouterr().err
     assert "is of another recipe" in said
     assert "teacher" in said
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(whole, small_da
 
 def test_another_recipe_is_refused_with_what_differs(whole, small_data, capsys):
     changed = [word if word != "0.003" else "0.004" for word in flags(small_data, whole)]
-    assert command_line([*changed, "--resume"]) == 1
+    assert command_line(*changed, "--resume") == 1
     said = capsys.readouterr().err
     assert "is a run of another recipe (optim.lr: 0.003 -> 0.004)" in said
     assert "Traceback" not in said
@@ -158,7 +158,7 @@ def test_another_recipe_is_refused_with_what_differs(whole, small_data, capsys):
 
 def test_an_existing_folder_is_refused(whole, small_data, capsys):
     before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
-    assert command_line(flags(small_data, whole)) == 1
+    assert command_line(*flags(small_data, whole)) == 1
     said = capsys.readouterr().err
     assert "exists: choose another --output, remove it, or continue it with --resume" in said
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}

@@ -15,7 +15,7 @@ from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
 from mgd_timm.models.load import load_model
 from mgd_timm.recipe.data import Data
-from mgd_timm.training import evaluation
+from mgd_timm.training import noise as noise_module
 from mgd_timm.training.evaluation import evaluate_model
 from mgd_timm.training.noise import check_noise, evaluate_noise, pixel_noise
 
@@ -84,9 +84,9 @@ def test_noise_does_not_depend_on_the_batch(small_data, monkeypatch):
     for chosen in ([2], [3, 0], [1, 2, 0]):
         torch.testing.assert_close(pixel_noise(images[chosen], ids[chosen], 1), whole[chosen])
     torch.testing.assert_close(whole[1], whole[3])
-    monkeypatch.setattr(evaluation, "_DRAWS", 200)  # two images at once, then one
+    monkeypatch.setattr(noise_module, "_DRAWS", 200)  # two images at once, then one
     torch.testing.assert_close(pixel_noise(images, ids, 1), whole)
-    monkeypatch.setattr(evaluation, "_DRAWS", 1)
+    monkeypatch.setattr(noise_module, "_DRAWS", 1)
     torch.testing.assert_close(pixel_noise(images, ids, 1), whole)
     torch.testing.assert_close(shown(small_data, (0.1,), 1, 100), shown(small_data, (0.1,), 1, 7))
 

@@ -97,8 +97,8 @@ def _half(name: str, values: Tensor) -> Tensor:
     half = values.half()
     if not half.isfinite().all():
         raise StoreError(
-            f"the teacher's {name} reach {values.abs().max():.4g}, and a store holds fp16, which ends at 65,504: leave "
-            "--teacher-store out for this teacher."
+            f"the largest of the teacher's {name} is {values.abs().max():.4g}, and a store holds fp16, which ends at "
+            "65,504: leave --teacher-store out for this teacher."
         )
     return half
 

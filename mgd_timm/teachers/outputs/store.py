@@ -77,7 +77,6 @@ class TeacherStore:
         accelerator: Accelerator,
     ) -> None:
         self.folder, self.layout, self.num_samples, self.passes = folder, layout, num_samples, passes
-        self.missing, self.digest = list[tuple[int, int]](), ""
         self.fingerprint = {
             **made_of,
             "num_samples": num_samples,
