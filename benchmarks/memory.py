@@ -238,6 +238,7 @@ def allocated(run: Callable[[], Any], at: str = "[memory]") -> tuple[int, int]:
         run: What is called; what it returns lives until the end.
         at: Name of the profiler's events at which the most is looked for; by default each block handed out.
     """
+    gc.collect()  # what is freed during the call would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:  # or 2.10 warns
         kept = run()
     assert profiler.profiler is not None

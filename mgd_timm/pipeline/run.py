@@ -222,9 +222,11 @@ def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerat
 
 def _final_model(networks: Networks, fitted: Fitted) -> nn.Module:
     """The trained student: its moving average where there is one."""
-    tap = networks.student if fitted.averaged is None else cast(FeatureTap, fitted.averaged)
-    tap.thaw()
-    return tap.model
+    averaged = cast(FeatureTap | None, fitted.averaged)
+    for tap in (networks.student, averaged):
+        if tap is not None:
+            tap.thaw()
+    return (averaged or networks.student).model
 
 
 def _summary(

@@ -247,6 +247,11 @@ def test_as_many_other_classes_are_other_classes(small_data):
     assert fitted.digest != before == module_digest(model)  # a new classifier; and the caller's network stays as it was
 
 
+def test_a_fit_before_the_run_holds_no_second_copy_of_the_teacher(small_data):
+    networks = networks_of(None, small_data, criterion=("ft",))
+    assert networks.criterion_fits[0].teacher is networks.teachers[0]
+
+
 def test_one_of_several_teachers_may_be_silent(small_data):
     recipe = make_recipe(teacher=["embedded"] * 2, teacher_classes=["none", "auto"], data_dir=str(small_data))
     images = load_images(recipe.data, 0, log=lambda _: None)

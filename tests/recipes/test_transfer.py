@@ -146,7 +146,8 @@ def test_train_moves_the_classifier_alone(small_data, tmp_path, options):
     state = {name: tensor.contiguous() for name, tensor in out.state_dict().items()}
     assert moved(state) == {"fc.weight", "fc.bias"}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["top1"] > 60
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for network in (model, out):  # thawed, the moving average as well
+        assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_killed_run_goes_on_to_the_same_bits(small_data, tmp_path, capsys):

@@ -46,6 +46,14 @@ def weights(folder):
     return load_file(folder / "export" / "model.safetensors")
 
 
+def test_factor_transfer_from_a_teacher_without_logits(small_data, tmp_path):
+    options = {"method": "none", "criterion": ("ft",), "kd_weight": 0.0, "teacher_classes": ("none",)}
+    recipe = make_recipe(**SHORT, **options, data_dir=str(small_data), output=str(tmp_path / "run"))
+    summary = run(recipe, quiet=True).summary
+    assert "teacher_top1" not in summary
+    assert set(summary["fitted"]) == {"ft"}
+
+
 @pytest.mark.parametrize("name", ["ab", "fsp", "ft"])
 def test_a_stage_lowers_its_loss_is_kept_and_found_again(name, small_data, tmp_path, capsys):
     epochs = 6 if name == "ft" else 2  # its rate is small

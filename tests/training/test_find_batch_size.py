@@ -57,6 +57,9 @@ def test_sizes_are_halved_from_the_largest_micro_batch_on():
     assert tried == [40, 20, 10]
     assert search(up_to(100)[0]) == (40, 1)
     assert search(up_to(10, MemoryError)[0], batch_size=16) == (8, 5)
+    attempt, tried = up_to(2)
+    assert search(attempt, batch_size=12, global_batch=12) == (2, 6)
+    assert tried == [12, 6, 3, 2]
 
 
 def test_two_images_that_do_not_fit_are_refused():
