@@ -10,6 +10,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import nn
 
+from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
@@ -82,13 +83,7 @@ def run(
     accelerator = accelerator_of(recipe)
     recipe = fix_global_batch(recipe, accelerator, steps_per_update)
 
-    models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
-    defaults = find_defaults(recipe, models[0] if models else None, student)
-    main_first = partial(local_main_first, accelerator)
-    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
-    adapt_teachers_to_data(models, recipe, images)
-    networks = connect(recipe, terms, images, accelerator, models, student)
-    del models  # folding BatchNorm copies a teacher: the first copy need not stay on the device
+    images, networks = _load(recipe, terms, accelerator, teacher, student)
     context = context_of(recipe, images, accelerator, quiet=quiet)
     classifier_fit = classifier_fit_of(recipe)
     if classifier_fit is None:  # otherwise the store belongs to weights that are fitted first
@@ -116,6 +111,22 @@ def run(
         tracker.finish()
     _log_results(summary, folder, networks.student.name, accelerator.print)
     return Result(trained.to("cpu").eval(), summary)
+
+
+def _load(
+    recipe: Recipe,
+    terms: Terms,
+    accelerator: Accelerator,
+    teacher: nn.Module | Sequence[nn.Module | None] | None,
+    student: nn.Module | None,
+) -> tuple[Images, Networks]:
+    """Load the teachers and the images, and connect the networks."""
+    models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
+    defaults = find_defaults(recipe, models[0] if models else None, student)
+    main_first = partial(local_main_first, accelerator)
+    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
+    adapt_teachers_to_data(models, recipe, images)
+    return images, connect(recipe, terms, images, accelerator, models, student)
 
 
 def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
