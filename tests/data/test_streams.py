@@ -111,6 +111,7 @@ def test_batches_are_the_same_for_any_workers_processes_and_start(workers: int, 
     assert equal(batches(other, micro_batches[3:]), whole[3:])  # after a resume
 
 
+@pytest.mark.slow
 def test_a_run_stopped_on_two_processes_goes_on_on_three_as_on_one(parquets: Path, tmp_path: Path) -> None:
     """In the midst of the second epoch: the same images in every update, shown in the same way."""
     options = {"model": "cifar_resnet8x05", "data_dir": str(parquets), "streaming": True, "num_samples": 22}

@@ -16,6 +16,8 @@ from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.outputs.store import _together
 
+pytestmark = pytest.mark.slow
+
 WORK = 3.0
 """Seconds for which one process works, where collectives time out after 2."""
 

@@ -22,6 +22,8 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from mgd_timm.criteria import CRITERIA
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 
 
