@@ -11,7 +11,7 @@ demo: .venv/done  ## The main job: train one small student four ways, compare, e
 test: .venv/done  ## The whole suite, a file at a time on every core.
 	$(RUN) $(TESTS)
 
-quick: .venv/done  ## Before each commit: every test that is not marked slow, 90 seconds on two cores.
+quick: .venv/done  ## Before each commit: every test that is not marked slow, under three minutes on two cores.
 	$(RUN) $(TESTS) -m "not slow"
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
