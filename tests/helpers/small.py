@@ -23,6 +23,7 @@ from mgd_timm.storage.lock import Lock
 ONE_IMAGE = 1.01
 """Points of accuracy on the 100 test images: whatever computes an accuracy in another way (in batches of another size,
 folded, in another memory format, on more processes) may see one image that lies between two classes otherwise."""
+SHORT = ["--student", "cifar_resnet8x05", "--epochs", "1", "--heads-epochs", "1", "--heads-augmentations", "1"]
 FAST = [
     "--student",
     "cifar_resnet8x05",
@@ -148,3 +149,12 @@ def holding(folder: Path) -> Iterator[ForkProcess]:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def refuse(mgd, expected: list[str], *words: str) -> None:
+    """Assert that a command fails with these texts in its error, and without a traceback."""
+    code, _, errors = mgd(*words)
+    assert code in (1, 2), errors
+    for text in expected:
+        assert text in errors, errors
+    assert "Traceback" not in errors
