@@ -30,7 +30,7 @@ docs: .venv/done  ## The pages of docs/ as a site in docs/_build; a broken link 
 	$(RUN) -m sphinx --fail-on-warning --keep-going --fresh-env -q docs docs/_build
 	@echo "docs/_build/index.html"
 
-bench: .venv/done  ## What docs/results.md says, measured again on this machine.
+bench: .venv/done  ## Measure the tables of docs/results.md again, without those that need other data.
 	$(RUN) benchmarks/step.py
 	$(RUN) benchmarks/step.py --amp --rounds 4
 	$(RUN) benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10 --steps 150 --rounds 5

@@ -1,9 +1,9 @@
 """The paper's grid on CIFAR: what KD, MAG and MAS each add to a host method, the effects kept apart.
 
-    python benchmarks/cifar.py --data-dir cifar100 --pair resnet32x4-resnet8x4 --seeds 0 1 2      full length: for a GPU
-    python benchmarks/cifar.py --data-dir cifar100 --pair resnet56-resnet20 --student cifar_resnet8 --epochs 8
-    --teacher-epochs 15 python benchmarks/cifar.py --quick                                                      embedded
-    data, minutes on two cores
+    python benchmarks/cifar.py --data-dir cifar100 --pair resnet32x4-resnet8x4 --seeds 0 1 2    full length: for a GPU
+    python benchmarks/cifar.py --data-dir cifar100 --pair resnet56-resnet20 --student cifar_resnet8 --epochs 6 \\
+        --teacher-epochs 15
+    python benchmarks/cifar.py --quick    embedded data, minutes on two cores
 
 For every host X the arms are X, X+KD, MAG+X and MAS+X, of which the last two hold KD as well (as in the authors'
 scripts); for X = KD they are KD, MAG+KD and MAS+KD. All students of a seed start from the same weights, see the same
@@ -13,18 +13,21 @@ epoch.
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from cifar_tables import FILE, TITLES, arms, draw, noise_table, table
+from cifar_tables import FILE, ORDER, TITLES, arms, draw, noise_table, table
 from report import append_rows, provenance, read_metrics, read_rows
 from torch import Tensor, nn
 
 from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.distiller import Teacher
+from mgd_timm.distiller import LiveTeachers, Teacher
 from mgd_timm.features import Batch, Features, FeatureTap
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline import cifar_stages as cifar
@@ -32,7 +35,7 @@ from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_t
 from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, terms_of
 from mgd_timm.recipe import presets
 from mgd_timm.recipe.options import as_dict, digest
-from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe
+from mgd_timm.recipe.recipe import Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.training.evaluation import Metrics, evaluate_taps
@@ -50,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", help="run or export folder of the teacher, instead of training the pair's")
     parser.add_argument("--student", help="another student than the pair's")
     parser.add_argument("--hosts", nargs="+", default=["kd", "fitnet", "at"], choices=list(TITLES))
-    parser.add_argument("--arms", nargs="+", help="only these, as the table names them: alone KD MAG+KD ...")
+    parser.add_argument("--arms", nargs="+", choices=ORDER, help="only these, as the table names them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=presets.EPOCHS)
     parser.add_argument("--teacher-epochs", type=int, default=presets.EPOCHS)
@@ -164,6 +167,7 @@ def run_pass(
     common = {
         "teacher_top1": round(teacher_top1, 2),
         "heads": {name: round(value, 2) for name, value in heads.items()},
+        "command": shlex.join(["python", *sys.argv]),
         "students_in_pass": len(cells),
         "pass_seconds": round(fitted.seconds, 1),
         "n_test": len(images.evaluation.ids),
@@ -196,7 +200,7 @@ def with_heads(
     if recipe is None:
         return teacher, {}
     (folder / "for_heads").mkdir(exist_ok=True)
-    recipe = make_recipe(**{**flatten(as_dict(recipe)), "output": str(folder / "for_heads"), "resume": True})
+    recipe = replace(recipe, output=str(folder / "for_heads"), resume=True)
     fitted = fit_heads(teacher, recipe.heads, context_of(recipe, images, accelerator))
     return teacher.with_heads(fitted.heads), fitted.metrics
 
@@ -220,19 +224,16 @@ def train_cohort(
         found = evaluate_taps(taps, evaluation, accelerator, 256)
         return {arm: metrics["top1"] for arm, metrics in found.items()}
 
-    def teach(batch: Batch) -> Features:
-        return teacher(batch.images)
-
-    schedule: dict[str, Any] = {"seed": recipe.seed, "batch_size": recipe.data.batch_size}
     return fit(
         cohort,
         images.train,
         recipe.optim,
         accelerator,
-        teach=teach,
+        teach=LiveTeachers(teacher),
         evaluate=watch,
         options=fit_options,
-        **schedule,
+        seed=recipe.seed,
+        batch_size=recipe.data.batch_size,
     )
 
 

@@ -96,11 +96,12 @@ def section() -> str:
     """The tables of docs/results.md."""
     rows = read_rows(FILE)
     first = rows[0]
+    command = first.get("command", "benchmarks/cifar.py")  # rows before 2026-11-30 do not hold theirs
     seconds = [seconds for *_, seconds in {(row["pair"], row["seed"], row["pass_seconds"]) for row in rows}]
     return (
         f"{table(rows)}\n\n{noise_table(rows)}\n\n"
         f"CIFAR-100, {first['n_test']:,} test images; mean ± standard deviation over seeds, gains are differences of "
-        f"the same seed, a control is the same host with KD. `benchmarks/cifar.py`: {len(rows)} students in "
+        f"the same seed, a control is the same host with KD. `{command}`: {len(rows)} students in "
         f"{sum(seconds) / 3600:.1f} hours of passes, {first['threads']} thread each, {first['precision']}; "
         f"{about(first)}."
     )

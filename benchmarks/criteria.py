@@ -186,7 +186,8 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def section() -> str:
     """The table of docs/results.md."""
-    rows = report.read_rows(report.RESULTS / "criteria.json")
+    found = report.read_rows(report.RESULTS / "criteria.json")
+    rows = [row for row in found if (row["precision"], row["batch_size"]) == ("float32", BATCH)]
     measured = [row for row in rows if "refused" not in row]
     refused = "".join(
         f" Refused for `{row['pair']}`: {row['criterion']} ({row['refused'].split(':')[0]})."
@@ -197,7 +198,7 @@ def section() -> str:
     turns = " or ".join(f"{n} turns of {steps} steps" for n, steps in sizes)
     return (
         f"{table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
-        f"alone; a dash: no aim is set. fp32, batches of 64, each criterion in turn with KD, n={turns}.{refused} "
+        f"alone; a dash: no aim is set. fp32, batches of {BATCH}, each criterion in turn with KD, n={turns}.{refused} "
         f"`benchmarks/criteria.py`; {report.about(*measured)}."
     )
 

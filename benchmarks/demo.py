@@ -45,10 +45,12 @@ def main() -> None:
     args = parse()
     start = time.monotonic()
     print("mgd_timm demo: Fashion-MNIST (10,000 training and 4,000 test images, in the package), no network needed")
-    from report import draw_curves
+    from report import draw_curves, provenance
 
     from mgd_timm.pipeline.run import run
     from mgd_timm.recipe.recipe import make_recipe
+
+    made_by = provenance()
 
     shutil.rmtree(args.output, ignore_errors=True)
     found: dict[str, list[Any]] = {name: [] for name in ARMS}
@@ -61,7 +63,8 @@ def main() -> None:
             found[name].append(run(recipe))
             folders[name].append(folder)
     teacher = found["KD"][0].summary["teacher_top1"]
-    print("\n" + table(found, teacher))
+    text = table(found, teacher)
+    print("\n" + text)
     picture = args.output / "curves.png"
     draw_curves(
         folders, picture, title="cifar_resnet8x05 on 10,000 images of Fashion-MNIST", level=("teacher", teacher)
@@ -69,7 +72,7 @@ def main() -> None:
     print(f"\ncurves: {picture}")
     load_back(found, folders, args.output)
     if args.seeds > 1:
-        write(found, teacher, args)
+        write(found, teacher, text, made_by, args)
     print(f"{time.monotonic() - start:.0f} s in all")
 
 
@@ -117,9 +120,11 @@ def load_back(found: dict[str, list[Any]], folders: dict[str, list[Path]], outpu
         raise SystemExit(1)
 
 
-def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace) -> None:
+def write(
+    found: dict[str, list[Any]], teacher: float, text: str, made_by: dict[str, Any], args: argparse.Namespace
+) -> None:
     """Write benchmarks/results/demo.json."""
-    from report import provenance, write_json
+    from report import write_json
 
     arms = {
         name: {
@@ -132,14 +137,14 @@ def write(found: dict[str, list[Any]], teacher: float, args: argparse.Namespace)
     body = {
         "what": "python benchmarks/demo.py",
         "seeds": list(range(args.seeds)),
-        "n_test": 4000,
+        "n_test": int(found["alone"][0].summary["last"]["n"]),
         "budget": {**BUDGET, "epochs": args.epochs},
         "teacher_top1": teacher,
         "heads": [r.summary["heads"] for r in found["MAS+KD"]],
         "arms": arms,
-        "table": table(found, teacher),
+        "table": text,
     }
-    write_json(RESULTS, body | provenance())
+    write_json(RESULTS, body | made_by)
     print(f"wrote {RESULTS}")
 
 

@@ -81,7 +81,9 @@ class Step:
         half = (0.5,) * size[0]
         with torch.device("cpu"):  # it compares values
             adapter = InputAdapter(half, half, half, half, teacher_size[1:]) if teacher_size != size else None
-        self.teacher = Teacher(fold_batchnorm(teacher_tap) or teacher_tap, heads, view=adapter, digest="not needed")
+        self.teacher = Teacher(
+            fold_batchnorm(teacher_tap) or teacher_tap, heads, input_adapter=adapter, digest="not needed"
+        )
         self.trainee = Distiller(tap, objective_of(recipe, terms, [pair])).train()
         for module, name in ((self.teacher, teacher), (self.trainee, recipe.student)):
             set_memory_format(module, name, recipe.channels_last, torch.device("cpu"))

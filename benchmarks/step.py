@@ -283,8 +283,9 @@ def section() -> str:
     """The table of docs/results.md."""
     rows = report.read_rows(FILE)
     rounds = sorted({row["ratio"]["n"] for row in rows})
+    sizes = " or ".join(str(size) for size in sorted({row["batch"][0] for row in rows}))
     return (
-        f"{table(rows)}\n\nMAS+KD by `benchmarks/step.py`, batches of 64, each in turn with the other, "
+        f"{table(rows)}\n\nMAS+KD by `benchmarks/step.py`, batches of {sizes}, each in turn with the other, "
         f"n={' or '.join(map(str, rounds))} runs of each: {report.about(*rows)}."
     )
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.distributed.collectives import local_main_first
+from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import check_channels, check_class_names, check_module
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
@@ -94,7 +95,8 @@ def train(
     for name in options:
         if name in OF_DISTILLING:
             raise ValueError(f"option {name!r} is for mgd_timm.distill only: mgd_timm.train does not take it.")
-    recipe = make_recipe(teacher=None, student=_name_of(model), output=output, **_with_data(options, data))
+    names: dict[str, Any] = {"student": _name_of(model), "output": output}
+    recipe = make_recipe(teacher=None, method="none", **names, **_with_data(options, data))
     return run(recipe, student=model if isinstance(model, nn.Module) else None).student
 
 
@@ -117,8 +119,7 @@ def _with_data(options: dict[str, Any], data: str | PathLike[str] | Data) -> dic
 def _name_of(model: str | nn.Module) -> str:
     if isinstance(model, str):
         return model
-    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
-    return f"module:{architecture}:{module_digest(model)[:16]}"
+    return f"module:{model_name(model)}:{module_digest(model)[:16]}"
 
 
 def evaluate(

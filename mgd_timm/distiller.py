@@ -26,7 +26,7 @@ class Teacher(nn.Module):
     Args:
         tap: The teacher's features.
         heads: Fitted heads with decoders; None for no codes and no views.
-        view: The input adapter, which gives the student's normalised images the teacher's mean, std and size (see
+        input_adapter: Gives the student's normalised images the teacher's mean, std and size (see
             models.input_adapter.InputAdapter); None for no change.
         digest: sha256 of the weights, by which this teacher's caches are found; None computes it. Pass that of the
             original weights if the tap's are folded.
@@ -41,7 +41,7 @@ class Teacher(nn.Module):
         tap: FeatureTap,
         heads: GranularityHeads | None = None,
         *,
-        view: nn.Module | None = None,
+        input_adapter: nn.Module | None = None,
         digest: str | None = None,
         logits: bool = True,
     ) -> None:
@@ -53,8 +53,8 @@ class Teacher(nn.Module):
                     f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it."
                 )
         self.tap, self.heads = tap, heads
-        self.input_adapter = view if view is not None else nn.Identity()
-        self.shows_logits = logits and tap.num_classes > 0
+        self.input_adapter = input_adapter if input_adapter is not None else nn.Identity()
+        self.has_logits = logits and tap.num_classes > 0
         self.digest = digest if digest is not None else module_digest(tap.model)
         self.requires_grad_(False)
         self.eval()
@@ -67,7 +67,7 @@ class Teacher(nn.Module):
     def with_heads(self, heads: GranularityHeads) -> "Teacher":
         """Return the same teacher with fitted heads, on its device."""
         device = next(self.tap.parameters()).device
-        copied = Teacher(self.tap, heads, view=self.input_adapter, digest=self.digest, logits=self.shows_logits)
+        copied = Teacher(self.tap, heads, input_adapter=self.input_adapter, digest=self.digest, logits=self.has_logits)
         return copied.to(device)
 
     def describe_input(self) -> object:
@@ -84,7 +84,7 @@ class Teacher(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Return features with the heads' codes and views."""
         features: Features = self.tap(self.input_adapter(images))
-        if not self.shows_logits:
+        if not self.has_logits:
             features = features._replace(logits=features.logits[:, :0], cam=None)
         if self.heads is None:
             return features

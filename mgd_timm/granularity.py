@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32, kl_divergence
+from mgd_timm.criteria.base import Need, Objective, at_least_float32, convert_soft_labels, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
@@ -107,7 +107,7 @@ class HeadFitting(nn.Module):
         """Return a loss per granularity, and the stable excitation. `batch.images` is not used."""
         views = self.heads.decode(self.heads.encode(teacher.embedding))
         dtype = next(iter(views.values())).dtype
-        labels = batch.labels.to(dtype) if batch.labels.is_floating_point() else batch.labels
+        labels = convert_soft_labels(batch.labels, dtype)
         terms = {g.name: F.cross_entropy(views[g.name], labels) for g in self.heads.granularities}
         if teacher.logits.shape[1]:
             for g in self.heads.granularities:
@@ -188,7 +188,7 @@ class MAS(MAG):
         pair, objective, granularities: As for MAG; the objective needs a weighted term that reads the teacher's logits.
 
     Raises:
-        ValueError: No weighted term of the objective reads the teacher's logits: MAS would be MAG.
+        ValueError: As of MAG; or no weighted term of the objective reads the teacher's logits: MAS would be MAG.
     """
 
     def __init__(

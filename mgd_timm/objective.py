@@ -7,6 +7,7 @@ Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (
 each.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,9 +27,12 @@ def mean_of_probabilities(logits: Sequence[Float[Tensor, "b k"]], weights: Seque
 
     The mean is of probabilities at temperature 1: at T the target is the softmax of the result divided by T.
     """
-    scores = torch.stack([at_least_float32(one).log_softmax(1) for one in logits])
-    shares = torch.tensor(weights, dtype=scores.dtype, device=scores.device)
-    return (scores + (shares / shares.sum()).log()[:, None, None]).logsumexp(0)
+    total = sum(weights)
+    scores = [
+        at_least_float32(one).log_softmax(1) + math.log(weight / total)
+        for one, weight in zip(logits, weights, strict=True)
+    ]
+    return torch.stack(scores).logsumexp(0)
 
 
 class SeveralTeachers(nn.Module):

@@ -386,7 +386,7 @@ def test_the_teacher_stays_in_eval_mode_and_draws_no_graph(teacher):
 
 
 def test_the_teachers_view_comes_first(teacher):
-    flipped = Teacher(teacher.tap, teacher.heads, view=nn.ReLU())
+    flipped = Teacher(teacher.tap, teacher.heads, input_adapter=nn.ReLU())
     assert torch.equal(flipped(images()).logits, teacher(images().relu()).logits)
 
 

@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.features import Batch, Features, Pair
@@ -71,6 +71,16 @@ def check_parts(**weights: float) -> tuple[float, ...]:
         words = ", ".join(f"{name}={weight}" for name, weight in weights.items())
         raise ValueError(f"{words}: expected finite numbers, 0 or more, and not all 0.")
     return tuple(weights.values())
+
+
+def target_classes(labels: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, " b"]:
+    """Return class ids: of a distribution over classes (mixup, smoothing), the first of the most likely classes."""
+    return labels.argmax(1) if labels.is_floating_point() else labels.long()
+
+
+def convert_soft_labels(labels: Int[Tensor, " b"] | Float[Tensor, "b k"], dtype: torch.dtype) -> Tensor:
+    """Return labels as F.cross_entropy takes them: distributions over classes in a dtype, class ids as they are."""
+    return labels.to(dtype) if labels.is_floating_point() else labels
 
 
 class Criterion(nn.Module):

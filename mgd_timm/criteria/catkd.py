@@ -1,11 +1,11 @@
 """CAT-KD: class attention transfer (Guo et al. 2023)."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space, smallest_norm
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space
+from mgd_timm.criteria.nst import selectivity
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -22,8 +22,7 @@ def class_attention(
     pooled = F.adaptive_avg_pool2d(at_least_float32(cam), size)
     if not normalise:
         return pooled
-    norms = torch.linalg.vector_norm(pooled, dim=(2, 3), keepdim=True)
-    return pooled / norms.clamp_min(smallest_norm(size[0] * size[1]))
+    return selectivity(pooled).unflatten(2, size)
 
 
 class CATKD(Criterion):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
+from mgd_timm.distributed.collectives import has_process_group
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -42,8 +43,7 @@ def contrast(
 
 def several_processes() -> bool:
     """Return whether there are several processes."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    return has_process_group() and torch.distributed.get_world_size() > 1
 
 
 @torch.compiler.disable  # the host needs the number of rows of each process

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32
+from mgd_timm.criteria.base import Criterion, at_least_float32, convert_soft_labels
 from mgd_timm.features import Batch, Features, Pair
 
 
@@ -36,5 +36,5 @@ class CrossEntropy(Criterion):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss, at least float32."""
         logits = at_least_float32(student.logits)
-        labels = batch.labels.to(logits.dtype) if batch.labels.is_floating_point() else batch.labels
+        labels = convert_soft_labels(batch.labels, logits.dtype)
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)

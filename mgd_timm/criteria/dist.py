@@ -9,7 +9,7 @@ from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
 
-def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: float = 1e-8) -> Float[Tensor, ""]:
+def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
     """Return 1 - the mean over rows of Pearson's correlation.
 
     A row's standard deviation counts as at least 0.1 times its mean: if a row varies less, its correlation tends to 0,
@@ -17,7 +17,6 @@ def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: 
 
     Args:
         one, two: Probabilities, 0 or more.
-        eps: Added to the product of both norms (official code).
     """
     deviations, norms = [], []
     for rows in (one, two):
@@ -26,7 +25,8 @@ def pearson_distance(one: Float[Tensor, "n m"], two: Float[Tensor, "n m"], eps: 
         smallest = SMALLEST_SPREAD * rows.shape[1] ** 0.5 * mean.squeeze(1)
         deviations.append(deviation)
         norms.append(torch.maximum(torch.linalg.vector_norm(deviation, dim=1), smallest))
-    return 1 - ((deviations[0] * deviations[1]).sum(1) / (norms[0] * norms[1] + eps)).mean()
+    product = norms[0] * norms[1] + 1e-8  # as in the official code
+    return 1 - ((deviations[0] * deviations[1]).sum(1) / product).mean()
 
 
 def relation_distance(

@@ -4,14 +4,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space, check_parts, kl_divergence
+from mgd_timm.criteria.base import (
+    Criterion,
+    at_least_float32,
+    check_one_label_space,
+    check_parts,
+    kl_divergence,
+    target_classes,
+)
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
-
-
-def target_classes(labels: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Int[Tensor, " b"]:
-    """Return class ids: of a distribution over classes (mixup, smoothing), the first of the most likely classes."""
-    return labels.argmax(1) if labels.is_floating_point() else labels.long()
 
 
 def decoupled(

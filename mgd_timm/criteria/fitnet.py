@@ -72,7 +72,7 @@ class FitNet(Criterion):
         relu: End the adapter with a ReLU, as in RepDistiller.
 
     Raises:
-        ValueError: The numbers of maps differ, or there is no map of that index.
+        ValueError: A network has no maps, the numbers of maps differ, or there is no map of that index.
     """
 
     weight = 100.0

@@ -96,9 +96,9 @@ class FT(Criterion):
         student, teacher = tapped_maps("FT", pair)
         check_positions("FT", [(student[-1], teacher[-1])])
         student_channels, channels = student[-1][0], teacher[-1][0]
-        if not 0 < k < float("inf") or int(channels * k) < 1:
+        factor = int(channels * k) if 0 < k < float("inf") else 0
+        if factor < 1:
             raise ValueError(f"k={k}: expected a finite number with 1 channel or more of the teacher's {channels}.")
-        factor = int(channels * k)
         self.paraphraser = Paraphraser(channels, factor)
         self.translator = layers((student_channels, student_channels, factor, factor), nn.Conv2d, norm=True)
         self.train()

@@ -7,8 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mgd_timm.criteria.adapters import MapShape, damp_gradient
-from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space
-from mgd_timm.criteria.dkd import target_classes
+from mgd_timm.criteria.base import Criterion, at_least_float32, check_one_label_space, target_classes
 from mgd_timm.criteria.standardisation import standardise
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature

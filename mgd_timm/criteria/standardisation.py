@@ -7,22 +7,21 @@ from mgd_timm.criteria.base import SMALLEST_SPREAD, Criterion, at_least_float32
 from mgd_timm.features import Batch, Features
 
 
-def standardise(logits: Float[Tensor, "b k"], eps: float = 1e-7) -> Float[Tensor, "b k"]:
-    """Shift and scale each sample's logits to mean 0 and standard deviation 1: (z - mean(z)) / (std(z) + eps).
+def standardise(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Shift and scale each sample's logits to mean 0 and standard deviation 1: (z - mean(z)) / (std(z) + 1e-7).
 
-    The standard deviation divides by K - 1 (official code; the paper divides by K), and eps is the official code's. A
+    The standard deviation divides by K - 1 (official code; the paper divides by K), and 1e-7 is the official code's. A
     deviation below 0.1 counts as 0.1, which bounds the gradient.
 
     Args:
         logits: Raw scores of 3 or more classes. For 2 classes the result only tells which logit is larger, and has no
             gradient.
-        eps: Added to the deviation.
 
     Returns:
         Standardised logits, 0 where all logits of a sample are equal.
     """
     logits = at_least_float32(logits)
-    deviation = logits.std(1, keepdim=True) + eps
+    deviation = logits.std(1, keepdim=True) + 1e-7
     return (logits - logits.mean(1, keepdim=True)) / deviation.clamp_min(SMALLEST_SPREAD)
 
 

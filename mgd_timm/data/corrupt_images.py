@@ -1,6 +1,5 @@
 """Find corrupt images before the first epoch, so that the images that are skipped depend on the data alone."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from mgd_timm.data.loader import read_ahead
 from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.rows import Rows
 from mgd_timm.recipe.data import Data
-from mgd_timm.storage.cache import cache_folder
+from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.checkpoint import State
 from mgd_timm.storage.lock import load_or_create
 
@@ -41,7 +40,7 @@ class CheckedRows:
 
     def readable(self, ids: Tensor) -> Tensor:
         """Return the ids whose images can be decoded."""
-        return ids[[int(i) not in self.corrupt for i in ids]] if self.corrupt else ids
+        return ids[~torch.isin(ids, torch.tensor(list(self.corrupt), dtype=ids.dtype))] if self.corrupt else ids
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans].
@@ -64,7 +63,7 @@ def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRow
     digest = rows.digest()
     if not data.max_bad or isinstance(rows, ArrayRows):  # arrays are pixels already
         return CheckedRows(rows, digest, {})
-    folder = cache_folder() / "corrupt" / hashlib.sha256(f"{digest}:{data.in_chans}".encode()).hexdigest()[:32]
+    folder = cache_entry("corrupt", f"{digest}:{data.in_chans}")
 
     def create() -> State:
         found = _find_corrupt(rows, data.in_chans, data.workers)

@@ -6,7 +6,6 @@ first read: training reads in random order, so checking block by block would rea
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mgd_timm.data.corrupt_images import CheckedRows
 from mgd_timm.data.decode import DataError, resize
 from mgd_timm.recipe.data import Data
 from mgd_timm.storage.atomic_write import write_atomically
-from mgd_timm.storage.cache import cache_folder
+from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.lock import Lock
 from mgd_timm.storage.safetensors_header import read_header
 
@@ -115,7 +114,6 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
 
     rows, in_chans = split.rows, data.in_chans
     made_of = f"{split.digest}:{in_chans}:{size}:3" + (f":{sorted(split.corrupt)}" if split.corrupt else "")
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
     def decode_all() -> Tensor:
         pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
@@ -134,7 +132,7 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
             pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
         return pixels
 
-    return load_or_create(cache_folder() / "images" / key, (len(rows), in_chans, *size), decode_all, rows.split, log)
+    return load_or_create(cache_entry("images", made_of), (len(rows), in_chans, *size), decode_all, rows.split, log)
 
 
 def load_or_create(

@@ -166,7 +166,7 @@ class LargeImageSource:
 
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Yield a Batch for each tensor of sample ids, read ahead by workers."""
-        keys = [[(epoch, row) for row in ids.tolist()] for ids in micro_batches]
+        keys = ([(epoch, row) for row in ids.tolist()] for ids in micro_batches)
         for images, rows in read_ahead(self, keys, self.data.workers, device, hint=SKIP_HINT):
             labels = self.all_labels[rows].to(device, non_blocking=True)
             yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))

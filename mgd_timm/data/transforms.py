@@ -133,7 +133,7 @@ def erase(
         inside = ((rows >= y) & (rows < bottom))[:, :, None] & ((columns >= x) & (columns < right))[:, None, :]
         inside = inside & erased[:, box, None, None]
         if mode == "const":
-            value = torch.zeros_like(images)
+            value = images.new_zeros(())
         elif mode == "rand":
             value = noise[:, box * c : (box + 1) * c, None, None]
         else:
@@ -188,10 +188,12 @@ def timm_transform(
     common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}
     try:
         return create_transform(**common, is_training=True)
-    except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
+    except (AssertionError, ValueError, KeyError) as error:
+        if data.aa is None:
+            raise
         raise DataError(
-            f"timm cannot build a transform with --aa {data.aa} --color-jitter {data.color_jitter} ({error}): expected "
-            "a policy such as rand-m9-mstd0.5-inc1, augmix-m3 or original."
+            f"--aa {data.aa} is not a policy of timm ({error}): expected a policy such as rand-m9-mstd0.5-inc1, "
+            "augmix-m3 or original."
         ) from error
 
 

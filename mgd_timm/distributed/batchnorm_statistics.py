@@ -56,11 +56,10 @@ class RunningStatistics:
         floats = 2 * len(after) // 3  # means and variances; then numbers of batches
         sizes = [buffer.numel() for buffer in after[:floats]]
         calls = torch.stack(after[floats:]) - torch.stack(before[floats:])
-        kept = torch.tensor([1 - float(layer.momentum or 0) for layer in self._training()], dtype=torch.float64).to(
-            calls.device
-        )
-        lengths = torch.tensor(sizes, device=calls.device)
-        a = (kept**calls).repeat(2).repeat_interleave(lengths, output_size=sum(sizes))
+        # Numbers, not tensors of them: a copy to the device would wait for the backward pass.
+        kept = [1 - float(layer.momentum or 0) for layer in self._training()]
+        powers = [share**number for share, number in zip(kept, calls.double().unbind(), strict=True)]
+        a = torch.cat([power.expand(size) for power, size in zip(2 * powers, sizes, strict=True)])
         first, last = (torch.cat(buffers[:floats]).double() for buffers in (before, after))
         whole = (last - a * first) * a ** (filled - 1 - rank) if rank < filled else torch.zeros_like(first)
         torch.distributed.all_reduce(whole)

@@ -34,9 +34,14 @@ def join(process_timeout: float = PROCESS_TIMEOUT) -> Accelerator:
     return Accelerator(kwargs_handlers=[timeout_after(process_timeout)])
 
 
+def has_process_group() -> bool:
+    """Return whether this process has joined a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leave() -> None:
     """Leave the process group at the end of a command: with gloo, a process that merely exits may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_process_group():
         torch.distributed.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from mgd_timm.distributed.collectives import broadcast_tensors
+from mgd_timm.distributed.collectives import broadcast_tensors, has_process_group
 from mgd_timm.features import FeatureTap
 
 # Shares of a network's parameters in an FSDP unit: a few gathered units are little of the network, and each is worth a
@@ -41,15 +41,15 @@ def fsdp_requested() -> bool:
 
 def is_sharding() -> bool:
     """Return whether what trains is sharded between the processes of this launch."""
-    return fsdp_requested() and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return fsdp_requested() and has_process_group()
 
 
 def check_sharding(accelerator: Accelerator) -> None:
     """Refuse what an accelerate configuration asks for and `Sharded` does not do.
 
     Raises:
-        ValueError: DeepSpeed and other engines, FSDP version 1, fp16, weights that are offloaded to the CPU, recomputed
-            activations, or a mesh of several dimensions.
+        ValueError: DeepSpeed and other engines; with FSDP: version 1, fp16, weights that are offloaded to the CPU,
+            recomputed activations, ignored modules, or a parallelism_config.
     """
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
@@ -351,7 +351,8 @@ def _record_calls(tap: FeatureTap) -> tuple[Counter[nn.Module], set[nn.Module]]:
         entered.update(outer for outer in around[module] if outer not in running)
 
     def leave(module: nn.Module, *_: Any) -> None:
-        assert running.pop() is module
+        last = running.pop()
+        assert last is module
 
     handles = [module.register_forward_pre_hook(enter) for module in tap.modules()]
     handles += [module.register_forward_hook(leave) for module in tap.modules()]

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from mgd_timm.storage.atomic_write import write_atomically
+from mgd_timm.storage.checkpoint import copy_for_safetensors
 from mgd_timm.storage.digests import sha256
 from mgd_timm.storage.versions import versions
 
@@ -66,11 +66,7 @@ def export_model(
 
 def _write_files(folder: Path, model: nn.Module, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     folder.mkdir()
-    # Contiguous: safetensors refuses channels-last weights.
-    weights = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
+    weights = copy_for_safetensors(model.state_dict())
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     # The size that the model was built for: pretrained_cfg may have that of its original weights.
     inputs = get_model_input_config(model)

@@ -2,6 +2,13 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+
+def map_sizes(maps: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Return (channels, height, width) of maps [batch, channels, height, width]."""
+    return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+
 
 def choose_maps(sizes: Sequence[tuple[int, int, int]], maps: str) -> tuple[int, ...]:
     """Return the indices of the maps that a word such as "stages" selects.

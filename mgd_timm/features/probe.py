@@ -23,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mgd_timm.features.maps import map_sizes
+
 Classify = Callable[[nn.Module, Any, Tensor], Tensor]
 """Logits [batch, classes] from the model, what `forward_features` returns, and the embedding [batch, dim]."""
 
@@ -56,8 +58,8 @@ def give_no_logits(model: nn.Module, final: Any, embedding: Tensor) -> Tensor:  
     return embedding.new_empty(embedding.shape[0], 0)
 
 
-# The first that fits is taken: a second call of the head fits every model, and is the last resort.
-_CANDIDATES: tuple[Classify, ...] = (apply_classifier, apply_conv_classifier, average_classifiers, call_head_again)
+# The first that fits is taken. A second call of the head fits every model, and is the last resort.
+_CANDIDATES: tuple[Classify, ...] = (apply_classifier, apply_conv_classifier, average_classifiers)
 
 
 def embed_with_head(model: nn.Module, final: Any) -> Tensor:
@@ -90,7 +92,7 @@ class Probe:
     num_classes: int
     embed_dim: int
     classify: Classify
-    map_sizes: list[tuple[int, int, int]]
+    map_sizes: tuple[tuple[int, int, int], ...]
     logits: Tensor | None
     final: Any
 
@@ -118,6 +120,8 @@ def probe_model(
             logits = timm_model(images) if timm_model.num_classes else None
             final, maps = timm_model.forward_intermediates(images, **map_options)
             embedding = embed(model, final)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(
@@ -130,8 +134,7 @@ def probe_model(
                 raise ValueError(f"{name} returns {given}, not {what}: use a global_pool that pools.")
         classify = give_no_logits if logits is None else _find_classify(model, name, logits, final)
     num_classes = 0 if logits is None else logits.shape[1]
-    map_sizes = [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
-    return Probe(num_classes, embedding.shape[1], classify, map_sizes, logits, final)
+    return Probe(num_classes, embedding.shape[1], classify, map_sizes(maps), logits, final)
 
 
 def _find_classify(model: nn.Module, name: str, expected: Tensor, final: Any) -> Classify:
@@ -140,19 +143,28 @@ def _find_classify(model: nn.Module, name: str, expected: Tensor, final: Any) ->
     Equal logits are not enough: a new BatchNorm is the identity in eval mode, so that a candidate which skips it gives
     equal logits too.
     """
-    _, read_by_head = _trace(call_head_again, model, final)
+    from_head, read_by_head = _trace(call_head_again, model, final)
+
+    def equal(logits: Tensor) -> bool:
+        if logits.shape != expected.shape:
+            return False
+        # A model on the meta device has no values: shapes and parameters decide.
+        return expected.is_meta or torch.allclose(
+            logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+
     for classify in _CANDIDATES:
         try:
             logits, read = _trace(classify, model, final)
-        except (RuntimeError, TypeError, NotImplementedError, IndexError):
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError):
             continue  # this classifier cannot be called in this way
-        if logits.shape != expected.shape or read != read_by_head:
-            continue
-        # A model on the meta device has no values: shapes and parameters decide.
-        if expected.is_meta or torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True):
-            if classify is call_head_again:
-                _check_head_can_be_called_twice(model, name, final)
+        if read == read_by_head and equal(logits):
             return classify
+    if equal(from_head):
+        _check_head_can_be_called_twice(model, name, final)
+        return call_head_again
     raise ValueError(
         f"{name}'s logits are not those of its forward_head: model(x) does something else as well, which "
         "FeatureTap does not support. Choose another model."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mgd_timm.features.class_activation import check_class_activation_maps, class_activation_maps
 from mgd_timm.features.contract import Features, Shapes
-from mgd_timm.features.maps import choose_maps, resolve_indices
+from mgd_timm.features.maps import choose_maps, map_sizes, resolve_indices
 from mgd_timm.features.probe import (
     Embed,
     apply_classifier,
@@ -26,6 +26,11 @@ from mgd_timm.features.probe import (
     probe_image,
     probe_model,
 )
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the architecture of a timm model, or the name of its class."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
 
 
 class FeatureTap(nn.Module):
@@ -58,7 +63,7 @@ class FeatureTap(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.name = str(getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__)
+        self.name = model_name(model)
         # An encoder inherits no get_classifier, and its forward_head only raises.
         has_head = hasattr(model, "get_classifier") or getattr(model, "num_classes", None) != 0
         _check_is_timm_model(model, self.name, has_head)
@@ -106,7 +111,7 @@ class FeatureTap(nn.Module):
     def shapes(self, image_size: int | tuple[int, int]) -> Shapes:
         """Measure the shapes of the features at an image size (pixels: side, or height and width)."""
         features = self.probe(_height_and_width(image_size))
-        sizes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in features.maps)
+        sizes = map_sizes(features.maps)
         cam = (features.cam.shape[2], features.cam.shape[3]) if features.cam is not None else None
         return Shapes(self.num_classes, self.embed_dim, sizes, cam)
 
@@ -116,7 +121,7 @@ class FeatureTap(nn.Module):
         with eval_without_gradients(self.model):
             images = probe_image(self.model, size)
             _, maps = cast(Any, self.model).forward_intermediates(images, **self._map_options)
-        return tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+        return map_sizes(maps)
 
     def freeze_backbone(self, *, adapt_batchnorm: bool = False) -> None:
         """Leave only the classifier trainable, and everything else in eval mode without gradients.

@@ -6,6 +6,8 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
+from mgd_timm.features.tap import model_name
+
 
 def check_module(module: nn.Module, role: str) -> None:
     """Raise ValueError unless a module from user code is a timm model with float32 weights."""
@@ -34,7 +36,7 @@ def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
 def check_classifier(student: nn.Module) -> None:
     """Raise ValueError unless a model to train has a classifier: without one its export could not be loaded."""
     if not getattr(student, "num_classes", 0):
-        name = getattr(student, "pretrained_cfg", {}).get("architecture") or type(student).__name__
+        name = model_name(student)
         raise ValueError(
             f"{name} has no classifier (num_classes=0), and only a teacher may lack one. Build it with num_classes=C; "
             "timm's encoders (*_enc) take none: choose an architecture that does."

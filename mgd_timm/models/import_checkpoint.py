@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import Tensor, nn
 
 from mgd_timm.models.load import check_model_name, load_state_dict, read_safetensors
@@ -35,8 +35,8 @@ def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU, from a safetensors file or a file of torch.save.
 
     A file of torch.save holds a dict of tensors, or has one under `model`, `state_dict` or `net`. A moving average
-    beside it, under `state_dict_ema` or `model_ema`, is preferred, as in timm. The prefix `module.` of DataParallel is
-    removed if all names have it.
+    beside it, under `state_dict_ema` or `model_ema`, is preferred, as in timm. The prefixes `module.` of DataParallel
+    and `_orig_mod.` of torch.compile are removed if all names have one.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -53,8 +53,8 @@ def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     # A safetensors file begins with the length of its header, which is JSON.
     content = read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
     state = _find_weights(path, content)
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if all(name.startswith(("module.", "_orig_mod.")) for name in state):
+        state = clean_state_dict(state)
     return state
 
 

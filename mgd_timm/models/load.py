@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
+from mgd_timm.features.tap import model_name
 from mgd_timm.recipe.data import EMBEDDED
 from mgd_timm.recipe.options import unknown
 
@@ -183,7 +184,7 @@ def _load_folder(folder: Path) -> nn.Module:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:  # an architecture may raise anything for arguments that a file names
         raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
-    load_weights(model, str(getattr(model, "pretrained_cfg", {}).get("architecture")), weights)
+    load_weights(model, model_name(model), weights)
     return model
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mgd_timm.criteria.terms import Terms
+from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.load import check_model_name
 from mgd_timm.recipe.recipe import Recipe
@@ -28,7 +29,7 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
-    """Raise ValueError where what reads images one by one stands beside what mixes or repeats them."""
+    """Raise ValueError if images are mixed or repeated and an option needs single images."""
     data = recipe.data
     mixing = [f"{name}={getattr(data, name)}" for name in ("mixup", "cutmix") if getattr(data, name)]
     mixing += [f"aug_repeats={data.aug_repeats}"] if data.aug_repeats > 1 else []
@@ -92,7 +93,7 @@ def check_several_teachers(terms: Terms, count: int, *, mean: bool) -> None:
 
 
 def logits_conflict(model: nn.Module, class_names: Sequence[str]) -> str | None:
-    """What a teacher has instead of logits of the data's classes; None where it has them."""
+    """Return what a teacher has instead of logits of the data's classes, or None if it has them."""
     count = int(getattr(model, "num_classes", 0) or 0)
     if not count:
         return "no classifier"
@@ -117,7 +118,7 @@ def check_teaches_without_logits(
         conflict: As `logits_conflict` has it; empty where its logits would be of the data's classes.
         silent: Its logits are left out on purpose (--teacher-classes none).
     """
-    name = (getattr(model, "pretrained_cfg", {}) or {}).get("architecture") or type(model).__name__
+    name = model_name(model)
     views_stand_in = recipe.method == "mas" and (silent or not getattr(model, "num_classes", 0))
     reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs]
     if not views_stand_in:

@@ -28,8 +28,8 @@ def images_of(recipe: Recipe) -> Images:
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
-    """What decides a student's weights beside its recipe: those of its teachers, and which rows of their classifiers
-    are read."""
+    """Return what decides a student's weights besides its recipe: its teachers' weights, and which rows of their
+    classifiers are used."""
     digests = [module_digest(load_named_teacher(recipe, name)) for name in recipe.teacher or ()]
     found: dict[str, Any] = {"teacher": digests[0] if len(digests) == 1 else digests}
     if recipe.teacher_classes is not None:

@@ -139,7 +139,7 @@ def _finished(teacher: Teacher, fold: bool, fitted: bool) -> Teacher:
     digest = module_digest(teacher.tap.model) if fitted else teacher.digest
     device = next(teacher.tap.parameters()).device
     tap = (fold_batchnorm(teacher.tap) if fold else None) or teacher.tap
-    return Teacher(tap, view=teacher.input_adapter, digest=digest, logits=teacher.shows_logits).to(device)
+    return Teacher(tap, input_adapter=teacher.input_adapter, digest=digest, logits=teacher.has_logits).to(device)
 
 
 def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
@@ -168,7 +168,7 @@ def _pairs(student: FeatureTap, teachers: Sequence[Teacher], peer: FeatureTap | 
 def _teacher_shapes(teacher: Teacher, images: Images) -> Shapes:
     """Return a teacher's shapes; where views stand in for its logits, their classes are the data's."""
     shapes = teacher.tap.shapes(teacher.size(images.input_size[1:]))
-    return shapes if teacher.shows_logits else shapes._replace(num_classes=images.num_classes)
+    return shapes if teacher.has_logits else shapes._replace(num_classes=images.num_classes)
 
 
 def _build_student(recipe: Recipe, images: Images) -> nn.Module:
@@ -209,8 +209,8 @@ def _connect_teacher(
     """Return a frozen teacher without heads; a silent one returns no logits."""
     check_channels(model, "teacher", images.input_size[0])
     conflict = logits_conflict(model, images.class_names)
-    shows_logits = conflict is None and not silent
-    if not shows_logits:
+    has_logits = conflict is None and not silent
+    if not has_logits:
         check_teaches_without_logits(model, terms, recipe, conflict or "", silent=silent)
     adapter = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
     size = adapter.size or (images.input_size[1], images.input_size[2])
@@ -218,7 +218,7 @@ def _connect_teacher(
     tap = FeatureTap(model, maps, input_size=(images.input_size[0], *size), cam=terms.needs("cams"))
     if recipe.fit_teacher_head == "probe":
         check_probe(tap)
-    teacher = Teacher(tap, view=adapter, logits=shows_logits).to(accelerator.device)
+    teacher = Teacher(tap, input_adapter=adapter, logits=has_logits).to(accelerator.device)
     set_memory_format(teacher, tap.name, recipe.channels_last, accelerator.device)
     return teacher
 
@@ -295,5 +295,5 @@ def _fingerprint(recipe: Recipe, images: Images, accelerator: Accelerator, netwo
         "peer_sha256": module_digest(peer.model) if peer is not None else None,
         "precision": str(accelerator.mixed_precision),
         # The recipe's word is a file's name, or "none".
-        "teacher_logits": [teacher.shows_logits for teacher in networks.teachers],
+        "teacher_logits": [teacher.has_logits for teacher in networks.teachers],
     }

@@ -17,7 +17,7 @@ def evaluate_teachers(
     found: list[float | None] = []
     for teacher in teachers if images.evaluation is not None else ():
         assert images.evaluation is not None
-        if not teacher.shows_logits:
+        if not teacher.has_logits:
             accelerator.print(f"teacher {teacher.tap.name}: no accuracy, because it has no logits of these classes")
             found.append(None)
             continue
@@ -35,7 +35,7 @@ def evaluate_teachers(
 
 
 def near_chance(top1: float, num_classes: int) -> bool:
-    """Whether an accuracy in % is less than twice chance; of few classes, less than a quarter of the way from chance to
-    100."""
+    """Return whether an accuracy in % is below twice chance, or, if that is lower, below chance plus a quarter of the
+    distance from chance to 100."""
     chance = 100 / num_classes
     return top1 < chance + min(chance, (100 - chance) / 4)

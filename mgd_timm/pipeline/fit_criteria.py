@@ -92,7 +92,7 @@ def fits_of_student(
         own = pair._replace(student=tap.shapes(images.input_size[1:]), teacher=teacher_tap.shapes(teacher_input[1:]))
         criterion = build_criterion(term, own, standardise_logits=terms.standardise_logits)
         trainee = Distiller(tap, Objective(**{name: (1.0, criterion)}))
-        frozen = Teacher(teacher_tap, view=teacher.input_adapter, digest=teacher.digest)
+        frozen = Teacher(teacher_tap, input_adapter=teacher.input_adapter, digest=teacher.digest)
         fits.append(CriterionFit(name, term, trainee, tap, frozen, lr))
     return fits
 

@@ -214,8 +214,8 @@ def _train_student(
 
 
 def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerator: Accelerator) -> Evaluate:
-    """Evaluation after an epoch: of the student (its average where there is one) and, by role, of what stands beside
-    it."""
+    """Return the evaluation after an epoch: of the student (its average, if there is one), and by role of the peer or
+    the raw weights."""
 
     def evaluate_students(averaged: nn.Module | None) -> Metrics:
         taps: dict[str, nn.Module] = dict(networks.students())

@@ -71,11 +71,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _digested(values: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a written recipe that decides the weights."""
     return {
-        f.name: {
-            g.name: values.get(f.name, {}).get(g.name)
-            for g in fields(type(getattr(Recipe(), f.name)))
-            if g.metadata["digest"]
-        }
+        f.name: {g.name: values.get(f.name, {}).get(g.name) for g in fields(PARTS[f.name]) if g.metadata["digest"]}
         if f.name in PARTS
         else values.get(f.name)
         for f in fields(Recipe)

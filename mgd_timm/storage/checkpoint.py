@@ -63,10 +63,9 @@ def save(folder: Path, number: int, state: State, *, keep: int = 2) -> Path:
             shutil.rmtree(target, ignore_errors=True)  # another run that shares this cache may have removed it first
     try:
         write_atomically(target, lambda draft: _write_files(draft, state))
-    except FileExistsError:
-        pass  # another run that shares this folder (a cache) wrote the same state first
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:  # as above
+        # Otherwise another run that shares this folder (a cache) wrote the same state first.
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
     verify(target)
     others = [path for path in _newest_first(folder) if path != target]
@@ -131,15 +130,18 @@ def load_newest(folder: Path, log: Callable[[str], None]) -> State | None:
     return None
 
 
+def copy_for_safetensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU: safetensors refuses those that share memory or are not contiguous (channels-last)."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
 def _write_files(folder: Path, state: State) -> None:
     folder.mkdir()
     for group, tensors in state.tensors.items():
-        # Copied: safetensors refuses tensors that share memory or are not contiguous.
-        copies = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        save_file(copies, folder / f"{group}.safetensors")
+        save_file(copy_for_safetensors(tensors), folder / f"{group}.safetensors")
     (folder / "state.json").write_text(json.dumps(state.values))
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_bytes(_manifest_bytes(digests))

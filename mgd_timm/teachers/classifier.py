@@ -122,7 +122,9 @@ def fit_classifiers(teachers: Sequence[Teacher], options: ClassifierFit, context
     for number, teacher in enumerate(teachers, start=1):
         name = "teacher_head" if len(teachers) == 1 else f"teacher_head_{number}"
         tap = FeatureTap(teacher.tap.model, input_size=(input_size[0], *teacher.size(input_size[1:])))
-        found.append(_fit_one(name, Teacher(tap, view=teacher.input_adapter, digest=teacher.digest), options, context))
+        found.append(
+            _fit_one(name, Teacher(tap, input_adapter=teacher.input_adapter, digest=teacher.digest), options, context)
+        )
     return found
 
 

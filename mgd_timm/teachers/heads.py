@@ -51,7 +51,7 @@ def fit_heads(
         # The weights of the code losses belong to the student's objective.
         "heads": as_dict(replace(options, abstract_weight=1.0, detailed_weight=1.0)),
         **context.teacher_fingerprint(teacher),
-        "logits": teacher.shows_logits,
+        "logits": teacher.has_logits,
         "evaluation": images.evaluation.digest
         if images.evaluation is not None
         else None,  # as metrics are cached with them
@@ -162,7 +162,7 @@ class _HeadsEvaluation:
         self.heads, self.accelerator = heads, context.accelerator
         self.batch_size = context.data.validation_batch_size
         names = [g.name for g in heads.granularities]
-        self.names = (*(["teacher"] if teacher.shows_logits else []), *names, "stable")
+        self.names = (*(["teacher"] if teacher.has_logits else []), *names, "stable")
         self.stored = store_outputs(
             lambda batch: teacher(batch.images),
             context.images.evaluation,

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mgd_timm.criteria.base import at_least_float32
+from mgd_timm.criteria.base import at_least_float32, target_classes
 from mgd_timm.data.sources import Source
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch
@@ -57,7 +57,7 @@ def evaluate(
             batch = next(batches)
             with accelerator.autocast():
                 shown = predict(batch)
-            target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+            target = target_classes(batch.labels)
             for row, name in enumerate(names):
                 logits = at_least_float32(shown[name])
                 ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]

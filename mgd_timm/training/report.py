@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from mgd_timm.criteria.base import target_classes
 from mgd_timm.features import Batch
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.options import FitOptions
@@ -51,7 +52,7 @@ def sums_of(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> dict[str,
     """
     with torch.no_grad():
         count = len(batch.labels)
-        target = batch.labels.argmax(1) if batch.labels.is_floating_point() else batch.labels
+        target = target_classes(batch.labels)
         hits = torch.zeros((), device=logits.device)
         if logits.shape[1]:  # a teacher without logits may be the trainee
             hits = (logits.argmax(1) == target).sum().float()

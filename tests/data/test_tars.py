@@ -73,37 +73,38 @@ def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Pat
     assert found.test.labels.tolist() == [2]
 
 
-def test_a_corrupt_index_is_named_and_created_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def folder_of_tars(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A train and a test tar, with an empty cache."""
     monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()
     class_folders(pictures, tmp_path / "tars")
-    first = read(tmp_path / "tars")
+    return tmp_path / "tars"
+
+
+def test_a_corrupt_index_is_named_and_created_again(folder_of_tars: Path) -> None:
+    first = read(folder_of_tars)
     for path in (cache_folder() / "tars").rglob("index.safetensors"):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1  # of an offset, a size or a name
         path.write_bytes(content)
     said: list[str] = []
-    again = read(tmp_path / "tars", said.append)
+    again = read(folder_of_tars, said.append)
     assert sum("index.safetensors does not match its sha256" in line for line in said) == 2
     same(again, first)
     assert again.train.digest == first.train.digest
 
 
 def test_an_index_is_created_once_and_again_for_another_file(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, folder_of_tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MGD_TIMM_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "tars").mkdir()
-    class_folders(pictures, tmp_path / "tars")
-    first = read(tmp_path / "tars")
+    first = read(folder_of_tars)
     assert len(list((cache_folder() / "tars").iterdir())) == 2
     with monkeypatch.context() as context:
         context.setattr(tars, "_scan", None)
-        assert read(tmp_path / "tars").train.digest == first.train.digest
+        assert read(folder_of_tars).train.digest == first.train.digest
     moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "tars", moved)
+    shutil.copytree(folder_of_tars, moved)
     assert read(moved).train.digest == first.train.digest
     with tarfile.open(moved / "train.tar", "a") as tar:
         tar.add(files(pictures / "train")[0], arcname="train/a/again.png")

@@ -150,7 +150,7 @@ def test_a_teacher_sees_the_same_crop_at_a_size_of_its_own(small_data, tmp_path)
     model = load_model("embedded")
     view = build_input_adapter(model, images.mean, images.std, images.input_size, 56)
     assert view(batch.images).shape[2:] == (56, 56)
-    teacher = Teacher(FeatureTap(model), view=view)
+    teacher = Teacher(FeatureTap(model), input_adapter=view)
     expected = torch.nn.functional.interpolate(
         view.scale * batch.images + view.shift, (56, 56), mode="bilinear", antialias=True
     )
@@ -239,11 +239,11 @@ def networks_of(model, small_data, **options):
 def test_as_many_other_classes_are_other_classes(small_data):
     with pytest.raises(ValueError, match=r"class 0 is 'a' to the teacher.*and kd reads its logits.*fit-teacher-head"):
         networks_of(of_other_classes(), small_data, method="none")
-    assert not networks_of(of_other_classes(), small_data, **PLAIN).teachers[0].shows_logits
+    assert not networks_of(of_other_classes(), small_data, **PLAIN).teachers[0].has_logits
     model = of_other_classes()
     before = module_digest(model)
     fitted = networks_of(model, small_data, method="none", fit_teacher_head="probe").teachers[0]
-    assert fitted.shows_logits
+    assert fitted.has_logits
     assert fitted.digest != before == module_digest(model)  # a new classifier; and the caller's network stays as it was
 
 
@@ -258,7 +258,7 @@ def test_one_of_several_teachers_may_be_silent(small_data):
     teachers = load_teachers(recipe, ())
     adapt_teachers_to_data(teachers, recipe, images)
     networks = finished(recipe, images, teachers)
-    assert [teacher.shows_logits for teacher in networks.teachers] == [False, True]
+    assert [teacher.has_logits for teacher in networks.teachers] == [False, True]
 
 
 def test_whether_a_teacher_shows_its_logits_is_part_of_what_a_run_is(small_data):

@@ -72,7 +72,8 @@ def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
             raise DataError(
                 f"{path}: expected {partner.name} beside it: images in SPLIT_x.npy and their class ids in SPLIT_y.npy."
             )
-        splits[split] = partial(_read, _open_pair(folder.path, split), data)
+        if kind == "x":  # the pair is read once
+            splits[split] = partial(_read, _open_pair(folder.path, split), data)
     return splits
 
 

@@ -43,21 +43,26 @@ class TableRows:
 
     def name(self, row: int) -> str:
         """Return the name of an image in error messages: its split and row, and its file where one is known."""
-        cell = self.table[row][self.key]
-        path = cell.get("path") if isinstance(cell, dict) else None
-        return f"{self.split} image {row}" + (f" ({path})" if path else "")
+        return self._name(row, self.table[row][self.key])
 
     def content(self, row: int) -> bytes | str:
         """Return an encoded image, or its path."""
-        cell = self.table[row][self.key]
-        found: bytes | str | None = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
-        if not found:
-            raise DataError(f"{self.name(row)}: the row has neither bytes nor a path: remove it.")
-        return found
+        return self._content(row, self.table[row][self.key])
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
-        return decode(self.content(row), in_chans, self.name(row))
+        cell = self.table[row][self.key]  # read once: it copies the encoded image
+        return decode(self._content(row, cell), in_chans, self._name(row, cell))
+
+    def _name(self, row: int, cell: Any) -> str:
+        path = cell.get("path") if isinstance(cell, dict) else None
+        return f"{self.split} image {row}" + (f" ({path})" if path else "")
+
+    def _content(self, row: int, cell: Any) -> bytes | str:
+        found: bytes | str | None = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
+        if not found:
+            raise DataError(f"{self._name(row, cell)}: the row has neither bytes nor a path: remove it.")
+        return found
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, sizes and encoded images.

@@ -5,7 +5,6 @@ one tar, as ImageNet is published), and webdataset shards, whose images have lab
 1.json or 1.txt).
 """
 
-import hashlib
 import json
 import re
 import tarfile
@@ -22,7 +21,7 @@ from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
 from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
 from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
 from mgd_timm.recipe.data import Data
-from mgd_timm.storage.cache import cache_folder
+from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.checkpoint import State
 from mgd_timm.storage.lock import load_or_create
 
@@ -201,8 +200,8 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
 def _load_index(path: Path, log: Callable[[str], None]) -> State:
     """Load the index of a tar from the cache, by the tar's path, size and time, or create it."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2".encode()).hexdigest()[:32]
-    return load_or_create(cache_folder() / "tars" / key, f"index of {path}", lambda: _scan(path), log)
+    folder = cache_entry("tars", f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2")
+    return load_or_create(folder, f"index of {path}", lambda: _scan(path), log)
 
 
 def _scan(path: Path) -> State:
