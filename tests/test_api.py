@@ -94,6 +94,7 @@ def test_any_architecture_learns_under_mas(small_data, tmp_path, student, criter
 def test_train_and_its_moving_average(small_data, tmp_path):
     options = {"epochs": 2, "model_ema": True, "model_ema_decay": 0.8, "smoothing": 0.1, "val_split": 0.2}
     mgd_timm.train("cifar_resnet8x05", str(small_data), output=tmp_path / "run", **options)
+    assert "method: none" in (tmp_path / "run" / "recipe.yaml").read_text().splitlines()  # as mgd-timm train writes
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval"]["top1"] != last["eval"]["raw_top1"] or last["eval"]["loss"] != last["eval"]["raw_loss"]
     found = mgd_timm.evaluate(str(tmp_path / "run"))  # the exported one is the average

@@ -364,3 +364,13 @@ def test_only_under_stages_two_taps_show_as_many_maps_as_the_one_with_fewer(maps
 def test_choose_maps_refuses(word):
     with pytest.raises(ValueError, match="'stages', 'last', 'mid', 'all' or a number from 1 to 3"):
         choose_maps([(16, 8, 8)] * 3, word)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_wrong_input_size(monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = timm.create_model("test_resnet", num_classes=3)
+    monkeypatch.setattr(model, "forward_intermediates", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        FeatureTap(model, input_size=(3, 32, 32))

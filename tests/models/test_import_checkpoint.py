@@ -58,11 +58,12 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         lambda state: {"net": state, "acc": 93.5, "epoch": 199},
         lambda state: {"net": 3, "state_dict": state},
         lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
+        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},  # of a compiled model
         lambda state: {
             "model": {f"module.{name}": nn.Parameter(value, requires_grad=False) for name, value in state.items()}
         },
     ],
-    ids=["plain", "dict", "model", "state_dict", "net", "word-before", "prefix", "parameters"],
+    ids=["plain", "dict", "model", "state_dict", "net", "word-before", "prefix", "compiled", "parameters"],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_layouts(tmp_path, wrap, zipped):
