@@ -17,77 +17,28 @@ import pytest
 import timm
 import torch
 from small import FAST, call, command, digest, end_at, environment, holding, write_pictures
+from stores import CPU, contents, state
 
 import mgd_timm
 from mgd_timm.cli.main import main
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
-from mgd_timm.features import Features, FeatureTap
+from mgd_timm.features import FeatureTap
 from mgd_timm.granularity import GranularityHeads
-from mgd_timm.models.load import load_model
-from mgd_timm.pipeline.plan import accelerator_of, context_of, fix_global_batch, store_options_of
+from mgd_timm.pipeline.plan import context_of, store_options_of
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.heads import fit_heads
-from mgd_timm.teachers.outputs import store as teacher_store
-from mgd_timm.teachers.outputs.layout import Layout, StoreError
+from mgd_timm.teachers.outputs.layout import StoreError
 from mgd_timm.teachers.outputs.stored_source import open_store, stored_teacher
 
 pytestmark = pytest.mark.slow
 
-CPU = torch.device("cpu")
 LITTLE = {"epochs": 2, "batch_size": 32, "heads_epochs": 2, "heads_augmentations": 2, "log_interval": 5}
-
-
-@pytest.fixture(scope="module")
-def bench(small_data):
-    """Accelerator, images, the embedded teacher, and `open(folder, **options)`, which makes a store of 4 shards a
-    view."""
-    recipe = make_recipe(data_dir=str(small_data))
-    accelerator = accelerator_of(recipe)
-    recipe = fix_global_batch(recipe, accelerator)
-    teacher = Teacher(FeatureTap(load_model("embedded"), input_size=(3, 28, 28)))
-    default = load_images(recipe.data, 0)
-
-    def opened(folder, views=2, *, teacher=teacher, images=None, accelerator=accelerator, **options):
-        flags = {"data_dir": str(small_data), "teacher_store": str(folder), "teacher_augmentations": views, **options}
-        recipe = with_store_defaults(make_recipe(**flags))
-        if images is None:
-            images = default if "pad" not in options else load_images(recipe.data, 0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(teacher_store, "SHARD_ROWS", 100)
-            return open_store(store_options_of(recipe), teacher, images, accelerator)
-
-    def filled(folder, views=2, **options):
-        stored = opened(folder, views, **options)
-        stored.fill(options.get("teacher", teacher), accelerator, 50, quiet=True)
-        return stored
-
-    return accelerator, default, teacher, opened, filled
-
-
-@pytest.fixture(scope="module")
-def written(bench, tmp_path_factory):
-    """A filled store of two views, not to be changed."""
-    folder = tmp_path_factory.mktemp("written") / "store"
-    bench[-1](folder)
-    return folder
-
-
-def state(folder: Path) -> dict[str, tuple[int, str]]:
-    return {path.name: (path.stat().st_mtime_ns, digest(path)) for path in sorted(folder.glob("[!.]*"))}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {name: sha for name, (_, sha) in state(folder).items()}
 
 
 def losses(output: Path) -> list[dict[str, float]]:
     return [json.loads(line)["train"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-# -- what it holds
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_what_the_teacher_shows_of_each_view(bench, written):
@@ -156,10 +107,6 @@ def test_large_pictures_and_a_validation_cut_of_another_seed(bench, tmp_path):
         )
     assert seen[0] != seen[1]
     assert len(seen[0]) == 18
-
-
-# -- whole runs
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["none", "mas"])
@@ -298,10 +245,6 @@ def test_two_processes_write_the_same_bytes_as_one(whole, small_data, tmp_path):
     assert all(math.isfinite(value) for row in losses(tmp_path / "run") for value in row.values())
 
 
-# -- written whole or not at all
-# ---------------------------------------------------------------------------------------------------
-
-
 def test_a_store_grows_by_views_to_what_it_would_be_at_once(bench, written, tmp_path):
     filled = bench[-1]
     before = contents(shutil.copytree(written, tmp_path / "grown"))
@@ -414,75 +357,6 @@ def test_a_filled_store_is_read_from_a_disk_that_nothing_can_be_written_to(bench
         del stored  # it maps files of the disk
 
 
-# -- refused
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_store_of_something_else_is_refused(bench, written, tmp_path, small_data):
-    _, images, _, opened, _ = bench
-    before = state(written)
-    changed = load_model("embedded")
-    with torch.no_grad():
-        next(changed.parameters()).flatten()[0] += 1e-3
-    other = Teacher(FeatureTap(changed, input_size=(3, 28, 28)))
-    cases = {
-        r"teacher: '\w+' -> '\w+'\)": {"teacher": other},
-        r"transform\.pad: 4 -> 2\)": {"pad": 2},
-        r"seed: 0 -> 1\)": {"teacher_augmentation_seed": 1},
-        r"top_k: 0 -> 4\)": {"teacher_top_k": 4},
-        r"mean: \[": {"images": replace(images, mean=(0.5, 0.5, 0.5))},
-    }
-    for match, options in cases.items():
-        with pytest.raises(
-            StoreError, match=rf"store of other teacher outputs \(.*{match}.*: choose another --teacher-store"
-        ):
-            opened(written, **options)
-    try:
-        half = accelerator_of(make_recipe(amp=True, data_dir=str(small_data)))
-        with pytest.raises(StoreError, match=r"precision: 'no' -> 'bf16'\)"):
-            opened(written, accelerator=half)
-    finally:
-        accelerator_of(make_recipe())
-    assert state(written) == before
-
-
-def test_an_architecture_that_shows_other_things_by_the_same_weights_has_another_store(bench, tmp_path):
-    opened = bench[3]
-    names = ("efficientnet_lite0", "tf_efficientnet_lite0")  # whose padding differs
-    one, other = (timm.create_model(name, num_classes=10) for name in names)
-    other.load_state_dict(one.state_dict())
-    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    teachers = [Teacher(FeatureTap(model, input_size=(3, 28, 28))) for model in (one, other)]
-    assert teachers[0].digest == teachers[1].digest
-    assert not torch.allclose(*(teacher(images).embedding for teacher in teachers))
-    first, second = (opened(tmp_path / "store", teacher=teacher).store for teacher in teachers)
-    assert first.digest != second.digest
-
-
-def test_criteria_that_read_maps_are_refused_before_anything_is_written(small_data, tmp_path):
-    with pytest.raises(
-        ValueError, match="criterion 'at' reads the teacher's maps, and a teacher store holds its logits and embedding"
-    ):
-        mgd_timm.distill(
-            data=str(small_data), criterion=("kd", "at"), teacher_store=str(tmp_path / "store"), output=tmp_path / "run"
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"teacher_augmentations": 3}, "teacher_augmentations=3: it is for stored teacher outputs only"),
-        ({"teacher_store": "s", "teacher_augmentations": 0}, "teacher_augmentations=0: expected 1 or more"),
-        ({"teacher_store": "s", "teacher_top_k": -1}, "teacher_top_k=-1: expected 0 or more"),
-        ({"teacher_store": "s", "teacher": None}, "there is no teacher"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        make_recipe(**options)
-
-
 @pytest.mark.parametrize(("wanted", "views"), [("--teacher-augmentations 4", 4), ("", None)])
 def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys, wanted, views):
     flags = [*words(small_data, whole / "run", whole / "store"), "--resume"]
@@ -493,123 +367,3 @@ def test_a_run_is_not_resumed_with_other_views_or_live(whole, small_data, capsys
         del flags[place : place + 2]
     assert main(flags) == 1
     assert re.search(rf"of another recipe \(.*teacher_augmentations: 8 -> {views}[;)]", capsys.readouterr().err)
-
-
-# -- damaged
-# ---------------------------------------------------------------------------------------------------------------------
-
-SHARD = "pass-00001-rows-000000100.safetensors"
-WAY_OUT = rf"{SHARD} is corrupt \(.*\): delete this file and start again"
-
-
-@pytest.fixture
-def copy(written, tmp_path):
-    return shutil.copytree(written, tmp_path / "copy")
-
-
-@pytest.mark.parametrize("size", [0, 5, 100, 5000, -1])
-def test_a_truncated_shard_is_found_at_the_start(bench, copy, size):
-    content = (copy / SHARD).read_bytes()
-    (copy / SHARD).write_bytes(content[:size])
-    with pytest.raises(StoreError, match=WAY_OUT):
-        bench[3](copy)
-    (copy / SHARD).write_bytes(content + b"\0")
-    with pytest.raises(StoreError, match=WAY_OUT):
-        bench[3](copy)
-
-
-def test_a_flipped_byte_anywhere_is_found_and_the_way_out_leads_out(bench, written, copy):
-    opened, filled = bench[3:]
-    content = (copy / SHARD).read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-
-    def read() -> None:
-        opened(copy).store.features(torch.arange(320), 1, CPU)
-
-    read()
-    places = [*range(header), header, header + 1, (header + len(content)) // 2, len(content) - 1]
-    for place in places:
-        for flip in (1 if place % 2 else 0x29,) if place < header else (0x80,):
-            (copy / SHARD).write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
-            with pytest.raises(StoreError, match=WAY_OUT):
-                opened(copy) if place < header and content[place] not in b"0123456789abcdef" else read()
-    (copy / SHARD).unlink()
-    filled(copy)
-    read()
-    assert contents(copy) == contents(written)
-
-
-def test_a_damaged_index_is_found_and_the_way_out_leads_out(bench, written, copy):
-    content = (copy / "store.json").read_bytes()
-    for place in range(0, len(content), 7):
-        (copy / "store.json").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(StoreError, match=r"store\.json .*: delete this file; the next run"):
-            bench[3](copy)
-    (copy / "store.json").unlink()
-    bench[-1](copy)
-    assert contents(copy) == contents(written)
-
-
-def test_a_shard_under_another_ones_name_is_found(bench, copy):
-    shutil.copy(copy / SHARD.replace("00001-rows", "00000-rows"), copy / SHARD)
-    with pytest.raises(StoreError, match="names another store or another place in it"):
-        bench[3](copy)
-
-
-def test_a_file_in_place_of_the_folder_is_refused(bench, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="is a file: --teacher-store takes a folder"):
-        bench[3](tmp_path / "file")
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("classes", "kept", "kind"), [(10, 1, torch.int16), (100, 99, torch.int16), (40_000, 20, torch.int32)]
-)
-def test_top_k_keeps_its_logits_and_the_probability_of_the_others(classes, kept, kind):
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(50, classes, generator=generator)
-    logits[0] = 0.0  # all equal
-    layout = Layout(8, classes, kept)
-    parts = layout.pack(Features(logits, torch.randn(50, 8, generator=generator)))
-    assert parts["classes"].dtype == kind
-    rebuilt = layout.unpack(parts).logits
-    values, where = logits.topk(kept)
-    torch.testing.assert_close(rebuilt.gather(1, where), values.half().float(), rtol=0, atol=0)
-    before, after = logits.double().softmax(1), rebuilt.double().softmax(1)
-    torch.testing.assert_close(after.gather(1, where), before.gather(1, where), rtol=2e-2, atol=0)
-    others = torch.ones_like(before).scatter(1, where, 0.0)
-    torch.testing.assert_close((after * others).sum(1), (before * others).sum(1), rtol=2e-2, atol=0)
-    rest = [row[keep.bool()].unique() for row, keep in zip(rebuilt, others, strict=True)]
-    assert all(len(values) == 1 for values in rest)
-    assert (
-        torch.stack(rest).flatten() <= values[:, -1] + 1e-5
-    ).all()  # no class that was left out overtakes one that was kept
-    tempered = [((x / 4).softmax(1) * others).sum(1) for x in (rebuilt.double(), logits.double())]
-    assert (tempered[0] >= tempered[1] - 1e-3).all()  # what Layout says of T > 1
-
-
-def test_all_logits_are_rounded_and_nothing_else():
-    shown = Features(torch.randn(5, 7) * 100, torch.randn(5, 3))
-    layout = Layout(3, 7)
-    back = layout.unpack(layout.pack(shown))
-    assert torch.equal(back.logits, shown.logits.half().float())
-    assert torch.equal(back.embedding, shown.embedding.half().float())
-    assert layout.size(5) == 5 * (3 + 7) * 2
-
-
-@pytest.mark.parametrize("value", [65_520.0, -1e9, float("inf"), float("nan")])
-@pytest.mark.parametrize("top_k", [0, 2])
-def test_numbers_beyond_fp16_are_refused(value, top_k):
-    shown = Features(torch.randn(5, 7), torch.randn(5, 3))
-    shown.embedding[2, 1] = value
-    with pytest.raises(StoreError, match=r"the largest of the teacher's embedding is .*ends at 65,504: leave --teach"):
-        Layout(3, 7, top_k).pack(shown)
-
-
-@pytest.mark.parametrize("top_k", [-1, 10, 11])
-def test_top_k_is_fewer_than_the_classes(top_k):
-    with pytest.raises(ValueError, match=rf"teacher_top_k={top_k}: expected 1 to 9, fewer than the 10 classes, or 0"):
-        Layout(3, 10, top_k)
