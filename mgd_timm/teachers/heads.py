@@ -173,9 +173,9 @@ class _HeadsEvaluation:
         )
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
-        shown: Features = self.stored.features(batch)
-        views = self.heads.decode(self.heads.encode(shown.embedding))
-        return {"teacher": shown.logits, **views, "stable": stable_excitation(shown.logits, views)}
+        features: Features = self.stored.features(batch)
+        views = self.heads.decode(self.heads.encode(features.embedding))
+        return {"teacher": features.logits, **views, "stable": stable_excitation(features.logits, views)}
 
     def __call__(self, averaged: nn.Module | None) -> Metrics:  # noqa: ARG002 - heads have no moving average
         found = evaluate(self._predict, self.names, self.stored, self.accelerator, self.batch_size)

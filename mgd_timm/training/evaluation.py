@@ -56,10 +56,10 @@ def evaluate(
             start_step()
             batch = next(batches)
             with accelerator.autocast():
-                shown = predict(batch)
+                outputs = predict(batch)
             target = target_classes(batch.labels)
             for row, name in enumerate(names):
-                logits = at_least_float32(shown[name])
+                logits = at_least_float32(outputs[name])
                 ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
                 loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
                 found = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])

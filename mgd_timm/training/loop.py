@@ -82,7 +82,7 @@ def fit(
         evaluate: Returns metrics after each epoch, given the averaged module or None; `best` follows their "top1".
         averaged: Part of the trainee to keep a moving average of, if `optim` asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
-        options: What is kept and shown; by default nothing is kept.
+        options: Checkpoints and logs; by default nothing is kept.
 
     Raises:
         NonFiniteError: A loss or weight that is not finite.

@@ -88,11 +88,11 @@ def evaluate_noise(
     cells = {(sigma, seed): f"{sigma} {seed}" for sigma in sigmas for seed in range(seeds)}
 
     def predict(batch: Batch) -> dict[str, Tensor]:
-        shown = {"clean": model(batch.images)}
+        outputs = {"clean": model(batch.images)}
         for seed in range(seeds if sigmas else 0):
             drawn = pixel_noise(batch.images, batch.sample_ids, seed) * scale
-            shown |= {cells[sigma, seed]: model(batch.images + sigma * drawn) for sigma in sigmas}
-        return shown
+            outputs |= {cells[sigma, seed]: model(batch.images + sigma * drawn) for sigma in sigmas}
+        return outputs
 
     found = evaluate(predict, ("clean", *cells.values()), source, accelerator, batch_size, bar=bar)
     noisy: dict[str, Metrics] = {}

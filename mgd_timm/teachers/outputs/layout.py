@@ -65,9 +65,9 @@ class Layout:
         """Return the bytes of `rows` rows."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts(rows).values())
 
-    def pack(self, shown: Features) -> dict[str, Tensor]:
+    def pack(self, features: Features) -> dict[str, Tensor]:
         """Return the rows of a batch, on the CPU. Raise StoreError for numbers that float16 cannot hold."""
-        embedding, logits = shown.embedding.float().cpu(), shown.logits.float().cpu()
+        embedding, logits = features.embedding.float().cpu(), features.logits.float().cpu()
         parts = {"embedding": _half("embedding", embedding)}
         if not self.top_k:
             return parts | {"logits": _half("logits", logits)}

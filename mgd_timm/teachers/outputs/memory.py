@@ -94,11 +94,11 @@ def store_outputs(
                 start_step()
                 batch = next(batches)
                 with accelerator.autocast():
-                    shown = teach(batch)
+                    features = teach(batch)
                 if whole is None:
-                    widths = shown.embedding.shape[1], shown.logits.shape[1]
+                    widths = features.embedding.shape[1], features.logits.shape[1]
                     whole = _zeros(passes * len(source.ids), widths, accelerator)
-                for rows, values in zip(whole, (shown.embedding, shown.logits), strict=True):
+                for rows, values in zip(whole, (features.embedding, features.logits), strict=True):
                     rows[positions + stored_pass * len(source.ids)] = values.float().cpu()
                 bar.update(len(positions))
         if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
@@ -120,9 +120,9 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
     count = len(source.ids)
     embedding, logits = _zeros(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
     for stored_pass in range(passes):
-        shown = store.features(source.ids, stored_pass, torch.device("cpu"))
-        embedding[stored_pass * count : (stored_pass + 1) * count] = shown.embedding
-        logits[stored_pass * count : (stored_pass + 1) * count] = shown.logits
+        features = store.features(source.ids, stored_pass, torch.device("cpu"))
+        embedding[stored_pass * count : (stored_pass + 1) * count] = features.embedding
+        logits[stored_pass * count : (stored_pass + 1) * count] = features.logits
     return StoredOutputs(embedding, logits, source.labels, source.digest)
 
 

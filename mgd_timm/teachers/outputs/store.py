@@ -284,8 +284,8 @@ class TeacherStore:
             start_step()
             batch = next(batches)
             with accelerator.autocast():  # as live teaching
-                shown = teach(batch)
-            for name, part in self.layout.pack(shown).items():
+                features = teach(batch)
+            for name, part in self.layout.pack(features).items():
                 room[name][ids - first] = part
             bar.update(len(ids))
         # One key: safetensors writes several in no particular order, and the same outputs are to give the same bytes.
