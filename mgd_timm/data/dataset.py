@@ -5,7 +5,7 @@ The steps: `readers` find splits and read rows, `corrupt_images` checks them, `i
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.image_cache import CachedImages, load_or_decode
-from mgd_timm.data.readers.open import open_splits
-from mgd_timm.data.readers.rows import EVAL_SPLITS, Rows, check_classes, find_split
-from mgd_timm.data.readers.streams import StreamSource, open_streams, read_stream
+from mgd_timm.data.description import FoundRows, describe, find_large, log_description, read_rows
+from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode
+from mgd_timm.data.readers.open import is_local
+from mgd_timm.data.readers.rows import Rows, default_eval_split
+from mgd_timm.data.readers.streams import Stream, StreamSource, open_streams, read_stream, stream_rows
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.data.transforms import SMALL, check_small_options, timm_transform
@@ -43,6 +44,8 @@ class Images:
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    description: dict[str, Any]
+    """What was understood of the data: the object that `mgd-timm data --json` prints."""
     corrupt: tuple[str, ...] = ()
     """Name and error of each corrupt image that is skipped."""
 
@@ -88,25 +91,18 @@ def load_images(
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
     location = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
     if data.streaming:
-        return _load_streams(data, seed, defaults, open_streams(location, data.dataset_config), log)
+        return _load_streams(data, seed, defaults, location, log)
     with main_first():
-        splits = open_splits(location, data)
-        train: Rows = find_split(splits, data.train_split)(None, log)
-        name = _eval_split(data, splits)
-        test: Rows | None = find_split(splits, name)(train.class_names, log) if name is not None else None
-    check_classes(train, test)
-    ids = _hold_out(train, data.val_split, seed)
+        found = read_rows(location, data, log)
+    ids = _hold_out(found.train, data.val_split, seed)
     with main_first():
-        checked = [check_rows(rows, data, log) for rows in (train, test) if rows is not None]
+        checked = [check_rows(rows, data, log) for rows in (found.train, found.test) if rows is not None]
         corrupt = check_number_of_corrupt(checked, data.max_bad, log)
         ids = _Ids(checked[0].readable(ids.train), checked[0].readable(ids.val))
         _check_classes_left(checked[0], ids.train)
-        found = _build(data, seed, defaults, checked, ids, log)
-    return replace(found, corrupt=corrupt)
-
-
-def _eval_split(data: Data, splits: Collection[str]) -> str | None:
-    return data.eval_split or next((s for s in EVAL_SPLITS if s in splits and s != data.train_split), None)
+        images = _build(data, seed, defaults, checked, ids, found, log)
+    log_description(images.description, found.ignored, log)
+    return replace(images, corrupt=corrupt)
 
 
 @dataclass(frozen=True)
@@ -158,14 +154,22 @@ class _Format:
     """(split, sample ids, whether to augment) -> Source."""
 
 
-def _build(data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows], ids: _Ids, log: Log) -> Images:
+def _build(
+    data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows], ids: _Ids, found: FoundRows, log: Log
+) -> Images:
     train, test = splits[0], splits[1] if len(splits) > 1 else None
-    first = int(train.readable(torch.arange(len(train.rows)))[0])
-    height, width = train.pixels(first, data.in_chans).shape[:2]
-    size = (data.img_size, data.img_size) if data.img_size else (height, width)
-    if max(height, width, *size) <= SMALL:
-        built = _build_small(data, seed, defaults, splits, size, ids.train, log)
-    else:
+    in_memory = (data.img_size or 0) <= SMALL and not any(
+        find_large(split.rows, tuple(split.corrupt), every=False) for split in splits
+    )
+    if in_memory:
+        first = int(train.readable(torch.arange(len(train.rows)))[0])
+        height, width = train.pixels(first, data.in_chans).shape[:2]
+        size = (data.img_size, data.img_size) if data.img_size else (height, width)
+        try:
+            built = _build_small(data, seed, defaults, splits, size, ids.train, log)
+        except LargeImageError:
+            in_memory = False
+    if not in_memory:
         built = _build_large(data, seed, defaults)
     return Images(
         train=built.source(train, ids.train, True),
@@ -177,6 +181,7 @@ def _build(data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows],
         input_size=(data.in_chans, *built.size),
         mean=built.mean,
         std=built.std,
+        description=describe(found, in_memory, ids.val.numpy(), ids.train.numpy()),
     )
 
 
@@ -223,10 +228,23 @@ def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
     return _Format((side, side), mean, std, source)
 
 
-def _load_streams(data: Data, seed: int, defaults: Defaults, splits: dict[str, Any], log: Log) -> Images:
-    train = read_stream(data, splits, data.train_split, log)
-    name = _eval_split(data, splits)
-    test = read_stream(data, splits, name, lambda _: None, train.class_names) if name is not None else None
+def _load_streams(data: Data, seed: int, defaults: Defaults, location: str, log: Log) -> Images:
+    train: Stream
+    test: Stream | None = None
+    described: dict[str, Any] = {}
+    if is_local(location, data):
+        found = read_rows(location, data, log)
+        train = stream_rows(found.train, data, training=True)
+        if found.test is not None:
+            test = stream_rows(found.test, data, training=False)
+        described = describe(found, in_memory=False)
+        log_description(described, found.ignored, log)
+    else:
+        splits = open_streams(location, data.dataset_config)
+        train = read_stream(data, splits, data.train_split, log)
+        name = data.eval_split or default_eval_split(splits, data.train_split)
+        if name is not None:
+            test = read_stream(data, splits, name, lambda _: None, train.class_names)
     side = data.img_size or defaults.img_size
     mean, std = _known_mean_std(data, defaults)
     augment, plain = (
@@ -242,6 +260,7 @@ def _load_streams(data: Data, seed: int, defaults: Defaults, splits: dict[str, A
         input_size=(data.in_chans, side, side),
         mean=mean,
         std=std,
+        description=described,
     )
 
 

@@ -6,8 +6,7 @@ import os
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+from mgd_timm.data.image_formats import readable_formats
 
 
 class DataError(ValueError):
@@ -35,7 +34,8 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
             "arrays with other channels."
         )
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS) as image:
+        source = io.BytesIO(content) if isinstance(content, bytes) else content
+        with Image.open(source, formats=list(readable_formats())) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{name}: mode {image.mode!r} has more than 8 bits per channel and no known range: convert it to "
@@ -50,13 +50,23 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
         raise DataError(f"{name}: no such file: put it back or remove its row.") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{name}: not an image of a known format ({', '.join(_FORMATS)}): remove or replace it."
+            f"{name}: not an image of a known format ({', '.join(readable_formats())}): remove or replace it."
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: {error}: remove or shrink it.") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name}: truncated or corrupt ({error}): remove or replace it.") from error
     return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+def image_size(content: bytes | str | os.PathLike[str]) -> tuple[int, int]:
+    """Return height and width of an encoded image from its header, (0, 0) where it cannot be read."""
+    try:
+        source = io.BytesIO(content) if isinstance(content, bytes) else content
+        with Image.open(source, formats=list(readable_formats())) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0, 0
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

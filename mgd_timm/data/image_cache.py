@@ -18,6 +18,8 @@ from xxhash import xxh3_64_intdigest
 
 from mgd_timm.data.corrupt_images import CheckedRows
 from mgd_timm.data.decode import DataError, resize
+from mgd_timm.data.readers.rows import HASHED
+from mgd_timm.data.transforms import SMALL
 from mgd_timm.recipe.data import Data
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.cache import cache_entry
@@ -30,6 +32,10 @@ CHECKED_AT_ONCE = 1 << 30  # bytes
 
 class CorruptCacheError(DataError):
     """A cache file that has changed since it was written."""
+
+
+class LargeImageError(Exception):
+    """An image is too large to be kept in memory decoded."""
 
 
 class CachedImages:
@@ -107,13 +113,16 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
         log: Logs one line.
 
     Raises:
+        LargeImageError: An image has more than `SMALL` pixels a side.
         DataError: An image is corrupt or of another size.
         OSError: The cache cannot be written.
     """
     from tqdm import tqdm
 
     rows, in_chans = split.rows, data.in_chans
-    made_of = f"{split.digest}:{in_chans}:{size}:3" + (f":{sorted(split.corrupt)}" if split.corrupt else "")
+    # The digest covers a part of the images of a large split: the files' times and inodes cover the others.
+    state = getattr(rows, "state", "") if sum(getattr(rows, "sizes", ())) > HASHED else ""
+    made_of = f"{split.digest}:{state}:{in_chans}:{size}:4" + (f":{sorted(split.corrupt)}" if split.corrupt else "")
 
     def decode_all() -> Tensor:
         pixels = torch.zeros(len(rows), in_chans, *size, dtype=torch.uint8)
@@ -122,6 +131,8 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
             if row in split.corrupt:
                 continue
             image = split.pixels(row, in_chans)
+            if max(image.shape[:2]) > SMALL:
+                raise LargeImageError
             if image.shape[:2] != size:
                 if data.img_size is None:
                     raise DataError(

@@ -24,18 +24,19 @@ class Data:
     )
     data_dir: str | None = option(
         None,
-        "folder of images in class folders, or of tar, parquet, arrow or npy files; instead of --dataset",
+        "folder of images in class folders, or of tables, tar or npy files; instead of --dataset",
         value="FOLDER",
         common=True,
         digest=False,
     )
     dataset_config: str | None = option(None, "configuration of a hub data set that has several")
-    input_key: str | None = option(None, "image column; default: found by its type")
-    target_key: str | None = option(None, "label column; default: found by its type")
-    train_split: str = option("train", "split to train on")
-    eval_split: str | None = option(
-        None, "split to evaluate on; default: test, validation, valid or val, whichever exists"
+    input_key: str | None = option(None, "image column; default: image, else the only one")
+    target_key: str | None = option(
+        None, "label column; default: label, labels, target, class or fine_label, else the only one that it can be"
     )
+    first_label: int = option(0, "number of the first class, where labels are numbers without names", minimum=0)
+    train_split: str = option("train", "split to train on")
+    eval_split: str | None = option(None, "split to evaluate on; default: the one for tests, else for validation")
     val_split: float = option(
         0.0,
         "share of the training images to hold out and evaluate on each epoch; 0 to 0.5, per class",

@@ -1,15 +1,16 @@
 """Pairs of npy files: SPLIT_x.npy with images and SPLIT_y.npy with class ids."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mgd_timm.data.decode import DataError, to_pil
-from mgd_timm.data.readers.rows import ReadSplit, begin_digest
-from mgd_timm.data.readers.scan import LocalFolder
+from mgd_timm.data.readers.classes import Labels, labels_of_words, match_classes
+from mgd_timm.data.readers.rows import begin_digest
+from mgd_timm.data.readers.scan import Ignored
+from mgd_timm.data.readers.splits import LocalSplit
 from mgd_timm.recipe.data import Data
 
 
@@ -58,56 +59,66 @@ class ArrayRows:
         return str(total.hexdigest())
 
 
-def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
-    """Return the splits of a folder with pairs of npy files.
+def read_files(
+    split: LocalSplit,
+    data: Data,
+    ignored: Ignored,
+    class_names: tuple[str, ...] | None,
+    log: Callable[[str], None],
+) -> ArrayRows:
+    """Return the images of a split's pair of npy files.
 
     Raises:
         DataError: A file without its partner, or arrays that are not images and labels.
     """
-    splits: dict[str, ReadSplit] = {}
-    for path in sorted(folder.path.glob("*_[xy].npy")):
-        split, kind = path.stem[:-2], path.stem[-1]
-        partner = path.with_name(f"{split}_{'y' if kind == 'x' else 'x'}.npy")
-        if not partner.is_file():
-            raise DataError(
-                f"{path}: expected {partner.name} beside it: images in SPLIT_x.npy and their class ids in SPLIT_y.npy."
-            )
-        if kind == "x":  # the pair is read once
-            splits[split] = partial(_read, _open_pair(folder.path, split), data)
-    return splits
-
-
-def _read(
-    rows: ArrayRows,
-    data: Data,
-    class_names: tuple[str, ...] | None,
-    log: Callable[[str], None],  # noqa: ARG001  # every reader takes it
-) -> ArrayRows:
     if data.input_key is not None or data.target_key is not None:
         raise DataError("npy files have no columns: leave --input-key and --target-key out.")
-    return replace(rows, class_names=class_names or rows.class_names)
+    images = [file for file in split.files if Path(file).stem.lower().endswith("x")]
+    labels = [file for file in split.files if Path(file).stem.lower().endswith("y")]
+    if len(images) != 1 or len(labels) != 1:
+        raise DataError(
+            f"{split.root / split.files[0]}: expected one pair of files for split {split.name!r}: images in "
+            f"{split.name}_x.npy and their class ids in {split.name}_y.npy."
+        )
+    for file in set(split.files) - {images[0], labels[0]}:
+        ignored.add(file, "an array that is neither SPLIT_x.npy nor SPLIT_y.npy")
+    found, values = _open_images(split.root / images[0]), _open_labels(split.root / labels[0], data.first_label)
+    if len(found) != len(values.values):
+        raise DataError(
+            f"{split.root / labels[0]}: {len(values.values)} labels, expected {len(found)}, one for each image of "
+            f"{images[0]}."
+        )
+    ids, names = match_classes(values, class_names, split.name, log)
+    return ArrayRows(found, split.name, ids, names)
 
 
-def _open_pair(folder: Path, split: str) -> ArrayRows:
-    images_path, labels_path = folder / f"{split}_x.npy", folder / f"{split}_y.npy"
-    images, labels = _open_array(images_path), _open_array(labels_path)
+def _open_images(path: Path) -> np.ndarray:
+    images = _open_array(path)
     channels_first = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or channels_first:
         raise DataError(
-            f"{images_path}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] or "
+            f"{path}: {images.dtype} {list(images.shape)}, expected uint8 [n, height, width] or "
             "[n, height, width, channels]: convert it."
         )
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or not len(labels) or labels.min() < 0:
+    return images
+
+
+def _open_labels(path: Path, first: int) -> Labels:
+    """Return labels: class ids from `first`, or class names."""
+    labels = _open_array(path)
+    if labels.dtype.kind == "U" and labels.ndim == 1 and len(labels):
+        return labels_of_words(labels.tolist())
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or labels.min() < first:
         raise DataError(
-            f"{labels_path}: {labels.dtype} {list(labels.shape)}, expected {len(images)} class ids from 0, one for "
-            f"each image of {images_path.name}."
+            f"{path}: {labels.dtype} {list(labels.shape)}, expected class ids from {first}, one for each image."
         )
-    if int(labels.max()) >= len(labels):
+    if int(labels.max()) - first >= len(labels):
         raise DataError(
-            f"{labels_path}: label {labels.max()} of only {len(labels)} images: expected consecutive class ids from 0."
+            f"{path}: label {labels.max()} of only {len(labels)} images: expected consecutive class ids from {first}."
         )
-    names = tuple(str(i) for i in range(int(labels.max()) + 1))
-    return ArrayRows(images, split, np.asarray(labels).astype(np.int64), names)
+    ids = np.asarray(labels).astype(np.int64) - first
+    names = tuple(str(i) for i in range(first, int(labels.max()) + 1)) if first else None
+    return Labels(ids, names)
 
 
 def _open_array(path: Path) -> np.ndarray:

@@ -1,60 +1,163 @@
-"""Images in class folders: train/cat/1.png. `datasets` reads them; the checks here find what it would ignore."""
+"""Images in class folders: train/cat/1.png."""
 
-from collections import Counter
-from functools import partial
+import os
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError
-from mgd_timm.data.readers.rows import ReadSplit
-from mgd_timm.data.readers.scan import LocalFolder
-from mgd_timm.data.readers.tables import load_tables, read_table
+import numpy as np
+import xxhash
+
+from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.readers.classes import Labels, match_classes
+from mgd_timm.data.readers.rows import begin_digest, digest_images
+from mgd_timm.data.readers.scan import Folder, Ignored
+from mgd_timm.data.readers.splits import LocalSplit
 from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.options import few
 
 
-def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
-    """Return the splits of a folder with images.
+@dataclass(frozen=True)
+class FolderRows:
+    """`Rows` of class folders, sorted by class and path. It takes about 50 bytes for an image.
+
+    Args:
+        root: The folder that all paths are relative to.
+        folders: Paths of the folders with images.
+        starts: First row of each folder, int64 [folders].
+        text: File names, one after the other.
+        ends: End of each file name in `text`, int64 [n].
+        sizes: Bytes of each file, int64 [n].
+        state: Hash of the files' sizes, times and inodes.
+        split: Name of the split.
+        labels: Class ids, int64 [n].
+        class_names: Names of the classes.
+    """
+
+    root: Path
+    folders: tuple[str, ...]
+    starts: np.ndarray
+    text: bytes
+    ends: np.ndarray
+    sizes: np.ndarray
+    state: str
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def path(self, row: int) -> str:
+        """Return the path of an image."""
+        begin = int(self.ends[row - 1]) if row else 0
+        folder = self.folders[int(np.searchsorted(self.starts, row, side="right")) - 1]
+        return os.path.join(self.root, folder, os.fsdecode(self.text[begin : int(self.ends[row])]))
+
+    def name(self, row: int) -> str:
+        """Return the name of an image in error messages: its split, row and path."""
+        return f"{self.split} image {row} ({self.path(row)})"
+
+    def content(self, row: int) -> str:
+        """Return the path of an image."""
+        return self.path(row)
+
+    def pixels(self, row: int, in_chans: int) -> np.ndarray:
+        """Return a decoded image, uint8 [height, width, in_chans]."""
+        return decode(self.path(row), in_chans, self.name(row))
+
+    def digest(self) -> str:
+        """Return a sha256 of classes, labels, file names, sizes and images, wherever the folder lies."""
+        total = begin_digest(self)
+        total.update(self.text)
+        total.update(self.sizes.tobytes())
+        return digest_images(total, self.sizes, self.content)
+
+
+def read_class_folders(
+    split: LocalSplit,
+    data: Data,
+    ignored: Ignored,
+    class_names: tuple[str, ...] | None,
+    log: Callable[[str], None],
+) -> FolderRows:
+    """Return the images of a split's class folders. Folders below a class folder belong to its class.
 
     Raises:
-        DataError: A class folder without images, or images at different depths.
+        DataError: A class has no images, or two folders have one name.
     """
-    if not folder.holds(IMAGE_SUFFIXES):
-        return {}
-    _check_class_folders(folder)
-    tables = load_tables(str(folder.path), data.dataset_config)
-    _check_depths(tables)
-    return {split: partial(read_table, table, split, data) for split, table in tables.items()}
+    if data.input_key is not None or data.target_key is not None:
+        raise DataError("class folders have no columns: leave --input-key and --target-key out.")
+    classes = {unicodedata.normalize("NFC", folder.name): folder for folder in _class_folders(split, ignored)}
+    names = tuple(sorted(classes))
+    folders, counts, texts, stats, labels = list[str](), list[int](), list[bytes](), list[np.ndarray](), list[int]()
+    deep: Folder | None = None
+    for label, name in enumerate(names):
+        for folder in classes[name].walk():
+            ignored.add_files(folder)
+            for hidden in (inner for inner in folder.folders if inner.name.startswith(".")):
+                ignored.add(f"{hidden.path}/", "a hidden folder")
+            for file in folder.data:
+                ignored.add(folder.inner(file), "a table, tar or array in a class folder")
+            if not folder.names:
+                continue
+            deep = deep or (folder if folder is not classes[name] else None)
+            folders.append(folder.path)
+            counts.append(len(folder.names))
+            texts.extend(os.fsencode(file) for file in folder.names)
+            stats.append(np.frombuffer(folder.stats, dtype=np.int64).reshape(-1, 4))
+            labels += [label] * len(folder.names)
+    if deep is not None:
+        log(f"split {split.name!r}: folders below a class folder belong to its class, such as {deep.path}")
+    values, names = match_classes(Labels(np.array(labels, dtype=np.int64), names), class_names, split.name, log)
+    every = np.concatenate(stats)
+    return FolderRows(
+        root=split.root,
+        folders=tuple(folders),
+        starts=np.cumsum([0, *counts[:-1]]),
+        text=b"".join(texts),
+        ends=np.cumsum([len(text) for text in texts], dtype=np.int64),
+        sizes=np.ascontiguousarray(every[:, 0]),
+        state=xxhash.xxh3_128_hexdigest(np.ascontiguousarray(every)),
+        split=split.name,
+        labels=values,
+        class_names=names,
+    )
 
 
-def _check_class_folders(folder: LocalFolder) -> None:
-    """Raise DataError for a folder without images: `datasets` ignores it, and its class would not exist."""
-    with_images: set[Path] = set()
-    for path, suffixes in folder.suffixes.items():
-        if suffixes & IMAGE_SUFFIXES:
-            with_images.update((path, *path.parents))
-    for path in folder.suffixes:
-        if path not in with_images:
-            raise DataError(f"{path}: a class folder without images. Add images of the class or remove the folder.")
+def _class_folders(split: LocalSplit, ignored: Ignored) -> list[Folder]:
+    """Return the class folders of a split that hold images.
 
-
-def _check_depths(tables: dict[str, Any]) -> None:
-    """Raise DataError if images are at different depths: `datasets` then takes no folder for a class."""
-    import datasets
-
-    without_labels = [table for table in tables.values() if list(table.features) == ["image"]]
-    if len(without_labels) < len(tables):
-        return
-    columns = [
-        table.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]["image"]
-        for table in without_labels
-    ]
-    paths = [Path(cell["path"]) for column in columns for cell in column.to_pylist() if cell["path"]]
-    depths = Counter(len(path.parts) for path in paths)
-    if len(depths) > 1:
-        usual = depths.most_common(1)[0][0]
-        odd = next(path for path in paths if len(path.parts) != usual)
-        other = next(path for path in paths if len(path.parts) == usual)
+    Raises:
+        DataError: One of them holds none, two have one name, or the only one holds further folders.
+    """
+    found: list[Folder] = []
+    seen: dict[str, str] = {}
+    for folder in split.classes:
+        if not folder.num_images():
+            if folder.name.startswith(".") and folder.lost_images() is None:
+                ignored.add(f"{folder.path}/", "a hidden folder without images")
+                continue
+            lost = folder.lost_images()
+            reason = f" that can be read ({lost[0]}: {lost[1]})" if lost else ""
+            raise DataError(
+                f"{split.root / folder.path}: a class folder without images{reason}. Add images of the class or "
+                "remove the folder."
+            )
+        name = unicodedata.normalize("NFC", folder.name)
+        if name in seen:
+            raise DataError(
+                f"{split.root}: {seen[name]!r} and {folder.path!r} are one class name in two Unicode forms: put their "
+                "images into one folder."
+            )
+        seen[name] = folder.path
+        found.append(folder)
+    if len(found) == 1 and not found[0].names:
+        inner = [folder.name for folder in found[0].folders]
         raise DataError(
-            f"{odd} and {other} are at different depths, so no folder is taken for a class: expected all images at "
-            "one depth, in class folders (train/cat/1.png). Move or remove the first and others like it."
+            f"{split.root / found[0].path}: the only class folder, and its images lie in the folders {few(inner)} "
+            f"below it. Give the folder above the class folders (--data-dir {split.root / found[0].path}), or remove "
+            "the level."
         )
+    return found

@@ -1,28 +1,63 @@
-"""Choose the reader of a local folder, or read a data set of the Hugging Face hub."""
+"""Choose the readers of a local folder, or read a data set of the Hugging Face hub."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.readers import arrays, folder, tables, tars
-from mgd_timm.data.readers.rows import ReadSplit
-from mgd_timm.data.readers.scan import LocalFolder, scan_folder
+from mgd_timm.data.readers import arrays, tables, tars
+from mgd_timm.data.readers.folder import read_class_folders
+from mgd_timm.data.readers.rows import ReadSplit, Rows
+from mgd_timm.data.readers.scan import Folder, Ignored
+from mgd_timm.data.readers.splits import EXPECTED, LocalSplit, find_splits
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
 
-FORMATS: tuple[Callable[[LocalFolder, Data], dict[str, ReadSplit]], ...] = (
-    arrays.find_splits,
-    tars.find_splits,
-    tables.find_splits,
-    folder.find_splits,
-)
-"""Formats of local folders. Each returns the splits that it finds, by name; the first that finds any is used."""
+ReadFiles = Callable[[LocalSplit, Data, Ignored, tuple[str, ...] | None, Callable[[str], None]], Rows]
+"""Reads a split of a local folder: the split, the options, what counts the files that are left out, the class names of
+the training split (None for this split itself) and `log`."""
+
+FORMATS: dict[str, ReadFiles] = {
+    **dict.fromkeys(tables.TABLE_ENDINGS, tables.read_files),
+    ".tar": tars.read_files,
+    ".npy": arrays.read_files,
+}
+"""Reader of the files with each ending. Images in class folders need none."""
 
 _KNOWN = ("embedded", "uoft-cs/cifar10", "uoft-cs/cifar100", "zalando-datasets/fashion_mnist")
 
 
-def open_splits(source: str, data: Data) -> dict[str, ReadSplit]:
+@dataclass(frozen=True)
+class Opened:
+    """The splits of a data set, not read yet, and the files that are left out."""
+
+    root: str
+    splits: dict[str, ReadSplit]
+    ignored: Ignored = field(default_factory=Ignored)
+    loose: list[Folder] = field(default_factory=list)
+
+    def count_loose(self, rows: Sequence[Rows]) -> None:
+        """Count the images that lie in no class folder and that no table names.
+
+        Args:
+            rows: The splits that were read.
+        """
+        named = set[str]().union(*(tables.named_files(part) for part in rows if isinstance(part, tables.TableRows)))
+        for folder in self.loose:
+            for name in folder.names:
+                path = folder.inner(name)
+                if os.path.normpath(os.path.join(self.root, path)) not in named:
+                    self.ignored.add(path, "an image in no class folder and in no table")
+
+
+def is_local(source: str, data: Data) -> bool:
+    """Return whether a source is a folder, not a hub id."""
+    return data.data_dir is not None or Path(source).exists()
+
+
+def open_splits(source: str, data: Data) -> Opened:
     """Find the splits of a data set, without reading them.
 
     Args:
@@ -33,24 +68,58 @@ def open_splits(source: str, data: Data) -> dict[str, ReadSplit]:
         DataError: There is no such folder or data set, or its files cannot be used.
     """
     path = Path(source)
-    if data.data_dir is None and not path.exists():
+    if not is_local(source, data):
         if source.count("/") > 1 or source.startswith((".", "~", "/")):
             raise DataError(
                 f"{source}: no such folder. Give a folder with --data-dir, or 'embedded' or a hub id with --dataset."
             )
-        return _find_hub_splits(source, data)
-    expected = (
-        "expected a folder with images in class folders (train/cat/1.png), with tar files of these, or with parquet, "
-        "arrow or npy files."
-    )
+        return Opened(source, _find_hub_splits(source, data))
     if not path.is_dir():
-        raise DataError(f"{source}: {'a file' if path.exists() else 'no such folder'}; {expected}")
-    scanned = scan_folder(path)
-    for find_splits in FORMATS:
-        splits = find_splits(scanned, data)
-        if splits:
-            return splits
-    raise DataError(f"{source}: no images and no tar, parquet, arrow or npy files in it; {expected}")
+        raise DataError(f"{source}: {'a file' if path.exists() else 'no such folder'}; {EXPECTED}")
+    named = [name for name in (data.train_split, data.eval_split) if name is not None]
+    place = find_splits(path, FORMATS, named)
+    if not place.splits:
+        left = f" ({place.ignored.line()})" if place.ignored.count else ""
+        raise DataError(f"{source}: no images and no tables, tars or arrays in it{left}; {EXPECTED}")
+    read = {name: _reader(split, data, place.ignored) for name, split in place.splits.items()}
+    return Opened(source, read, place.ignored, place.loose)
+
+
+def _reader(split: LocalSplit, data: Data, ignored: Ignored) -> ReadSplit:
+    """Return the reader of a split. A split that cannot be used is refused when it is read."""
+
+    def read(class_names: tuple[str, ...] | None, log: Callable[[str], None]) -> Rows:
+        reader = _choose(split, data, ignored)
+        if split.folder is not None:
+            ignored.add_files(split.folder)
+        return reader(split, data, ignored, class_names, log)
+
+    return read
+
+
+def _choose(split: LocalSplit, data: Data, ignored: Ignored) -> ReadFiles:
+    """Choose the one reader of a split, and remove from it the files that are left out."""
+    use_table = data.input_key is not None or data.target_key is not None
+    has_classes = any(folder.num_images() for folder in split.classes)
+    if has_classes and not use_table:
+        notes = [file for file in split.files if file.lower().endswith((".csv", ".jsonl"))]
+        split.files = [file for file in split.files if file not in notes]
+        for file in notes:
+            ignored.add(file, "a table beside class folders, which --target-key would use")
+    readers = {FORMATS[Path(file).suffix.lower()]: file for file in split.files}
+    if has_classes and use_table and list(readers) == [tables.read_files]:
+        has_classes = False
+    if len(readers) + has_classes > 1:
+        found = [*([split.classes[0].path + "/"] if has_classes else []), *readers.values()]
+        raise DataError(
+            f"{split.root}: split {split.name!r} is there twice, in {found[0]} and in {found[1]}: move one of them out "
+            "of the folder."
+        )
+    if readers:
+        return next(iter(readers))
+    if split.classes:
+        return read_class_folders
+    raise DataError(f"{split.root}: its images lie in no class folder; {EXPECTED}")
 
 
 def _find_hub_splits(hub_id: str, data: Data) -> dict[str, ReadSplit]:
@@ -61,4 +130,4 @@ def _find_hub_splits(hub_id: str, data: Data) -> dict[str, ReadSplit]:
         if hub_id in _KNOWN:
             raise
         raise DataError(f"{unknown('data set', hub_id, _KNOWN)} Reading it from the hub failed: {error}") from error
-    return {split: partial(tables.read_table, table, split, data) for split, table in found.items()}
+    return {split: partial(tables.read_hub_split, table, split, data) for split, table in found.items()}

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mgd_timm.data.decode import DataError
+from mgd_timm.data.readers.splits import role_of
 from mgd_timm.recipe.options import few, unknown
 
-EVAL_SPLITS = ("test", "validation", "valid", "val")
-HASHED = 1 << 30
+HASHED = 1 << 28
 """Bytes: of a larger split only a part of the images is hashed, so that a start does not take minutes."""
+_THREADS = 8
 
 
 @runtime_checkable  # for the checks of shapes under pytest
@@ -74,40 +76,77 @@ def digest_images(total: Any, sizes: np.ndarray, content: Callable[[int], bytes 
     Args:
         total: The sha256.
         sizes: Bytes of each image, int [n].
-        content: Returns an encoded image, or its path.
+        content: Returns an encoded image, or its path. Called by several threads.
     """
-    for row in range(0, len(sizes), 1 + int(sizes.sum()) // HASHED):
-        found = content(row)
-        total.update(hashlib.sha256(found if isinstance(found, bytes) else Path(found).read_bytes()).digest())
+
+    def digests(rows: np.ndarray) -> bytes:
+        return b"".join(hashlib.sha256(_read(content(row))).digest() for row in rows.tolist())
+
+    rows = np.arange(0, len(sizes), 1 + int(sizes.sum()) // HASHED)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for part in threads.map(digests, np.array_split(rows, -(-len(rows) // 256))):
+            total.update(part)
     return str(total.hexdigest())
 
 
+def file_state(path: Path) -> str:
+    """Return what identifies a file's content on this machine: path, size, times and inode."""
+    status = path.stat()
+    return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
+
+
+def _read(content: bytes | str) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    try:
+        with open(content, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(
+            f"{content}: cannot be read ({error.strerror}): put the file back or remove its row."
+        ) from error
+
+
 def find_split(splits: Mapping[str, Any], split: str) -> Any:
-    """Return a split by its name.
+    """Return a split by its name: in any case, or the only split for the same purpose (training for train).
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or several.
     """
-    if split not in splits:
+    names = [name for name in splits if name.lower() == split.lower()]
+    names = names or [name for name in splits if role_of(split) is not None and role_of(name) == role_of(split)]
+    if len(names) > 1:
+        raise DataError(f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split.")
+    if not names:
         raise DataError(
             f"{unknown('split', split, splits)} Choose one with --train-split and --eval-split. The splits of an image "
             "folder are its top folders (train/CLASS/1.png, test/CLASS/2.png)."
         )
-    return splits[split]
+    return splits[names[0]]
+
+
+def default_eval_split(splits: Collection[str], train_split: str) -> str | None:
+    """Return the split to evaluate on: the one for tests, else for validation, None without both.
+
+    Raises:
+        DataError: There are several.
+    """
+    for role in ("test", "validation"):
+        names = [name for name in splits if role_of(name) == role and name.lower() != train_split.lower()]
+        if len(names) > 1:
+            raise DataError(f"splits {' and '.join(names)} have one purpose: choose with --eval-split.")
+        if names:
+            return names[0]
+    return None
 
 
 def check_classes(train: Rows, test: Rows | None) -> None:
-    """Check that both splits have the same classes, two or more, and that each has a training image.
+    """Check that there are two classes or more, that labels are among them, and that each has a training image.
 
     Raises:
         DataError: They do not, or a label is out of range.
     """
     names = train.class_names
-    if test is not None and test.class_names != names:
-        raise DataError(
-            f"split {test.split!r} has the classes {few(test.class_names)}, split {train.split!r} has {few(names)}: "
-            "expected the same classes in both."
-        )
     for rows in (train, test):
         top = int(rows.labels.max()) if rows is not None and rows.labels.ndim == 1 else 0
         if rows is not None and top >= len(names):

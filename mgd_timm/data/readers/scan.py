@@ -1,52 +1,208 @@
-"""Scan a local folder for the kinds of its files."""
+"""Scan a local folder: one walk that finds its images, tables, tars and arrays, and says what else lies there."""
 
 import os
-import shlex
-from dataclasses import dataclass
+from array import array
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError
+from tqdm import tqdm
 
-TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+from mgd_timm.data.image_formats import NOT_AN_IMAGE, is_image_format, why_not_read
+
+FIRST_IGNORED = 20
+"""Ignored files that are listed one by one; the others are counted."""
+
+LEFT_BEHIND = "a folder that a program left behind"
+RESOURCE_FILE = "a resource file of macOS"
+_NOT_DATA = frozenset(
+    {
+        *(".git", ".hg", ".svn", ".ipynb_checkpoints", "__pycache__"),
+        *("__MACOSX", ".Trashes", "@eaDir", ".thumbnails", "lost+found", "$RECYCLE.BIN"),
+    }
+)
+"""Folders that programs leave behind. Some hold copies of images."""
 
 
-@dataclass(frozen=True)
-class LocalFolder:
-    """A folder that was scanned.
+@dataclass
+class Ignored:
+    """Files and folders that are not used: their number, the first ones, and the first and number for each reason."""
+
+    count: int = 0
+    first: list[tuple[str, str]] = field(default_factory=list)
+    reasons: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def add(self, path: str, why: str, count: int = 1) -> None:
+        """Count `count` more files or folders, of which `path` is the first."""
+        self.count += count
+        if len(self.first) < FIRST_IGNORED:
+            self.first.append((path, why))
+        example, before = self.reasons.get(why, (path, 0))
+        self.reasons[why] = example, before + count
+
+    def add_files(self, folder: "Folder") -> None:
+        """Count the files of a folder that are neither images nor data."""
+        for name, why in folder.others:
+            self.add(folder.inner(name), why)
+
+    def listed(self) -> list[dict[str, str]]:
+        """Return paths and reasons of `FIRST_IGNORED` of them, one for each reason first; as JSON values."""
+        rows = dict.fromkeys([(path, why) for why, (path, _) in self.reasons.items()] + self.first)
+        return [{"path": path, "why": why} for path, why in list(rows)[:FIRST_IGNORED]]
+
+    def line(self) -> str:
+        """Return how many files are not used, in one line."""
+        parts = [
+            f"{count} {why} ({path})" if count > 1 else f"{path}: {why}" for why, (path, count) in self.reasons.items()
+        ]
+        more = f"; and {len(parts) - 4} more reasons" if len(parts) > 4 else ""
+        return f"{self.count:,} left out: {'; '.join(parts[:4])}{more}"
+
+
+@dataclass
+class Folder:
+    """A folder that was scanned, and the folders below it.
 
     Args:
-        path: The folder.
-        suffixes: Suffixes of the files directly in the folder and in each folder below it, in lower case.
+        path: Relative to the folder where the scan began, "" for that one.
+        names: Names of its images, sorted.
+        stats: For each image size, modification time, change time (ns) and inode.
+        data: Names of its tables, tars and arrays, sorted.
+        others: Name and reason of each file that is none of these.
+        folders: The folders directly below it, sorted by name.
     """
 
-    path: Path
-    suffixes: dict[Path, set[str]]
+    path: str
+    names: list[str] = field(default_factory=list)
+    stats: "array[int]" = field(default_factory=lambda: array("q"))
+    data: list[str] = field(default_factory=list)
+    others: list[tuple[str, str]] = field(default_factory=list)
+    folders: list["Folder"] = field(default_factory=list)
 
-    def holds(self, suffixes: frozenset[str]) -> bool:
-        """Return whether the folder holds a file with one of these suffixes, at any depth."""
-        return any(suffixes & found for found in self.suffixes.values())
+    @property
+    def name(self) -> str:
+        """Name of the folder itself."""
+        return os.path.basename(self.path)
+
+    def walk(self) -> Iterator["Folder"]:
+        """Yield this folder and all folders below it, but hidden ones."""
+        yield self
+        for folder in self.folders:
+            if not folder.name.startswith("."):
+                yield from folder.walk()
+
+    def num_images(self) -> int:
+        """Return the number of images in this folder and below it."""
+        return sum(len(folder.names) for folder in self.walk())
+
+    def lost_images(self) -> tuple[str, str] | None:
+        """Return path and reason of the first file or folder here or below that may be an image and cannot be used."""
+        for folder in self.walk():
+            for name, why in folder.others:
+                if not why.startswith((NOT_AN_IMAGE, LEFT_BEHIND, RESOURCE_FILE)):
+                    return folder.inner(name), why
+        return None
+
+    def is_empty(self) -> bool:
+        """Return whether there is no file in this folder or below it."""
+        return not any(folder.names or folder.data or folder.others for folder in self.walk())
+
+    def inner(self, name: str) -> str:
+        """Return the path of a file in this folder, relative to where the scan began."""
+        return f"{self.path}/{name}" if self.path else name
 
 
-def scan_folder(path: Path) -> LocalFolder:
-    """Scan a folder. Folders whose name starts with "." or "__" are skipped, as `datasets` skips them.
+class Scan:
+    """Scans folders below a root, each once; links are followed.
 
-    Raises:
-        DataError: A link to a folder that holds images or tables. `datasets` does not follow it, so a class would be
-            missing without a warning.
+    Args:
+        root: The folder that all paths are relative to.
+        data_endings: Endings of tables, tars and arrays, in lower case.
     """
-    suffixes = {}
-    for found, folders, files in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for link in (Path(found, name) for name in folders):
-            if link.is_symlink() and _holds_data(link):
-                raise DataError(
-                    f"{link}: a link to a folder. It is not followed, so its images would be left out. Replace it by "
-                    f"a folder of links to the images (cp -rs {shlex.quote(str(link.resolve()))} ...) or of the images."
-                )
-        suffixes[Path(found)] = {Path(name).suffix.lower() for name in files}
-    return LocalFolder(path, suffixes)
+
+    def __init__(self, root: Path, data_endings: Collection[str]) -> None:
+        self.root, self.data_endings = os.fspath(root), frozenset(data_endings)
+
+    def top(self) -> tuple[Folder, list[str]]:
+        """Return the root with its own files, and the names of the folders in it, sorted.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return self._list("", ())
+
+    def below(self, name: str) -> Folder:
+        """Return a folder of the root with all folders below it."""
+        with tqdm(desc=f"scanning {os.path.join(self.root, name)}", unit=" files", leave=False, delay=2.0) as bar:
+            return self._scan(name, (_identity(self.root),), bar)
+
+    def _scan(self, relative: str, above: tuple[tuple[int, int], ...], bar: tqdm) -> Folder:
+        folder, names = self._list(relative, above)
+        bar.update(len(folder.names) + len(folder.others))
+        if names:
+            above = (*above, _identity(os.path.join(self.root, relative)))
+        folder.folders = [self._scan(folder.inner(name), above, bar) for name in names]
+        return folder
+
+    def _list(self, relative: str, above: tuple[tuple[int, int], ...]) -> tuple[Folder, list[str]]:
+        """Return a folder with its own files, and the names of the folders in it that are to be scanned.
+
+        Args:
+            relative: Path of the folder.
+            above: Identities of the folders that it lies in.
+        """
+        folder = Folder(relative)
+        images: list[tuple[str, int, int, int, int]] = []
+        below: list[str] = []
+        with os.scandir(os.path.join(self.root, relative)) as entries:
+            for entry in entries:
+                name = entry.name
+                if entry.is_dir():
+                    why = _why_not_scanned(entry, above)
+                    if why is None:
+                        below.append(name)
+                        continue
+                else:
+                    ending = os.path.splitext(name)[1].lower()
+                    if ending in self.data_endings and entry.is_file():
+                        folder.data.append(name)
+                        continue
+                    why = _why_not_used(entry, ending)
+                    if why is None:
+                        stat = entry.stat()
+                        images.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+                        continue
+                folder.others.append((name, why))
+        images.sort()
+        folder.names = [row[0] for row in images]
+        for row in images:
+            folder.stats.extend(row[1:])
+        folder.data.sort()
+        folder.others.sort()
+        return folder, sorted(below)
 
 
-def _holds_data(path: Path) -> bool:
-    suffixes = IMAGE_SUFFIXES | TABLE_SUFFIXES
-    return any(Path(name).suffix.lower() in suffixes for _, _, files in os.walk(path) for name in files)
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _why_not_used(entry: "os.DirEntry[str]", ending: str) -> str | None:
+    """Return why a file is not read as an image, or None if it is."""
+    if entry.name.startswith("._"):
+        return RESOURCE_FILE
+    why = why_not_read(ending)
+    if why is not None and not is_image_format(ending):
+        return why
+    if not entry.is_file():
+        return "a link that leads nowhere" if entry.is_symlink() else "not a file"
+    return why if why is not None or os.access(entry.path, os.R_OK) else "no permission to read it"
+
+
+def _why_not_scanned(entry: "os.DirEntry[str]", above: tuple[tuple[int, int], ...]) -> str | None:
+    """Return why a folder is not scanned, or None if it is."""
+    if entry.name in _NOT_DATA:
+        return LEFT_BEHIND
+    if not os.access(entry.path, os.R_OK | os.X_OK):
+        return "no permission to read the folder"
+    return "a link to a folder above it" if above and _identity(entry.path) in above else None

@@ -1,4 +1,4 @@
-"""Streams of `datasets`: images that are read in order, from the hub or from files, and are not stored.
+"""Streams: images that are read in order, from the hub by `datasets` or from local files, and are not stored.
 
 An epoch's order is a function of (seed, epoch): the shards in a random order, and the next image drawn at random from a
 buffer of those that were read last. The position in this order identifies an image, and its augmentation is a function
@@ -24,9 +24,8 @@ from torch import Tensor
 
 from mgd_timm.data.decode import DataError, decode, to_pil
 from mgd_timm.data.loader import read_ahead
-from mgd_timm.data.readers.rows import find_split
-from mgd_timm.data.readers.scan import scan_folder
-from mgd_timm.data.readers.tables import image_column, label_column
+from mgd_timm.data.readers.columns import image_column, label_column
+from mgd_timm.data.readers.rows import Rows, find_split
 from mgd_timm.data.rng import mix, seeded
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
@@ -39,7 +38,7 @@ class Stream:
     """A split that is read from its beginning.
 
     Args:
-        rows: An IterableDataset of `datasets`, images not decoded.
+        rows: An IterableDataset of `datasets`, images not decoded, or a `RowStream`.
         key, target: Its columns of images and labels.
         split: Name of the split.
         count: Images of an epoch; the rest of a longer stream is not read.
@@ -83,16 +82,59 @@ class Stream:
         return total.hexdigest()
 
 
-def open_streams(source: str, config: str | None) -> dict[str, Any]:
-    """Return the splits of a hub id or a folder, as IterableDatasets.
+class RowStream:
+    """The rows of a local split, as an IterableDataset of one shard for each row.
+
+    Args:
+        rows: The split. It has encoded images.
+        first, last: The part of the rows.
+    """
+
+    def __init__(self, rows: Any, first: int = 0, last: int | None = None) -> None:
+        self.rows, self.first, self.last = rows, first, len(rows) if last is None else last
+
+    @property
+    def num_shards(self) -> int:
+        """Number of rows."""
+        return self.last - self.first
+
+    def shard(self, num_shards: int, index: int) -> "RowStream":  # noqa: ARG002  # one shard for each row
+        """Return one row, as a stream."""
+        return RowStream(self.rows, self.first + index, self.first + index + 1)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in range(self.first, self.last):
+            label = self.rows.labels[row]
+            yield {"image": self.rows.content(row), "label": int(label) if label.ndim == 0 else label.tolist()}
+
+
+def stream_rows(rows: Rows, data: Data, *, training: bool) -> Stream:
+    """Return a split of a local folder as a stream.
+
+    Args:
+        rows: The split.
+        data: Its `num_samples`.
+        training: Whether it is the training split.
 
     Raises:
-        DataError: There is no such data set or folder, or its files cannot be read.
+        DataError: Its images are arrays.
+    """
+    if not hasattr(rows, "content"):
+        raise DataError(f"split {rows.split!r} is an npy file, which is read in place: leave --streaming out.")
+    count = (data.num_samples if training else None) or len(rows)
+    labels = None if training else torch.from_numpy(rows.labels)
+    return Stream(RowStream(rows), "image", "label", rows.split, count, rows.class_names, labels)
+
+
+def open_streams(source: str, config: str | None) -> dict[str, Any]:
+    """Return the splits of a hub id, as IterableDatasets.
+
+    Raises:
+        DataError: There is no such data set, or its files cannot be read.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    scan_folder(Path(source))  # for links to folders; empty for a hub id
     try:
         return dict(datasets.load_dataset(source, config, streaming=True))
     except Exception as error:  # `datasets` raises a dozen kinds, from several libraries
@@ -121,13 +163,14 @@ def read_stream(
         raise DataError(
             f"split {split!r} cannot be streamed, as the types of its columns are not known: leave --streaming out."
         )
-    key = image_column(rows, data)
+    columns = rows.features.arrow_schema.empty_table()
+    key = image_column(columns, data)
     if data.target_key is None and set(rows.features) == {key, "__key__", "__url__"}:
         raise DataError(
             f"the tars of the stream {split!r} have no label files, and a stream does not see their class folders: "
             "leave --streaming out (tars are read without unpacking), or give webdataset shards (1.jpg with 1.cls)."
         )
-    target = label_column(rows, key, data, log)
+    target = label_column(columns, key, data, log)
     feature = rows.features[target]
     if isinstance(rows.features[key], datasets.Image):
         rows = rows.cast_column(key, datasets.Image(decode=False))

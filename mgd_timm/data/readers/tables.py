@@ -1,109 +1,248 @@
-"""Tables of encoded images and labels, as `datasets` reads them: parquet and arrow files, image folders and the hub.
+"""Tables of images and labels: parquet, arrow, feather, csv and jsonl files, and data sets of the Hugging Face hub.
 
 Images are read and decoded one by one, when they are used.
 """
 
+import csv
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
 
 from mgd_timm.data.decode import DataError, decode
-from mgd_timm.data.readers.rows import ReadSplit, begin_digest, digest_images
-from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
+from mgd_timm.data.readers.classes import is_number, match_classes
+from mgd_timm.data.readers.columns import image_column, label_column, read_labels
+from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
+from mgd_timm.data.readers.scan import Ignored
+from mgd_timm.data.readers.shards import check_shards
+from mgd_timm.data.readers.splits import LocalSplit
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
+from mgd_timm.storage.atomic_write import write_atomically
+from mgd_timm.storage.cache import cache_entry
+from mgd_timm.storage.lock import Lock
+
+TABLE_ENDINGS = (".parquet", ".arrow", ".feather", ".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """`Rows` of a table of `datasets`.
+    """`Rows` of tables.
 
     Args:
-        table: Its image column holds encoded images or their paths.
-        key: Name of this column.
+        columns: Image column of each table: encoded images, paths, or structs of both.
+        starts: First row of each table, int64 [tables].
+        folders: Folders that relative paths of images are tried in, for each table.
         split: Name of the split.
         labels: Class ids, int64 [n], or distributions over classes, float32 [n, k].
         class_names: Names of the classes.
+        image_column, label_column: Names of the columns.
+        state: Hash of the files' sizes, times and inodes; "" for data of the hub.
     """
 
-    table: Any
-    key: str
+    columns: tuple[pa.ChunkedArray, ...]
+    starts: np.ndarray
+    folders: tuple[tuple[Path, ...], ...]
     split: str
     labels: np.ndarray
     class_names: tuple[str, ...]
+    image_column: str
+    label_column: str
+    state: str
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.labels)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each encoded image, 0 where only its path is known, int64 [n]."""
+        return np.concatenate([_binary_lengths(column) for column in self.columns])
 
     def name(self, row: int) -> str:
         """Return the name of an image in error messages: its split and row, and its file where one is known."""
-        return self._name(row, self.table[row][self.key])
+        return self._name(row, self._cell(row))
 
     def content(self, row: int) -> bytes | str:
-        """Return an encoded image, or its path."""
-        return self._content(row, self.table[row][self.key])
+        """Return an encoded image, or its path.
+
+        Raises:
+            DataError: The row has neither, or there is no such file.
+        """
+        return self._content(row, self._cell(row))
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
-        cell = self.table[row][self.key]  # read once: it copies the encoded image
+        cell = self._cell(row)  # read once: it copies the encoded image
         return decode(self._content(row, cell), in_chans, self._name(row, cell))
-
-    def _name(self, row: int, cell: Any) -> str:
-        path = cell.get("path") if isinstance(cell, dict) else None
-        return f"{self.split} image {row}" + (f" ({path})" if path else "")
-
-    def _content(self, row: int, cell: Any) -> bytes | str:
-        found: bytes | str | None = (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
-        if not found:
-            raise DataError(f"{self._name(row, cell)}: the row has neither bytes nor a path: remove it.")
-        return found
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, sizes and encoded images.
 
-        Where only the path of an image is known, its file name and class folder count too. The rest of the path and
-        times do not: data that are moved stay the same data.
+        Where only the path of an image is known, its file name and folder count too. The rest of the path and times
+        do not: data that are moved stay the same data.
         """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        column = self.table.with_format("arrow")[:][self.key]
-        has_paths = pa.types.is_struct(column.type)
-        encoded = pc.struct_field(column, "bytes") if has_paths else column
-        paths = pc.struct_field(column, "path") if has_paths else None  # the whole column: one row takes 15 us
-        sizes = np.array(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
         total = begin_digest(self)
+        sizes = self.sizes.copy()
         for row in np.flatnonzero(sizes == 0).tolist():
-            path = Path(str((paths is not None and paths[row].as_py()) or self.content(row)))
-            try:
-                sizes[row] = path.stat().st_size
-            except OSError as error:
-                raise DataError(f"{self.name(row)}: {error.strerror}: put the file back or remove its row.") from error
+            path = Path(str(self.content(row)))
+            sizes[row] = path.stat().st_size
             total.update(json.dumps(path.parts[-2:]).encode())
         total.update(sizes.tobytes())
         return digest_images(total, sizes, self.content)
 
+    def _cell(self, row: int) -> Any:
+        table = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.columns[table][row - int(self.starts[table])].as_py()
 
-def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
-    """Return the splits of a folder with parquet or arrow files.
+    def _name(self, row: int, cell: Any) -> str:
+        path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+        return f"{self.split} image {row}" + (f" ({path})" if path else "")
+
+    def _content(self, row: int, cell: Any) -> bytes | str:
+        found: bytes | str | None = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
+        if not found:
+            raise DataError(f"{self._name(row, cell)}: the row has neither bytes nor a path: remove it.")
+        if isinstance(found, bytes):
+            return found
+        table = int(np.searchsorted(self.starts, row, side="right")) - 1
+        for folder in self.folders[table]:
+            path = os.path.join(folder, found)
+            if os.path.isfile(path):
+                return path
+        raise DataError(
+            f"{self._name(row, cell)}: no such file in {' or '.join(map(str, self.folders[table]))}: put it back or "
+            "remove its row."
+        )
+
+
+def _binary_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the number of bytes of each encoded image, 0 where only a path is known, int64 [n]."""
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_struct(kind):
+        if kind.get_field_index("bytes") < 0:
+            return np.zeros(len(column), dtype=np.int64)
+        column = pc.struct_field(column, "bytes")
+    if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return np.zeros(len(column), dtype=np.int64)
+    return np.array(pc.fill_null(pc.binary_length(column), 0), dtype=np.int64)
+
+
+def read_files(
+    split: LocalSplit,
+    data: Data,
+    ignored: Ignored,  # noqa: ARG001  # every reader takes it
+    class_names: tuple[str, ...] | None,
+    log: Callable[[str], None],
+) -> TableRows:
+    """Return the rows of a split's table files.
 
     Raises:
-        DataError: A file cannot be read.
+        DataError: A file cannot be read or a shard is missing, or as `read_tables`.
     """
-    if not folder.holds(TABLE_SUFFIXES):
-        return {}
-    tables = load_tables(str(folder.path), data.dataset_config)
-    return {split: partial(read_table, table, split, data) for split, table in tables.items()}
+    paths = [split.root / file for file in split.files]
+    check_shards(paths)
+    tables = [_open(path, log) for path in paths]
+    folders = tuple((path.parent, path.parent / split.name) for path in paths)
+    state = xxhash.xxh3_128()
+    for path in paths:
+        state.update(file_state(path).encode())
+    return read_tables(tables, split.name, data, class_names, log, folders=folders, state=state.hexdigest())
+
+
+def named_files(rows: TableRows) -> set[str]:
+    """Return the paths of the images that a table names, none where it holds the images."""
+    if rows.sizes.all():
+        return set()
+    contents = (rows.content(row) for row in range(len(rows)))
+    return {os.path.normpath(content) for content in contents if isinstance(content, str)}
+
+
+def _open(path: Path, log: Callable[[str], None]) -> pa.Table:
+    """Open a table file. Arrow files are mapped into memory, parquet files are first converted to one in the cache."""
+    try:
+        match path.suffix.lower():
+            case ".parquet":
+                return _map_arrow(_converted(path, log))
+            case ".csv":
+                return _read_csv(path)
+            case ".jsonl":
+                with path.open(encoding="utf-8-sig") as file:
+                    return pa.Table.from_pylist([json.loads(line) for line in file if line.strip()])
+            case _:
+                return _map_arrow(path)
+    except (pa.ArrowException, ValueError, csv.Error) as error:
+        kind = path.suffix.lower().removeprefix(".")
+        raise DataError(
+            f"{path}: cannot be read as a {kind} file ({' '.join(str(error).split())[:200]}): write it again."
+        ) from error
+
+
+def _map_arrow(path: Path) -> pa.Table:
+    """Open a file of arrow's file or stream format."""
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source).read_all()
+
+
+def _converted(path: Path, log: Callable[[str], None]) -> Path:
+    """Return an arrow file with a parquet file's rows, which is made once: rows of parquet cannot be read singly."""
+    folder = cache_entry("tables", file_state(path))
+    found = folder / "table.arrow"
+    if found.exists():
+        return found
+    with Lock(folder, f"rows of {path} ({folder})", log):
+        if not found.exists():
+            write_atomically(found, partial(_convert, path))
+    return found
+
+
+def _convert(path: Path, draft: Path) -> None:
+    from tqdm import tqdm
+
+    with pq.ParquetFile(path) as source, pa.OSFile(str(draft), "wb") as sink:
+        schema = source.schema_arrow
+        bar = tqdm(total=source.metadata.num_rows, desc=f"reading {path.name}", unit=" rows", leave=False, delay=2.0)
+        with pa.ipc.new_file(sink, schema) as writer, bar:
+            for batch in source.iter_batches(256):
+                writer.write_batch(batch)
+                bar.update(len(batch))
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """Read a csv file with a header, every column as words: 007 stays 007. A column of whole numbers becomes int64."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.reader(file))
+    header, rows = rows[0] if rows else [], [row for row in rows[1:] if row]
+    wrong = next((i for i, row in enumerate(rows) if len(row) != len(header)), None)
+    if wrong is not None:
+        raise ValueError(f"row {wrong + 1} has {len(rows[wrong])} fields, the header has {len(header)}")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    return pa.table(
+        {
+            name: pa.array(words, pa.string())
+            if not words or not all(map(is_number, words))
+            else pa.array(map(int, words))
+            for name, words in columns.items()
+        }
+    )
 
 
 def load_tables(source: str, config: str | None) -> dict[str, Any]:
-    """Return the splits of a folder or a hub id, as tables of `datasets`.
+    """Return the splits of a hub id, as data sets of `datasets`.
 
     Raises:
         DataError: It cannot be read.
@@ -121,124 +260,57 @@ def load_tables(source: str, config: str | None) -> dict[str, Any]:
         raise DataError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def read_table(
-    table: Any, split: str, data: Data, class_names: tuple[str, ...] | None, log: Callable[[str], None]
+def read_hub_split(
+    found: Any, split: str, data: Data, class_names: tuple[str, ...] | None, log: Callable[[str], None]
 ) -> TableRows:
-    """Return the rows of a table. Its columns are found by their type where `data` does not name them.
+    """Return the rows of a split of `load_tables`. Raise DataError as `read_tables`."""
+    return read_tables([found.data.table], split, data, class_names, log)
+
+
+def read_tables(
+    tables: Sequence[pa.Table],
+    split: str,
+    data: Data,
+    class_names: tuple[str, ...] | None,
+    log: Callable[[str], None],
+    *,
+    folders: tuple[tuple[Path, ...], ...] | None = None,
+    state: str = "",
+) -> TableRows:
+    """Return the rows of tables. Their columns are found where `data` does not name them (`readers.columns`).
 
     Args:
-        table: The table of `datasets`.
+        tables: The tables of a split; their classes are compared by name.
         split: Name of the split.
         data: The options of the data.
-        class_names: Of the training split, for a label column without names. None for the training split itself.
+        class_names: Of the training split; None for the training split itself.
         log: Logs one line.
+        folders: Folders that relative paths are tried in, for each table.
+        state: Of `TableRows`.
 
     Raises:
         DataError: There is no such column, or its labels are not class ids or distributions.
     """
-    import datasets
-
-    if not len(table):
+    tables = [table for table in tables if len(table)] or list(tables[:1])
+    if not len(tables[0]):
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
-    key = image_column(table, data)
-    if not _holds_images(table.features[key]):
-        raise DataError(
-            f"column {key!r} holds {table.features[key]}: expected encoded images; choose another with --input-key."
-        )
-    target = label_column(table, key, data, log if class_names is None else lambda _: None)
-    if isinstance(table.features[key], datasets.Image):
-        table = table.cast_column(key, datasets.Image(decode=False))
-    labels, names = _read_labels(table, target, split, class_names)
-    return TableRows(table.select_columns([key]), key, split, labels, names)
-
-
-def _check_column(table: Any, name: str) -> None:
-    if name not in table.features:
-        raise DataError(str(unknown("column", name, table.features)))
-
-
-def _holds_images(feature: Any) -> bool:
-    import datasets
-
-    encoded = isinstance(feature, dict) and set(feature) >= {"bytes", "path"}
-    binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return encoded or binary or isinstance(feature, datasets.Image)
-
-
-def image_column(table: Any, data: Data) -> str:
-    """Return the name of the image column: --input-key, else the one column that holds images.
-
-    Raises:
-        DataError: There is none, or several.
-    """
-    if data.input_key is not None:
-        _check_column(table, data.input_key)
-        return data.input_key
-    found = [name for name, feature in table.features.items() if _holds_images(feature)]
-    if len(found) != 1:
-        several = f"{len(found)} image columns, {', '.join(found)}," if found else "no image column"
-        raise DataError(f"{several} among {', '.join(table.column_names)}: expected one; name it with --input-key.")
-    return found[0]
-
-
-def label_column(table: Any, image: str, data: Data, log: Callable[[str], None]) -> str:
-    """Return the name of the label column: --target-key, else the one with most classes of those with class names.
-
-    Raises:
-        DataError: There is none, or several without class names.
-    """
-    import datasets
-
-    if data.target_key is not None:
-        _check_column(table, data.target_key)
-        return data.target_key
-    classes = {name: f.num_classes for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    if classes:
-        finest = max(classes, key=lambda name: classes[name])
-        if len(classes) > 1:
-            listed = ", ".join(f"{name} ({count} classes)" for name, count in classes.items())
-            log(f"label column: {finest} of {listed}; choose another with --target-key")
-        return finest
-
-    def holds_labels(feature: Any) -> bool:
-        is_integer = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-        return is_integer or isinstance(feature, datasets.List | datasets.LargeList)
-
-    found = [name for name, feature in table.features.items() if name != image and holds_labels(feature)]
-    if len(found) != 1:
-        several = f"{len(found)} label columns, {', '.join(found)}," if found else "no label column"
-        raise DataError(
-            f"{several} among {', '.join(table.column_names)}: expected one of class ids or distributions; name it "
-            "with --target-key, or put the images into one folder per class, with two classes or more."
-        )
-    return found[0]
-
-
-def _read_labels(
-    table: Any, target: str, split: str, classes: tuple[str, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class ids, int64 [n], or distributions, float32 [n, k]; and the class names."""
-    import datasets
-
-    feature, where = table.features[target], f"column {target!r} of split {split!r}"
-    labels = np.asarray(table.select_columns([target]).with_format("numpy")[:][target])
-    if labels.ndim == 2 and labels.dtype.kind in "iuf":
-        labels = labels.astype(np.float32)
-        if not np.isfinite(labels).all() or labels.min() < 0 or not np.allclose(labels.sum(1), 1, atol=1e-3):
-            raise DataError(f"{where}: expected distributions: each value 0 or more, with the sum 1.")
-        count = labels.shape[1]
-        return labels, classes if classes and len(classes) == count else tuple(str(i) for i in range(count))
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{where} holds {feature} (read as {labels.dtype}): expected class ids from 0, none missing, or "
-            "distributions of equal length; choose another with --target-key."
-        )
-    if labels.min() < 0:
-        raise DataError(
-            f"{where}: row {int(labels.argmin())} has the label {labels.min()}, expected class ids from 0. A split "
-            "with hidden labels cannot be used: choose another with --train-split or --eval-split."
-        )
-    labels = labels.astype(np.int64)
-    if isinstance(feature, datasets.ClassLabel):
-        return labels, tuple(feature.names)
-    return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
+    key = image_column(tables[0], data)
+    target = label_column(tables[0], key, data, log if class_names is None else lambda _: None)
+    for table in tables:
+        for name in (key, target):
+            if name not in table.column_names:
+                missing = unknown("column", name, table.column_names)
+                raise DataError(f"split {split!r}: a file without the column {name!r}: {missing}")
+    labels = read_labels(tables, target, split, data.first_label, training=class_names is None)
+    values, names = match_classes(labels, class_names, split, log)
+    return TableRows(
+        columns=tuple(table.column(key) for table in tables),
+        starts=np.cumsum([0, *(len(table) for table in tables[:-1])]),
+        folders=folders or ((Path.cwd(),),) * len(tables),
+        split=split,
+        labels=values,
+        class_names=names,
+        image_column=key,
+        label_column=target,
+        state=state,
+    )

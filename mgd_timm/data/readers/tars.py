@@ -6,27 +6,28 @@ one tar, as ImageNet is published), and webdataset shards, whose images have lab
 """
 
 import json
-import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
-from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
-from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
+from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.image_formats import readable_endings, why_not_read
+from mgd_timm.data.readers.classes import Labels, is_number, labels_of_words, match_classes
+from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
+from mgd_timm.data.readers.scan import Ignored
+from mgd_timm.data.readers.shards import check_shards
+from mgd_timm.data.readers.splits import LocalSplit, role_of
 from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.checkpoint import State
 from mgd_timm.storage.lock import load_or_create
 
 _LABELS = (".cls", ".json", ".txt")
-_SPLITS = ("train", *EVAL_SPLITS)
 
 
 class _Member(NamedTuple):
@@ -82,93 +83,126 @@ class TarRows:
         return digest_images(total, self.sizes, self.content)
 
 
-def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
-    """Return the splits of a folder with tars, unless it also holds the images or tables that were unpacked from them.
-
-    The split is the folder of the tar (train/) or a word of its name (imagenet-train-0001.tar). A tar without such a
-    word belongs to the training split.
-    """
-    if folder.holds(IMAGE_SUFFIXES | TABLE_SUFFIXES):
-        return {}
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.path.glob("*.tar")):
-        found.setdefault(_split_of(path.stem) or "train", []).append(path)
-    for inner in sorted(path for path in folder.path.iterdir() if path.is_dir()):
-        split = _split_of(inner.name)
-        if split is not None:
-            found.setdefault(split, []).extend(sorted(inner.glob("*.tar")))
-    return {split: partial(_read, tuple(paths), split, data) for split, paths in found.items() if paths}
-
-
-def _split_of(name: str) -> str | None:
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split in _SPLITS if split in words), None)
-
-
-def _read(
-    paths: tuple[Path, ...], split: str, data: Data, class_names: tuple[str, ...] | None, log: Callable[[str], None]
+def read_files(
+    split: LocalSplit,
+    data: Data,
+    ignored: Ignored,
+    class_names: tuple[str, ...] | None,
+    log: Callable[[str], None],
 ) -> TarRows:
     """Read the index of each tar. Images of class folders and class tars are sorted by name, of shards they are not.
 
     Args:
-        paths: The tars.
-        split: Name of the split.
-        data: Its `target_key` names the label in webdataset's json; "label" by default.
+        split: The split; each tar in its folder (train/n01440764.tar) may be a class.
+        data: Its `input_key` is the ending of the images (jpg) where webdataset's samples have several, and its
+            `target_key` names the label in webdataset's json; "label" by default.
+        ignored: Counts the other files in the tars.
         class_names: Class names of the training split; None for the training split itself.
         log: Logs one line.
 
     Raises:
         DataError: A tar that cannot be read, an image without a label, or labels that are not classes.
     """
-    if data.input_key is not None:
-        raise DataError("tar files have no image columns: leave --input-key out.")
+    paths = tuple(split.root / file for file in split.files)
+    check_shards(paths)
     indices = [_load_index(path, log) for path in paths]
-    tar = np.repeat(np.arange(len(paths)), [len(index.values["names"]) for index in indices])
+    tars = [i for i, index in enumerate(indices) for _ in index.values["names"]]
     offsets, sizes = (
         torch.cat([index.tensors["index"][part] for index in indices]).numpy() for part in ("offsets", "sizes")
     )
     names = [name for index in indices for name in index.values["names"]]
-    label_texts = [label for index in indices for label in index.values["labels"]]
-    if not names:
-        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
-    if any(label_texts):
-        key = data.target_key or "label"
-        words = [_parse_label(text, name, paths[i], key) for text, name, i in zip(label_texts, names, tar, strict=True)]
+    texts = [label for index in indices for label in index.values["labels"]]
+    for path, index in zip(paths, indices, strict=True):
+        for why, (first, count) in index.values["others"].items():
+            ignored.add(f"{path.relative_to(split.root)}: {first}", why, count)
+    rows = list(range(len(names)))
+    if any(texts):
+        rows = [i for i in rows if data.input_key is None or _key(names[i])[1] == f".{data.input_key.lstrip('.')}"]
+        _check_keys([(tars[i], _key(names[i])[0], names[i]) for i in rows], paths)
+        words = [_parse_label(texts[i], names[i], paths[tars[i]], data.target_key or "label") for i in rows]
     else:
-        words = [_class_folder(paths[i], name) for name, i in zip(names, tar, strict=True)]
-        order = sorted(range(len(names)), key=lambda i: (words[i], names[i]))
-        tar, offsets, sizes = tar[order], offsets[order], sizes[order]
-        names, words = [names[i] for i in order], [words[i] for i in order]
-    labels, names_of_classes = _to_class_ids(words, class_names, numbers=any(label_texts))
-    return TarRows(paths, tar, offsets, sizes, names, split, labels, names_of_classes)
+        classes = _class_folders(names, tars, paths, split)
+        rows.sort(key=lambda i: (classes[i], names[i]))
+        words = [classes[i] for i in rows]
+    if not rows:
+        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
+    labels = _numbers(words, paths[0], data.first_label) if any(texts) else labels_of_words(words)
+    values, known = match_classes(labels, class_names, split.name, log)
+    return TarRows(
+        paths=paths,
+        tar=np.array([tars[i] for i in rows]),
+        offsets=offsets[rows],
+        sizes=sizes[rows],
+        names=[names[i] for i in rows],
+        split=split.name,
+        labels=values,
+        class_names=known,
+    )
 
 
-def _to_class_ids(
-    words: list[str], classes: tuple[str, ...] | None, *, numbers: bool
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class ids and class names of labels in words. With `numbers`, words that are numbers are class ids."""
-    if numbers and all(word.isdecimal() for word in words):
-        labels = np.array([int(word) for word in words], dtype=np.int64)
-        if classes is None and labels.max() >= len(words):  # else check_classes compares them with the names
-            raise DataError(f"label {labels.max()} of only {len(words)} images: expected consecutive class ids from 0.")
-        return labels, classes or tuple(str(i) for i in range(int(labels.max()) + 1))
-    known = tuple(sorted(set(words)))
-    names = classes if classes is not None and set(known) <= set(classes) else known
-    ids = {name: i for i, name in enumerate(names)}
-    return np.array([ids[word] for word in words], dtype=np.int64), names
-
-
-def _class_folder(path: Path, name: str) -> str:
-    """Return the class of an image: its folder, else its tar."""
-    folder = PurePosixPath(name).parent.name
-    if folder:
-        return folder
-    if _split_of(path.stem) is not None:
+def _numbers(words: list[str], path: Path, first: int) -> Labels:
+    """Return labels of label files: class ids where all are numbers, else class names."""
+    if not all(map(is_number, words)):
+        return labels_of_words(words)
+    ids = np.array(words, dtype=np.int64)
+    if ids.min() < first or int(ids.max()) - first >= max(len(words), 1):
         raise DataError(
-            f"{path}: {name} is in no class folder and has no label file (.cls, .json or .txt): expected CLASS/{name}, "
-            "or a tar for each class."
+            f"{path}: labels {ids.min()} to {ids.max()} of {len(words)} images: expected consecutive class ids from "
+            f"{first}."
         )
-    return path.stem
+    names = tuple(str(i) for i in range(first, int(ids.max()) + 1)) if first else None
+    return Labels(ids - first, names)
+
+
+def _check_keys(images: Sequence[tuple[int, str, str]], paths: Sequence[Path]) -> None:
+    """Raise DataError if a sample of webdataset has several images: its key is the name up to the first dot."""
+    seen: dict[tuple[int, str], str] = {}
+    for tar, key, name in images:
+        other = seen.setdefault((tar, key), name)
+        if other != name:
+            raise DataError(
+                f"{paths[tar]}: {other} and {name} have one key, {key}, which ends at the first dot: choose the images "
+                f"of each sample by their ending with --input-key {_key(other)[1].lstrip('.')}, or rename the files."
+            )
+
+
+def _class_folders(names: Sequence[str], tars: Sequence[int], paths: Sequence[Path], split: LocalSplit) -> list[str]:
+    """Return the class of each image: the first folder in its tar that not all images of the tar share, else the
+    folder that they share, else the tar.
+
+    Raises:
+        DataError: Images in no class folder, or a tar that holds several splits.
+    """
+    folders = [[part for part in name.split("/")[:-1] if part != "."] for name in names]
+    shared = {tar: _shared([f for f, other in zip(folders, tars, strict=True) if other == tar]) for tar in set(tars)}
+    flat = {tar for tar in shared if all(len(f) == shared[tar] for f, o in zip(folders, tars, strict=True) if o == tar)}
+    found = []
+    for name, folder, tar in zip(names, folders, tars, strict=True):
+        depth = shared[tar]
+        if len(folder) > depth:
+            found.append(folder[depth])
+        elif depth and tar in flat:
+            found.append(folder[-1])
+        elif not depth and "/" in split.files[tar]:
+            found.append(paths[tar].stem)
+        else:
+            raise DataError(
+                f"{paths[tar]}: {name} is in no class folder and has no label file (.cls, .json or .txt): expected "
+                f"CLASS/{name}, or a tar for each class in a folder ({split.name}/CLASS.tar)."
+            )
+    roles = {role: word for word in sorted(set(found)) if (role := role_of(word)) is not None}
+    if len(roles) > 1:
+        raise DataError(
+            f"{paths[0]}: it holds the splits {' and '.join(roles.values())}: make a tar for each, named train.tar and "
+            "test.tar, or unpack it."
+        )
+    return found
+
+
+def _shared(folders: Sequence[Sequence[str]]) -> int:
+    """Return the number of first parts that all paths share."""
+    low, high = min(folders), max(folders)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def _parse_label(text: str, name: str, path: Path, key: str) -> str:
@@ -198,9 +232,8 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
 
 
 def _load_index(path: Path, log: Callable[[str], None]) -> State:
-    """Load the index of a tar from the cache, by the tar's path, size and time, or create it."""
-    stat = path.stat()
-    folder = cache_entry("tars", f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:2")
+    """Load the index of a tar from the cache, by the tar's path, size, times and inode, or create it."""
+    folder = cache_entry("tars", f"{file_state(path)}:3")
     return load_or_create(folder, f"index of {path}", lambda: _scan(path), log)
 
 
@@ -222,13 +255,19 @@ def _scan(path: Path) -> State:
             rank = _LABELS.index(suffix)
             if stem not in labels or rank < labels[stem][0]:
                 labels[stem] = rank, f"{suffix} {text}"
-    images = [member for member in members if _key(member.name)[1] in IMAGE_SUFFIXES]
+    images = [member for member in members if _ending(member.name) in readable_endings()]
+    others: dict[str, tuple[str, int]] = {}
+    for member in members:
+        why = why_not_read(_ending(member.name))
+        if why is not None and _ending(member.name) not in _LABELS:
+            first, count = others.get(why, (member.name, 0))
+            others[why] = first, count + 1
     tensors = {
         "offsets": torch.tensor([member.offset for member in images], dtype=torch.int64),
         "sizes": torch.tensor([member.size for member in images], dtype=torch.int64),
     }
     found = [labels.get(_key(member.name)[0], (0, ""))[1] for member in images]
-    return State({"index": tensors}, {"names": [member.name for member in images], "labels": found})
+    return State({"index": tensors}, {"names": [member.name for member in images], "labels": found, "others": others})
 
 
 def _json_line(text: str, name: str, path: Path) -> str:
@@ -239,9 +278,14 @@ def _json_line(text: str, name: str, path: Path) -> str:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Return webdataset's key of a member, and its last suffix."""
-    path = PurePosixPath(name)
-    return str(path.parent / path.name.partition(".")[0]), path.suffix.lower()
+    """Return webdataset's key of a member, its name up to the first dot, and the rest of the name."""
+    folder, _, file = name.rpartition("/")
+    key, dot, rest = file.partition(".")
+    return f"{folder}/{key}", f"{dot}{rest}".lower()
+
+
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def _members(path: Path) -> Iterator[_Member]:

@@ -1,0 +1,251 @@
+"""Find the image and the label column of a table, and read the labels."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.image_formats import readable_endings
+from mgd_timm.data.readers.classes import Labels, labels_of_words
+from mgd_timm.recipe.data import Data
+from mgd_timm.recipe.options import few, unknown
+
+LABEL_NAMES = ("label", "labels", "target", "class", "fine_label")
+"""Names of label columns, in this order."""
+
+_NOT_LABELS = re.compile(
+    r"(^|_)(id|ids|idx|index|uid|uuid|guid|key|row|fold|kfold|split|subset|bbox|bboxes|box|boxes|x|y|w|h|x1|x2|y1|y2|xmin|"
+    r"xmax|ymin|ymax|width|height|size|area|time|timestamp|date|datetime|year|month|day|hour|path|file|filename|"
+    r"file_name|url|md5|sha1|sha256|hash|license|source|count|num|seed|page|frame|patient|subject|user)s?($|_)|^unnamed|^__",
+)
+"""Names of columns that are not guessed to be labels."""
+
+
+def image_column(table: pa.Table, data: Data) -> str:
+    """Return the name of the image column: --input-key, else `image`, else the only column that holds images.
+
+    Raises:
+        DataError: There is none, or several.
+    """
+    if data.input_key is not None:
+        _check_column(table.schema, data.input_key)
+        if not holds_images(table, data.input_key):
+            kind = table.schema.field(data.input_key).type
+            raise DataError(
+                f"column {data.input_key!r} holds {kind}: expected encoded images or their paths; choose another with "
+                "--input-key."
+            )
+        return data.input_key
+    found = [name for name in table.column_names if holds_images(table, name)]
+    if "image" in found:
+        return "image"
+    if len(found) != 1:
+        several = f"{len(found)} image columns, {few(found)}," if found else "no image column"
+        raise DataError(f"{several} among {few(table.column_names)}: expected one; name it with --input-key.")
+    return found[0]
+
+
+def holds_images(table: pa.Table, name: str) -> bool:
+    """Return whether a column holds encoded images, or paths of images."""
+    kind = table.schema.field(name).type
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name for i in range(kind.num_fields)}
+        return bool(fields) and fields <= {"bytes", "path"}
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return False
+    first = next((cell.as_py() for cell in table.column(name)[:100] if cell.is_valid), "")
+    return str(first).lower().endswith(tuple(readable_endings()))
+
+
+def label_column(table: pa.Table, image: str, data: Data, log: Callable[[str], None]) -> str:
+    """Return the name of the label column: --target-key, else one of `LABEL_NAMES`, else the only one it can be.
+
+    It can be a column with class names, of repeated words, or of class ids or distributions; never an index, an id, a
+    time, a box or a fold.
+
+    Args:
+        table: Without rows, only the types of columns are looked at.
+        image: Name of the image column.
+        data: The options of the data.
+        log: Logs one line.
+
+    Raises:
+        DataError: It is not certain.
+    """
+    names = [name for name in table.column_names if name != image]
+    if data.target_key is not None:
+        _check_column(table.schema, data.target_key)
+        return data.target_key
+    for name in LABEL_NAMES:
+        if name in names:
+            return name
+    classes = {name: len(found) for name in names if (found := class_names_of(table.schema, name)) is not None}
+    if classes:
+        finest = max(classes, key=lambda name: classes[name])
+        if len(classes) > 1:
+            listed = ", ".join(f"{name} ({count} classes)" for name, count in classes.items())
+            log(f"label column: {finest} of {listed}; choose another with --target-key")
+        return finest
+    found = [
+        name for name in names if not _NOT_LABELS.search(_in_snake_case(name)) and _may_be_labels(table.column(name))
+    ]
+    if len(found) != 1:
+        several = f"{len(found)} columns that may be labels, {few(found)}," if found else "no label column"
+        raise DataError(
+            f"{several} among {few(table.column_names)}: expected one of class names, class ids or distributions; name "
+            "it with --target-key, or put the images into one folder per class, with two classes or more."
+        )
+    log(f"label column: {found[0]}, the only one that it can be; choose another with --target-key")
+    return found[0]
+
+
+def class_names_of(schema: pa.Schema, name: str) -> tuple[str, ...] | None:
+    """Return the class names that `datasets` wrote for a column, None without any."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        feature = features[name]
+    except (KeyError, TypeError, ValueError):
+        return None
+    names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+    return tuple(map(str, names)) if names else None
+
+
+def _check_column(schema: pa.Schema, name: str) -> None:
+    if name not in schema.names:
+        raise DataError(str(unknown("column", name, schema.names)))
+
+
+def _in_snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name).lower()
+
+
+def _may_be_labels(column: pa.ChunkedArray) -> bool:
+    """Return whether a column may hold labels, by its type and values."""
+    kind = column.type
+    if pa.types.is_boolean(kind) or _is_distribution(kind):
+        return True
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return False
+    if not len(column):
+        return True
+    distinct = pc.count_distinct(column).as_py()
+    if distinct == len(column):
+        return False
+    if pa.types.is_integer(kind) and not pa.types.is_dictionary(column.type):
+        low, high = pc.min_max(column).as_py().values()
+        return low in (0, 1) and high - low + 1 == distinct
+    return True
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_distribution(kind: pa.DataType) -> bool:
+    return _is_list(kind) and pa.types.is_floating(kind.value_type)
+
+
+def read_labels(tables: Sequence[pa.Table], target: str, split: str, first_label: int, training: bool) -> Labels:
+    """Return the labels of a split's tables. Tables that number their classes differently are matched by name.
+
+    Args:
+        tables: The tables of the split.
+        target: Name of the label column.
+        split: Name of the split.
+        first_label: Number of the first class, where the labels are numbers without names.
+        training: Whether it is the training split, which has all classes.
+
+    Raises:
+        DataError: The labels are not class names, class ids or distributions, or the tables do not agree.
+    """
+    where = f"column {target!r} of split {split!r}"
+    parts = [_read_part(table.column(target), class_names_of(table.schema, target), where) for table in tables]
+    known = {part.names for part in parts}
+    if len({part.values.shape[1:] for part in parts}) > 1 or (None in known and len(known) > 1):
+        raise DataError(
+            f"{where}: its files hold different kinds of labels: expected class ids, names or distributions."
+        )
+    if len(known) == 1:
+        labels = Labels(np.concatenate([part.values for part in parts]), parts[0].names)
+        return labels if labels.values.ndim == 2 else _checked_ids(labels, where, first_label, training)
+    merged = list(dict.fromkeys(name for part in parts for name in part.names or ()))
+    if all(list(names or ()) == sorted(names or ()) for names in known):
+        merged.sort()
+    ids = {name: i for i, name in enumerate(merged)}
+    values = [np.array([ids[name] for name in part.names or ()])[part.values] for part in parts]
+    return Labels(np.concatenate(values), tuple(merged))
+
+
+def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: str) -> Labels:
+    """Return the labels of one table, not yet checked."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if column.null_count:
+        row = next(i for i, cell in enumerate(column) if not cell.is_valid)
+        raise DataError(f"{where}: row {row} has no label: remove it, or choose another column with --target-key.")
+    if pa.types.is_boolean(kind):
+        return labels_of_words([str(value) for value in column.to_pylist()])
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        words = column.to_pylist()
+        empty = next((row for row, word in enumerate(words) if not word.strip()), None)
+        if empty is not None:
+            raise DataError(f"{where}: row {empty} has an empty label: remove it.")
+        return labels_of_words(words)
+    numbers = np.asarray(column) if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
+    if numbers is not None and (numbers == np.floor(numbers)).all():  # floats: whole numbers that once had gaps
+        ids = numbers.astype(np.int64)
+        if names is not None and int(ids.max()) >= len(names):
+            raise DataError(f"{where}: label {ids.max()}, but it names {len(names)} classes, {few(names)}.")
+        return Labels(ids, names)
+    if _is_list(kind):
+        return Labels(_distributions(column, where), None)
+    raise DataError(
+        f"{where} holds {kind}: expected class names, class ids from 0 or distributions; choose another with "
+        "--target-key."
+    )
+
+
+def _checked_ids(labels: Labels, where: str, first_label: int, training: bool) -> Labels:
+    """Return class ids from 0. Numbers without names are shifted by `first_label`."""
+    ids, first = labels.values, first_label if labels.names is None else 0
+    low, high = int(ids.min()), int(ids.max())
+    if training and labels.names is None and low == 1 and first == 0:
+        raise DataError(
+            f"{where}: labels from 1 to {high}, expected class ids from 0: give --first-label 1 if 1 is the first "
+            "class, or choose another column with --target-key."
+        )
+    if low < first:
+        raise DataError(
+            f"{where}: row {int(ids.argmin())} has the label {low}, expected class ids from {first}. A split "
+            "with hidden labels cannot be used: choose another with --train-split or --eval-split."
+        )
+    if training and labels.names is None and high - first >= len(ids):
+        raise DataError(
+            f"{where}: label {high} of only {len(ids)} images: expected consecutive class ids from {first}."
+        )
+    if first:
+        return Labels(ids - first, tuple(str(i) for i in range(first, high + 1)))
+    return labels
+
+
+def _distributions(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Return distributions over classes, float32 [n, k]."""
+    rows = column.to_pylist()
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and all(isinstance(value, int | float) for value in rows[0]):
+        labels = np.array(rows, dtype=np.float32)
+        if np.isfinite(labels).all() and labels.min() >= 0 and np.allclose(labels.sum(1), 1, atol=1e-3):
+            return labels
+    raise DataError(
+        f"{where}: lists of {', '.join(map(str, sorted(lengths)[:3]))} values: expected distributions over classes: "
+        "equal lengths, each value 0 or more, with the sum 1. Several labels for an image are not supported."
+    )

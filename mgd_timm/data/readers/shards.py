@@ -1,0 +1,30 @@
+"""Check that no numbered file of a split is missing."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mgd_timm.data.decode import DataError
+
+_NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+).*", re.DOTALL)
+
+
+def check_shards(paths: Sequence[Path]) -> None:
+    """Check that files named PART-00000-of-00003 are all there.
+
+    Raises:
+        DataError: One is missing.
+    """
+    found: dict[tuple[Path, str, str, str], set[int]] = {}
+    for path in paths:
+        match = _NUMBERED.fullmatch(path.name)
+        if match:
+            found.setdefault((path.parent, match[1], match[3], path.suffix), set()).add(int(match[2]))
+    for (folder, stem, total, ending), numbers in found.items():
+        first = 0 if 0 in numbers else 1
+        missing = sorted(set(range(first, first + int(total))) - numbers)
+        if missing:
+            name = f"{stem}{missing[0]:0{len(total)}d}-of-{total}{ending}"
+            raise DataError(
+                f"{folder / name}: missing, one of {len(missing)} of {int(total)} files: copy or download it again."
+            )
