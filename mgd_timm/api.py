@@ -1,7 +1,7 @@
 """Distil, train and evaluate from Python."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from timm.models import get_model_input_config
 from torch import nn
 
-from mgd_timm.data.dataset import Images, load_images
+from mgd_timm.data.contact_sheet import draw_contact_sheet
+from mgd_timm.data.dataset import Images, describe_data, load_images
 from mgd_timm.distributed.collectives import local_main_first
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import check_channels, check_class_names, check_module
@@ -189,6 +190,45 @@ def evaluate_named(
         network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True
     )
     return Evaluation({**clean, "noise": noisy}, name)
+
+
+def inspect_data(
+    data: str | PathLike[str] | Data = "embedded",
+    *,
+    model: str | None = None,
+    sheet: str | PathLike[str] | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return what a run would train and evaluate on, without training.
+
+    Args:
+        data: As for `distill`.
+        model: A timm name or a run folder, whose image size, mean and std the sheet is drawn with.
+        sheet: File to write a contact sheet to, a PNG with images of each class as they are shown in training.
+        seed: Seed of the validation split and of the sheet's augmentation.
+        log: Logs one line.
+        **options: Options of Data, which replace those of `data`.
+
+    Returns:
+        "train" and "eval" (None without an evaluation split), each with "split", "images" and "per_class"; "classes";
+        "image_column" and "label_column" (None where there are no columns); "path", which is "memory" for images that
+        are decoded once and kept, else "files"; "ignored_count", and in "ignored" the first files that are left out
+        with the reasons; "duplicates", the number of evaluation images that are also training images, and
+        "duplicate_examples".
+
+    Raises:
+        ValueError: Data that a run would refuse, but for corrupt images.
+    """
+    recipe = make_recipe(**_with_data(options, data))
+    found = describe_data(recipe.data, seed, log=log)
+    if sheet is not None:
+        defaults = None
+        if model is not None:
+            defaults = read_defaults(getattr(load_model(model), "pretrained_cfg", {}) or {})
+        draw_contact_sheet(load_images(recipe.data, seed, defaults, log=log), Path(sheet))
+    return found
 
 
 def _evaluation_recipe(

@@ -1,4 +1,4 @@
-"""The command line: mgd-timm train | distill | evaluate | import | export | list."""
+"""The command line: mgd-timm train | distill | data | evaluate | import | export | list."""
 
 import difflib
 import os
@@ -11,6 +11,7 @@ from mgd_timm._version import __version__
 COMMANDS = {
     "train": "mgd_timm.cli.train",
     "distill": "mgd_timm.cli.distill",
+    "data": "mgd_timm.cli.data",
     "evaluate": "mgd_timm.cli.evaluate",
     "import": "mgd_timm.cli.import_checkpoint",
     "export": "mgd_timm.cli.export",
@@ -22,6 +23,7 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
 
   mgd-timm distill --teacher NAME --student NAME --dataset NAME   distil a teacher into a student
   mgd-timm train --model NAME --dataset NAME                      train a model without a teacher
+  mgd-timm data --data-dir FOLDER                                 print what a run would train and evaluate on
   mgd-timm evaluate RUN                                           print the accuracy of a run's student
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
   mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm

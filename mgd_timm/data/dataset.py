@@ -16,6 +16,7 @@ from torch import Tensor
 from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.description import FoundRows, describe, find_large, log_description, read_rows
+from mgd_timm.data.duplicates import find_duplicates
 from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode
 from mgd_timm.data.readers.open import is_local
 from mgd_timm.data.readers.rows import Rows, default_eval_split
@@ -68,6 +69,32 @@ class Images:
         return self.val if self.val is not None else self.test
 
 
+def describe_data(data: Data, seed: int, *, log: Log = print) -> dict[str, Any]:
+    """Return what was understood of a data set, without reading all images, as JSON values.
+
+    Args:
+        data: Its options.
+        seed: Seed of the validation split.
+        log: Logs one line.
+
+    Returns:
+        As `describe`, with "duplicates", the number of evaluation images that are also training images, and
+        "duplicate_examples", names of the first ones.
+
+    Raises:
+        DataError: As `load_images`, but for corrupt images.
+    """
+    if data.streaming and not is_local(locate(data), data):
+        raise DataError("a stream of the hub is not read before it is trained on: leave --streaming out.")
+    found = read_rows(locate(data), data, log)
+    ids = _hold_out(found.train, data.val_split, seed)
+    splits = [rows for rows in (found.train, found.test) if rows is not None]
+    large = (data.img_size or 0) > SMALL or any(find_large(rows, every=True) for rows in splits)
+    described = describe(found, not large and not data.streaming, ids.val.numpy(), ids.train.numpy())
+    duplicates = find_duplicates(found.train, found.test) if found.test is not None else []
+    return {**described, "duplicates": len(duplicates), "duplicate_examples": duplicates[:5]}
+
+
 def load_images(
     data: Data,
     seed: int,
@@ -89,7 +116,7 @@ def load_images(
         DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
-    location = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
+    location = locate(data)
     if data.streaming:
         return _load_streams(data, seed, defaults, location, log)
     with main_first():
@@ -103,6 +130,11 @@ def load_images(
         images = _build(data, seed, defaults, checked, ids, found, log)
     log_description(images.description, found.ignored, log)
     return replace(images, corrupt=corrupt)
+
+
+def locate(data: Data) -> str:
+    """Return the folder or the hub id of a data set."""
+    return data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _OTHER_IMAGES = frozenset(
 def _register_heif() -> bool:
     """Make Pillow read HEIC where the package pillow-heif is installed. Return whether it is."""
     try:
-        from pillow_heif import register_heif_opener
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]  # an extra
     except ImportError:
         return False
     register_heif_opener()

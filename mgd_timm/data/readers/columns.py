@@ -85,7 +85,7 @@ def label_column(table: pa.Table, image: str, data: Data, log: Callable[[str], N
     for name in LABEL_NAMES:
         if name in names:
             return name
-    classes = {name: len(found) for name in names if (found := class_names_of(table.schema, name)) is not None}
+    classes = {name: len(known) for name in names if (known := class_names_of(table.schema, name)) is not None}
     if classes:
         finest = max(classes, key=lambda name: classes[name])
         if len(classes) > 1:

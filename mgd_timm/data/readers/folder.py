@@ -119,7 +119,7 @@ def read_class_folders(
         text=b"".join(texts),
         ends=np.cumsum([len(text) for text in texts], dtype=np.int64),
         sizes=np.ascontiguousarray(every[:, 0]),
-        state=xxhash.xxh3_128_hexdigest(np.ascontiguousarray(every)),
+        state=xxhash.xxh3_128_hexdigest(every.tobytes()),
         split=split.name,
         labels=values,
         class_names=names,

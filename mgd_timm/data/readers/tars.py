@@ -199,7 +199,7 @@ def _class_folders(names: Sequence[str], tars: Sequence[int], paths: Sequence[Pa
     return found
 
 
-def _shared(folders: Sequence[Sequence[str]]) -> int:
+def _shared(folders: Sequence[list[str]]) -> int:
     """Return the number of first parts that all paths share."""
     low, high = min(folders), max(folders)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
