@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import nn
 
 from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import Images, describe_data, load_images
-from mgd_timm.distributed.collectives import local_main_first
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import check_channels, check_class_names, check_module
 from mgd_timm.models.load import load_model
@@ -259,8 +257,7 @@ def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator) ->
     if data.img_size is None and inputs["fixed_input_size"] and height == width:
         data = replace(data, img_size=height)
     defaults = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
-    main_first = partial(local_main_first, accelerator)
-    images = load_images(data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
+    images = load_images(data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
     check_channels(network, "model", images.input_size[0])
     if network.num_classes != images.num_classes:
         raise ValueError(

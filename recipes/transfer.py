@@ -18,7 +18,6 @@ import argparse
 import math
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import mgd_timm
 from mgd_timm.cli.main import guarded
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.rng import set_seed
-from mgd_timm.distributed.collectives import join, local_main_first
+from mgd_timm.distributed.collectives import join
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_channel_values
 from mgd_timm.recipe.recipe import make_recipe
@@ -93,7 +92,7 @@ def transfer(args: argparse.Namespace) -> None:
     options = options_for(model, args)
     recipe = make_recipe(teacher=None, **options)  # refuses wrong options before images are read
     # `join` sets up the processes as the run does: they wait for the one that decodes the images.
-    images = load_images(recipe.data, recipe.seed, log=lambda _: None, main_first=partial(local_main_first, join()))
+    images = load_images(recipe.data, recipe.seed, log=lambda _: None, accelerator=join())
     set_seed(recipe.seed, 3)
     model.reset_classifier(images.num_classes)  # type: ignore[operator]  # timm's, of every classifier
     mgd_timm.train(model, output=args.output, **options)

@@ -7,10 +7,12 @@ The steps: `readers` find splits and read rows, `corrupt_images` checks them, `i
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
@@ -18,12 +20,14 @@ from mgd_timm.data.decode import DataError
 from mgd_timm.data.description import FoundRows, describe, find_large, log_description, read_rows
 from mgd_timm.data.duplicates import find_duplicates
 from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode
-from mgd_timm.data.readers.open import is_local
+from mgd_timm.data.readers.open import is_local, scan_place
 from mgd_timm.data.readers.rows import Rows, default_eval_split
+from mgd_timm.data.readers.splits import LocalPlace
 from mgd_timm.data.readers.streams import Stream, StreamSource, open_streams, read_stream, stream_rows
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
 from mgd_timm.data.transforms import SMALL, check_small_options, timm_transform
+from mgd_timm.distributed.collectives import broadcast_from_main, local_main_first
 from mgd_timm.features import Defaults
 from mgd_timm.recipe.data import EMBEDDED, Data
 
@@ -86,7 +90,7 @@ def describe_data(data: Data, seed: int, *, log: Log = print) -> dict[str, Any]:
     """
     if data.streaming and not is_local(locate(data), data):
         raise DataError("a stream of the hub is not read before it is trained on: leave --streaming out.")
-    found = read_rows(locate(data), data, log)
+    found = read_rows(locate(data), data, log, scan_on_main(locate(data), data, None))
     ids = _hold_out(found.train, data.val_split, seed)
     splits = [rows for rows in (found.train, found.test) if rows is not None]
     large = (data.img_size or 0) > SMALL or any(find_large(rows, every=True) for rows in splits)
@@ -101,7 +105,7 @@ def load_images(
     defaults: Defaults | None = None,
     *,
     log: Log = print,
-    main_first: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    accelerator: Accelerator | None = None,
 ) -> Images:
     """Load a data set.
 
@@ -110,17 +114,19 @@ def load_images(
         seed: Seed of augmentation and of the validation split.
         defaults: The models' size, mean, std, interpolation and crop, for what `data` leaves open.
         log: Logs one line.
-        main_first: A context in which other processes wait for the main one, so that one process writes the cache.
+        accelerator: Of the run. One process scans a local folder for all, and one on each machine writes the cache.
 
     Raises:
         DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
     location = locate(data)
+    place = scan_on_main(location, data, accelerator)
     if data.streaming:
-        return _load_streams(data, seed, defaults, location, log)
+        return _load_streams(data, seed, defaults, location, place, log)
+    main_first = partial(local_main_first, accelerator) if accelerator is not None else contextlib.nullcontext
     with main_first():
-        found = read_rows(location, data, log)
+        found = read_rows(location, data, log, place)
     ids = _hold_out(found.train, data.val_split, seed)
     with main_first():
         checked = [check_rows(rows, data, log) for rows in (found.train, found.test) if rows is not None]
@@ -130,6 +136,14 @@ def load_images(
         images = _build(data, seed, defaults, checked, ids, found, log)
     log_description(images.description, found.ignored, log)
     return replace(images, corrupt=corrupt)
+
+
+def scan_on_main(location: str, data: Data, accelerator: Accelerator | None) -> LocalPlace | None:
+    """Scan a local folder on the main process, and return what it finds on all; None for a hub id."""
+    if not is_local(location, data):
+        return None
+    scan = partial(scan_place, location, data)
+    return scan() if accelerator is None else broadcast_from_main(accelerator, scan)
 
 
 def locate(data: Data) -> str:
@@ -260,12 +274,14 @@ def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
     return _Format((side, side), mean, std, source)
 
 
-def _load_streams(data: Data, seed: int, defaults: Defaults, location: str, log: Log) -> Images:
+def _load_streams(
+    data: Data, seed: int, defaults: Defaults, location: str, place: LocalPlace | None, log: Log
+) -> Images:
     train: Stream
     test: Stream | None = None
     described: dict[str, Any] = {}
-    if is_local(location, data):
-        found = read_rows(location, data, log)
+    if place is not None:
+        found = read_rows(location, data, log, place)
         train = stream_rows(found.train, data, training=True)
         if found.test is not None:
             test = stream_rows(found.test, data, training=False)

@@ -11,6 +11,7 @@ from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.open import open_splits
 from mgd_timm.data.readers.rows import Rows, check_classes, default_eval_split, find_split
 from mgd_timm.data.readers.scan import Ignored
+from mgd_timm.data.readers.splits import LocalPlace
 from mgd_timm.data.transforms import SMALL
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import few
@@ -28,18 +29,19 @@ class FoundRows:
     ignored: Ignored
 
 
-def read_rows(location: str, data: Data, log: Callable[[str], None]) -> FoundRows:
+def read_rows(location: str, data: Data, log: Callable[[str], None], place: LocalPlace | None) -> FoundRows:
     """Open a data set and read the rows of its splits, without the images.
 
     Args:
         location: A folder or a hub id.
         data: The options of the data.
         log: Logs one line.
+        place: The scanned folder; None for a hub id.
 
     Raises:
         DataError: There is no such data set, split or column, or its classes cannot be used.
     """
-    opened = open_splits(location, data)
+    opened = open_splits(location, data, place)
     train = find_split(opened.splits, data.train_split)(None, log)
     name = data.eval_split or default_eval_split(opened.splits, train.split)
     test = find_split(opened.splits, name)(train.class_names, log) if name is not None else None

@@ -1,12 +1,11 @@
 """Stages of the CIFAR protocol: runs whose folder is found by a digest of what decides their weights."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mgd_timm.data.dataset import Images, load_images
-from mgd_timm.distributed.collectives import broadcast_from_main, join, local_main_first
+from mgd_timm.distributed.collectives import broadcast_from_main, join
 from mgd_timm.pipeline.load_teachers import load_named_teacher
 from mgd_timm.pipeline.run import run
 from mgd_timm.recipe.derived import with_global_batch
@@ -22,9 +21,7 @@ def images_of(recipe: Recipe) -> Images:
         DataError: No such data.
     """
     accelerator = join(recipe.process_timeout)
-    return load_images(
-        recipe.data, recipe.seed, main_first=partial(local_main_first, accelerator), log=accelerator.print
-    )
+    return load_images(recipe.data, recipe.seed, accelerator=accelerator, log=accelerator.print)
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
-from mgd_timm.distributed.collectives import local_main_first, run_on_main
+from mgd_timm.distributed.collectives import run_on_main
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import set_memory_format
@@ -123,8 +122,7 @@ def _load(
     """Load the teachers and the images, and connect the networks."""
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = find_defaults(recipe, models[0] if models else None, student)
-    main_first = partial(local_main_first, accelerator)
-    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, main_first=main_first)
+    images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
     adapt_teachers_to_data(models, recipe, images)
     return images, connect(recipe, terms, images, accelerator, models, student)
 

@@ -80,7 +80,7 @@ def _digested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[str], None], steps: int | None) -> None:
-    """Write recipe, versions and corrupt images of a run, where an earlier start has not written them.
+    """Write recipe, versions, data and corrupt images of a run, where an earlier start has not written them.
 
     Args:
         folder: Made where it lacks.
@@ -95,6 +95,7 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[st
         log(f"{folder}: nothing to resume, a new run starts")
     kept = replace(recipe, resume=False, optim=replace(recipe.optim, grad_accum_steps=steps))
     texts = {"recipe.yaml": lambda: yaml.safe_dump(as_dict(kept), sort_keys=False)}
+    texts["data.json"] = lambda: json.dumps(images.description, indent=2, ensure_ascii=False) + "\n"
     texts["versions.json"] = lambda: json.dumps(versions(), indent=2) + "\n"
     if images.corrupt:
         texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.corrupt)

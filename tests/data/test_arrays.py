@@ -76,13 +76,16 @@ def test_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: (f / "train_y.npy").unlink(), "expected train_y.npy beside it"),
+        (lambda f: (f / "train_y.npy").unlink(), "expected one pair of files for split 'train': images in train_x.npy"),
         (
             lambda f: np.save(f / "train_x.npy", np.zeros((40, 3, 12, 12), np.uint8)),
             r"expected uint8 \[n, height, width\]",
         ),
         (lambda f: np.save(f / "train_x.npy", np.zeros((40, 12, 12, 3), np.float32)), "float32"),
-        (lambda f: np.save(f / "train_y.npy", np.zeros(39, np.int64)), "expected 40 class ids from 0"),
+        (
+            lambda f: np.save(f / "train_y.npy", np.zeros(39, np.int64)),
+            "39 labels, expected 40, one for each image of train_x.npy",
+        ),
         (lambda f: np.save(f / "train_y.npy", np.full(40, -1)), "class ids from 0"),
         (
             lambda f: np.save(f / "train_y.npy", np.array([{}] * 40, dtype=object), allow_pickle=True),

@@ -25,25 +25,21 @@ def test_the_digest_knows_files_by_class_name_and_content(small: Path, tmp_path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("link", ["train/dog", "train"])
-def test_a_linked_folder_is_not_left_out_silently(link: str, streaming: bool, tmp_path: Path) -> None:
-    """`datasets` follows links to images, and none to folders: two classes of three would be trained on."""
+def test_linked_folders_are_read(link: str, streaming: bool, tmp_path: Path) -> None:
     made = folder(tmp_path / "made", {f"train/{name}": [noise(0), noise(1)] for name in ("cat", "dog", "emu")})
     (tmp_path / "away").mkdir()
     (made / link).rename(tmp_path / "away" / "the images")
     (made / link).symlink_to(tmp_path / "away" / "the images")
-    with pytest.raises(DataError, match=rf"made/{link}: a link to a folder\. .* \(cp -rs '.*away/the images' \.\.\.\)"):
-        read(made, streaming=streaming)
+    assert read(made, streaming=streaming).class_names == ("cat", "dog", "emu")
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "nothing" / ".git").mkdir(parents=True)
-    with pytest.raises(
-        DataError, match="nothing: no images and no tar, parquet, arrow or npy files in it; expected a folder with"
-    ):
+    with pytest.raises(DataError, match=r"nothing: no images and no tables, tars or arrays in it.* expected a folder"):
         read(tmp_path / "nothing")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "cat.txt").write_text("cat")
-    with pytest.raises(DataError, match="text: no images and no tar, parquet, arrow or npy files in it"):
+    with pytest.raises(DataError, match=r"text: no images .* \(1 left out: cat.txt: not an image \(.txt\)\)"):
         read(tmp_path / "text")
     gap = folder(
         tmp_path / "gap", {"train/cat": [noise(0)], "train/dog": [], "train/emu": [noise(1)], "train/.hidden": []}
@@ -54,18 +50,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         read(gap)
     (gap / "train/dog").rmdir()
     assert read(gap).class_names == ("cat", "emu")
-    with pytest.raises(
-        DataError,
-        match=r"no label column among image: .* put the images into one folder per class, with two classes or more",
-    ):
+    with pytest.raises(DataError, match=r"split 'train' has only one class, 'cat': expected two or more"):
         read(folder(tmp_path / "one", {"train/cat": [noise(0), noise(1)]}))
-    (gap / "test" / "cat" / "more").mkdir(parents=True)
-    (gap / "test" / "cat" / "more" / "9.png").write_bytes((gap / "train" / "cat" / "0.png").read_bytes())
-    with pytest.raises(
-        DataError, match=r"gap/test/cat/more/9\.png and .*gap/train/(cat|emu)/.*\.png are at different depths, so"
-    ):
-        read(gap)
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "train.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match="corrupt: cannot be read: ArrowInvalid: Parquet file size is 7 bytes"):
+    with pytest.raises(DataError, match=r"train.parquet: cannot be read as a parquet file .*: write it again"):
         read(tmp_path / "corrupt")

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from image_files import collect, encoded, noise, pixels, read, stacked
 
 from mgd_timm.data.decode import decode
 from mgd_timm.data.readers import open as reader_choice
-from mgd_timm.data.readers.rows import ReadSplit
-from mgd_timm.data.readers.scan import LocalFolder
+from mgd_timm.data.readers.scan import Ignored
+from mgd_timm.data.readers.splits import LocalSplit
 from mgd_timm.recipe.data import Data
 
 
@@ -40,15 +39,14 @@ class Records:
         return hashlib.sha256(b"".join(self.images) + self.labels.tobytes()).hexdigest()
 
 
-def find_splits(folder: LocalFolder, data: Data) -> dict[str, ReadSplit]:
-    return {path.stem: partial(read_records, path) for path in folder.path.glob("*.records")}
-
-
-def read_records(path: Path, class_names: tuple[str, ...] | None, log: Callable[[str], None]) -> Records:
+def read_files(
+    split: LocalSplit, data: Data, ignored: Ignored, class_names: tuple[str, ...] | None, log: Callable[[str], None]
+) -> Records:
+    path = split.root / split.files[0]
     content, sizes = path.read_bytes(), np.loadtxt(path.with_suffix(".sizes"), dtype=np.int64)
     ends = sizes.cumsum().tolist()
     images = [content[end - size : end] for size, end in zip(sizes.tolist(), ends, strict=True)]
-    return Records(path.stem, images, np.arange(len(images)) % 2, class_names or ("even", "odd"))
+    return Records(split.name, images, np.arange(len(images)) % 2, class_names or ("even", "odd"))
 
 
 def write(folder: Path, side: int) -> None:
@@ -62,7 +60,7 @@ def write(folder: Path, side: int) -> None:
 def test_a_reader_of_another_format_is_one_class_and_one_line(
     side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_choice, "FORMATS", (*reader_choice.FORMATS, find_splits))
+    monkeypatch.setitem(reader_choice.FORMATS, ".records", read_files)
     write(tmp_path, side)
     found = read(tmp_path, workers=2, mean=(0.0,) * 3, std=(1.0,) * 3, img_size=side, crop_pct=1.0, max_bad=1)
     assert found.class_names == ("even", "odd")

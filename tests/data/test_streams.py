@@ -4,16 +4,18 @@ update on."""
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from image_files import class_folders, files, shards
 from small import write_pictures
+from torchvision.transforms.functional import to_tensor
 from traced import launch, recorded
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.readers.streams import StreamSource, open_streams, shuffled
+from mgd_timm.data.readers.streams import Stream, StreamSource, open_streams, read_stream, shuffled
 from mgd_timm.recipe.data import Data
 
 CPU = torch.device("cpu")
@@ -60,13 +62,8 @@ def test_a_stream_has_the_folders_images_and_labels(pictures: Path, parquets: Pa
     assert plain.test is not None
     expected = next(iter(plain.test.batches([plain.test.ids], 0, CPU)))
     shards(pictures, tmp_path)
-    numbers = {"num_samples": 24, "num_classes": 3, "target_key": "cls"}
-    for place, options, names in (
-        (pictures, {"num_samples": 24}, "abc"),
-        (parquets, {"num_samples": 24}, "abc"),
-        (tmp_path, numbers, "012"),
-    ):
-        found = stream(place, **options)
+    for place, names in ((pictures, "abc"), (parquets, "abc"), (tmp_path, "012")):
+        found = stream(place)
         assert isinstance(found.train, StreamSource)
         assert (found.class_names, found.num_samples) == (tuple(names), 24)
         assert found.test is not None
@@ -149,21 +146,27 @@ def test_a_process_decodes_its_own_images_alone(pictures: Path, tmp_path: Path) 
 
 def test_what_a_stream_does_not_know_is_asked_for(pictures: Path, parquets: Path, tmp_path: Path) -> None:
     shards(pictures, tmp_path)
+    splits = open_streams(str(tmp_path), None)  # as a data set of the hub that states nothing
+
+    def read(**options: Any) -> Stream:
+        return read_stream(Data(streaming=True, **options), splits, "train", lambda _: None)
+
     with pytest.raises(DataError, match="does not name its classes: give their number with --num-classes"):
-        stream(tmp_path, target_key="cls", num_samples=24)
+        read(target_key="cls", num_samples=24)
     with pytest.raises(DataError, match="does not state its number of images: give it with --num-samples"):
-        stream(tmp_path, target_key="cls", num_classes=3)
+        read(target_key="cls", num_classes=3)
     with pytest.raises(DataError, match="unknown split 'trian': did you mean train"):
         stream(parquets, train_split="trian", num_samples=24)
-    with pytest.raises(DataError, match=r"nowhere: cannot be streamed"):
+    with pytest.raises(DataError, match=r"nowhere: no such folder"):
         stream(tmp_path / "nowhere", num_samples=24)
+    with pytest.raises(DataError, match=r"no/where: cannot be streamed"):
+        open_streams("no/where", None)
     images = stream(parquets, num_samples=30)
     with pytest.raises(DataError, match=r"ended after 24 images, expected 30: give its true number"):
         batches(images, [images.train.ids])
-    narrow = stream(tmp_path, target_key="cls", num_samples=24, num_classes=3)
-    narrow.train.stream.__dict__["class_names"] = ("0", "1")  # type: ignore[attr-defined]
+    narrow = StreamSource(read(target_key="cls", num_samples=24, num_classes=2), Data(workers=0), to_tensor, 1)
     with pytest.raises(DataError, match="has the label 2: expected 0 to 1"):
-        batches(narrow, [narrow.train.ids])
+        list(narrow.batches([narrow.ids], 0, CPU))
 
 
 def test_a_corrupt_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) -> None:
@@ -179,5 +182,7 @@ def test_a_corrupt_image_in_a_stream_is_named(pictures: Path, tmp_path: Path) ->
 
 def test_class_folders_in_a_streamed_tar_are_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
     class_folders(pictures, tmp_path)
+    splits = open_streams(str(tmp_path), None)  # as a data set of the hub
     with pytest.raises(DataError, match=r"a stream does not see their class folders: leave --streaming out"):
-        stream(tmp_path, num_samples=24)
+        read_stream(Data(streaming=True, num_samples=24), splits, "train", lambda _: None)
+    assert stream(tmp_path).class_names == ("a", "b", "c")  # of local tars they are read

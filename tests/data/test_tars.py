@@ -63,7 +63,7 @@ def test_webdataset_shards_are_the_folder(kind: str, names: str, pictures: Path,
 
 def test_a_split_to_evaluate_on_may_have_fewer_images_than_classes(pictures: Path, tmp_path: Path) -> None:
     shards(pictures, tmp_path, "cls")
-    for path in tmp_path.glob("*test*.tar"):
+    for path in tmp_path.glob("test*.tar"):
         path.unlink()
     with tarfile.open(tmp_path / "test.tar", "w") as tar:
         for name, content in {"1.png": files(pictures / "test" / "c")[0].read_bytes(), "1.cls": b"2"}.items():
@@ -143,7 +143,6 @@ def test_errors_name_the_tar_and_the_way_out(pictures: Path, tmp_path: Path) -> 
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         add(tar, "notes.txt", b"x")
     refused("no image in it")
-    refused("tar files have no image columns", input_key="image")
 
 
 def test_a_corrupt_image_in_a_tar_is_named_with_its_place(pictures: Path, tmp_path: Path) -> None:

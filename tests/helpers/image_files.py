@@ -109,7 +109,7 @@ def tars_in_a_tar(source: Path, target: Path) -> None:
     inner.mkdir()
     class_tars(source, inner)
     for split in ("train", "test"):
-        with tarfile.open(target / f"ILSVRC2012_img_{split}.tar", "w") as tar:
+        with tarfile.open(target / f"{split}.tar", "w") as tar:
             for path in files(inner / split):
                 tar.add(path, arcname=path.name)
     shutil.rmtree(inner)
@@ -119,7 +119,7 @@ def shards(source: Path, target: Path, kind: str = "cls") -> None:
     for split in ("train", "test"):
         every = files(source / split)
         for shard in range(2):
-            with tarfile.open(target / f"pictures-{split}-{shard:04d}.tar", "w") as tar:
+            with tarfile.open(target / f"{split}-{shard:04d}.tar", "w") as tar:
                 for number, path in list(enumerate(every))[shard * len(every) // 2 : (shard + 1) * len(every) // 2]:
                     label = "abc".index(path.parent.name)
                     text = {

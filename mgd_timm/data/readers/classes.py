@@ -54,6 +54,11 @@ def match_classes(
     """
     values, names = labels.values, labels.names
     count = values.shape[1] if values.ndim == 2 else int(values.max()) + 1
+    if train_names is not None and names is None and values.ndim == 2 and count != len(train_names):
+        raise DataError(
+            f"split {split!r} has distributions over {count} classes, the training split has {len(train_names)}: "
+            "expected as many."
+        )
     if train_names is None:
         return values, names or tuple(str(i) for i in range(count))
     if names is None:

@@ -11,7 +11,7 @@ from mgd_timm.data.readers import arrays, tables, tars
 from mgd_timm.data.readers.folder import read_class_folders
 from mgd_timm.data.readers.rows import ReadSplit, Rows
 from mgd_timm.data.readers.scan import Folder, Ignored
-from mgd_timm.data.readers.splits import EXPECTED, LocalSplit, find_splits
+from mgd_timm.data.readers.splits import EXPECTED, LocalPlace, LocalSplit, find_splits
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
 
@@ -57,30 +57,43 @@ def is_local(source: str, data: Data) -> bool:
     return data.data_dir is not None or Path(source).exists()
 
 
-def open_splits(source: str, data: Data) -> Opened:
-    """Find the splits of a data set, without reading them.
+def scan_place(source: str, data: Data) -> LocalPlace:
+    """Scan a local folder for its splits.
 
     Args:
-        source: A folder, or a hub id if `data` names no folder and there is none of this name.
+        source: The folder.
         data: The options of the data.
 
     Raises:
-        DataError: There is no such folder or data set, or its files cannot be used.
+        DataError: There is no such folder, or its splits are not certain.
     """
     path = Path(source)
-    if not is_local(source, data):
+    if not path.is_dir():
+        raise DataError(f"{source}: {'a file' if path.exists() else 'no such folder'}; {EXPECTED}")
+    place = find_splits(path, FORMATS, [name for name in (data.train_split, data.eval_split) if name is not None])
+    if not place.splits:
+        left = f" ({place.ignored.line()})" if place.ignored.count else ""
+        raise DataError(f"{source}: no images and no tables, tars or arrays in it{left}; {EXPECTED}")
+    return place
+
+
+def open_splits(source: str, data: Data, place: LocalPlace | None) -> Opened:
+    """Find the splits of a data set, without reading them.
+
+    Args:
+        source: A folder or a hub id.
+        data: The options of the data.
+        place: Of `scan_place` for a folder; None for a hub id.
+
+    Raises:
+        DataError: There is no such data set, or its files cannot be used.
+    """
+    if place is None:
         if source.count("/") > 1 or source.startswith((".", "~", "/")):
             raise DataError(
                 f"{source}: no such folder. Give a folder with --data-dir, or 'embedded' or a hub id with --dataset."
             )
         return Opened(source, _find_hub_splits(source, data))
-    if not path.is_dir():
-        raise DataError(f"{source}: {'a file' if path.exists() else 'no such folder'}; {EXPECTED}")
-    named = [name for name in (data.train_split, data.eval_split) if name is not None]
-    place = find_splits(path, FORMATS, named)
-    if not place.splits:
-        left = f" ({place.ignored.line()})" if place.ignored.count else ""
-        raise DataError(f"{source}: no images and no tables, tars or arrays in it{left}; {EXPECTED}")
     read = {name: _reader(split, data, place.ignored) for name, split in place.splits.items()}
     return Opened(source, read, place.ignored, place.loose)
 

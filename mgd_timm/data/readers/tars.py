@@ -126,7 +126,9 @@ def read_files(
         words = [classes[i] for i in rows]
     if not rows:
         raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
-    labels = _numbers(words, paths[0], data.first_label) if any(texts) else labels_of_words(words)
+    labels = labels_of_words(words)
+    if any(texts) and all(map(is_number, words)):
+        labels = _numbers(words, paths[0], data.first_label, training=class_names is None)
     values, known = match_classes(labels, class_names, split.name, log)
     return TarRows(
         paths=paths,
@@ -140,12 +142,10 @@ def read_files(
     )
 
 
-def _numbers(words: list[str], path: Path, first: int) -> Labels:
-    """Return labels of label files: class ids where all are numbers, else class names."""
-    if not all(map(is_number, words)):
-        return labels_of_words(words)
+def _numbers(words: list[str], path: Path, first: int, *, training: bool) -> Labels:
+    """Return labels that are class ids from `first`."""
     ids = np.array(words, dtype=np.int64)
-    if ids.min() < first or int(ids.max()) - first >= max(len(words), 1):
+    if ids.min() < first or (training and int(ids.max()) - first >= len(words)):
         raise DataError(
             f"{path}: labels {ids.min()} to {ids.max()} of {len(words)} images: expected consecutive class ids from "
             f"{first}."
