@@ -25,7 +25,7 @@ import mgd_timm
 
 aten = torch.ops.aten
 _PACKAGE = str(Path(mgd_timm.__file__).parent)
-_SMALL = 1 << 16
+SMALL = 1 << 16
 """Bytes of pageable memory that CUDA takes over at once in a copy that is not blocking."""
 _DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_lstsq"}
 """Their solvers read a status on the host."""
@@ -105,7 +105,7 @@ class FakeGpu(TorchDispatchMode):
             self._note()
             with unset_fake_temporarily():
                 return args[0] if into else torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-        small = source.numel() * source.itemsize <= _SMALL
+        small = source.numel() * source.itemsize <= SMALL
         if blocking or not (small or source in self._pinned):
             self._note()
         return func(*args, **kwargs)
@@ -205,6 +205,9 @@ def gpu_machine(precision: str, steps: int = 1, free_memory: int = 80 << 30) -> 
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (free_memory, free_memory))
         patch.setattr(torch, "Generator", HostGenerator)
+        # DataLoader pins memory only then.
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(
             device_placement=False, mixed_precision=precision, gradient_accumulation_steps=steps

@@ -15,12 +15,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from cases import PAIR, batch, features, of_parts, parts
-from fake_gpu import FakeGpu, gpu_machine
+from fake_gpu import SMALL, FakeGpu, gpu_machine
+from small import write_pictures
 from timm import create_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
 from mgd_timm.criteria import CRITERIA, Objective
+from mgd_timm.data.dataset import load_images
 from mgd_timm.data.mixed_source import MixedSource
 from mgd_timm.data.sources import SmallImageSource, Source
 from mgd_timm.distiller import Distiller, LiveTeachers, MutualLearning, Teacher
@@ -255,6 +257,22 @@ def test_mutual_learning_waits_for_nothing():
         gpu.put(trainee)
         train(trainee, setup.mixed, accelerator, teach=None, student=setup.student)
     check(gpu, OF_FIT + MOVED_ONCE)
+
+
+def test_large_images_wait_for_nothing(tmp_path):
+    """The batches of a source alone: DataLoader pins their memory, here in this process."""
+    data = Data(data_dir=str(write_pictures(tmp_path, count=COUNT)), workers=0)
+    images = load_images(data, 0)
+    with gpu_machine("bf16") as (gpu, accelerator):
+        shown = [
+            shown
+            for epoch in range(2)
+            for shown in images.train.batches(images.train.ids.split(3), epoch, accelerator.device)
+        ]
+    assert all(part.device.type == "cuda" for batch in shown for part in batch)
+    assert len(shown) == 2 * COUNT // 3
+    assert shown[0].images.nbytes > SMALL
+    check(gpu, Counter())
 
 
 # -- stored outputs of a teacher
