@@ -50,11 +50,14 @@ class FakeGpu(TorchDispatchMode):
 
     def __enter__(self) -> "FakeGpu":
         self._fake.__enter__()
+        self._lifted = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # else, with a GPU, torch.tensor(..., device="cuda") would be real
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(self._lifted)
         self._fake.__exit__(*error)
 
     def put(self, module: nn.Module) -> nn.Module:
