@@ -2,11 +2,12 @@
 
 Whole fits run on a GPU without values (helpers/fake_gpu.py), so on any machine: sources, teacher, heads, student,
 losses, reports, optimizer, moving average and evaluation are the package's own, the forward pass and the backward
-functions are those of CUDA under bf16 autocast. Four things are not: torch's engine calls the backward functions (a
-loop in Python does), fused SGD computes, modules are moved by accelerate, and CUDA graphs (--compile).
+functions are those of CUDA under bf16 autocast. Not run are torch's engine, which needs a GPU (a loop in Python calls
+the backward functions in its place), the kernel of fused SGD, `--compile`, fp16's loss scaler, and collectives: on
+several processes CRD waits in each step for the numbers of rows of the others.
 
 Every wait is counted. Those that are left are listed here with their reasons, by file: all are of a run, an epoch or an
-evaluation, none of a step, except for KDSVD.
+evaluation, none of a step, except for KDSVD's decompositions.
 """
 
 from collections import Counter
@@ -18,11 +19,10 @@ from cases import PAIR, batch, features, of_parts, parts
 from fake_gpu import SMALL, FakeGpu, gpu_machine
 from small import write_pictures
 from timm import create_model
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mgd_timm.criteria import CRITERIA, Objective
+from mgd_timm.criteria import CRD, CRITERIA, KD, OFA, CrossEntropy, MaskedGenerative, Objective, Standardised
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.mixed_source import MixedSource
 from mgd_timm.data.sources import SmallImageSource, Source
@@ -68,58 +68,6 @@ def check(gpu: FakeGpu, expected: Counter[str]) -> None:
     assert gpu.waits == expected, f"the host waits at {dict(gpu.lines)}"
 
 
-# -- the instrument
-
-
-def to_gpu(*shape: int, pinned: bool = False, non_blocking: bool = False) -> Tensor:
-    host = torch.ones(shape)
-    return (host.pin_memory() if pinned else host).to("cuda", non_blocking=non_blocking)
-
-
-WAITING = {
-    "item": lambda x: x.sum().item(),
-    "bool": lambda x: bool(x[0] > 0),
-    "float": lambda x: float(x[0]),
-    "tolist": lambda x: x[:1].tolist(),
-    "cpu": lambda x: x.cpu(),
-    "list": lambda x: torch.tensor([1.0, 2.0], device=x.device),
-    "number": lambda x: x.new_tensor(2.0),
-    "pageable": lambda x: to_gpu(3),
-    "large and pageable": lambda x: to_gpu(1 << 16, non_blocking=True),
-    "pinned but blocking": lambda x: to_gpu(3, pinned=True),
-    "index on the host": lambda x: x[torch.tensor([0, 1])],
-    "copy to the host": lambda x: torch.ones(4).copy_(x),
-    "mask of several values": lambda x: x.__setitem__(x > 0, torch.ones(4, device=x.device)),
-    "decomposition": lambda x: torch.linalg.svd(x.view(2, 2)),
-}
-NOT_WAITING = {
-    "pinned": lambda x: to_gpu(1 << 16, pinned=True, non_blocking=True),
-    "born pinned": lambda x: torch.empty(1 << 16, pin_memory=True).to("cuda", non_blocking=True),
-    "small": lambda x: to_gpu(3, non_blocking=True),
-    "constant": lambda x: torch.where(x > 0, torch.tensor(3.0), x + torch.tensor(1.0)),
-    "mask of one value": lambda x: x.__setitem__(x > 0, 3.0),
-    "index": lambda x: x[torch.arange(2, device=x.device)],
-    "host alone": lambda _: torch.arange(4)[torch.arange(4) > 1].tolist(),
-}
-
-
-@pytest.mark.parametrize("name", [*WAITING, *NOT_WAITING])
-def test_fake_gpu_counts_waits(name):
-    with FakeGpu() as gpu:
-        {**WAITING, **NOT_WAITING}[name](torch.zeros(4, device="cuda"))
-    assert gpu.waits.total() == (name in WAITING)
-
-
-def test_fake_gpu_refuses_other_devices_and_shapes_that_depend_on_values():
-    with FakeGpu():
-        x = torch.zeros(4, device="cuda")
-        with pytest.raises(FakeTensorDeviceMismatchError):
-            x + torch.zeros(4)
-        for act in (torch.nonzero, lambda x: x[x > 0], lambda x: x.repeat_interleave(x.long()), torch.unique):
-            with pytest.raises(DynamicOutputShapeException):
-                act(x)
-
-
 # -- criteria
 
 
@@ -130,11 +78,21 @@ def on_gpu(shapes: Shapes, grad: bool = False) -> Features:
     return of_parts({name: t.requires_grad_(grad) for name, t in made.items()})
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+OTHER_FORMS = {
+    "crd with a queue": lambda pair: CRD(pair, queue=8),
+    "crd, relaxed": lambda pair: CRD(pair, positives="relax"),
+    "masked positions": lambda pair: MaskedGenerative(pair, mask="positions"),
+    "standardised kd": lambda pair: Standardised(KD(pair)),
+    "standardised ofa": lambda pair: Standardised(OFA(pair)),
+    "smoothing": lambda pair: CrossEntropy(pair, smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, *OTHER_FORMS])
 def test_criteria_wait_for_nothing(name):
     """Two steps, forward and backward: a decomposition of KDSVD waits for each map of both networks."""
     torch.manual_seed(0)
-    criterion = CRITERIA[name](PAIR)
+    criterion = {**CRITERIA, **OTHER_FORMS}[name](PAIR)
     with gpu_machine("bf16") as (gpu, accelerator):
         gpu.put(criterion).train()
         shown = Batch(*(torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in batch()))
@@ -231,6 +189,21 @@ def test_updates_with_every_criterion_wait_for_nothing(method):
         train(trainee, setup.mixed, accelerator, teach=teach, student=setup.student)
     decompositions = 2 * len(setup.student.indices) * (COUNT // 3)
     check(gpu, OF_FIT + MOVED_ONCE + Counter({"criteria/kdsvd.py": decompositions}))
+
+
+@pytest.mark.slow
+def test_a_transformer_waits_for_nothing():
+    setup = Setup()
+    sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    model = create_model("vit_tiny_patch16_224", num_classes=CLASSES, drop_path_rate=0.1, **sizes)
+    student = FeatureTap(model, [0, 1, 2], input_size=(3, SIDE, SIDE))
+    setup.pair = setup.pair._replace(student=student.shapes(SIDE))
+    trainee = Distiller(student, setup.objective("mas", ("ce", "kd", "ofa", "sp")))
+    with gpu_machine("bf16") as (gpu, accelerator):
+        gpu.put(trainee)
+        teach = LiveTeachers(gpu.put(setup.teacher))
+        train(trainee, setup.mixed, accelerator, teach=teach, student=student)
+    check(gpu, OF_FIT + MOVED_ONCE)
 
 
 @pytest.mark.slow
