@@ -11,9 +11,9 @@ from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
 from mgd_timm.features import Batch, Features, Pair
 
 
-def bounded_inverse(values: Tensor, smallest: Tensor) -> Tensor:
+def bounded_inverse(values: Tensor, smallest: Tensor | float) -> Tensor:
     """Return 1 / values where |values| >= smallest, and values / smallest^2 below: bounded, and 0 at 0."""
-    return values / torch.maximum(values.abs(), smallest).square()
+    return values / values.abs().clamp_min(smallest).square()
 
 
 class _RightVectors(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _RightVectors(torch.autograd.Function):
         gaps = s.square()[:, None, :] - s.square()[:, :, None]
         turned = vh @ grad
         within = (turned - turned.mT) * bounded_inverse(gaps, smallest * s[:, :1, None].clamp_min(smallest))
-        inverse = bounded_inverse(s, s.new_tensor(smallest))
+        inverse = bounded_inverse(s, smallest)  # no tensor of a number: a copy to the device would wait
         beyond = grad.mT - turned.mT @ vh  # the part outside the span of all right vectors
         return u @ (s[:, :, None] * within @ vh + inverse[:, :, None] * beyond), None
 

@@ -16,6 +16,7 @@ from mgd_timm.data.sources import Source
 from mgd_timm.distributed.hangs import print_stacks_before_timeout
 from mgd_timm.features import Batch, Features
 from mgd_timm.teachers.outputs.store import TeacherStore
+from mgd_timm.teachers.outputs.stored_source import StoredBatch
 
 
 class StoredOutputs:
@@ -37,25 +38,41 @@ class StoredOutputs:
         self.ids = torch.arange(len(embedding))
 
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:  # noqa: ARG002
-        """Labels and row numbers; `features` gives what belongs to them."""
-        self._to(device)
+        """Yield labels and row numbers, with the teacher's outputs for `features`."""
+        self._move(device)
         for rows in micro_batches:
             there = rows.to(device, non_blocking=True)
-            labels = self.labels[there if self.labels.device == there.device else rows].to(device)
-            yield Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
+            # Outputs on the CPU are found by the rows as they were asked for: to fetch `there` would wait for a GPU.
+            keys = there if self.labels.device == there.device else rows
+            labels, logits, embedding = (
+                _move_without_waiting(tensor[keys], device) for tensor in (self.labels, self.logits, self.embedding)
+            )
+            batch = Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
+            yield StoredBatch.of(batch, Features(logits, embedding))
 
-    def _to(self, device: torch.device) -> None:
-        """Move the outputs to a GPU that has room, so that no step of the fit waits for a transfer."""
-        need = 4 * (self.embedding.numel() + self.logits.numel())
-        if device.type == "cuda" and not self.logits.is_cuda and need < torch.cuda.mem_get_info(device)[0] // 4:
+    def _move(self, device: torch.device) -> None:
+        """Move outputs and labels to a GPU that has room, so that no step of the fit waits for a transfer."""
+        if device.type != "cuda" or self.labels.is_cuda:
+            return
+        if self.logits.is_cuda or _has_room(4 * (self.embedding.numel() + self.logits.numel()), device):
             self.embedding, self.logits, self.labels = (
-                t.to(device) for t in (self.embedding, self.logits, self.labels)
+                tensor.to(device) for tensor in (self.embedding, self.logits, self.labels)
             )
 
     def features(self, batch: Batch) -> Features:
-        """The teacher's features of a batch of rows, on the batch's device."""
-        rows, device = batch.sample_ids.to(self.logits.device), batch.labels.device
-        return Features(self.logits[rows].to(device), self.embedding[rows].to(device))
+        """Return the teacher's features of a batch of rows."""
+        assert isinstance(batch, StoredBatch), "a batch of another source than StoredOutputs"
+        return batch.teacher
+
+
+def _move_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def _has_room(size: int, device: torch.device) -> bool:
+    """Return whether a number of bytes is less than a quarter of a GPU's free memory."""
+    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 4
 
 
 @torch.no_grad()
@@ -68,6 +85,8 @@ def store_outputs(
     quiet: bool = False,
 ) -> StoredOutputs:
     """Show the teacher `passes` augmentations of every image, each process its share, and keep float32 outputs.
+
+    They stay on a GPU that has room for them; else the host waits for each batch's.
 
     Args:
         teach: The teacher.
@@ -97,15 +116,17 @@ def store_outputs(
                     features = teach(batch)
                 if whole is None:
                     widths = features.embedding.shape[1], features.logits.shape[1]
-                    whole = _zeros(passes * len(source.ids), widths, accelerator)
-                for rows, values in zip(whole, (features.embedding, features.logits), strict=True):
-                    rows[positions + stored_pass * len(source.ids)] = values.float().cpu()
+                    whole = _zeros(passes * len(source.ids), widths, accelerator, accelerator.device)
+                start = stored_pass * len(source.ids)
+                # A slice, not the positions: a GPU would wait for their transfer.
+                rows = slice(start + int(positions[0]), start + int(positions[-1]) + 1, accelerator.num_processes)
+                whole[0][rows], whole[1][rows] = features.embedding.float(), features.logits.float()
                 bar.update(len(positions))
         if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
             found = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
             broadcast_object_list(found)  # the first process has an image; the last ones have none where there are few
             assert found[0] is not None
-            whole = whole or _zeros(passes * len(source.ids), found[0], accelerator)
+            whole = whole or _zeros(passes * len(source.ids), found[0], accelerator, accelerator.device)
             whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
     assert whole is not None
     return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
@@ -118,17 +139,25 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
         ValueError: The outputs do not fit into memory, or a shard is corrupt.
     """
     count = len(source.ids)
-    embedding, logits = _zeros(passes * count, (store.layout.embed_dim, store.layout.num_classes), accelerator)
+    widths, cpu = (store.layout.embed_dim, store.layout.num_classes), torch.device("cpu")
+    embedding, logits = _zeros(passes * count, widths, accelerator, cpu)
     for stored_pass in range(passes):
-        features = store.features(source.ids, stored_pass, torch.device("cpu"))
+        features = store.features(source.ids, stored_pass, cpu)
         embedding[stored_pass * count : (stored_pass + 1) * count] = features.embedding
         logits[stored_pass * count : (stored_pass + 1) * count] = features.logits
     return StoredOutputs(embedding, logits, source.labels, source.digest)
 
 
-def _zeros(count: int, widths: tuple[int, int], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Return zeros for embeddings and logits. Raise ValueError where they need over half of the free memory."""
+def _zeros(
+    count: int, widths: tuple[int, int], accelerator: Accelerator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return zeros for embeddings and logits, on the device if it is a GPU with room for them, else on the CPU.
+
+    Raise ValueError where they need over half of the CPU's free memory.
+    """
     need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
+    if _has_room(need, device):
+        return torch.zeros(count, widths[0], device=device), torch.zeros(count, widths[1], device=device)
     if need > free // 2:
         raise ValueError(
             f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB "
