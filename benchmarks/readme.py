@@ -17,6 +17,7 @@ import demo
 import hosts
 import imagenette
 import memory
+import open as open_folder
 import public
 import shortcuts
 import step
@@ -58,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria.section,
     "hosts": hosts.section,
     "allocator": allocator.section,
+    "open": open_folder.section,
     "imagenette": imagenette.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,

@@ -11,7 +11,7 @@ from mgd_timm.cli.parser import Parser
 _DATA = """\
 embedded     part of Fashion-MNIST: 10,000 training and 4,000 test images, 28x28, 10 classes; in the package
 HUB ID       any image classification data set of the hub, such as uoft-cs/cifar100
-FOLDER       parquet or arrow files, train/CLASS/*.png and test/CLASS/*.png, or tar files of these or of a webdataset"""
+FOLDER       class folders (train/CLASS/*.png, test/CLASS/*.png), tables (train.parquet, train.csv), tar or npy files"""
 
 
 def main(arguments: Sequence[str]) -> None:
