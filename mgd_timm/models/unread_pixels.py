@@ -33,12 +33,12 @@ def check_reads_all_pixels(model: nn.Module, role: str, input_size: tuple[int, i
     if weight is None or weight.is_meta or _is_published_size(model, input_size):
         return
     channels, height, width = input_size
-    patch = _patch_size(model, channels)
+    patch, fixed = _patch_size(model, channels), get_model_input_config(model)["fixed_input_size"]
     try:
         unread = find_unread(model, input_size)
         problem = f"reads only the upper left {height - unread[0]}x{width - unread[1]} of {height}x{width} pixels"
     except Exception as error:  # an architecture may refuse in any way
-        if isinstance(error, torch.OutOfMemoryError) or patch is None:
+        if isinstance(error, torch.OutOfMemoryError) or patch is None or fixed:
             return  # the probe of its features reports what it does not take
         unread, problem = (height % patch, width % patch), f"does not take images of {height}x{width} pixels ({error})"
     allowed = [0 if patch is not None else max(1, side // 16) for side in (height, width)]

@@ -93,7 +93,7 @@ def test_a_size_at_which_weights_were_published_is_accepted():
     model = timm.create_model("vit_tiny_patch16_224", img_size=40, num_classes=4)
     for config in ({"hf_hub_id": "timm/some"}, {"input_size": (3, 40, 40), "hf_hub_id": None, "url": ""}):
         model.pretrained_cfg = {**timm.create_model("vit_tiny_patch16_224").pretrained_cfg, **config}
-        with pytest.raises(ValueError, match="the teacher .* reads only the upper left 32x32 of 40x40 pixels"):
+        with pytest.raises(ValueError, match=r"the teacher .* reads only the upper left 32x32 of 40x40 pixels"):
             check_reads_all_pixels(model, "teacher", (3, 40, 40), "--teacher-img-size")
     model.pretrained_cfg = {**model.pretrained_cfg, "hf_hub_id": "timm/some"}
     check_reads_all_pixels(model, "teacher", (3, 40, 40), "--teacher-img-size")
