@@ -49,6 +49,7 @@ def check_reads_all_pixels(model: nn.Module, role: str, input_size: tuple[int, i
     for side, pixels in zip((height, width), unread, strict=True):
         nearest |= {side - pixels, (side // step + 1) * step} if pixels else set()
     sizes = " or ".join(f"{flag} {side}" for side in sorted(nearest) if _takes(model, (channels, side, side)))
+    sizes = sizes or f"{flag} of a multiple of {step}"
     raise ValueError(f"the {role} {model_name(model)} {problem}: give a size of which it reads every pixel, {sizes}.")
 
 
