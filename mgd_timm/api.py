@@ -1,6 +1,5 @@
 """Distil, train and evaluate from Python."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -14,15 +13,17 @@ from torch import nn
 from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import Images, describe_data, load_images
 from mgd_timm.features.tap import model_name
+from mgd_timm.models.build import set_memory_format
 from mgd_timm.models.checks import check_channels, check_class_names, check_module
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
+from mgd_timm.models.unread_pixels import check_reads_all_pixels
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
-from mgd_timm.pipeline.run_folder import read_recipe
-from mgd_timm.recipe.data import OF_TRAINING, Data
+from mgd_timm.pipeline.run_folder import Origin, read_origin
+from mgd_timm.recipe.data import OF_SHOWING, OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, unknown
-from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, flatten, make_recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.training.evaluation import evaluate_model
 from mgd_timm.training.noise import check_noise, evaluate_noise
@@ -139,8 +140,9 @@ def evaluate(
             normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so it is the same
             for all models.
         noise_seeds: Number of noise seeds to average over.
-        **options: `seed` (by default the run's), `amp` (by default False) and options of Data that evaluation uses,
-            such as img_size, which replace those of `data`.
+        **options: `seed` and `amp` (by default those of the run) and options of Data that evaluation uses, such as
+            img_size, which replace those of `data`. By default images are shown as the run showed them: of the same
+            size, mean, std, crop and interpolation.
 
     Returns:
         "top1" and "top5" (in %), "loss" (the cross-entropy) and "n", the number of images. With `noise` also "noise",
@@ -172,15 +174,22 @@ def evaluate_named(
     """Evaluate as `evaluate` does, and return the name of the data as well."""
     sigmas = check_noise(noise, noise_seeds)
     model = _checked(model, "model")
-    recipe = _evaluation_recipe(model, data, options)
+    _check_evaluation_options(options)
+    origin = read_origin(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else None
     network = load_model(model) if isinstance(model, str) else model
+    recipe = _evaluation_recipe(network, origin, data, options)
     accelerator = accelerator_of(recipe)
-    images = _images_for(network, recipe, accelerator)
+    images = _images_for(network, recipe, accelerator, of_run=origin is not None)
     source = images.test if images.test is not None else images.val
     if source is None:
         raise ValueError(
             "the data has no split to evaluate on: name one with --eval-split, or hold one out with --val-split 0.1."
         )
+    if origin is not None and _same_splits(recipe.data, origin.recipe.data):
+        changes = origin.describe_changes(images.train.digest, source.digest)
+        if changes is not None:
+            accelerator.print(changes)
+    set_memory_format(network, model_name(network), recipe.channels_last, accelerator.device)
     size, name = recipe.data.validation_batch_size, recipe.data.data_dir or recipe.data.dataset
     if not sigmas:
         return Evaluation(dict(evaluate_model(network, source, accelerator, size, bar=True)), name)
@@ -229,35 +238,54 @@ def inspect_data(
     return found
 
 
-def _evaluation_recipe(
-    model: str | nn.Module, data: str | PathLike[str] | Data | None, options: dict[str, Any]
-) -> Recipe:
-    """Return a recipe of the data and options of an evaluation, by default those of the model's run."""
+def _check_evaluation_options(options: dict[str, Any]) -> None:
     known = {f.name for f in fields(Data)} - OF_TRAINING | {"seed", "amp"}
     for name in options:
         if name in OF_TRAINING:
             raise ValueError(f"option {name!r} is for training only: mgd_timm.evaluate does not take it.")
         if name not in known:
             raise unknown("option of an evaluation", name, known)
-    before = _recipe_of(model) if isinstance(model, str) else None
-    if before is not None:
-        options = {"seed": before.seed, **options}
-    if data is None:
-        data = before.data if before is not None else Data()
+
+
+def _evaluation_recipe(
+    network: nn.Module, origin: Origin | None, data: str | PathLike[str] | Data | None, options: dict[str, Any]
+) -> Recipe:
+    """Return a recipe of the data and options of an evaluation, by default those of the model's run."""
+    shown: dict[str, Any] = {"in_chans": get_model_input_config(network)["input_size"][0]}
+    if origin is not None:
+        before = origin.recipe
+        computed = {name: getattr(before, name) for name in ("seed", "amp", "amp_dtype", "channels_last")}
+        options = {**computed, **options}
+        shown = {name: getattr(before.data, name) for name in OF_SHOWING}
+        data = before.data if data is None else data
+    if not isinstance(data, Data):
+        options = {**shown, **options}
+    of_data = _with_data(options, Data() if data is None else data)
     # Without options of training only, as images of another size may refuse them (--aa).
-    given = {name: value for name, value in _with_data(options, data).items() if name not in OF_TRAINING}
-    return make_recipe(**given)
+    return make_recipe(**{name: value for name, value in of_data.items() if name not in OF_TRAINING})
 
 
-def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator) -> Images:
-    """Load the images of a recipe at a network's input size. Raise ValueError if channels or classes differ."""
-    inputs = get_model_input_config(network)
-    height, width = inputs["input_size"][1:]
-    data = recipe.data
-    if data.img_size is None and inputs["fixed_input_size"] and height == width:
+def _same_splits(one: Data, two: Data) -> bool:
+    """Return whether two options of data name the same rows, up to where the folder lies."""
+    names = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split")
+    return all(getattr(one, name) == getattr(two, name) for name in (*names, "streaming"))
+
+
+def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator, *, of_run: bool) -> Images:
+    """Load the images of a recipe at a network's input size. Raise ValueError if channels or classes differ.
+
+    Args:
+        network: The model.
+        recipe: Of the evaluation.
+        accelerator: Device and processes.
+        of_run: The model is of a run, and its pretrained_cfg has the size that the run showed it.
+    """
+    inputs, config = get_model_input_config(network), getattr(network, "pretrained_cfg", {}) or {}
+    data, fixed = recipe.data, inputs["fixed_input_size"]
+    height, width = ((of_run and not fixed and config.get("input_size")) or inputs["input_size"])[1:]
+    if data.img_size is None and (fixed or of_run) and height == width:
         data = replace(data, img_size=height)
-    defaults = read_defaults(getattr(network, "pretrained_cfg", {}) or {})
-    images = load_images(data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
+    images = load_images(data, recipe.seed, read_defaults(config), log=accelerator.print, accelerator=accelerator)
     check_channels(network, "model", images.input_size[0])
     if network.num_classes != images.num_classes:
         raise ValueError(
@@ -265,19 +293,6 @@ def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator) ->
             "teacher with more classes, mgd-timm distill --teacher-classes prints the accuracy on the data's."
         )
     check_class_names(network, "model", images.class_names)
+    if not fixed:
+        check_reads_all_pixels(network, "model", images.input_size, "--img-size")
     return images
-
-
-def _recipe_of(model: str) -> Recipe | None:
-    """Return the recipe of a run folder or of an exported folder, or None."""
-    folder = Path(model.removeprefix("local-dir:"))
-    if (folder / "recipe.yaml").is_file():
-        return read_recipe(folder)
-    path = folder / "recipe.json"
-    try:
-        values = json.loads(path.read_text())["recipe"] if path.is_file() else None
-        return make_recipe(**flatten(values)) if values is not None else None
-    except KeyError:
-        return None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error

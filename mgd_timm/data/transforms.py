@@ -171,7 +171,7 @@ def timm_transform(
         defaults: Interpolation and crop of evaluation where `data` leaves them open.
         size: Channels, height and width of the tensor.
         mean, std: Per channel, of pixels in [0, 1].
-        training: Augment; otherwise resize and crop the centre.
+        training: Augment; otherwise resize and crop.
 
     Raises:
         DataError: timm does not know an interpolation or a policy.
@@ -182,7 +182,8 @@ def timm_transform(
     interpolation = data.interpolation or defaults.interpolation
     common: dict[str, Any] = {"input_size": size, "mean": tuple(mean), "std": tuple(std)}
     if not training:
-        return create_transform(**common, interpolation=interpolation, crop_pct=data.crop_pct or defaults.crop_pct)
+        common |= {"crop_pct": data.crop_pct or defaults.crop_pct, "crop_mode": defaults.crop_mode}
+        return create_transform(**common, interpolation=interpolation)
     common |= {"interpolation": data.train_interpolation or interpolation, "scale": data.scale, "ratio": data.ratio}
     common |= {"hflip": data.hflip, "auto_augment": data.aa, "color_jitter": data.color_jitter or None}
     common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}

@@ -76,7 +76,7 @@ class Defaults:
     Args:
         mean, std: Per channel, of pixels in [0, 1].
         img_size: Side in pixels.
-        interpolation, crop_pct: For evaluation, as in timm.
+        interpolation, crop_pct, crop_mode: For evaluation, as in timm.
     """
 
     mean: tuple[float, ...] | None = None
@@ -84,3 +84,4 @@ class Defaults:
     img_size: int = 224
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mgd_timm.models.load import check_model_name, load_state_dict, read_safetensors
 from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values
+from mgd_timm.recipe.checks import check_statistics
 
 # Keys of the weights in a training script's checkpoint: averaged ones first, as in timm's own loader.
 _WEIGHT_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
@@ -206,4 +207,5 @@ def _read_per_channel(
         raise ValueError(
             f"{name}={values}: expected finite values{'' if name == 'mean' else ' above 0'}, of pixels in [0, 1]."
         )
+    check_statistics(name, values)
     return values

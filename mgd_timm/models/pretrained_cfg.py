@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mgd_timm.features import Defaults
+from mgd_timm.recipe.checks import check_statistics
 
 # Keys of the default weights: their source, inputs and labels.
 _WEIGHT_KEYS = (
@@ -68,6 +69,7 @@ def read_defaults(config: Mapping[str, Any]) -> Defaults:
         img_size=int((config.get("input_size") or (3, 224, 224))[-1]),
         interpolation=str(config.get("interpolation") or "bicubic"),
         crop_pct=float(config.get("crop_pct") or 0.875),
+        crop_mode=str(config.get("crop_mode") or "center"),
     )
 
 
@@ -76,8 +78,15 @@ def read_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ..
 
     Returns:
         One value per channel; None if it is not a list of numbers: the file may be untrusted.
+
+    Raises:
+        ValueError: They are above 1, those of pixels in 0 to 255.
     """
     values = config.get(name)
     if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
         return None
+    try:
+        check_statistics(name, values)
+    except ValueError as error:
+        raise ValueError(f"pretrained_cfg of the weights of {config.get('architecture')}: {error}") from error
     return tuple(float(v) for v in values)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from timm.models import get_pretrained_cfg
+from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
@@ -24,6 +24,7 @@ from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import build_input_adapter
 from mgd_timm.models.load import check_model_name
 from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values, read_defaults
+from mgd_timm.models.unread_pixels import check_reads_all_pixels
 from mgd_timm.objective import SeveralTeachers, build_objective
 from mgd_timm.pipeline.checks import check_several_teachers, check_teaches_without_logits, logits_conflict
 from mgd_timm.pipeline.fit_criteria import CriterionFit, fits_of_criteria, fits_of_student
@@ -89,14 +90,15 @@ def connect(
     Raises:
         ValueError: Networks, criteria and data that do not go together.
     """
-    tap = _connect_student(recipe, terms, images, accelerator, student)
+    defaults = find_defaults(recipe, None, student)  # before the student is described
+    tap = _connect_student(recipe, terms, images, accelerator, student, defaults)
     if len(teachers) > 1:
         check_several_teachers(terms, len(teachers), mean=recipe.teachers_as == "mean")
     taught_by = [
         _connect_teacher(recipe, terms, accelerator, model, images, silent=recipe.classes_of(position) == "none")
         for position, model in enumerate(teachers)
     ]
-    peer = _connect_peer(recipe, terms, images) if recipe.peer is not None else None
+    peer = _connect_peer(recipe, terms, images, defaults) if recipe.peer is not None else None
     match_number_of_maps(
         recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else [])
     )
@@ -184,14 +186,20 @@ def _build_student(recipe: Recipe, images: Images) -> nn.Module:
 
 
 def _connect_student(
-    recipe: Recipe, terms: Terms, images: Images, accelerator: Accelerator, student: nn.Module | None
+    recipe: Recipe,
+    terms: Terms,
+    images: Images,
+    accelerator: Accelerator,
+    student: nn.Module | None,
+    defaults: Defaults,
 ) -> FeatureTap:
     random = student is None and not recipe.student_pretrained and recipe.student_checkpoint is None
     if student is None:
         set_seed(recipe.seed, 3)
         student = _build_student(recipe, images)
     check_student(student, images.input_size[0], images.num_classes)
-    _describe(student, images, recipe, terms)
+    check_reads_all_pixels(student, "student", images.input_size, "--img-size")
+    _describe(student, images, recipe, terms, defaults)
     maps = recipe.maps if terms.needs("maps", student=True) else None
     tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
     if recipe.train_only == "classifier":
@@ -214,6 +222,7 @@ def _connect_teacher(
         check_teaches_without_logits(model, terms, recipe, conflict or "", silent=silent)
     adapter = build_input_adapter(model, images.mean, images.std, images.input_size, recipe.teacher_img_size)
     size = adapter.size or (images.input_size[1], images.input_size[2])
+    check_reads_all_pixels(model, "teacher", (images.input_size[0], *size), _size_flag(recipe, model))
     maps = recipe.maps if terms.needs("maps") else None
     tap = FeatureTap(model, maps, input_size=(images.input_size[0], *size), cam=terms.needs("cams"))
     if recipe.fit_teacher_head == "probe":
@@ -223,7 +232,13 @@ def _connect_teacher(
     return teacher
 
 
-def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
+def _size_flag(recipe: Recipe, teacher: nn.Module) -> str:
+    """Return the flag that sets the size of a teacher's images."""
+    fixed = get_model_input_config(teacher)["fixed_input_size"] and recipe.teacher_resize == "images"
+    return "--teacher-resize positions --teacher-img-size" if fixed else "--teacher-img-size"
+
+
+def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaults) -> FeatureTap:
     """Build the second student, with random weights."""
     assert recipe.peer is not None
     set_seed(recipe.seed, 6)
@@ -232,16 +247,23 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images) -> FeatureTap:
         peer = _build_student(as_student, images)
     except ValueError as error:
         raise ValueError(f"peer: {error}") from error
-    _describe(peer, images, recipe, terms)
+    check_reads_all_pixels(peer, "peer", images.input_size, "--img-size")
+    _describe(peer, images, recipe, terms, defaults)
     maps = recipe.maps if terms.needs("maps") else None
     return FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
 
 
-def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) -> None:
-    """Describe the model so that timm preprocesses images as here: small ones in full, others cropped at the centre."""
-    data = recipe.data
-    small = isinstance(images.train, SmallImageSource)
-    shown = {"crop_pct": 1.0 if small else data.crop_pct, "interpolation": "bicubic" if small else data.interpolation}
+def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms, defaults: Defaults) -> None:
+    """Describe the model so that timm preprocesses images as the run's evaluation: small ones are resized as a whole,
+    others resized and cropped."""
+    if isinstance(images.train, SmallImageSource):
+        evaluation = {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
+    else:
+        evaluation = {
+            "crop_pct": recipe.data.crop_pct or defaults.crop_pct,
+            "crop_mode": defaults.crop_mode,
+            "interpolation": recipe.data.interpolation or defaults.interpolation,
+        }
     describe_weights(
         model,
         input_size=images.input_size,
@@ -250,7 +272,7 @@ def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms) ->
         class_names=images.class_names,
         license=recipe.license,
         tag=_weights_tag(recipe, terms),
-        evaluation={"crop_mode": "center", **{name: value for name, value in shown.items() if value is not None}},
+        evaluation=evaluation,
     )
 
 

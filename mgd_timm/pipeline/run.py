@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from mgd_timm.pipeline.plan import (
     terms_of,
 )
 from mgd_timm.pipeline.run_folder import check_new_folder, match_resumed_run, start_folder
+from mgd_timm.recipe.data import with_absolute_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
@@ -71,7 +72,7 @@ def run(
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
-    recipe = with_store_defaults(recipe)
+    recipe = with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data)))
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     if recipe.resume:
         recipe = match_resumed_run(folder, recipe)
@@ -285,6 +286,9 @@ def _write_results(
     """Write the exports and summary.json."""
     folder = Path(recipe.output)
     provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
+    evaluated = images.test if images.test is not None else images.val
+    if evaluated is not None:
+        provenance["evaluation_sha256"] = evaluated.digest
     if networks.teachers:
         digests = [one.digest for one in networks.teachers]
         provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests

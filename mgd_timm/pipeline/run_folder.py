@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +110,47 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run (no recipe.yaml).")
     return make_recipe(**flatten(_read_yaml(path)))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a model comes from.
+
+    Args:
+        recipe: Of the run.
+        train_sha256, evaluation_sha256: Digests of its images and labels; None where they are not known.
+    """
+
+    recipe: Recipe
+    train_sha256: str | None
+    evaluation_sha256: str | None
+
+    def describe_changes(self, train: str, evaluation: str) -> str | None:
+        """Return one line that names the images whose digests are not those of the run; None if there are none."""
+        found = {"training": (self.train_sha256, train), "evaluation": (self.evaluation_sha256, evaluation)}
+        changed = {name: pair for name, pair in found.items() if pair[0] not in (None, pair[1])}
+        if not changed:
+            return None
+        digests = ", ".join(f"{name} {before[:12]} -> {now[:12]}" for name, (before, now) in changed.items() if before)
+        return (
+            f"warning: the data has changed since the run: its {' and '.join(changed)} images or labels are others "
+            f"(sha256: {digests})"
+        )
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """Return the origin of a model from its run folder or exported folder; None if it has none.
+
+    Raises:
+        ValueError: Its recipe cannot be read.
+    """
+    exported = folder / "export" if (folder / "recipe.yaml").is_file() else folder
+    path = exported / "recipe.json"
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        recipe = make_recipe(**flatten(values["recipe"])) if "recipe" in values else None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error
+    if exported != folder:
+        recipe = read_recipe(folder)
+    return Origin(recipe, values.get("data_sha256"), values.get("evaluation_sha256")) if recipe is not None else None

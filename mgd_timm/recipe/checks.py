@@ -4,7 +4,7 @@ What needs the criteria, the networks, the images or the processes is refused wh
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from mgd_timm.recipe.options import check_choice, flag
@@ -64,11 +64,23 @@ def check_milestones(
 
 
 def check_channels(data: "Data") -> None:
-    """Raise ValueError unless each channel has a mean and a standard deviation."""
+    """Raise ValueError unless each channel has a mean and a standard deviation, of pixels in [0, 1]."""
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values is not None and len(values) != data.in_chans:
             raise ValueError(f"{name}={values}: expected {data.in_chans} values, one per channel (--in-chans).")
+        if values is not None:
+            check_statistics(name, values)
+
+
+def check_statistics(name: str, values: Sequence[float]) -> None:
+    """Raise ValueError for a mean or standard deviation per channel that is not of pixels in [0, 1]."""
+    if max(values) > 1:
+        divided = " ".join(f"{value / 255:.4g}" for value in values)
+        raise ValueError(
+            f"{name}={tuple(values)}: expected 1 at most, of pixels in [0, 1]. Divide those of pixels in 0 to 255 by "
+            f"255: {flag(name)} {divided}."
+        )
 
 
 def check_crop(data: "Data") -> None:

@@ -1,6 +1,7 @@
 """`Data`: the options of a recipe that choose a data set and its augmentation."""
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -126,10 +127,22 @@ class Data:
         check_streaming(self)
 
 
+def with_absolute_folder(data: Data) -> Data:
+    """Return the options with a local folder of images as an absolute path, which any working directory finds."""
+    if data.data_dir is not None:
+        return replace(data, data_dir=os.path.abspath(data.data_dir))
+    if data.dataset != "embedded" and os.path.exists(data.dataset):
+        return replace(data, dataset=os.path.abspath(data.dataset))
+    return data
+
+
 OF_TRAINING = frozenset({"batch_size", "shuffle_buffer"}) | {
     f.name for f in fields(Data) if f.metadata["group"] == "augmentation"
 }
 """Options of Data that only training uses, not evaluation."""
+
+OF_SHOWING = ("img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
+"""Options of Data that decide how an image is shown to a model in evaluation."""
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 """Folder of the package's own data set and teacher."""

@@ -338,6 +338,7 @@ def test_another_architecture(tmp_path, source, target, expected):
         (NAME, {"mean": (0.5,)}, r"mean=\(0.5,\): expected one value for each of the 3 channels"),
         (NAME, {"std": (0.5, 0.5, 0)}, r"std=\(0.5, 0.5, 0.0\): expected finite values above 0"),
         (NAME, {"mean": (0.5, float("nan"), 0.5)}, "mean=.* expected finite values"),
+        (NAME, {"mean": (125, 123, 114)}, r"expected 1 at most.*: --mean 0\.4902 0\.4824 0\.4471"),
         (NAME, {"in_chans": 1}, r"conv1.weight \(8, 3, 3, 3\) instead of \(8, 1, 3, 3\)"),
     ],
 )

@@ -1,10 +1,11 @@
 """Images adapted from the student's normalisation and size to the teacher's."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
-from mgd_timm.models.input_adapter import InputAdapter
+from mgd_timm.models.input_adapter import InputAdapter, build_input_adapter
 
 
 def triangle(inputs: int, outputs: int) -> Tensor:
@@ -41,3 +42,11 @@ def test_images_in_the_teachers_own_form_are_not_changed():
 def test_another_number_of_channels_is_refused():
     with pytest.raises(ValueError, match="one value per channel"):
         InputAdapter((0.5,), (0.2,), (0.5,) * 3, (0.2,) * 3)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_teacher_whose_statistics_are_of_pixels_up_to_255_is_refused(name):
+    model = timm.create_model("test_resnet")
+    model.pretrained_cfg = {**model.pretrained_cfg, name: (123.7, 116.3, 103.5)}
+    with pytest.raises(ValueError, match=rf"weights of test_resnet: {name}=.*: --{name} 0\.4851 0\.4561 0\.4059"):
+        build_input_adapter(model, (0.5,) * 3, (0.5,) * 3, (3, 32, 32))

@@ -58,6 +58,8 @@ def test_a_range_holds_its_numbers_and_says_so(bounds, inside, words):
     ("options", "message"),
     [
         ({"mean": (0.5, 0.5)}, "mean=(0.5, 0.5): expected 3 values, one per channel (--in-chans)"),
+        ({"mean": (125, 125, 120)}, "Divide those of pixels in 0 to 255 by 255: --mean 0.4902 0.4902 0.4706."),
+        ({"std": (60, 60, 60)}, "std=(60.0, 60.0, 60.0): expected 1 at most, of pixels in [0, 1]. Divide"),
         ({"num_samples": 100}, "num_samples=100: it is for streamed images only"),
         ({"streaming": True, "val_split": 0.1}, "Leave --val-split out, or leave --streaming out"),
         ({"maps": "0"}, "maps='0': expected stages, last, mid, all or a number of maps, 1 or more (--maps)"),
