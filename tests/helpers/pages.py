@@ -58,4 +58,5 @@ def known_flags() -> frozenset[str]:
             found.update(action.option_strings)
     for file in (path for folder in ("mgd_timm/cli", "recipes", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")):
         found.update(re.findall(r'"(--[a-z][\w-]+)"', file.read_text()))
+        found.update(f"--{name.replace('_', '-')}" for name in re.findall(r'add_flag\("(\w+)"', file.read_text()))
     return frozenset(found | {"--help", "--markdown", "--mean", "--std"})
