@@ -16,6 +16,7 @@ from torch import Tensor
 from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
 from mgd_timm.data.decode import DataError
 from mgd_timm.data.image_cache import CachedImages, load_or_decode
+from mgd_timm.data.loader import allowed_workers
 from mgd_timm.data.readers.open import open_splits
 from mgd_timm.data.readers.rows import EVAL_SPLITS, Rows, check_classes, find_split
 from mgd_timm.data.readers.streams import StreamSource, open_streams, read_stream
@@ -85,6 +86,7 @@ def load_images(
     Raises:
         DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
+    data = replace(data, workers=allowed_workers(data.workers, log))
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
     location = data.data_dir or (str(EMBEDDED / "fashion_mnist") if data.dataset == "embedded" else data.dataset)
     if data.streaming:
