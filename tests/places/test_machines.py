@@ -1,4 +1,4 @@
-"""Machines as people have them: little shared memory, closed or narrow streams, other locales, a folder that is gone."""
+"""Machines as people have them: little shared memory, closed or narrow streams, other locales, a deleted folder."""
 
 import ast
 import os
