@@ -1,11 +1,13 @@
 """Distil, train and evaluate from Python."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.models import get_model_input_config
 from torch import nn
@@ -14,16 +16,17 @@ from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import Images, describe_data, load_images
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.build import set_memory_format
-from mgd_timm.models.checks import check_channels, check_class_names, check_module
+from mgd_timm.models.checks import check_channels, check_class_names, check_module, check_trainable
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.models.unread_pixels import check_reads_all_pixels
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
-from mgd_timm.pipeline.run_folder import Origin, read_origin
+from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
 from mgd_timm.recipe.data import OF_SHOWING, OF_TRAINING, Data
-from mgd_timm.recipe.options import as_dict, unknown
+from mgd_timm.recipe.options import as_dict, expand_home, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, make_recipe
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.training.evaluation import evaluate_model
 from mgd_timm.training.noise import check_noise, evaluate_noise
@@ -32,6 +35,27 @@ Model = str | PathLike[str] | nn.Module
 """A model's name on the command line, its folder, or a module."""
 
 
+@contextlib.contextmanager
+def _torch_defaults() -> Iterator[None]:
+    """Have torch's defaults in the body, whatever the caller has set, and the caller's settings and random state again
+    at exit: a notebook may have turned gradients off, or chosen another device or dtype for new tensors."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=gpus))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if device.type != "cpu":  # not entered without need: it is called at every operation
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@_torch_defaults()
 def distill(
     teacher: Model | Sequence[Model] | None = None,
     student: Model = "cifar_resnet8x05",
@@ -60,6 +84,8 @@ def distill(
         FileExistsError: The output folder is not empty, and resume is not set.
     """
     student = _checked(student, "student")
+    if isinstance(student, nn.Module):
+        check_trainable(student, "student")
     names: dict[str, Any] = {"student": _name_of(student), "output": output}
     several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
     teachers = [_checked(one, "teacher") for one in several]
@@ -71,6 +97,7 @@ def distill(
     return run(recipe, teacher=modules, student=student_module).student
 
 
+@_torch_defaults()
 def train(
     model: Model,
     data: str | PathLike[str] | Data = "embedded",
@@ -92,6 +119,8 @@ def train(
         FileExistsError: The output folder is not empty, and resume is not set.
     """
     model = _checked(model, "model")
+    if isinstance(model, nn.Module):
+        check_trainable(model, "model")
     for name in options:
         if name in OF_DISTILLING:
             raise ValueError(f"option {name!r} is for mgd_timm.distill only: mgd_timm.train does not take it.")
@@ -105,7 +134,7 @@ def _checked(model: Model, what: str) -> str | nn.Module:
         check_module(model, what)
         return model
     if isinstance(model, str | PathLike):
-        return str(model)
+        return expand_home(str(model), what)
     raise ValueError(f"{what}={model!r}: expected a timm name, a folder or a module that timm built.")
 
 
@@ -163,6 +192,7 @@ class Evaluation:
     data: str
 
 
+@_torch_defaults()
 def evaluate_named(
     model: Model,
     data: str | PathLike[str] | Data | None = None,
@@ -178,6 +208,7 @@ def evaluate_named(
     origin = read_origin(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else None
     network = load_model(model) if isinstance(model, str) else model
     recipe = _evaluation_recipe(network, origin, data, options)
+    check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
     accelerator = accelerator_of(recipe)
     images = _images_for(network, recipe, accelerator, of_run=origin is not None)
     source = images.test if images.test is not None else images.val
@@ -199,6 +230,7 @@ def evaluate_named(
     return Evaluation({**clean, "noise": noisy}, name)
 
 
+@_torch_defaults()
 def inspect_data(
     data: str | PathLike[str] | Data = "embedded",
     *,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mgd_timm.cli.parser import Parser
+from mgd_timm.recipe.options import expand_home
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -13,15 +14,15 @@ def main(arguments: Sequence[str]) -> None:
     from mgd_timm.export.timm_folder import export_model  # after the flags are checked, as it loads torch
     from mgd_timm.models.load import load_model
 
-    model = load_model(values.run)
+    run, folder = expand_home(values.run, "RUN"), expand_home(values.folder, "FOLDER")
+    model = load_model(run)
     given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}
     model.pretrained_cfg = {**model.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
-    folders = (Path(values.run) / "export", Path(values.run))
-    exported = next((folder for folder in folders if (folder / "recipe.json").is_file()), None)
+    exported = next((one for one in (Path(run) / "export", Path(run)) if (one / "recipe.json").is_file()), None)
     provenance = json.loads((exported / "recipe.json").read_text()) if exported is not None else {}
     for name in ("versions", "model_sha256"):  # export_model writes them
         provenance.pop(name, None)
-    print(f"wrote {export_model(model, values.folder, provenance=provenance)}")
+    print(f"wrote {export_model(model, folder, provenance=provenance)}")
 
 
 def _parser() -> Parser:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm.cli.parser import Parser, options_of
+from mgd_timm.recipe.options import expand_home
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     values = options_of(_parser().parse_args(list(arguments)))
-    file, model, folder = (values.pop(name) for name in ("file", "model", "folder"))
-    written = import_checkpoint(file, model, folder, **values)
+    file, folder = (expand_home(values.pop(name), name.upper()) for name in ("file", "folder"))
+    written = import_checkpoint(file, values.pop("model"), folder, **values)
     print(f"wrote {written}")
     if values["mean"] is None or values["std"] is None:
         config = json.loads((written / "config.json").read_text())["pretrained_cfg"]

@@ -1,6 +1,7 @@
 """The command line: mgd-timm train | distill | data | evaluate | import | export | list."""
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +68,47 @@ def guarded(name: str, action: Callable[[], None]) -> int:
     Returns:
         The exit code: 0, 1 for a failure, 130 or that of the signal for an interruption.
     """
+    _prepare_streams()
+    if not _current_folder_exists():
+        print(f"{name}: error: the current folder was deleted: cd to another one first.", file=sys.stderr)
+        return 1
+    try:
+        return _call(name, action)
+    finally:
+        _flush_stdout(name)
+
+
+def _prepare_streams() -> None:
+    """Open closed standard streams on the null device, or a file of the run would get their descriptor and with it
+    what libraries write to it. Escape characters that stdout's encoding lacks, as Python does for stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one: the stream's own
+            setattr(sys, name, os.fdopen(descriptor, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _current_folder_exists() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _flush_stdout(name: str) -> None:
+    """Write what stdout still holds. A reader that has ended (`| head`) wants no more of it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+        if not isinstance(error, BrokenPipeError):
+            print(f"{name}: error: the output cannot be written ({error}).", file=sys.stderr)
+            sys.exit(1)
+
+
+def _call(name: str, action: Callable[[], None]) -> int:
     try:
         action()
         if "accelerate" in sys.modules:
@@ -77,6 +119,16 @@ def guarded(name: str, action: Callable[[], None]) -> int:
         reason = str(stop) or "interrupted; --resume continues from the newest checkpoint, if there is one"
         print(f"\n{name}: {reason}", file=sys.stderr)
         return int(getattr(stop, "code", 130))
+    except BrokenPipeError as error:
+        print(
+            f"{name}: error: what read the output has ended ({error}): --resume continues a run; give it a file "
+            "(> log.txt) to write to.",
+            file=sys.stderr,
+        )
+        return 1
+    except UnicodeError as error:
+        print(f"{name}: error: {error}: if the locale (LC_ALL) is not of UTF-8, set PYTHONUTF8=1.", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
@@ -98,6 +150,7 @@ def _explain(error: RuntimeError) -> str | None:
     """Return the message to a user, or None for a bug of mgd-timm or a fault of the machine."""
     import torch
 
+    from mgd_timm.data.loader import SHARED_MEMORY
     from mgd_timm.storage.checkpoint import CheckpointError
     from mgd_timm.training.report import NonFiniteError
 
@@ -109,6 +162,8 @@ def _explain(error: RuntimeError) -> str | None:
             f"{rank}out of GPU memory: use a smaller --batch-size, or --find-batch-size; the global batch can stay "
             f"(--global-batch-size). {str(error).splitlines()[0]}"
         )
+    if str(error).startswith("DataLoader worker") and "Bus error" in str(error):
+        return f"{rank}{SHARED_MEMORY}; --resume continues from the newest checkpoint."
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is when a worker ends
         return (
             f"{rank}a DataLoader worker was killed (out of memory?): use fewer --workers, or a machine with more "

@@ -209,6 +209,8 @@ class Parser(ArgumentParser):
             if name.startswith(("--data.", "--optim.", "--heads.")):
                 words = "give --config a file that --print_config wrote, not a recipe.yaml; --resume continues a run"
             message += f": {words}." if words else f"; did you mean {' or '.join(near)}?" if near else ""
+        if message.endswith("expected one argument"):
+            message += ", and one that begins with a dash after an equals sign (--output=-name)"
         message = _in_one_line(message, self._actions)
         self.usage = "%(prog)s ..."  # without all its flags above the wrong one
         super().error(message, ex)

@@ -20,6 +20,7 @@ from mgd_timm.data.decode import DataError
 from mgd_timm.data.description import FoundRows, describe, find_large, log_description, read_rows
 from mgd_timm.data.duplicates import find_duplicates
 from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode
+from mgd_timm.data.loader import allowed_workers
 from mgd_timm.data.readers.open import is_local, scan_place
 from mgd_timm.data.readers.rows import Rows, default_eval_split
 from mgd_timm.data.readers.splits import LocalPlace
@@ -119,6 +120,7 @@ def load_images(
     Raises:
         DataError: There is no such data set, split or column, a class has no images, or images cannot be used.
     """
+    data = replace(data, workers=allowed_workers(data.workers, log))
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
     location = locate(data)
     place = scan_on_main(location, data, accelerator)

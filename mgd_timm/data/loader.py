@@ -1,9 +1,11 @@
 """DataLoader workers: batches that are decoded ahead of their use.
 
-Workers are forked. Python before 3.13 copies the lock of its list of threads into the new process as it is. If another
-thread holds it at that moment (such as one of gloo's that releases a tensor just after a collective), the new process
-hangs. So each fork first waits until the other threads are idle. From 3.13 on Python takes the lock itself before it
-forks.
+Workers are forked, on Linux whatever the start method of the caller's script: others run the script again, and need a
+guard (`if __name__ == "__main__"`) in it.
+
+Python before 3.13 copies the lock of its list of threads into the new process as it is. If another thread holds it at
+that moment (such as one of gloo's that releases a tensor just after a collective), the new process hangs. So each fork
+first waits until the other threads are idle. From 3.13 on Python takes the lock itself before it forks.
 """
 
 import contextlib
@@ -13,13 +15,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mgd_timm.data.decode import DataError
+
+_START_METHOD = "fork" if sys.platform == "linux" else None
+
+SHARED_MEMORY = (
+    "the shared memory (/dev/shm) is too small for the batches of DataLoader workers: give --workers 0, or a larger "
+    "/dev/shm (docker run --shm-size 2g, or --ipc=host)"
+)
+
+
+def allowed_workers(workers: int, log: Callable[[str], None]) -> int:
+    """Return the number of workers, or log why this process may start none and return 0: it is daemonic (such as those
+    of a multiprocessing.Pool), or the machine has no semaphores."""
+    reason = ""
+    if multiprocessing.current_process().daemon:
+        reason = "this process is daemonic"
+    else:
+        try:
+            multiprocessing.Lock()
+        except OSError as error:
+            reason = f"no semaphore can be made in /dev/shm ({error})"
+    if workers and reason:
+        log(f"{reason}, so it may not start DataLoader workers: large images are decoded in it, as with --workers 0")
+        return 0
+    return workers
 
 
 def read_ahead(
@@ -36,6 +62,7 @@ def read_ahead(
 
     Raises:
         DataError: An item raised it.
+        OSError: The shared memory is too small for the batches.
         RuntimeError: A worker was killed.
     """
     loader: Any = torch.utils.data.DataLoader(
@@ -43,13 +70,22 @@ def read_ahead(
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
+        multiprocessing_context=_START_METHOD if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator that dropout uses
     )
     with _signals_blocked():
         batches = iter(loader)
-    for batch in batches:
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "shared memory" in str(error):  # raised in a worker, with its traceback as text, or of a killed worker
+                raise OSError(SHARED_MEMORY) from None
+            raise
+        if batch is None:
+            return
         if isinstance(batch, DataError):
             raise DataError(f"{batch} {hint}".rstrip())
         yield batch

@@ -11,6 +11,7 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from mgd_timm.recipe.options import expand_home
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.checkpoint import copy_for_safetensors
 from mgd_timm.storage.digests import sha256
@@ -44,7 +45,7 @@ def export_model(
         raise ValueError(
             f"{type(model).__name__} has no pretrained_cfg with an 'architecture': export a model of timm.create_model."
         )
-    target = Path(folder)
+    target = Path(expand_home(str(folder), "folder"))
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
 

@@ -22,6 +22,18 @@ def check_module(module: nn.Module, role: str) -> None:
             )
 
 
+def check_trainable(module: nn.Module, role: str) -> None:
+    """Raise ValueError for a module from user code whose weights torch cannot train in place."""
+    for name, weight in module.named_parameters():
+        if weight.is_inference():
+            raise ValueError(
+                f"{role}: its {name} was made under torch.inference_mode(), where weights cannot be trained: build the "
+                "model outside of it."
+            )
+        if weight.is_meta:
+            raise ValueError(f"{role}: its {name} is on the device meta and has no values: build the model on the CPU.")
+
+
 def check_student(student: nn.Module, in_chans: int, num_classes: int) -> None:
     """Raise ValueError unless a student takes the images, has the data's number of classes, and can be trained."""
     check_classifier(student)

@@ -204,7 +204,7 @@ _FACTORY_ARGUMENTS = {
 def _check_config(path: Path) -> None:
     """Raise ValueError for a malformed config.json, or model_args that are not the architecture's: it is untrusted."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}): write it again with mgd-timm export.") from error
     if not isinstance(config, dict) or "architecture" not in config:

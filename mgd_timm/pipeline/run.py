@@ -31,12 +31,13 @@ from mgd_timm.pipeline.plan import (
     store_options_of,
     terms_of,
 )
-from mgd_timm.pipeline.run_folder import check_new_folder, match_resumed_run, start_folder
+from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, match_resumed_run, start_folder
 from mgd_timm.recipe.data import with_absolute_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.atomic_write import write_text_atomically
+from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
@@ -74,6 +75,10 @@ def run(
     """
     recipe = with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data)))
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
+    written = {"--output": folder, "the cache (MGD_TIMM_CACHE)": cache_folder()}
+    if recipe.teacher_store is not None:
+        written["--teacher-store"] = Path(recipe.teacher_store)
+    check_outside_data(recipe.data, written)
     if recipe.resume:
         recipe = match_resumed_run(folder, recipe)
     else:
@@ -310,4 +315,5 @@ def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable
         log(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
     log(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
     first = "import mgd_timm.models; " if name.startswith("cifar_") else ""
-    log(f"load it: {first}timm.create_model('local-dir:{folder / 'export'}', pretrained=True)")
+    place = f"local-dir:{folder / 'export'}"
+    log(f"load it: {first}timm.create_model({place!r}, pretrained=True)")

@@ -1,7 +1,7 @@
 """The folder of a run: start it, resume from it, and read its recipe."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mgd_timm.data.dataset import Images
+from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import as_dict, differences
 from mgd_timm.recipe.recipe import PARTS, Recipe, flatten, make_recipe
 from mgd_timm.storage.atomic_write import PARTIAL_PREFIX, remove_partial_writes, write_text_atomically
@@ -19,6 +20,27 @@ def check_new_folder(folder: Path) -> None:
     """Raise FileExistsError unless a run can start in the folder: it does not exist, or is empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
+
+
+def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:
+    """Raise ValueError if a folder that will be written is the data folder or in it: a later run would read what is
+    written there as images or classes.
+
+    Args:
+        data: Names the data folder, if the data are local.
+        places: Folders that will be written, by their names in the message.
+    """
+    if data.data_dir is None and data.dataset == "embedded":
+        return
+    folder = Path(data.data_dir or data.dataset)
+    if not folder.is_dir():
+        return
+    for name, place in places.items():
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{name} {place} is in the data folder {folder}, where a later run would read it as data: choose a "
+                "folder outside of it."
+            )
 
 
 def match_resumed_run(folder: Path, recipe: Recipe) -> Recipe:
@@ -147,7 +169,7 @@ def read_origin(folder: Path) -> Origin | None:
     exported = folder / "export" if (folder / "recipe.yaml").is_file() else folder
     path = exported / "recipe.json"
     try:
-        values = json.loads(path.read_text()) if path.is_file() else {}
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         recipe = make_recipe(**flatten(values["recipe"])) if "recipe" in values else None
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error

@@ -104,15 +104,49 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             inner = get_args(one)[0]
             values = [value] if fits(value, inner) else value
             if isinstance(values, list | tuple) and all(fits(v, inner) for v in values):
-                return tuple(inner(v) for v in values)
+                return tuple(_converted(name, v, inner) for v in values)
         elif get_origin(one) is Literal:
             if isinstance(value, str):
                 return check_choice(name, value, one)
         elif fits(value, one):
-            return value if one is NoneType else one(value)
+            return value if one is NoneType else _converted(name, value, one)
     words = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
     text = repr(value) if len(repr(value)) < 80 else "(long)"
     raise ValueError(f"{name}={text}: expected {words}, not {type(value).__name__}.")
+
+
+def _converted(name: str, value: Any, kind: type) -> Any:
+    """Return a value in a type that it fits; a path that begins with ~ has the home folder in its place."""
+    if kind is not str:
+        return kind(value)
+    text = str(value)
+    if not text:  # such as of a shell's variable that is not set: Path("") would be the current folder
+        raise ValueError(f"{name}='': expected text. For the default leave {flag(name)} out.")
+    return expand_home(text, name)
+
+
+def expand_home(place: str, name: str) -> str:
+    """Return a place with the user's home folder for a ~ at its beginning, also after `local-dir:`.
+
+    Args:
+        place: A path, or another name, which is returned as it is.
+        name: Of the option, for messages.
+
+    Raises:
+        ValueError: The home folder is unknown, or the place is not valid text.
+    """
+    try:
+        place.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}={place!a}: its bytes are not UTF-8: rename it, or set PYTHONUTF8=1 if it is UTF-8 and the locale "
+            "(LC_ALL) is not."
+        ) from error
+    kind = "local-dir:" if place.startswith("local-dir:") else ""
+    path = os.path.expanduser(place.removeprefix(kind))
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"{name}={place!r}: the home folder is unknown: set HOME, or give the whole path.")
+    return kind + path
 
 
 def fits(value: Any, kind: type) -> bool:

@@ -63,8 +63,9 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(target: Path, text: str) -> None:
-    """Write or replace a text file with `write_atomically`."""
-    write_atomically(target, lambda draft: draft.write_text(text))
+    """Write or replace a text file with `write_atomically`, in UTF-8 whatever the locale."""
+    # A file's name that is not UTF-8 has surrogates in Python, and is written as it is.
+    write_atomically(target, lambda draft: draft.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def remove_partial_writes(folder: Path) -> None:

@@ -6,9 +6,16 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: $MGD_TIMM_CACHE, else mgd_timm in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgd_timm"
-    return Path(os.environ.get("MGD_TIMM_CACHE") or default)
+    """Return the cache folder: $MGD_TIMM_CACHE, else mgd_timm in the user's cache folder.
+
+    Raises:
+        OSError: The home folder is unknown.
+    """
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mgd_timm")
+    folder = os.path.expanduser(os.environ.get("MGD_TIMM_CACHE") or default)
+    if folder.startswith("~/"):
+        raise OSError(f"{folder}: the home folder is unknown: set the environment variable MGD_TIMM_CACHE to a folder.")
+    return Path(folder)
 
 
 def cache_entry(kind: str, made_of: str) -> Path:

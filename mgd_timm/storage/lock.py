@@ -124,7 +124,8 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise OSError(
                     error.errno,
-                    f"{self.what} cannot be written ({error}): make its folder writable, or choose another",
+                    f"{self.what} cannot be written ({error}): make its folder writable, or choose another "
+                    "(--teacher-store; the environment variable MGD_TIMM_CACHE for the cache)",
                 ) from error
             self.log(
                 f"warning: {self.what}: its file system has no locks ({error}). Another run may repeat the same work "
