@@ -16,6 +16,7 @@ import criteria
 import demo
 import hosts
 import imagenette
+import loader
 import memory
 import public
 import shortcuts
@@ -58,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria.section,
     "hosts": hosts.section,
     "allocator": allocator.section,
+    "loader": loader.section,
     "imagenette": imagenette.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,

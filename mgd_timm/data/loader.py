@@ -1,5 +1,7 @@
 """DataLoader workers: batches that are decoded ahead of their use.
 
+Workers live as long as their `ReadAhead`, so that an epoch does not wait until they have started.
+
 Workers are forked. Python before 3.13 copies the lock of its list of threads into the new process as it is. If another
 thread holds it at that moment (such as one of gloo's that releases a tensor just after a collective), the new process
 hangs. So each fork first waits until the other threads are idle. From 3.13 on Python takes the lock itself before it
@@ -22,37 +24,74 @@ import torch
 from mgd_timm.data.decode import DataError
 
 
-def read_ahead(
-    source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, hint: str = ""
-) -> Iterator[Any]:
-    """Yield the collated `source[key]` of each list of keys, in order, read by workers ahead of their use.
+class ReadAhead:
+    """Workers that read items ahead of their use. They start when they are first used, and end with this object.
 
     Args:
-        source: Its items are tensors and numbers.
-        keys: One list of keys for each batch, iterated in this process, a few batches ahead.
+        items: `items[key]` is a tensor, number or string, or a tuple of them.
         workers: Number of DataLoader workers; 0 reads in this process.
-        device: Device of the training step; memory is pinned for a GPU.
-        hint: Added to the message of an item's error.
-
-    Raises:
-        DataError: An item raised it.
-        RuntimeError: A worker was killed.
     """
-    loader: Any = torch.utils.data.DataLoader(
-        _ErrorsAsItems(source),  # type: ignore[arg-type]  # a map-style data set needs only __getitem__ beside a batch sampler
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator that dropout uses
-    )
-    with _signals_blocked():
-        batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise DataError(f"{batch} {hint}".rstrip())
-        yield batch
+
+    def __init__(self, items: Any, workers: int) -> None:
+        self.items, self.workers = items, workers
+        self._keys = _Keys()
+        self._loader: Any = None
+        self._in_use = False
+
+    def batches(self, keys: Iterable[list[Any]], device: torch.device, *, hint: str = "") -> Iterator[Any]:
+        """Yield the collated `items[key]` of each list of keys, in order.
+
+        Args:
+            keys: One list of keys for each batch, iterated in this process, a few batches ahead.
+            device: Device of the training step; memory is pinned for a GPU.
+            hint: Added to the message of an item's error.
+
+        Raises:
+            DataError: An item raised it.
+            RuntimeError: A worker was killed.
+        """
+        if self._in_use:  # for batches that are not all taken yet: workers serve one iterator at a time
+            yield from ReadAhead(self.items, self.workers).batches(keys, device, hint=hint)
+            return
+        self._in_use = True
+        try:
+            for batch in self._start(keys, device):
+                if isinstance(batch, DataError):
+                    raise DataError(f"{batch} {hint}".rstrip())
+                yield batch
+        except (DataError, GeneratorExit):
+            raise
+        except BaseException:  # a killed worker, or an interruption between two messages of the workers
+            self._loader = None
+            raise
+        finally:
+            self._in_use = False
+
+    def _start(self, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Any]:
+        """Return the batches of new keys; DataLoader discards what its workers still hold of earlier ones."""
+        self._keys.keys = keys
+        if self._loader is None:
+            self._loader = torch.utils.data.DataLoader(
+                _ErrorsAsItems(self.items),  # type: ignore[arg-type]  # beside a batch sampler it needs only __getitem__
+                batch_sampler=self._keys,
+                num_workers=self.workers,
+                collate_fn=_collate,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_start_worker,
+                persistent_workers=self.workers > 0,
+                generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator of dropout
+            )
+        with _signals_blocked():
+            return iter(self._loader)
+
+
+class _Keys:
+    """The batch sampler of a DataLoader, which cannot be given another one."""
+
+    keys: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.keys)
 
 
 class _ErrorsAsItems:

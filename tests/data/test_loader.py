@@ -31,6 +31,7 @@ def test_workers_outlive_signals_to_the_process_group(large: Path) -> None:
         time.sleep(0.2)
     found += batches
     assert len(found) == 8
+    del source, batches
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mgd_timm.data.decode import DataError
+from mgd_timm.data.decode import DataError, LazyImage
 from mgd_timm.recipe.options import few, unknown
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -20,7 +20,8 @@ HASHED = 1 << 30
 class Rows(Protocol):
     """The images of one split, addressed by row, and their checked labels.
 
-    `pixels` is called in DataLoader workers, which are forked: open a file or a database there, not before.
+    `pixels` and `image` are called in DataLoader workers, which are forked: open a file or a database there, not
+    before.
     """
 
     @property
@@ -49,6 +50,14 @@ class Rows(Protocol):
 
         Raises:
             DataError: The image is corrupt.
+        """
+        ...
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet; `in_chans` is 3 or 1.
+
+        Raises:
+            DataError: It cannot be opened.
         """
         ...
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
 from mgd_timm.data.readers.rows import ReadSplit, begin_digest, digest_images
 from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
 from mgd_timm.recipe.data import Data
@@ -53,6 +53,11 @@ class TableRows:
         """Return a decoded image, uint8 [height, width, in_chans]."""
         cell = self.table[row][self.key]  # read once: it copies the encoded image
         return decode(self._content(row, cell), in_chans, self._name(row, cell))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet."""
+        cell = self.table[row][self.key]
+        return open_image(self._content(row, cell), in_chans, self._name(row, cell))
 
     def _name(self, row: int, cell: Any) -> str:
         path = cell.get("path") if isinstance(cell, dict) else None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, decode
+from mgd_timm.data.decode import IMAGE_SUFFIXES, DataError, LazyImage, decode, open_image
 from mgd_timm.data.readers.rows import EVAL_SPLITS, ReadSplit, begin_digest, digest_images
 from mgd_timm.data.readers.scan import TABLE_SUFFIXES, LocalFolder
 from mgd_timm.recipe.data import Data
@@ -74,6 +74,10 @@ class TarRows:
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
         return decode(self.content(row), in_chans, self.name(row))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet."""
+        return open_image(self.content(row), in_chans, self.name(row))
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, sizes and encoded images."""
