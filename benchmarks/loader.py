@@ -7,6 +7,7 @@
 The first argument names the row of the table. timm's loader has the prefetcher, uint8 and its persistent workers; both
 give normalised float batches of training. An epoch of each is timed in turn after one of warm-up, in one process, which
 keeps freed memory as our runs do.
+Processor time is that of this process and the workers; unlike images per second it hardly depends on what else runs.
 --enlarge resizes N photos to 4000x3000 pixels and saves them as JPEG of quality 90; --repeat shows each image several
 times in an epoch. Memory is that of the workers after the last epoch, shared pages counted in part (PSS). Writes
 benchmarks/results/loader.json.
@@ -121,6 +122,12 @@ def workers_memory(before: set[int]) -> tuple[set[int], float]:
     return set(children), statistics.fmean(sizes) / 2**20 if sizes else 0.0
 
 
+def processor_seconds() -> float:
+    """What this process and its children have taken."""
+    own = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (own, *own.children()))
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = {"timm": timms(args, folder), "ours": ours(args, folder)}
     steps = found["timm"][1]
@@ -130,11 +137,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, (loop, _) in found.items():  # starts the workers, and reads the files into the page cache
         loop()
         children, memory[name] = workers_memory(children)
-    times = report.time_in_turn({name: loop for name, (loop, _) in found.items()}, args.rounds, steps)
+    taken: dict[str, list[float]] = {name: [] for name in found}
+
+    def counted(name: str) -> Loop:
+        def loop() -> None:
+            before = processor_seconds()
+            found[name][0]()
+            taken[name].append((processor_seconds() - before) / (steps * args.batch_size) * 1000)
+
+        return loop
+
+    times = report.time_in_turn({name: counted(name) for name in found}, args.rounds, steps)
     rates = {name: args.batch_size * 1000 / statistics.median(values) for name, values in times.items()}
     return {
         "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": report.ratio(times["timm"], times["ours"]),
+        "processor_ms": {name: round(statistics.median(values), 3) for name, values in taken.items()},
+        "processor_ratio": report.ratio(taken["timm"], taken["ours"]),
         "worker_mib": {name: round(size, 1) for name, size in memory.items()},
         "images": steps * args.batch_size,
     }
@@ -143,20 +162,24 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
-        low, high = row["ratio"]["quartiles"]
-        rates, memory = row["images_per_second"], row["worker_mib"]
+        rates, spent, memory = row["images_per_second"], row["processor_ms"], row["worker_mib"]
+        ratios = [
+            f"{row[name]['median']:.2f} ({row[name]['quartiles'][0]:.2f} to {row[name]['quartiles'][1]:.2f})"
+            for name in ("ratio", "processor_ratio")
+        ]
         cells.append(
             [
                 row["name"],
                 ", ".join([row["interpolation"], *([row["aa"]] if row["aa"] else [])]),
-                f"{rates['timm']:,.0f}",
-                f"{rates['ours']:,.0f}",
-                f"{row['ratio']['median']:.2f} ({low:.2f} to {high:.2f})",
+                f"{rates['ours']:,.0f} / {rates['timm']:,.0f}",
+                ratios[0],
+                f"{spent['ours']:.2f} / {spent['timm']:.2f}",
+                ratios[1],
                 f"{memory['ours']:.0f} / {memory['timm']:.0f}",
             ]
         )
-    header = ["images", "transform", "timm's images/s", "ours", "ours / timm's (quartiles)", "MiB per worker"]
-    return report.markdown(header, cells)
+    header = ["images", "transform", "images/s, ours / timm's", "ratio (quartiles)", "processor ms per image"]
+    return report.markdown([*header, "timm's / ours (quartiles)", "MiB per worker"], cells)
 
 
 def section() -> str:
