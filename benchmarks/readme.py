@@ -16,6 +16,7 @@ import criteria
 import demo
 import hosts
 import imagenette
+import loader
 import memory
 import open as open_folder
 import public
@@ -60,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hosts": hosts.section,
     "allocator": allocator.section,
     "open": open_folder.section,
+    "loader": loader.section,
     "imagenette": imagenette.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.loader import read_ahead
+from mgd_timm.data.loader import ReadAhead
 from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.rows import Rows
 from mgd_timm.recipe.data import Data
@@ -119,7 +119,8 @@ def _find_corrupt(rows: Rows, in_chans: int, workers: int) -> dict[int, str]:
     found: dict[int, str] = {}
     keys = [ids.tolist() for ids in torch.arange(len(rows)).split(64)]
     with tqdm(total=len(rows), desc=f"checking {rows.split}", unit="img", leave=False, disable=len(rows) < 2000) as bar:
-        for ids, batch in zip(keys, read_ahead(errors, keys, workers, torch.device("cpu")), strict=True):
+        batches = ReadAhead(errors, workers).batches(keys, torch.device("cpu"))
+        for ids, batch in zip(keys, batches, strict=True):
             suspects = [row for row, error in zip(ids, batch, strict=True) if error]
             # Decoded once more, as a disk may fail only once.
             found |= {row: error for row in suspects if (error := errors[row])}

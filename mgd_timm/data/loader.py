@@ -1,5 +1,7 @@
 """DataLoader workers: batches that are decoded ahead of their use.
 
+Workers live as long as their `ReadAhead`, so that an epoch does not wait until they have started.
+
 Workers are forked, on Linux whatever the start method of the caller's script: others run the script again, and need a
 guard (`if __name__ == "__main__"`) in it.
 
@@ -48,47 +50,78 @@ def allowed_workers(workers: int, log: Callable[[str], None]) -> int:
     return workers
 
 
-def read_ahead(
-    source: Any, keys: Iterable[list[Any]], workers: int, device: torch.device, *, hint: str = ""
-) -> Iterator[Any]:
-    """Yield the collated `source[key]` of each list of keys, in order, read by workers ahead of their use.
+class ReadAhead:
+    """Workers that read items ahead of their use. They start when they are first used, and end with this object.
 
     Args:
-        source: Its items are tensors and numbers.
-        keys: One list of keys for each batch, iterated in this process, a few batches ahead.
+        items: `items[key]` is a tensor, number or string, or a tuple of them.
         workers: Number of DataLoader workers; 0 reads in this process.
-        device: Device of the training step; memory is pinned for a GPU.
-        hint: Added to the message of an item's error.
-
-    Raises:
-        DataError: An item raised it.
-        OSError: The shared memory is too small for the batches.
-        RuntimeError: A worker was killed.
     """
-    loader: Any = torch.utils.data.DataLoader(
-        _ErrorsAsItems(source),  # type: ignore[arg-type]  # a map-style data set needs only __getitem__ beside a batch sampler
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=_collate,
-        multiprocessing_context=_START_METHOD if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator that dropout uses
-    )
-    with _signals_blocked():
-        batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if "shared memory" in str(error):  # raised in a worker, with its traceback as text, or of a killed worker
-                raise OSError(SHARED_MEMORY) from None
-            raise
-        if batch is None:
+
+    def __init__(self, items: Any, workers: int) -> None:
+        self.items, self.workers = items, workers
+        self._keys = _Keys()
+        self._loader: Any = None
+        self._in_use = False
+
+    def batches(self, keys: Iterable[list[Any]], device: torch.device, *, hint: str = "") -> Iterator[Any]:
+        """Yield the collated `items[key]` of each list of keys, in order.
+
+        Args:
+            keys: One list of keys for each batch, iterated in this process, a few batches ahead.
+            device: Device of the training step; memory is pinned for a GPU.
+            hint: Added to the message of an item's error.
+
+        Raises:
+            DataError: An item raised it.
+            OSError: The shared memory is too small for the batches.
+            RuntimeError: A worker was killed.
+        """
+        if self._in_use:  # for batches that are not all taken yet: workers serve one iterator at a time
+            yield from ReadAhead(self.items, self.workers).batches(keys, device, hint=hint)
             return
-        if isinstance(batch, DataError):
-            raise DataError(f"{batch} {hint}".rstrip())
-        yield batch
+        self._in_use = True
+        try:
+            for batch in self._start(keys, device):
+                if isinstance(batch, DataError):
+                    raise DataError(f"{batch} {hint}".rstrip())
+                yield batch
+        except (DataError, GeneratorExit):
+            raise
+        except BaseException as error:  # a killed worker, or an interruption between two messages of the workers
+            self._loader = None
+            if isinstance(error, RuntimeError) and "shared memory" in str(error):
+                raise OSError(SHARED_MEMORY) from None  # raised in a worker, with its traceback as text
+            raise
+        finally:
+            self._in_use = False
+
+    def _start(self, keys: Iterable[list[Any]], device: torch.device) -> Iterator[Any]:
+        """Return the batches of new keys; DataLoader discards what its workers still hold of earlier ones."""
+        self._keys.keys = keys
+        if self._loader is None:
+            self._loader = torch.utils.data.DataLoader(
+                _ErrorsAsItems(self.items),  # type: ignore[arg-type]  # beside a batch sampler it needs only __getitem__
+                batch_sampler=self._keys,
+                num_workers=self.workers,
+                collate_fn=_collate,
+                multiprocessing_context=_START_METHOD if self.workers else None,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_start_worker,
+                persistent_workers=self.workers > 0,
+                generator=torch.Generator(),  # DataLoader draws a seed, by default from the generator of dropout
+            )
+        with _signals_blocked():
+            return iter(self._loader)
+
+
+class _Keys:
+    """The batch sampler of a DataLoader, which cannot be given another one."""
+
+    keys: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.keys)
 
 
 class _ErrorsAsItems:

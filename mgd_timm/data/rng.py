@@ -68,20 +68,31 @@ def normal(sample_ids: Int[Tensor, " b"], seed: int, draws: int) -> Float[Tensor
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed the three global generators that timm draws from, and restore them at exit. None does nothing."""
+    """Seed the three global generators that timm draws from, and restore them at exit. None does nothing.
+
+    In a DataLoader worker nothing else draws from them, so they are not restored, which takes longer than to seed them.
+    """
     if seed is None:
+        yield
+        return
+    if torch.utils.data.get_worker_info() is not None:
+        _seed_generators(seed)
         yield
         return
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
+        _seed_generators(seed)
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
 
 
 def set_seed(*key: int) -> None:

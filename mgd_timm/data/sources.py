@@ -2,18 +2,19 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mgd_timm.data.corrupt_images import SKIP_HINT, CheckedRows
-from mgd_timm.data.decode import to_pil
-from mgd_timm.data.loader import read_ahead
-from mgd_timm.data.rng import mix, seeded
+from mgd_timm.data.decode import LazyImage
+from mgd_timm.data.loader import ReadAhead
+from mgd_timm.data.rng import mix
 from mgd_timm.data.sampler import epoch_order
-from mgd_timm.data.transforms import augment_small, normalise
+from mgd_timm.data.transforms import ImageTransform, augment_small, normalise
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
 
@@ -94,11 +95,8 @@ class SmallImageSource:
             rows = keys % len(self.images)
             if not images.is_cuda:
                 self.check(ids % len(images))
-            if images.device == rows.device:
-                batch = images[rows]
-            else:  # too many for the GPU: pinned, so that no step waits for the transfer
-                batch = images[ids % len(images)]
-                batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+            on_device = images.device == rows.device  # else they are too many for the GPU
+            batch = images[rows] if on_device else _to_device(images[ids % len(images)], device)
             if self.seed is None:
                 pixels = normalise(batch, mean, std)
             else:
@@ -119,7 +117,9 @@ class SmallImageSource:
 
 
 class LargeImageSource:
-    """Large images, decoded and transformed in DataLoader workers, with random draws seeded by (seed, epoch, id).
+    """Large images, decoded and augmented in DataLoader workers, with random draws seeded by (seed, epoch, id).
+
+    Workers send bytes, which the device normalises and erases boxes of.
 
     `ids` leaves out corrupt images. If all rows are read, each corrupt one is a black image.
 
@@ -127,17 +127,16 @@ class LargeImageSource:
         rows: The split.
         ids: Sample ids of this source.
         data: Its `in_chans` and `workers`, and its options of augmentation.
-        transform: A PIL image to a normalised tensor [c, h, w].
-        seed: Seed of the transform's draws; None does not seed them.
+        transform: Augments and normalises.
+        seed: Seed of the augmentation; None does not augment.
     """
 
-    def __init__(
-        self, rows: CheckedRows, ids: Tensor, data: Data, transform: Callable[[Any], Tensor], seed: int | None
-    ) -> None:
+    def __init__(self, rows: CheckedRows, ids: Tensor, data: Data, transform: ImageTransform, seed: int | None) -> None:
         self.rows, self.ids, self.digest = rows, ids, rows.digest
         self.all_labels = rows.labels
         self.labels = self.all_labels[ids]
         self.data, self.transform, self.seed = data, transform, seed
+        self._workers = ReadAhead(_LargeImages(rows, data.in_chans, transform, seed), data.workers)
 
     @property
     def augmentation(self) -> dict[str, Any]:
@@ -149,27 +148,43 @@ class LargeImageSource:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def with_seed(self, seed: int) -> "LargeImageSource":
-        """Return the same images, transformed with another seed."""
-        other = copy.copy(self)
-        other.seed = seed
-        return other
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, number = key
-        row, channels = number % len(self.all_labels), self.data.in_chans
-        if row in self.rows.corrupt:
-            pixels = np.zeros((8, 8, channels), np.uint8)
-        else:
-            pixels = self.rows.rows.pixels(row, channels)
-        with seeded(None if self.seed is None else mix(self.seed, epoch, number)):
-            return self.transform(to_pil(pixels)), row
+        """Return the same images, augmented with another seed."""
+        return LargeImageSource(self.rows, self.ids, self.data, self.transform, seed)
 
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Yield a Batch for each tensor of sample ids, read ahead by workers."""
-        keys = ([(epoch, row) for row in ids.tolist()] for ids in micro_batches)
-        for images, rows in read_ahead(self, keys, self.data.workers, device, hint=SKIP_HINT):
-            labels = self.all_labels[rows].to(device, non_blocking=True)
-            yield Batch(images.to(device, non_blocking=True), labels, rows.to(device, non_blocking=True))
+        normalise = self.transform.normaliser(self.seed, epoch, device)
+        count, sizes = len(self.all_labels), [len(ids) for ids in micro_batches]
+        moved = torch.cat(list(micro_batches)).to(device).split(sizes) if sizes else ()  # one transfer per epoch
+        keys = ([(epoch, number) for number in ids.tolist()] for ids in micro_batches)
+        batches = self._workers.batches(keys, device, hint=SKIP_HINT)
+        for ids, numbers, pixels in zip(micro_batches, moved, batches, strict=True):
+            images = normalise(pixels.to(device, non_blocking=True), numbers)
+            yield Batch(images, _to_device(self.all_labels[ids % count], device), numbers % count)
+
+
+@dataclass(frozen=True)
+class _LargeImages:
+    """What the workers of a LargeImageSource read: uint8 [c, h, w] by (epoch, id)."""
+
+    rows: CheckedRows
+    in_chans: int
+    transform: ImageTransform
+    seed: int | None
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        epoch, number = key
+        row = number % len(self.rows.rows)
+        if row in self.rows.corrupt:
+            image = LazyImage(Image.new("RGB" if self.in_chans == 3 else "L", (8, 8)), self.in_chans, "")
+        else:
+            image = self.rows.rows.image(row, self.in_chans)
+        return self.transform(image, None if self.seed is None else mix(self.seed, epoch, number))
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, from pinned memory to a GPU, so that no step waits for the transfer."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _erasing_options(data: Data) -> dict[str, Any]:

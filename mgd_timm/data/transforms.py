@@ -1,14 +1,19 @@
 """Everything random that is done to pixels.
 
 - Small images (up to `SMALL` pixels a side, such as 32x32): `augment_small` crops, flips and erases a batch.
-- Large images: `timm_transform`, timm's transform of one image, in a DataLoader worker.
+- Large images: `timm_transform`, timm's transform of one image in a DataLoader worker, and of a batch on the device.
 - Batches of both: `mix_batch`, mixup and cutmix, once, so that teacher and student see the same images.
 
 Crops, flips and boxes are a function of (seed, epoch, sample id), mixing of (seed, epoch, sample ids of the batch).
 """
 
+import contextlib
 import math
+import mmap
+import random
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mgd_timm.data.decode import DataError
+from mgd_timm.data.decode import DataError, LazyImage, to_pil, to_tensor
 from mgd_timm.data.rng import mix, normal, seeded, uniform
 from mgd_timm.features import Defaults
 from mgd_timm.recipe.data import Data
@@ -156,6 +161,65 @@ def _erasing_noise(images: Tensor, keys: Tensor, seed: int, mode: str, count: in
 # -- large images
 
 
+@dataclass(frozen=True)
+class ImageTransform:
+    """timm's transform of a large image in two steps: bytes in a worker, normalised floats of a batch on the device.
+
+    A training image may differ from timm's by a level, as torch resizes it, and by more where a photo is decoded
+    at a reduced size. An evaluated image is timm's to the bit.
+
+    Args:
+        to_pixels: An image to uint8 [c, h, w].
+        mean, std: Per channel, of pixels in [0, 1].
+        data: Its `reprob`, `remode` and `recount`.
+    """
+
+    to_pixels: Callable[[LazyImage], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data: Data
+
+    def __call__(self, image: LazyImage, seed: int | None) -> UInt8[Tensor, "c h w"]:
+        """Return the pixels of an image, augmented with draws of a seed; None does not seed them."""
+        with seeded(seed):
+            return self.to_pixels(image)
+
+    def normaliser(
+        self, seed: int | None, epoch: int, device: torch.device
+    ) -> Callable[[UInt8[Tensor, "b c h w"], Int[Tensor, " b"]], Float[Tensor, "b c h w"]]:
+        """Return the function (pixels, keys) -> images that normalises and erases a batch on a device.
+
+        Args:
+            seed, epoch: Further keys of the boxes that are erased; a seed of None erases none.
+            device: Of the pixels and their keys, which are sample ids.
+        """
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
+        levels = torch.full((), 255.0, device=device)  # a Python number is multiplied by its inverse on a GPU
+
+        def normalise(pixels: Tensor, keys: Tensor) -> Tensor:
+            # The operations of ToTensor and Normalize.
+            images = _empty_floats(pixels).copy_(pixels).div_(levels).sub_(mean).div_(std)
+            if seed is None or not self.data.reprob:
+                return images
+            return erase(images, keys, seed, epoch, self.data.reprob, self.data.remode, self.data.recount)
+
+        return normalise
+
+
+def _empty_floats(pixels: Tensor) -> Tensor:
+    """Return an uninitialised float32 tensor of the shape of `pixels`, on a CPU with Linux in pages of its own.
+
+    Once the C library is told to keep freed memory, blocks of this size leave holes in it that the next ones do not
+    fit, and a process grows by one batch per step. Huge pages make fresh memory as fast as kept memory.
+    """
+    if pixels.device.type != "cpu" or sys.platform != "linux" or not pixels.numel():
+        return torch.empty_like(pixels, dtype=torch.float32)
+    pages = mmap.mmap(-1, 4 * pixels.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32).view(pixels.shape)
+
+
 def timm_transform(
     data: Data,
     defaults: Defaults,
@@ -163,8 +227,8 @@ def timm_transform(
     mean: Sequence[float],
     std: Sequence[float],
     training: bool,
-) -> Callable[[Any], Tensor]:
-    """Return timm's transform of a PIL image into a normalised tensor.
+) -> ImageTransform:
+    """Return timm's transform of an image.
 
     Args:
         data: The options of the data.
@@ -180,15 +244,15 @@ def timm_transform(
 
     _check_interpolations(data)
     interpolation = data.interpolation or defaults.interpolation
-    common: dict[str, Any] = {"input_size": size, "mean": tuple(mean), "std": tuple(std)}
+    common: dict[str, Any] = {"input_size": size, "mean": tuple(mean), "std": tuple(std), "use_prefetcher": True}
     if not training:
         common |= {"crop_pct": data.crop_pct or defaults.crop_pct, "crop_mode": defaults.crop_mode}
-        return create_transform(**common, interpolation=interpolation)
+        plain = create_transform(**common, interpolation=interpolation)
+        return ImageTransform(_Plain(plain), tuple(mean), tuple(std), data)
     common |= {"interpolation": data.train_interpolation or interpolation, "scale": data.scale, "ratio": data.ratio}
     common |= {"hflip": data.hflip, "auto_augment": data.aa, "color_jitter": data.color_jitter or None}
-    common |= {"re_prob": data.reprob, "re_mode": data.remode, "re_count": data.recount}
     try:
-        return create_transform(**common, is_training=True)
+        steps = create_transform(**common, is_training=True, separate=True)
     except (AssertionError, ValueError, KeyError) as error:
         if data.aa is None:
             raise
@@ -196,6 +260,61 @@ def timm_transform(
             f"--aa {data.aa} is not a policy of timm ({error}): expected a policy such as rand-m9-mstd0.5-inc1, "
             "augmix-m3 or original."
         ) from error
+    return ImageTransform(_Augmented(*(step.transforms for step in steps[:2])), tuple(mean), tuple(std), data)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """timm's transform of evaluation, decoded and resized by Pillow as there."""
+
+    transform: Callable[[Any], Tensor]
+
+    def __call__(self, image: LazyImage) -> Tensor:
+        return self.transform(image.load())
+
+
+class _Augmented:
+    """timm's transform of training: its draws in its order, on tensors up to what only Pillow can do.
+
+    Args:
+        primary: timm's crop, and flips.
+        secondary: Auto-augment and colour jitter, if there are any.
+    """
+
+    def __init__(self, primary: Sequence[Any], secondary: Sequence[Any]) -> None:
+        (self.crop, *self.flips), self.secondary = primary, secondary
+
+    def __call__(self, image: LazyImage) -> Tensor:
+        crop = self.crop
+        box = crop.get_params(image.image, crop.scale, crop.ratio)
+        mode = crop.interpolation
+        pixels = _resized_crop(image, box, crop.size, random.choice(mode) if isinstance(mode, tuple) else mode)
+        for flip in self.flips:
+            pixels = flip(pixels)
+        if not self.secondary:
+            return pixels
+        picture = to_pil(pixels.permute(1, 2, 0).numpy())
+        for step in self.secondary:
+            picture = step(picture)
+        return to_tensor(picture)
+
+
+def _resized_crop(image: LazyImage, box: tuple[int, int, int, int], size: tuple[int, int], mode: Any) -> Tensor:
+    """Return a box (top, left, height, width) of an image, resized to `size`.
+
+    A box of twice the size or more is read from a JPEG that is decoded at the smallest size which holds enough pixels.
+    """
+    from timm.data.transforms import str_to_pil_interp
+
+    top, left, height, width = box
+    by = image.reduce(max(min(height // size[0], width // size[1]), 1))
+    if by > 1:
+        region = (left / by, top / by, (left + width) / by, (top + height) / by)
+        return to_tensor(image.load().resize(size[::-1], str_to_pil_interp(mode.value), region))
+    picture = image.load().crop((left, top, left + width, top + height))
+    if mode.value in ("bilinear", "bicubic"):  # as Pillow's, in less time
+        return F.interpolate(to_tensor(picture)[None], size, mode=mode.value, antialias=True)[0]
+    return to_tensor(picture.resize(size[::-1], str_to_pil_interp(mode.value)))
 
 
 def _check_interpolations(data: Data) -> None:

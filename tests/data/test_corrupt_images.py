@@ -64,7 +64,7 @@ def test_corrupt_images_are_skipped_up_to_a_number(
         read(large, img_size=32, max_bad=1)
     assert len(list((cache_folder() / "corrupt").iterdir())) == 2
     with monkeypatch.context() as context:  # looked for once
-        context.setattr(corrupt_images, "read_ahead", None)
+        context.setattr(corrupt_images, "ReadAhead", None)
         found = read(large, img_size=32, max_bad=2)
     assert [re.sub(r".*/(\w/\d\.png).*", r"\1", line) for line in found.corrupt] == ["b/4.png", "c/5.png"]
     assert found.test is not None

@@ -10,7 +10,7 @@ import pytest
 from image_files import collect, encoded, folder, noise, read
 from PIL import Image, ImageOps
 
-from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.decode import DataError, decode, open_image
 
 COLOUR, GREY = (200, 100, 50), 124  # ITU-R 601: 0.299 R + 0.587 G + 0.114 B
 
@@ -66,6 +66,38 @@ def bomb() -> bytes:
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("factor", range(1, 12))
+@pytest.mark.parametrize("size", [(801, 603), (97, 120)])
+def test_a_jpeg_is_reduced_by_no_more_than_was_asked_for(factor: int, size: tuple[int, int]) -> None:
+    width, height = size
+    image = open_image(encoded(noise(0, height, width), "JPEG"), 3, "x")
+    taken = image.reduce(factor)
+    assert taken == max(power for power in (1, 2, 4, 8) if power <= factor)
+    assert image.load().size == (-(-width // taken), -(-height // taken))
+    other = open_image(encoded(noise(0, height, width)), 3, "x")
+    assert other.reduce(factor) == 1
+    assert other.load().size == size
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_reduced_jpeg_shows_the_same(channels: int) -> None:
+    smooth = Image.fromarray(noise(0, 8, 8)).resize((256, 256), Image.Resampling.BICUBIC)
+    content = encoded(smooth, "JPEG", quality=95)
+    image = open_image(content, channels, "x")
+    assert image.reduce(4) == 4
+    whole = open_image(content, channels, "x").load()
+    means = np.asarray(whole.reduce(4)).astype(int)
+    assert image.load().mode == whole.mode == ("L" if channels == 1 else "RGB")
+    assert np.abs(np.asarray(image.load()) - means).mean() < 1
+
+
+def test_a_truncated_jpeg_is_refused_at_a_reduced_size_too() -> None:
+    image = open_image(encoded(noise(0, 400, 400), "JPEG")[:-3000], 3, "some name")
+    assert image.reduce(4) == 4
+    with pytest.raises(DataError, match=r"^some name: truncated or corrupt \(.*\): remove or replace it"):
+        image.load()
 
 
 CORRUPT = [

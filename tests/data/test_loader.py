@@ -1,11 +1,13 @@
-"""Workers outlive signals, and a fork waits for threads that are about to become idle."""
+"""Workers live for a run and outlive signals, and a fork waits for threads that are about to become idle."""
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,11 @@ import pytest
 import torch
 from image_files import read
 
-from mgd_timm.data.loader import wait_for_idle_threads
+from mgd_timm.data.decode import DataError
+from mgd_timm.data.loader import ReadAhead, wait_for_idle_threads
+from mgd_timm.data.sources import LargeImageSource, _LargeImages
+
+CPU = torch.device("cpu")
 
 
 def test_workers_outlive_signals_to_the_process_group(large: Path) -> None:
@@ -31,8 +37,73 @@ def test_workers_outlive_signals_to_the_process_group(large: Path) -> None:
         time.sleep(0.2)
     found += batches
     assert len(found) == 8
+    del source, batches
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
+
+
+class Numbers:
+    """Items that say which process read them. Key 13 cannot be read, and at key 99 the worker is killed."""
+
+    def __getitem__(self, key: int) -> tuple[int, int]:
+        if key == 13:
+            raise DataError("image 13: corrupt.")
+        if key == 99:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return key, os.getpid()
+
+
+def taken(batches: Iterator[list[torch.Tensor]]) -> tuple[list[list[int]], set[int]]:
+    """Keys of each batch, and the processes that read them."""
+    found = [(keys.tolist(), pids.tolist()) for keys, pids in batches]
+    return [keys for keys, _ in found], {pid for _, pids in found for pid in pids}
+
+
+KEYS = [[1, 2], [3], [4, 5], [6], [7, 8], [9]]
+
+
+def test_workers_live_from_epoch_to_epoch() -> None:
+    reader = ReadAhead(Numbers(), 2)
+    keys, pids = taken(reader.batches(KEYS, CPU))
+    assert keys == KEYS
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert taken(reader.batches(KEYS[::-1], CPU)) == (KEYS[::-1], pids)
+    stopped = reader.batches(KEYS, CPU)  # an epoch that is left early
+    assert next(stopped)[0].tolist() == [1, 2]
+    del stopped
+    assert taken(reader.batches(KEYS[2:], CPU)) == (KEYS[2:], pids)
+    with pytest.raises(DataError, match=r"^image 13: corrupt\. A hint\.$"):
+        list(reader.batches([[1], [13], [2]], CPU, hint="A hint."))
+    assert taken(reader.batches(KEYS, CPU)) == (KEYS, pids)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_may_be_taken_from_several_iterators_in_turn(workers: int) -> None:
+    reader = ReadAhead(Numbers(), workers)
+    first, second = reader.batches(KEYS, CPU), reader.batches(KEYS[::-1], CPU)
+    pairs = [(one[0].tolist(), two[0].tolist()) for one, two in zip(first, second, strict=True)]
+    assert pairs == list(zip(KEYS, KEYS[::-1], strict=True))
+    assert taken(reader.batches(KEYS, CPU))[0] == KEYS
+
+
+@pytest.mark.slow
+def test_after_a_killed_worker_new_ones_start() -> None:
+    reader = ReadAhead(Numbers(), 1)
+    _, pids = taken(reader.batches(KEYS, CPU))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(reader.batches([[1], [99], [2]], CPU))
+    keys, others = taken(reader.batches(KEYS, CPU))
+    assert keys == KEYS
+    assert pids.isdisjoint(others)
+
+
+def test_workers_send_bytes(large: Path) -> None:
+    source = read(large, img_size=32, workers=0, reprob=1.0).train
+    assert isinstance(source, LargeImageSource)
+    keys = [[(0, row) for row in (4, 1)]]
+    (pixels,) = ReadAhead(_LargeImages(source.rows, 3, source.transform, 0), 2).batches(keys, CPU)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (2, 3, 32, 32))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_files import collect, encoded, noise, pixels, read, stacked
 
-from mgd_timm.data.decode import decode
+from mgd_timm.data.decode import LazyImage, decode, open_image
 from mgd_timm.data.readers import open as reader_choice
 from mgd_timm.data.readers.scan import Ignored
 from mgd_timm.data.readers.splits import LocalSplit
@@ -34,6 +34,9 @@ class Records:
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         return decode(self.images[row], in_chans, self.name(row))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        return open_image(self.images[row], in_chans, self.name(row))
 
     def digest(self) -> str:
         return hashlib.sha256(b"".join(self.images) + self.labels.tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """Batches are the same for any number of workers and any batch size, and augmented by (seed, epoch, sample) alone."""
 
+import io
 import random
 import resource
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import collect, encoded, noise, parquet, pixels, read, stacked
+from image_files import collect, encoded, folder, noise, parquet, pixels, read, stacked
 from PIL import Image
 
 from mgd_timm.data.rng import mix
@@ -35,34 +36,54 @@ def test_large_images_go_through_timms_transforms(large: Path) -> None:
     )
     assert isinstance(data.train, LargeImageSource)
     assert (data.input_size, data.mean, data.std) == ((3, 48, 48), defaults.mean, defaults.std)
-    common: dict[str, Any] = {
-        "input_size": (3, 48, 48),
-        "mean": defaults.mean,
-        "std": defaults.std,
-        "interpolation": "bilinear",
-    }
-    transform = create_transform(**common, crop_pct=0.9)
+    common: dict[str, Any] = {"input_size": (3, 48, 48), "interpolation": "bilinear"}
+    transform = create_transform(**common, mean=defaults.mean, std=defaults.std, crop_pct=0.9)
     pictures = [Image.fromarray(noise(i, 128, 128)) for i in (8, 9)] + [
         Image.fromarray(noise(i, 97, 150)) for i in (10, 11)
     ]
     assert torch.equal(collect(data.test).images, torch.stack([transform(picture) for picture in pictures]))
+    assert collect(data.train, epoch=3).labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "mean"),
+    [
+        ({"interpolation": "bilinear"}, 1, 0.1),
+        ({"interpolation": "bicubic"}, 2, 0.1),
+        ({"interpolation": "lanczos"}, 0, 0.0),  # Pillow's own
+        ({"train_interpolation": "random", "interpolation": "bilinear"}, 2, 0.1),
+        # A policy may turn a level into many.
+        ({"interpolation": "bilinear", "aa": "rand-m9-mstd0.5"}, 255, 1.0),
+        ({"interpolation": "bilinear", "color_jitter": 0.3}, 255, 1.0),
+    ],
+)
+def test_training_draws_what_timm_draws(options: dict[str, Any], most: int, mean: float, large: Path) -> None:
+    from timm.data.transforms_factory import create_transform
+
+    defaults = Defaults(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    train = read(large, seed=5, defaults=defaults, workers=0, img_size=48, scale=(0.2, 0.9), hflip=0.4, **options).train
     transform = create_transform(
-        **common,
+        (3, 48, 48),
         is_training=True,
+        mean=defaults.mean,
+        std=defaults.std,
         scale=(0.2, 0.9),
         ratio=(3 / 4, 4 / 3),
         hflip=0.4,
-        auto_augment="rand-m9-mstd0.5",
-        color_jitter=0.3,
+        auto_augment=options.get("aa"),
+        color_jitter=options.get("color_jitter"),
+        interpolation=options.get("train_interpolation", options["interpolation"]),
     )
-    batch = collect(data.train, epoch=3)
-    assert batch.labels.tolist() == [0] * 4 + [1] * 4
-    for row in (0, 3):
+    images, std = collect(train, epoch=3).images, torch.tensor(defaults.std)[:, None, None]
+    for row in range(8):
+        picture = noise(row, 100 + 5 * row, 120) if row < 4 else noise(row, 110, 100 + 7 * row)
         seed = mix(5, 3, row)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
-        assert torch.equal(batch.images[row], transform(Image.fromarray(noise(row, 100 + 5 * row, 120))))
+        levels = (images[row] - transform(Image.fromarray(picture))).abs() * std * 255
+        assert levels.max() < most + 0.01
+        assert levels.mean() <= mean
 
 
 def test_small_images_are_resized_on_request(small: Path) -> None:
@@ -75,6 +96,31 @@ def test_small_images_are_resized_on_request(small: Path) -> None:
     assert collect(grown.test).images.shape == (4, 3, 128, 128)
 
 
+def photo(seed: int, height: int, width: int) -> bytes:
+    """A JPEG with structures of some 60 pixels."""
+    rough = Image.fromarray(noise(seed, height // 60, width // 60))
+    return encoded(rough.resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=90)
+
+
+def test_large_photos_are_decoded_at_a_reduced_size_and_cropped_as_timm_does(tmp_path: Path) -> None:
+    from timm.data.transforms_factory import create_transform
+
+    contents = [photo(row, 900 + 37 * row, 1200 - 31 * row) for row in range(6)]
+    place = folder(tmp_path, {"train/cat": contents[:3], "train/dog": contents[3:]}, ending="jpg")
+    defaults = Defaults(mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+    train = read(place, seed=5, defaults=defaults, workers=0, img_size=64).train
+    transform = create_transform(
+        64, is_training=True, mean=defaults.mean, std=defaults.std, color_jitter=None, interpolation="bilinear"
+    )
+    for row, image in enumerate(collect(train).images):
+        seed = mix(5, 0, row)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        levels = (image - transform(Image.open(io.BytesIO(contents[row])))).abs() * 0.25 * 255
+        assert 0 < levels.mean() < 1.5
+        assert levels.mean() < (image[:, 1:] - image[:, :-1]).abs().mean() * 0.25 * 255 / 2  # not moved by half a pixel
+
+
 def states() -> tuple[str, list[int]]:
     return str(np.random.get_state()), torch.get_rng_state().tolist()
 
@@ -82,7 +128,7 @@ def states() -> tuple[str, list[int]]:
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(kind: str, request: pytest.FixtureRequest) -> None:
     place = request.getfixturevalue(kind)
-    options: dict[str, Any] = {"img_size": 24} if kind == "large" else {"img_size": None}
+    options: dict[str, Any] = {"img_size": 24, "reprob": 0.5} if kind == "large" else {"img_size": None}
     order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
     train = read(place, seed=1, workers=0, **options).train
     whole = collect(train, 8, epoch=2)

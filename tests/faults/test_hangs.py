@@ -128,7 +128,7 @@ STACKS = re.compile(r"Timeout \(.*\)!\n(?:Thread .*\n(?:  File .*\n)+\n?)+")
 
 def reads(stacks: str) -> bool:
     """Whether a rank waits for images; the others wait for it in a collective."""
-    return "in read_ahead" in stacks
+    return "data/loader.py" in stacks
 
 
 def hang(words: list[str], folder: Path, processes: int) -> tuple[int, float]:

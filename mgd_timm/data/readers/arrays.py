@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_timm.data.decode import DataError, to_pil
+from mgd_timm.data.decode import DataError, LazyImage, to_pil
 from mgd_timm.data.readers.classes import Labels, labels_of_words, match_classes
 from mgd_timm.data.readers.rows import begin_digest
 from mgd_timm.data.readers.scan import Ignored
@@ -50,6 +50,10 @@ class ArrayRows:
         if channels != in_chans:
             image = np.asarray(to_pil(image).convert("RGB" if in_chans == 3 else "L"))
         return image.reshape(*image.shape[:2], in_chans)
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image of 3 channels or 1."""
+        return LazyImage(to_pil(self.pixels(row, in_chans)), in_chans, self.name(row))
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels and all pixels."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
 from mgd_timm.data.readers.classes import Labels, match_classes
 from mgd_timm.data.readers.rows import begin_digest, digest_images
 from mgd_timm.data.readers.scan import Folder, Ignored
@@ -66,6 +66,10 @@ class FolderRows:
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
         return decode(self.path(row), in_chans, self.name(row))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet."""
+        return open_image(self.path(row), in_chans, self.name(row))
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, file names, sizes and images, wherever the folder lies."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mgd_timm.data.decode import DataError
+from mgd_timm.data.decode import DataError, LazyImage
 from mgd_timm.data.readers.splits import role_of
 from mgd_timm.recipe.options import few, unknown
 
@@ -22,7 +22,8 @@ _THREADS = 8
 class Rows(Protocol):
     """The images of one split, addressed by row, and their checked labels.
 
-    `pixels` is called in DataLoader workers, which are forked: open a file or a database there, not before.
+    `pixels` and `image` are called in DataLoader workers, which are forked: open a file or a database there, not
+    before.
     """
 
     @property
@@ -51,6 +52,14 @@ class Rows(Protocol):
 
         Raises:
             DataError: The image is corrupt.
+        """
+        ...
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet; `in_chans` is 3 or 1.
+
+        Raises:
+            DataError: It cannot be opened.
         """
         ...
 

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgd_timm.data.decode import DataError, decode, to_pil
-from mgd_timm.data.loader import read_ahead
+from mgd_timm.data.decode import DataError, open_image
+from mgd_timm.data.loader import ReadAhead
 from mgd_timm.data.readers.columns import image_column, label_column
 from mgd_timm.data.readers.rows import Rows, find_split
-from mgd_timm.data.rng import mix, seeded
+from mgd_timm.data.rng import mix
+from mgd_timm.data.transforms import ImageTransform
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
 
@@ -246,12 +247,13 @@ class StreamSource:
     Args:
         stream: The images.
         data: Its `in_chans`, `workers` and `shuffle_buffer`.
-        transform: A PIL image to a normalised tensor [c, h, w].
+        transform: Augments and normalises.
         seed: Seed of order and augmentation; None reads the stream in its own order.
     """
 
-    def __init__(self, stream: Stream, data: Data, transform: Callable[[Any], Tensor], seed: int | None) -> None:
+    def __init__(self, stream: Stream, data: Data, transform: ImageTransform, seed: int | None) -> None:
         self.stream, self.data, self.transform, self.seed = stream, data, transform, seed
+        self._workers = ReadAhead(_StreamedImages(stream.split, data.in_chans, transform, seed), data.workers)
         self.ids = torch.arange(stream.count)
         self.labels = stream.labels if stream.labels is not None else torch.empty(0, dtype=torch.int64)
         self.digest = stream.digest()
@@ -260,13 +262,6 @@ class StreamSource:
         """Return all positions in ascending order: the stream itself is shuffled."""
         return self.ids
 
-    def __getitem__(self, key: tuple[int, int, bytes, Any]) -> tuple[Tensor, Any, int]:
-        epoch, position, content, label = key
-        name = f"{self.stream.split} image {position} of the stream in epoch {epoch + 1}"
-        image = to_pil(decode(content, self.data.in_chans, name))
-        with seeded(None if self.seed is None else mix(self.seed, epoch, position)):
-            return self.transform(image), label, position
-
     def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Yield a Batch for each tensor of positions, which ascend.
 
@@ -274,8 +269,25 @@ class StreamSource:
             DataError: The stream ends too early or breaks off, or an image or label cannot be used.
         """
         keys = _read_keys(self, micro_batches, epoch)
-        for images, labels, positions in read_ahead(self, keys, self.data.workers, device):
-            yield Batch(*(part.to(device, non_blocking=True) for part in (images, labels, positions)))
+        normalise = self.transform.normaliser(self.seed, epoch, device)
+        for batch in self._workers.batches(keys, device):
+            pixels, labels, positions = (part.to(device, non_blocking=True) for part in batch)
+            yield Batch(normalise(pixels, positions), labels, positions)
+
+
+@dataclass(frozen=True)
+class _StreamedImages:
+    """Decode and transform, in a worker, what was read of an image."""
+
+    split: str
+    in_chans: int
+    transform: ImageTransform
+    seed: int | None
+
+    def __getitem__(self, key: tuple[int, int, bytes, Any]) -> tuple[Tensor, Any, int]:
+        epoch, position, content, label = key
+        image = open_image(content, self.in_chans, f"{self.split} image {position} of the stream in epoch {epoch + 1}")
+        return self.transform(image, None if self.seed is None else mix(self.seed, epoch, position)), label, position
 
 
 def _read_keys(

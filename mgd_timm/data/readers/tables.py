@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
 from mgd_timm.data.readers.classes import is_number, match_classes
 from mgd_timm.data.readers.columns import image_column, label_column, read_labels
 from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
@@ -83,6 +83,11 @@ class TableRows:
         """Return a decoded image, uint8 [height, width, in_chans]."""
         cell = self._cell(row)  # read once: it copies the encoded image
         return decode(self._content(row, cell), in_chans, self._name(row, cell))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet."""
+        cell = self._cell(row)
+        return open_image(self._content(row, cell), in_chans, self._name(row, cell))
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, sizes and encoded images.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mgd_timm.data.decode import DataError, decode
+from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
 from mgd_timm.data.image_formats import readable_endings, why_not_read
 from mgd_timm.data.readers.classes import Labels, is_number, labels_of_words, match_classes
 from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
@@ -75,6 +75,10 @@ class TarRows:
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
         return decode(self.content(row), in_chans, self.name(row))
+
+    def image(self, row: int, in_chans: int) -> LazyImage:
+        """Return an image that is not decoded yet."""
+        return open_image(self.content(row), in_chans, self.name(row))
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, sizes and encoded images."""
