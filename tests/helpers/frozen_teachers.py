@@ -106,7 +106,7 @@ def check_student() -> None:
     """The student is no constant: it trains as it does eagerly."""
     students: list[nn.Module] = []
     teacher = make_teacher(1)
-    for compile in (False, True):
+    for compiles in (False, True):
         set_seed(5)
         tap = FeatureTap(timm.create_model("cifar_resnet8x05", num_classes=CLASSES), input_size=SIZE)
         pair = Pair(tap.shapes(SIZE[1]), teacher.tap.shapes(SIZE[1]), COUNT)
@@ -114,7 +114,7 @@ def check_student() -> None:
         start = copy.deepcopy(distiller)
         optim, quiet = Optim(epochs=5, lr=0.05), FitOptions(quiet=True)
         options = {"seed": 0, "batch_size": COUNT, "teach": LiveTeachers(teacher), "options": quiet}
-        fit(distiller, _Batches(), optim, Accelerator(), compile=compile, **options)
+        fit(distiller, _Batches(), optim, Accelerator(), compile=compiles, **options)
         students.append(distiller)
     for eager, ours, then in zip(*(model.parameters() for model in (*students, start)), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
