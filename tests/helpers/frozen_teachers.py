@@ -87,12 +87,12 @@ def check_constants() -> None:
 
 
 def check_many() -> None:
-    """Torch's limit of 8 compilations of a function does not leave the ninth teacher eager."""
+    """Torch's limit of 8 compilations of a function, 7 of which were done above, leaves no teacher eager."""
     batch, before = make_batch(COUNT), counters["stats"]["unique_graphs"]
-    for seed in range(10):
+    for seed in range(3):
         teacher = make_teacher(seed)
         assert distance(compiled(teacher)(batch), teacher(batch.images)) < 1e-5
-    assert counters["stats"]["unique_graphs"] == before + 10
+    assert counters["stats"]["unique_graphs"] == before + 3
 
 
 class _Batches:
