@@ -4,13 +4,15 @@
     python benchmarks/step.py --against plain --amp              against the eager float32 loop of public scripts
     python benchmarks/step.py --against plain --amp --stored     with the teacher's outputs read from a store
     python benchmarks/step.py --against alone --amp --stored     against training the student without a teacher
+    python benchmarks/step.py --against unfrozen --amp --compile what the compiled teacher's constant weights save
     python benchmarks/step.py --teacher cifar_resnet20 --student cifar_resnet8x05 --size 28 --classes 10
 
 bare: frozen teacher's forward, student's forward and backward with cross-entropy and KD, SGD with momentum, on float
 batches that lie ready. plain: MAS+KD as one writes it first: float32, NCHW, everything eager, losses and accuracies
-fetched every step; its float batches lie ready as well, which spares it its loader. alone: `fit` on labels only. Ours
-is `fit` itself, from uint8 images in the store to the new weights: order, augmentation, heads, both code losses, stable
-excitation, schedule, checks and logging are all in its time. Peak memory is that of a process of its own for each loop.
+fetched every step; its float batches lie ready as well, which spares it its loader. alone: `fit` on labels only.
+unfrozen: ours with a teacher that torch.compile compiles by its defaults, its weights as inputs. Ours is `fit` itself,
+from uint8 images in the store to the new weights: order, augmentation, heads, both code losses, stable excitation,
+schedule, checks and logging are all in its time. Peak memory is that of a process of its own for each loop.
 Writes benchmarks/results/step.json.
 """
 
@@ -32,8 +34,8 @@ from torch import Tensor, nn
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.criteria import KD, CrossEntropy, Objective
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, FeatureTap, Pair
+from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
+from mgd_timm.features import Features, FeatureTap, Pair
 from mgd_timm.granularity import MAS, GranularityHeads
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.recipe.data import Data
@@ -46,7 +48,7 @@ from mgd_timm.training.options import FitOptions
 from mgd_timm.training.step import compile_mode
 
 FILE = report.RESULTS / "step.json"
-AGAINST = ("bare", "plain", "alone")
+AGAINST = ("bare", "plain", "alone", "unfrozen")
 Loop = Callable[[], None]
 
 
@@ -68,7 +70,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=("ours", *AGAINST), help=argparse.SUPPRESS
     )  # a process that measures its own memory
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.against == "unfrozen" and (args.stored or not args.compile):
+        parser.error("--against unfrozen compares compiled live teachers: give --compile, not --stored")
+    return args
 
 
 def networks(args: argparse.Namespace, channels_last: bool) -> tuple[nn.Module, nn.Module]:
@@ -165,7 +170,13 @@ def plain(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator:
 
 
 def ours(
-    args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator, *, taught: bool = True
+    args: argparse.Namespace,
+    images: Tensor,
+    labels: Tensor,
+    accelerator: Accelerator,
+    *,
+    taught: bool = True,
+    freeze: bool = True,
 ) -> Loop:
     teacher, student = networks(args, True)
     device, size = accelerator.device, (3, args.size, args.size)
@@ -180,13 +191,10 @@ def ours(
         module.to(memory_format=torch.channels_last)
     stats = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
     source: Any = SmallImageSource(images, labels, torch.arange(len(images)), "random", Data(), stats, seed=0)
-    look = torch.compile(frozen, dynamic=False, mode=compile_mode(accelerator)) if args.compile else frozen
-
-    def live(batch: Batch) -> Features:
-        found: Features = look(batch.images)
-        return found
-
-    teach: Any = live if taught else None
+    teach: Any = LiveTeachers(frozen) if taught else None
+    if not freeze:
+        look = torch.compile(frozen, dynamic=False, mode=compile_mode(accelerator))
+        teach = lambda batch: look(batch.images)  # noqa: E731  # not LiveTeachers, which fit would compile
     if taught and args.stored:
         layout = Layout(teacher_tap.embed_dim, args.classes)
         store = TeacherStore(Path(args.folder) / "store", {"random": True}, layout, len(images), 1, accelerator)
@@ -214,7 +222,18 @@ def alone(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator:
     return ours(args, images, labels, accelerator, taught=False)
 
 
-MAKERS: dict[str, Callable[..., Loop]] = {"ours": ours, "bare": bare, "plain": plain, "alone": alone}
+def unfrozen(args: argparse.Namespace, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Loop:
+    """Our step with a teacher that is compiled as any module is, its weights as inputs."""
+    return ours(args, images, labels, accelerator, freeze=False)
+
+
+MAKERS: dict[str, Callable[..., Loop]] = {
+    "ours": ours,
+    "bare": bare,
+    "plain": plain,
+    "alone": alone,
+    "unfrozen": unfrozen,
+}
 
 
 def random_data(args: argparse.Namespace, steps: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,12 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._dynamo.config as dynamo_config
+import torch._inductor.config as inductor_config
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mgd_timm.criteria.base import Objective
 from mgd_timm.distributed.sharding import fsdp_units, shard
@@ -126,9 +129,34 @@ class LiveTeachers:
         return _compute_features(self.teachers, batch)
 
     def compile(self, micro_batch_size: int, mode: str) -> Callable[[Batch], TeacherFeatures]:
-        """Return the same function, compiled with torch.compile's `mode` for full micro-batches (see `is_full`)."""
-        compiled = [torch.compile(teacher, dynamic=False, mode=mode) for teacher in self.teachers]
+        """Return the same function, compiled with torch.compile's `mode` for full micro-batches (see `is_full`).
+
+        Teachers on a CPU are compiled with their present weights as constants.
+        """
+        compiled = [_compile(teacher, mode) for teacher in self.teachers]
         return lambda batch: _compute_features(compiled if is_full(batch, micro_batch_size) else self.teachers, batch)
+
+
+def _compile(teacher: Teacher, mode: str) -> Callable[..., Features]:
+    """Compile a teacher; on a CPU with inductor's freezing: BatchNorm is folded, weights are cast and packed once, and
+    convolutions take the sums and activations after them."""
+    if any(weight.device.type != "cpu" or isinstance(weight, DTensor) for weight in teacher.parameters()):
+        return torch.compile(teacher, dynamic=False, mode=mode)
+    # Dynamo finds a frozen graph by the identity of its weights, not by their values. New tensors of the same memory
+    # keep a graph of earlier values from being found, and the caller's module from being held by this one.
+    memo: dict[int, Tensor] = {id(buffer): buffer.detach() for buffer in teacher.buffers()}
+    memo |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in teacher.parameters()}
+    compiled = torch.compile(copy.deepcopy(teacher, memo), dynamic=False, mode=mode)
+
+    # Not torch.compile's `options`, which Dynamo does not see: it would pass the weights as inputs.
+    @torch.no_grad()
+    @inductor_config.patch(freezing=True)
+    @dynamo_config.patch(recompile_limit=dynamo_config.accumulated_recompile_limit)  # every teacher counts as one
+    def compute_features(images: Tensor) -> Features:
+        features: Features = compiled(images)
+        return features
+
+    return compute_features
 
 
 def _compute_features(teachers: Sequence[Callable[..., Features]], batch: Batch) -> TeacherFeatures:

@@ -166,7 +166,7 @@ class Updater:
 
     def _run_step(self, micro_batch: MicroBatch, batch: Batch) -> dict[str, Tensor]:
         """Accumulate a micro-batch's gradients, and return its sums: zeros where it is empty."""
-        torch.manual_seed(micro_batch.seed)
+        _seed_generators(micro_batch.seed, self.accelerator.device)
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
         before = self.statistics.snapshot() if self.statistics is not None else []
@@ -245,6 +245,12 @@ class Updater:
                 f"the first one: lower --model-ema-decay ({self.optim.model_ema_decay})"
                 f"{'' if self.optim.model_ema_warmup else ', or give --model-ema-warmup'}."
             )
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of all devices. On a CPU alone its own: for each backend that is not in use,
+    `torch.manual_seed` formats the stack."""
+    (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:
