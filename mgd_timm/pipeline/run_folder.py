@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mgd_timm.data.dataset import Images
+from mgd_timm.data.readers.splits import role_of, split_of_file
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import as_dict, differences
 from mgd_timm.recipe.recipe import PARTS, Recipe, flatten, make_recipe
@@ -23,8 +24,8 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:
-    """Raise ValueError if a folder that will be written is the data folder or in it: a later run would read what is
-    written there as images or classes.
+    """Raise ValueError if a later run would read a folder that will be written as images or as a class: it is the data
+    folder, one of its splits, or lies beside its class folders. Beside split folders and files it may lie.
 
     Args:
         data: Names the data folder, if the data are local.
@@ -35,8 +36,12 @@ def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:
     folder = Path(data.data_dir or data.dataset)
     if not folder.is_dir():
         return
+    has_splits = any(role_of(path.name) or split_of_file(path.name) for path in folder.iterdir())
     for name, place in places.items():
-        if place.resolve().is_relative_to(folder.resolve()):
+        if not place.resolve().is_relative_to(folder.resolve()):
+            continue
+        inside = place.resolve().relative_to(folder.resolve()).parts
+        if not has_splits or not inside or role_of(inside[0]):
             raise ValueError(
                 f"{name} {place} is in the data folder {folder}, where a later run would read it as data: choose a "
                 "folder outside of it."

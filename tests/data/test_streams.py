@@ -10,7 +10,6 @@ import pytest
 import torch
 from image_files import class_folders, files, shards
 from small import write_pictures
-from torchvision.transforms.functional import to_tensor
 from traced import launch, recorded
 
 from mgd_timm.data.dataset import Images, load_images
@@ -164,7 +163,8 @@ def test_what_a_stream_does_not_know_is_asked_for(pictures: Path, parquets: Path
     images = stream(parquets, num_samples=30)
     with pytest.raises(DataError, match=r"ended after 24 images, expected 30: give its true number"):
         batches(images, [images.train.ids])
-    narrow = StreamSource(read(target_key="cls", num_samples=24, num_classes=2), Data(workers=0), to_tensor, 1)
+    plain = stream(parquets).train.transform  # type: ignore[attr-defined]
+    narrow = StreamSource(read(target_key="cls", num_samples=24, num_classes=2), Data(workers=0), plain, 1)
     with pytest.raises(DataError, match="has the label 2: expected 0 to 1"):
         list(narrow.batches([narrow.ids], 0, CPU))
 

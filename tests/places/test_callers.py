@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import mgd_timm
+import mgd_timm.models  # registers cifar_*
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.loader import allowed_workers
 from mgd_timm.recipe.data import Data

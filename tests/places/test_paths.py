@@ -118,7 +118,7 @@ def test_a_value_with_a_dash_is_explained(capsys):
     assert "--output=-name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["", "run", "train/run", "train/cat/../deep/run", "../link/run"])
+@pytest.mark.parametrize("place", ["", "train/run", "train/cat/../deep/run", "../link/train/run"])
 def test_nothing_is_written_into_the_data(tmp_path, place):
     data = tmp_path / "data"
     (data / "train" / "cat").mkdir(parents=True)
@@ -126,6 +126,16 @@ def test_nothing_is_written_into_the_data(tmp_path, place):
     for options in (Data(data_dir=str(data)), Data(dataset=str(data)), Data(data_dir=str(tmp_path / "link"))):
         with pytest.raises(ValueError, match="is in the data folder"):
             check_outside_data(options, {"--output": data / place})
+
+
+def test_nothing_is_written_beside_class_folders(tmp_path):
+    """There it would be a class."""
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    options = Data(data_dir=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="is in the data folder"):
+        check_outside_data(options, {"--output": tmp_path / "data" / "run"})
+    (tmp_path / "data" / "train").mkdir()
+    check_outside_data(options, {"--output": tmp_path / "data" / "run"})  # beside a split
 
 
 def test_what_is_beside_the_data_may_be_written(tmp_path):
@@ -140,11 +150,11 @@ def test_what_is_beside_the_data_may_be_written(tmp_path):
 def test_each_folder_of_a_run_is_kept_out_of_the_data(little, tmp_path, monkeypatch, capsys):
     before = sorted(little.rglob("*"))
     data, distill = ["--data-dir", little], ["distill", "--method", "none"]
-    assert "--output" in refused(capsys, *TRAIN, *data, "--output", little / "run")
+    assert "--output" in refused(capsys, *TRAIN, *data, "--output", little / "train" / "run")
     assert "--output" in refused(capsys, *TRAIN, *data, "--output", little, "--resume")
-    store = ["--output", tmp_path / "run", "--teacher-store", little / "store"]
+    store = ["--output", tmp_path / "run", "--teacher-store", little / "train" / "store"]
     assert "--teacher-store" in refused(capsys, *distill, *data, *store)
-    monkeypatch.setenv("MGD_TIMM_CACHE", str(little / "cache"))
+    monkeypatch.setenv("MGD_TIMM_CACHE", str(little / "train" / "cache"))
     assert "MGD_TIMM_CACHE" in refused(capsys, *TRAIN, *data, "--output", tmp_path / "run")
     assert "MGD_TIMM_CACHE" in refused(capsys, "evaluate", "embedded", *data)
     assert sorted(little.rglob("*")) == before
