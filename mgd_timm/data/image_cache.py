@@ -121,7 +121,7 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
 
     rows, in_chans = split.rows, data.in_chans
     # The digest covers a part of the images of a large split: the files' times and inodes cover the others.
-    state = getattr(rows, "state", "") if sum(getattr(rows, "sizes", ())) > HASHED else ""
+    state = getattr(rows, "state", "") if np.sum(getattr(rows, "sizes", 0)) > HASHED else ""
     made_of = f"{split.digest}:{state}:{in_chans}:{size}:4" + (f":{sorted(split.corrupt)}" if split.corrupt else "")
 
     def decode_all() -> Tensor:
