@@ -1,7 +1,9 @@
 """Decode images, and refuse corrupt and unsupported ones."""
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -11,6 +13,9 @@ from mgd_timm.data.image_formats import readable_formats
 
 class DataError(ValueError):
     """Data that cannot be used. The message names the file or image, what is wrong, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # one line, whatever a path or a class name holds
 
 
 def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
@@ -33,6 +38,22 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
             f"{name}: image files are read in colour or in grey, and --in-chans is {in_chans}: give 3 or 1, or npy "
             "arrays with other channels."
         )
+    with _opened(content, name) as image:
+        image.load()
+        known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+        pixels = np.asarray(known.convert("RGB" if in_chans == 3 else "L"))
+    return pixels.reshape(*pixels.shape[:2], in_chans)
+
+
+def image_size(content: bytes | str | os.PathLike[str], name: str) -> tuple[int, int]:
+    """Return height and width of an encoded image from its header. Raise DataError as `decode` where it is corrupt."""
+    with _opened(content, name) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(content: bytes | str | os.PathLike[str], name: str) -> Iterator[Image.Image]:
+    """Open an image whose header was read. Errors of Pillow, inside the context too, become DataErrors."""
     try:
         source = io.BytesIO(content) if isinstance(content, bytes) else content
         with Image.open(source, formats=list(readable_formats())) as image:
@@ -41,9 +62,7 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
                     f"{name}: mode {image.mode!r} has more than 8 bits per channel and no known range: convert it to "
                     "8 bits first."
                 )
-            image.load()
-            known = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-            pixels = np.asarray(known.convert("RGB" if in_chans == 3 else "L"))
+            yield image
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -56,17 +75,6 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
         raise DataError(f"{name}: {error}: remove or shrink it.") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name}: truncated or corrupt ({error}): remove or replace it.") from error
-    return pixels.reshape(*pixels.shape[:2], in_chans)
-
-
-def image_size(content: bytes | str | os.PathLike[str]) -> tuple[int, int]:
-    """Return height and width of an encoded image from its header, (0, 0) where it cannot be read."""
-    try:
-        source = io.BytesIO(content) if isinstance(content, bytes) else content
-        with Image.open(source, formats=list(readable_formats())) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0, 0
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

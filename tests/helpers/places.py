@@ -20,7 +20,7 @@ import mgd_timm
 _number = itertools.count()
 FOREIGN = re.compile(r"datasets\.|fsspec|pyarrow|arrow(invalid|typeerror|exception|notimplemented)|traceback|<class", re.I)
 """Words of libraries, which no message to a user holds."""
-LOSES_FILES = re.compile(r"\b(delete|rm|erase)\b|\bremove (it|the folder|the file|one of them|or replace)\b", re.I)
+LOSES_FILES = re.compile(r"\b(delete|rm|erase)\b|\bremove (it|the folder|the file|one of them)\b", re.I)
 """Advice after which a user may lose files."""
 
 

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from image_files import read
 from places import arrays, found, put, refused, table, tree
 
 NAMES = [
@@ -72,14 +73,16 @@ def test_an_evaluation_split_may_lack_classes(tmp_path: Path) -> None:
     seen = found(both(tmp_path, ("ant", "bee", "cat"), ("cat", "ant")))
     assert seen.eval == {"ant": 1, "cat": 1}
     assert seen.all["eval"]["per_class"]["bee"] == 0
-    assert "none of class bee" in seen.words
+    lines: list[str] = []
+    read(tmp_path, log=lines.append)
+    assert "none of class bee" in "\n".join(lines)
 
 
 def test_an_empty_evaluation_class_is_said(tmp_path: Path) -> None:
     (both(tmp_path, ("ant", "bee"), ("ant",)) / "test/bee").mkdir()
     seen = found(tmp_path)
     assert seen.eval == {"ant": 1}
-    assert "none of class bee" in seen.words
+    assert "without images" in seen.why("test/bee/")
 
 
 def test_an_unknown_evaluation_class_is_refused(tmp_path: Path) -> None:

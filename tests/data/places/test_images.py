@@ -32,8 +32,8 @@ def test_endings_in_any_case(tmp_path: Path, ending: str, kind: str) -> None:
     ("name", "why"),
     [
         pytest.param("new.heic", "pillow-heif", marks=pytest.mark.skipif(heif, reason="pillow-heif is installed")),
-        *(("new.svg", ".svg"), ("new.dng", ".dng"), ("new.psd", ".psd"), ("new", "no ending"), (".png", "no ending")),
-        *(("._0.png", "macOS"), (".DS_Store", "no ending"), ("Thumbs.db", ".db"), ("new.json", ".json"), ("new.jpg.part", ".part")),
+        *(("new.svg", ".svg"), ("new.dng", ".dng"), ("new.psd", ".psd"), ("new", "no ending"), (".png", "hidden")),
+        *(("._0.png", "macOS"), (".DS_Store", "hidden"), ("Thumbs.db", ".db"), ("new.json", ".json"), ("new.jpg.part", ".part")),
         *(("new.jpg ", ".jpg "), ("new.png~", ".png~"), ("new.mp4", ".mp4"), ("labels.csv", "table"), ("x.npy", "array")),
     ],
 )
@@ -48,9 +48,9 @@ def test_other_files_are_counted_and_named(tmp_path: Path, name: str, why: str) 
 def test_a_class_of_nothing_else_is_refused(tmp_path: Path, kind: str) -> None:
     tree(tmp_path, PAIR)
     for place in ("train", "test"):
-        tree(tmp_path / kind / place, {"cat": 2, "dog": 2})
-        put(tmp_path / kind / place / f"emu/0.{kind}")
-        refused(tmp_path / kind, f"{place}/emu", f".{kind}")
+        root = tree(tmp_path / place, {f"{s}/{c}": 2 for s in ("train", "test") for c in ("cat", "dog")})
+        put(root / place / f"emu/0.{kind}")
+        refused(root, f"{place}/emu", f".{kind}")
 
 
 def test_files_without_an_ending_are_named_even_if_they_are_images(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_a_tar_replaced_with_the_same_size_and_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hashed", [1 << 28, 64])
 def test_an_image_replaced_with_the_same_size_and_time(tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgd_timm.data import image_cache
+    from mgd_timm.data import corrupt_images, image_cache
 
-    for module in (rows_module, image_cache):
+    for module in (rows_module, image_cache, corrupt_images):
         monkeypatch.setattr(module, "HASHED", hashed)
     for c in ("cat", "dog"):
         for i in range(3):
@@ -70,9 +70,9 @@ def test_an_image_replaced_with_the_same_size_and_time(tmp_path: Path, hashed: i
 
 @pytest.mark.parametrize("hashed", [1 << 28, 64])
 def test_a_tar_with_an_image_replaced(tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgd_timm.data import image_cache
+    from mgd_timm.data import corrupt_images, image_cache
 
-    for module in (rows_module, image_cache):
+    for module in (rows_module, image_cache, corrupt_images):
         monkeypatch.setattr(module, "HASHED", hashed)
     seen = []
     for seed in (1, 99):
@@ -95,7 +95,10 @@ def test_an_array_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hashed", [1 << 28, 64])
 def test_an_image_that_was_repaired_or_broken_in_place(tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "HASHED", hashed)
+    from mgd_timm.data import corrupt_images, image_cache
+
+    for module in (rows_module, image_cache, corrupt_images):
+        monkeypatch.setattr(module, "HASHED", hashed)
     tree(tmp_path, {"train/cat": 3, "train/dog": 3}, ending="bmp")
     good = raw(7)
     bad = b"\0" * len(good)

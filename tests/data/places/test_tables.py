@@ -90,7 +90,7 @@ def test_csv_with_quoted_commas_and_lines(tmp_path: Path) -> None:
         ("image\tlabel\n0.png\tcat\n1.png\tdog\n", ["comma"]),
         ("image,label\n0.png,\n1.png,dog\n", ["row 0", "empty"]),
         ("image,label\n0.png,0\n1.png,1\n0.png,-1\n", ["row 2", "-1"]),
-        ("image,label\n0.png,0\n1.png,1\n0.png,nan\n", ["row 2", "nan"]),
+        ("image,label\n0.png,0\n1.png,1\n0.png,nan\n", ["row 2", "no label"]),
         ("image,label\n0.png,1\n1.png,2\n0.png,1\n", ["--first-label 1"]),
         ("image,label\n9.png,cat\n1.png,dog\n", ["9.png", "no such file"]),
         ("image,label\n", ["no images"]),

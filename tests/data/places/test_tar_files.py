@@ -82,16 +82,15 @@ def test_splits_in_a_tar_are_refused(tmp_path: Path, name: str, above: str) -> N
 
 def test_other_files_in_a_tar_are_counted(tmp_path: Path) -> None:
     others = {
-        "cat/notes.json": "macOS",
+        "cat/notes.json": ".json",
         "cat/._0.png": "macOS",
-        "cat/.DS_Store": "no ending",
+        "cat/.DS_Store": "hidden",
         "cat/readme": "no ending",
         "cat/x.heic": ".heic",
         "cat/x.svg": ".svg",
         "__MACOSX/cat/._0.png": "program left behind",
         "cat/.ipynb_checkpoints/0-checkpoint.png": "program left behind",
     }
-    others["cat/notes.json"] = ".json"
     tar(tmp_path / "train.tar", classes() | dict.fromkeys(others, "{}"))
     seen = found(tmp_path)
     assert (seen.train, seen.count) == (TWO, len(others))
