@@ -18,7 +18,9 @@ from image_files import add, encoded, noise
 import mgd_timm
 
 _number = itertools.count()
-FOREIGN = re.compile(r"datasets\.|fsspec|pyarrow|arrow(invalid|typeerror|exception|notimplemented)|traceback|<class", re.I)
+FOREIGN = re.compile(
+    r"datasets\.|fsspec|pyarrow|arrow(invalid|typeerror|exception|notimplemented)|traceback|<class", re.I
+)
 """Words of libraries, which no message to a user holds."""
 LOSES_FILES = re.compile(r"\b(delete|rm|erase)\b|\bremove (it|the folder|the file|one of them)\b", re.I)
 """Advice after which a user may lose files."""
@@ -120,7 +122,9 @@ def found(root: Path, **options: Any) -> Found:
     """Ask what a run would use. Classes without images are left out."""
     lines: list[str] = []
     described = mgd_timm.inspect_data(str(root), log=lines.append, **options)
-    parts = [described[role] and {k: n for k, n in described[role]["per_class"].items() if n} for role in ("train", "eval")]
+    parts = [
+        described[role] and {k: n for k, n in described[role]["per_class"].items() if n} for role in ("train", "eval")
+    ]
     assert described["ignored_count"] >= len(described["ignored"])
     return Found(
         train=parts[0],

@@ -116,7 +116,9 @@ def _open_labels(path: Path, first: int, *, training: bool) -> Labels:
         )
     if labels.dtype.kind in "iu":
         return labels_of_numbers(np.asarray(labels), str(path), first, training=training)
-    words = [word.decode(errors="surrogateescape") if isinstance(word, bytes) else str(word) for word in labels.tolist()]
+    words = [
+        word.decode(errors="surrogateescape") if isinstance(word, bytes) else str(word) for word in labels.tolist()
+    ]
     empty = next((row for row, word in enumerate(words) if not word.strip()), None)
     if empty is not None:
         raise DataError(f"{path}: row {empty} has an empty label: write one.")

@@ -117,9 +117,7 @@ def match_classes(
     return moved, train_names
 
 
-def _in_order(
-    labels: Labels, train_names: tuple[str, ...], split: str, log: Callable[[str], None]
-) -> np.ndarray:
+def _in_order(labels: Labels, train_names: tuple[str, ...], split: str, log: Callable[[str], None]) -> np.ndarray:
     """Return labels that are numbers as ids of classes that have names, in their order, which is logged."""
     first, count = labels.first, len(train_names)
     padded = next((name for name in train_names if name.isdecimal()), None)

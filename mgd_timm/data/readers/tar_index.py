@@ -148,20 +148,22 @@ def _members(path: Path) -> Iterator[_Member]:
             f"{path}: cannot be read as a tar ({error}): expected a complete tar without compression, as a compressed "
             "one cannot be read from the middle."
         ) from error
-    if any(read_part(path, end, _AFTER_END)):
+    rest = read_part(path, end, _AFTER_END)
+    if any(rest):
         raise DataError(f"{path}: more follows after its end, such as another tar: write it again as one.")
+    if not rest:
+        raise DataError(f"{path}: it has no end, as it was truncated or not closed: copy or write it again.")
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield the files and links of a tar, and where the content of each starts: of a hard link, that of its file."""
+    seen: dict[str, tarfile.TarInfo] = {}
     for member in tar:
-        if member.islnk():
-            target = tar.getmember(member.linkname) if member.linkname in tar.getnames() else None
-            if target is not None and target.isreg():
-                member.size, member.type = target.size, target.type
-                yield member, target.offset_data
-                continue
+        target = seen.get(member.linkname) if member.islnk() else None
+        if target is not None:
+            member.size, member.type, member.offset_data = target.size, target.type, target.offset_data
         if member.isreg() or member.issym() or member.islnk():
+            seen[member.name] = member
             yield member, member.offset_data
 
 

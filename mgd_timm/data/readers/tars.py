@@ -164,9 +164,7 @@ def _has_labels(
         return True
 
 
-def _chosen_images(
-    names: list[str], input_key: str | None, paths: Sequence[Path], ignored: Ignored
-) -> list[int]:
+def _chosen_images(names: list[str], input_key: str | None, paths: Sequence[Path], ignored: Ignored) -> list[int]:
     """Return the images of the ending that --input-key gives, all without one."""
     if input_key is None:
         return list(range(len(names)))
@@ -177,7 +175,9 @@ def _chosen_images(
         raise DataError(f"{paths[0]}: no image ends with {ending}: expected --input-key to be one of {few(known)}.")
     others = [name for name in names if sample_key(name)[1] != ending]
     if others:
-        ignored.add(f"{paths[0].name}: {others[0]}", "another image of a sample, not chosen by --input-key", len(others))
+        ignored.add(
+            f"{paths[0].name}: {others[0]}", "another image of a sample, not chosen by --input-key", len(others)
+        )
     return rows
 
 
@@ -275,9 +275,7 @@ def _parse_label(text: str, name: str, path: Path, key: str) -> str:
     if kind == ".json":
         found = _json_label(value, key)
         if found is None:
-            raise DataError(
-                f"{path}: the json file of {name} has no label under {key!r}: name it with --target-key."
-            )
+            raise DataError(f"{path}: the json file of {name} has no label under {key!r}: name it with --target-key.")
         return found
     if not value.strip():
         raise DataError(f"{path}: the {kind} file of {name} is empty: write its label.")

@@ -10,7 +10,22 @@ from places import arrays, found, put, refused, table, tree
 
 NAMES = [
     *(".net", "__background__", "[v2]", "{a}", "a,b", "with space", "🐱", "0", "007", "7", "1e3", "None", "nan"),
-    *("trailing ", "trailing.", " leading", "%s", "a::b", "*", "?", "#1", "~", "-x", "--json", "quo'te", 'dou"ble', "\\"),
+    *(
+        "trailing ",
+        "trailing.",
+        " leading",
+        "%s",
+        "a::b",
+        "*",
+        "?",
+        "#1",
+        "~",
+        "-x",
+        "--json",
+        "quo'te",
+        'dou"ble',
+        "\\",
+    ),
     *("new\nline", "tab\t", "ё", "Straße", "CON", "data", "images.png", "x.parquet"),
 ]
 
@@ -56,7 +71,9 @@ def test_upper_and_lower_case_are_two_classes(tmp_path: Path) -> None:
 
 
 def test_the_upper_folder_is_the_class(tmp_path: Path) -> None:
-    seen = found(tree(tmp_path, {"train/cat/persian": 2, "train/cat": 1, "train/dog/small/old": 3, "train/dog/persian": 1}))
+    seen = found(
+        tree(tmp_path, {"train/cat/persian": 2, "train/cat": 1, "train/dog/small/old": 3, "train/dog/persian": 1})
+    )
     assert (seen.train, seen.count) == ({"cat": 3, "dog": 4}, 0)
     assert "train/cat/persian" in seen.words
 
@@ -140,7 +157,12 @@ def test_loops_without_splits_are_left_out(tmp_path: Path, target: str) -> None:
 
 def test_folders_that_programs_leave_behind(tmp_path: Path) -> None:
     left = [".git", ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-1000", "__pycache__"]
-    tree(tmp_path, {"train/cat": 2, "train/dog": 2} | {f"train/{name}": 1 for name in left} | {f"train/cat/{name}": 1 for name in left})
+    tree(
+        tmp_path,
+        {"train/cat": 2, "train/dog": 2}
+        | {f"train/{name}": 1 for name in left}
+        | {f"train/cat/{name}": 1 for name in left},
+    )
     seen = found(tmp_path)
     assert (seen.train, seen.count) == ({"cat": 2, "dog": 2}, 2 * len(left))
     seen = found(tree(tmp_path / "alone", {"cat": 2, "dog": 2} | dict.fromkeys(left, 1)))

@@ -45,7 +45,11 @@ def test_names_in_every_locale(tmp_path: Path, locale: str) -> None:
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:
     place = tmp_path / "a\nb"
     table(place / "train.parquet", ["cat", "dog"] * 2, label="kind", sex=["f", "f", "m", "m"])
-    for words in (["--data-dir", place], ["--data-dir", place, "--target-key", "se\nx"], ["--data-dir", tmp_path / "none"]):
+    for words in (
+        ["--data-dir", place],
+        ["--data-dir", place, "--target-key", "se\nx"],
+        ["--data-dir", tmp_path / "none"],
+    ):
         code, out, err = ask(*words, "--json")
         assert (code, out, len(err.strip().splitlines())) == (1, "", 1), err
         assert err.startswith("mgd-timm: error: ")

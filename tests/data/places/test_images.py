@@ -15,8 +15,24 @@ heif = pytest.importorskip("importlib.util").find_spec("pillow_heif") is not Non
 @pytest.mark.parametrize(
     ("ending", "kind"),
     [
-        *(("jpg", "JPEG"), ("JPG", "JPEG"), ("Jpeg", "JPEG"), ("jfif", "JPEG"), ("jpe", "JPEG"), ("png", "PNG"), ("PNG", "PNG")),
-        *(("webp", "WEBP"), ("bmp", "BMP"), ("gif", "GIF"), ("tif", "TIFF"), ("TIFF", "TIFF"), ("ppm", "PPM"), ("jp2", "JPEG2000")),
+        *(
+            ("jpg", "JPEG"),
+            ("JPG", "JPEG"),
+            ("Jpeg", "JPEG"),
+            ("jfif", "JPEG"),
+            ("jpe", "JPEG"),
+            ("png", "PNG"),
+            ("PNG", "PNG"),
+        ),
+        *(
+            ("webp", "WEBP"),
+            ("bmp", "BMP"),
+            ("gif", "GIF"),
+            ("tif", "TIFF"),
+            ("TIFF", "TIFF"),
+            ("ppm", "PPM"),
+            ("jp2", "JPEG2000"),
+        ),
         pytest.param("avif", "AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="no AVIF")),
     ],
 )
@@ -33,8 +49,20 @@ def test_endings_in_any_case(tmp_path: Path, ending: str, kind: str) -> None:
     [
         pytest.param("new.heic", "pillow-heif", marks=pytest.mark.skipif(heif, reason="pillow-heif is installed")),
         *(("new.svg", ".svg"), ("new.dng", ".dng"), ("new.psd", ".psd"), ("new", "no ending"), (".png", "hidden")),
-        *(("._0.png", "macOS"), (".DS_Store", "hidden"), ("Thumbs.db", ".db"), ("new.json", ".json"), ("new.jpg.part", ".part")),
-        *(("new.jpg ", ".jpg "), ("new.png~", ".png~"), ("new.mp4", ".mp4"), ("labels.csv", "table"), ("x.npy", "array")),
+        *(
+            ("._0.png", "macOS"),
+            (".DS_Store", "hidden"),
+            ("Thumbs.db", ".db"),
+            ("new.json", ".json"),
+            ("new.jpg.part", ".part"),
+        ),
+        *(
+            ("new.jpg ", ".jpg "),
+            ("new.png~", ".png~"),
+            ("new.mp4", ".mp4"),
+            ("labels.csv", "table"),
+            ("x.npy", "array"),
+        ),
     ],
 )
 def test_other_files_are_counted_and_named(tmp_path: Path, name: str, why: str) -> None:
@@ -78,7 +106,9 @@ def test_an_image_of_another_format_than_its_ending(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n", encoded(Image.new("I;16", (8, 8)))], ids=["empty", "text", "head", "16"]
+    "content",
+    [b"", b"<html>", b"\x89PNG\r\n\x1a\n", encoded(Image.new("I;16", (8, 8)))],
+    ids=["empty", "text", "head", "16"],
 )
 @pytest.mark.parametrize("place", ["train", "test"])
 def test_what_cannot_be_opened_is_refused_or_skipped(tmp_path: Path, content: bytes, place: str) -> None:

@@ -10,7 +10,10 @@ from places import found, jsonl, put, refused, table, tar, tree
 def shard(path: Path, number: int = 0) -> Path:
     match path.suffix:
         case ".tar":
-            return tar(path, {f"{number}{i}{end}": content for i in range(2) for end, content in ((".png", None), (".cls", f"{i}"))})
+            return tar(
+                path,
+                {f"{number}{i}{end}": content for i in range(2) for end, content in ((".png", None), (".cls", f"{i}"))},
+            )
         case ".jsonl":
             put(path.parent / f"pictures/{number}.png")
             return jsonl(path, [{"image": f"pictures/{number}.png", "label": label} for label in ("a", "b")])

@@ -26,7 +26,10 @@ def raw(seed: int) -> bytes:
 
 @pytest.mark.parametrize("way", ["in place", "renamed"])
 def test_a_file_replaced_with_the_same_size_and_time(tmp_path: Path, way: str) -> None:
-    versions = [table(tmp_path / f"{i}.parquet", labels, [raw(i) for i in range(4)]).read_bytes() for i, labels in enumerate(([0, 1, 0, 1], [1, 0, 1, 1]))]
+    versions = [
+        table(tmp_path / f"{i}.parquet", labels, [raw(i) for i in range(4)]).read_bytes()
+        for i, labels in enumerate(([0, 1, 0, 1], [1, 0, 1, 1]))
+    ]
     size = max(map(len, versions))
     (tmp_path / "d").mkdir()
     seen = []
@@ -45,7 +48,9 @@ def test_a_file_replaced_with_the_same_size_and_time(tmp_path: Path, way: str) -
 def test_a_tar_replaced_with_the_same_size_and_time(tmp_path: Path) -> None:
     seen = []
     for names in (("cat", "dog"), ("cow", "dog")):
-        content = tar(tmp_path / "new.tar", {f"{name}/{i}.bmp": raw(i) for name in names for i in range(2)}).read_bytes()
+        content = tar(
+            tmp_path / "new.tar", {f"{name}/{i}.bmp": raw(i) for name in names for i in range(2)}
+        ).read_bytes()
         (tmp_path / "d").mkdir(exist_ok=True)
         write(tmp_path / "d/train.tar", content)
         seen.append(found(tmp_path / "d").train)
@@ -53,7 +58,9 @@ def test_a_tar_replaced_with_the_same_size_and_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hashed", [1 << 28, 64])
-def test_an_image_replaced_with_the_same_size_and_time(tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_replaced_with_the_same_size_and_time(
+    tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mgd_timm.data import corrupt_images, image_cache
 
     for module in (rows_module, image_cache, corrupt_images):
@@ -94,7 +101,9 @@ def test_an_array_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hashed", [1 << 28, 64])
-def test_an_image_that_was_repaired_or_broken_in_place(tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_was_repaired_or_broken_in_place(
+    tmp_path: Path, hashed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mgd_timm.data import corrupt_images, image_cache
 
     for module in (rows_module, image_cache, corrupt_images):

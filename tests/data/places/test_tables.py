@@ -44,7 +44,9 @@ def write_feather(compression: str) -> Callable[[Path, pa.Table], None]:
 def test_tables_of_every_format(tmp_path: Path, ending: str, write: Callable[..., None], images: str) -> None:
     for i in range(4):
         put(tmp_path / f"pictures/{i}.png")
-    cell = {"struct": lambda _: cells(1)[0], "bytes": lambda _: picture(), "path": lambda i: f"pictures/{i}.png"}[images]
+    cell = {"struct": lambda _: cells(1)[0], "bytes": lambda _: picture(), "path": lambda i: f"pictures/{i}.png"}[
+        images
+    ]
     rows = pa.table({"image": [cell(i) for i in range(4)], "label": ["cat", "dog"] * 2})
     write(tmp_path / f"train.{ending}", rows)
     seen = found(tmp_path)
@@ -65,7 +67,9 @@ def test_csv_files(tmp_path: Path, place: str, change: str) -> None:
         put(root / place / f"{i}.png")
     text = CSV.replace("{}", place)
     text = {"quotes": text.replace("cat", '"cat"'), "mac": text.replace("\n", "\r")}.get(change, text)
-    content = text.replace("\n", "\r\n" if change == "windows" else "\n").encode("utf-8-sig" if change == "bom" else "utf-8")
+    content = text.replace("\n", "\r\n" if change == "windows" else "\n").encode(
+        "utf-8-sig" if change == "bom" else "utf-8"
+    )
     put(root / "train.csv", content)
     seen = found(root)
     assert seen.train == TWO
@@ -76,7 +80,10 @@ def test_csv_files(tmp_path: Path, place: str, change: str) -> None:
 def test_csv_with_quoted_commas_and_lines(tmp_path: Path) -> None:
     for i in range(4):
         put(tmp_path / f"a,b/{i}.png")
-    put(tmp_path / "train.csv", 'label,image\n"a, b","a,b/0.png"\n"say ""x""","a,b/1.png"\n"a, b","a,b/2.png"\n"two\nlines","a,b/3.png"\n')
+    put(
+        tmp_path / "train.csv",
+        'label,image\n"a, b","a,b/0.png"\n"say ""x""","a,b/1.png"\n"a, b","a,b/2.png"\n"two\nlines","a,b/3.png"\n',
+    )
     assert found(tmp_path).train == {"a, b": 2, 'say "x"': 1, "two\nlines": 1}
 
 
@@ -200,7 +207,9 @@ def test_the_image_column(tmp_path: Path) -> None:
     table(tmp_path / "b/train.parquet", labels, ["0", "1", "2", "3"], img=cells(4))
     refused(tmp_path / "b", "'image'", "img", "--input-key")
     assert found(tmp_path / "b", input_key="img").train == TWO
-    pa.parquet.write_table(pa.table({"left": cells(4), "right": cells(4), "label": labels}), put(tmp_path / "c/train.parquet"))
+    pa.parquet.write_table(
+        pa.table({"left": cells(4), "right": cells(4), "label": labels}), put(tmp_path / "c/train.parquet")
+    )
     refused(tmp_path / "c", "left, right", "--input-key")
     pa.parquet.write_table(pa.table({"img": cells(4), "label": labels}), put(tmp_path / "d/train.parquet"))
     assert found(tmp_path / "d").all["image_column"] == "img"
@@ -210,7 +219,10 @@ def test_the_image_column(tmp_path: Path) -> None:
 
 def test_strings_and_binaries_of_every_type(tmp_path: Path) -> None:
     for i, (text, binary) in enumerate(((pa.large_string(), pa.large_binary()), (pa.string_view(), pa.binary_view()))):
-        columns = {"image": pa.array([picture() for _ in range(4)], binary), "label": pa.array(["cat", "dog"] * 2, text)}
+        columns = {
+            "image": pa.array([picture() for _ in range(4)], binary),
+            "label": pa.array(["cat", "dog"] * 2, text),
+        }
         write_file(put(tmp_path / f"{i}/train.arrow"), pa.table(columns))
         assert found(tmp_path / f"{i}").train == TWO
         for number in range(4):
@@ -220,7 +232,9 @@ def test_strings_and_binaries_of_every_type(tmp_path: Path) -> None:
         assert found(tmp_path / f"{i}p").train == TWO
     for number in range(4):
         put(tmp_path / f"c/{number}.png")
-    frame = pd.DataFrame({"image": pd.Categorical([f"{n}.png" for n in range(4)]), "label": pd.Categorical(["cat", "dog"] * 2)})
+    frame = pd.DataFrame(
+        {"image": pd.Categorical([f"{n}.png" for n in range(4)]), "label": pd.Categorical(["cat", "dog"] * 2)}
+    )
     frame.to_parquet(tmp_path / "c/train.parquet")
     assert found(tmp_path / "c").train == TWO
 
@@ -237,7 +251,13 @@ def test_label_columns_by_name(tmp_path: Path, name: str) -> None:
 def test_names_before_types(tmp_path: Path) -> None:
     hub_table(tmp_path / "a/train.parquet", ["cat", "dog"], [0, 1, 1, 0])
     assert found(tmp_path / "a").train == TWO
-    table(tmp_path / "b/train.parquet", ["0", "1"] * 2, label="fine_label", coarse_label=[0, 0, 1, 1], target=["x", "y", "y", "y"])
+    table(
+        tmp_path / "b/train.parquet",
+        ["0", "1"] * 2,
+        label="fine_label",
+        coarse_label=[0, 0, 1, 1],
+        target=["x", "y", "y", "y"],
+    )
     assert found(tmp_path / "b").train == {"x": 1, "y": 3}
     table(tmp_path / "c/train.parquet", [0, 1] * 2, label="fine_label", coarse_label=[0, 0, 1, 1])
     assert found(tmp_path / "c").all["label_column"] == "fine_label"
@@ -326,7 +346,9 @@ def test_files_of_a_split_with_other_columns_are_refused(tmp_path: Path) -> None
 
 def test_labels_of_a_frame(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    frame = pd.DataFrame({"image": [picture() for _ in range(4)], "label": np.array([1, 0, 1, 0], dtype=np.int8)}, index=[5, 6, 7, 8])
+    frame = pd.DataFrame(
+        {"image": [picture() for _ in range(4)], "label": np.array([1, 0, 1, 0], dtype=np.int8)}, index=[5, 6, 7, 8]
+    )
     frame.to_parquet(tmp_path / "a/train.parquet")
     assert found(tmp_path / "a").train == {"0": 2, "1": 2}
     (tmp_path / "b").mkdir()

@@ -34,7 +34,9 @@ def test_class_folders_in_a_tar(tmp_path: Path, above: str) -> None:
     assert len(read(tmp_path).train.ids) == 4
 
 
-@pytest.mark.parametrize("names", [("bus", "train"), ("bus", "train", "test"), (".net", "[v2]", "a,b", "café", "with space", "0", "007")])
+@pytest.mark.parametrize(
+    "names", [("bus", "train"), ("bus", "train", "test"), (".net", "[v2]", "a,b", "café", "with space", "0", "007")]
+)
 def test_classes_of_any_name_in_a_tar(tmp_path: Path, names: tuple[str, ...]) -> None:
     tar(tmp_path / "train.tar", classes(names))
     assert found(tmp_path).train == dict.fromkeys(names, 2)
@@ -67,7 +69,9 @@ def test_a_tar_for_each_class(tmp_path: Path) -> None:
 
 
 def test_tars_in_a_tar(tmp_path: Path) -> None:
-    inner = {name: tar(tmp_path / f"{name}.tar", {"0.png": None, "1.png": None}).read_bytes() for name in ("cat", "dog")}
+    inner = {
+        name: tar(tmp_path / f"{name}.tar", {"0.png": None, "1.png": None}).read_bytes() for name in ("cat", "dog")
+    }
     tar(tmp_path / "d/train.tar", {f"{name}.tar": content for name, content in inner.items()})
     assert found(tmp_path / "d").train == TWO
     assert len(read(tmp_path / "d").train.ids) == 4
@@ -132,7 +136,12 @@ def test_a_member_that_was_replaced(tmp_path: Path) -> None:
 
 def test_tars_that_are_refused(tmp_path: Path) -> None:
     whole = tar(tmp_path / "whole.tar", classes()).read_bytes()
-    for content in (b"", b"junk" * 500, whole[:1500], whole[: len(whole) // 2 + 7], whole + whole):
+    for content in (
+        b"",
+        b"junk" * 500,
+        *(whole[:size] for size in (1500, 2048, 2700, 3072, 3300, 4096)),
+        whole + whole,
+    ):
         put(tmp_path / "d/train.tar", content)
         refused(tmp_path / "d", "train.tar")
     with tarfile.open(tmp_path / "d/train.tar", "w:gz") as file:
@@ -202,9 +211,14 @@ def test_shards_use_the_keys_that_are_named(tmp_path: Path) -> None:
 
 
 def test_keys_end_at_the_first_dot(tmp_path: Path) -> None:
-    tar(tmp_path / "train.tar", {f"img.{i}.{end}": content for i in range(4) for end, content in (("png", None), ("cls", f"{i % 2}"))})
+    tar(
+        tmp_path / "train.tar",
+        {f"img.{i}.{end}": content for i in range(4) for end, content in (("png", None), ("cls", f"{i % 2}"))},
+    )
     refused(tmp_path, "img.0.", "first dot")
-    folders = {f"{c}/img.{i}.{end}": content for c in TWO for i in range(2) for end, content in (("png", None), ("cls", "0"))}
+    folders = {
+        f"{c}/img.{i}.{end}": content for c in TWO for i in range(2) for end, content in (("png", None), ("cls", "0"))
+    }
     tar(tmp_path / "d/train.tar", folders)
     refused(tmp_path / "d", "first dot")
 
