@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mgd_timm.data.decode import DataError
+from mgd_timm.data.image_formats import readable_formats
 from mgd_timm.data.loader import ReadAhead
 from mgd_timm.data.readers.arrays import ArrayRows
-from mgd_timm.data.readers.rows import Rows
+from mgd_timm.data.readers.rows import HASHED, Rows
 from mgd_timm.recipe.data import Data
 from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.checkpoint import State
@@ -63,7 +64,9 @@ def check_rows(rows: Rows, data: Data, log: Callable[[str], None]) -> CheckedRow
     digest = rows.digest()
     if not data.max_bad or isinstance(rows, ArrayRows):  # arrays are pixels already
         return CheckedRows(rows, digest, {})
-    folder = cache_entry("corrupt", f"{digest}:{data.in_chans}")
+    # The digest covers a part of the images of a large split: the files' times and inodes cover the others.
+    state = getattr(rows, "state", "") if sum(getattr(rows, "sizes", ())) > HASHED else ""
+    folder = cache_entry("corrupt", f"{digest}:{state}:{data.in_chans}:{sorted(readable_formats())}")
 
     def create() -> State:
         found = _find_corrupt(rows, data.in_chans, data.workers)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mgd_timm.data.corrupt_images import CheckedRows, check_number_of_corrupt, check_rows
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.description import FoundRows, describe, find_large, log_description, read_rows
+from mgd_timm.data.description import FoundRows, describe, log_description, may_be_small, read_rows, read_sizes
 from mgd_timm.data.duplicates import find_duplicates
-from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode
+from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode, size_error
 from mgd_timm.data.loader import allowed_workers
 from mgd_timm.data.readers.open import is_local, scan_place
 from mgd_timm.data.readers.rows import Rows, default_eval_split
@@ -87,16 +87,34 @@ def describe_data(data: Data, seed: int, *, log: Log = print) -> dict[str, Any]:
         "duplicate_examples", names of the first ones.
 
     Raises:
-        DataError: As `load_images`, but for corrupt images.
+        DataError: As `load_images`, but for images that are corrupt behind their header.
     """
     if data.streaming and not is_local(locate(data), data):
         raise DataError("a stream of the hub is not read before it is trained on: leave --streaming out.")
     found = read_rows(locate(data), data, log, scan_on_main(locate(data), data, None))
     ids = _hold_out(found.train, data.val_split, seed)
-    splits = [rows for rows in (found.train, found.test) if rows is not None]
-    large = (data.img_size or 0) > SMALL or any(find_large(rows, every=True) for rows in splits)
-    described = describe(found, not large and not data.streaming, ids.val.numpy(), ids.train.numpy())
-    duplicates = find_duplicates(found.train, found.test) if found.test is not None else []
+    splits, sizes = list[CheckedRows](), list[np.ndarray]()
+    for rows in (found.train, found.test):
+        if rows is not None:
+            found_sizes, corrupt = read_sizes(rows)
+            splits.append(CheckedRows(rows, "", corrupt))
+            sizes.append(found_sizes)
+    check_number_of_corrupt(splits, data.max_bad, log)
+    found.leave_out_corrupt(splits)
+    ids = _Ids(splits[0].readable(ids.train), splits[0].readable(ids.val))
+    _check_classes_left(splits[0], ids.train)
+    small = (data.img_size or 0) <= SMALL and max(int(part.max(initial=0)) for part in sizes) <= SMALL
+    in_memory = small and not data.streaming
+    if in_memory and data.img_size is None:
+        _check_one_size(splits, sizes)
+    kept = [split.readable(torch.arange(len(split.rows))).numpy() for split in splits]
+    held_out, left, tested = ids.val.numpy(), ids.train.numpy(), kept[-1]
+    described = describe(found, in_memory, held_out, left, tested)
+    duplicates: list[tuple[str, str]] = []
+    if len(held_out):
+        duplicates = find_duplicates(found.train, left, found.train, held_out)
+    elif found.test is not None:
+        duplicates = find_duplicates(found.train, left, found.test, tested)
     return {**described, "duplicates": len(duplicates), "duplicate_examples": duplicates[:5]}
 
 
@@ -133,6 +151,7 @@ def load_images(
     with main_first():
         checked = [check_rows(rows, data, log) for rows in (found.train, found.test) if rows is not None]
         corrupt = check_number_of_corrupt(checked, data.max_bad, log)
+        found.leave_out_corrupt(checked)
         ids = _Ids(checked[0].readable(ids.train), checked[0].readable(ids.val))
         _check_classes_left(checked[0], ids.train)
         images = _build(data, seed, defaults, checked, ids, found, log)
@@ -191,6 +210,17 @@ def _check_classes_left(train: CheckedRows, ids: Tensor) -> None:
             )
 
 
+def _check_one_size(splits: list[CheckedRows], sizes: list[np.ndarray]) -> None:
+    """Raise DataError if images of several sizes are to be kept in memory."""
+    first: tuple[int, int] | None = None
+    for split, found in zip(splits, sizes, strict=True):
+        for row in split.readable(torch.arange(len(found))).tolist():
+            height, width = found[row].tolist()
+            first = first or (height, width)
+            if (height, width) != first:
+                raise size_error(split.rows.name(row), (height, width), first)
+
+
 @dataclass(frozen=True)
 class _Format:
     """Size, mean and std of the images in a batch, and the function that builds a source."""
@@ -206,8 +236,8 @@ def _build(
     data: Data, seed: int, defaults: Defaults, splits: list[CheckedRows], ids: _Ids, found: FoundRows, log: Log
 ) -> Images:
     train, test = splits[0], splits[1] if len(splits) > 1 else None
-    in_memory = (data.img_size or 0) <= SMALL and not any(
-        find_large(split.rows, tuple(split.corrupt), every=False) for split in splits
+    in_memory = (data.img_size or 0) <= SMALL and all(
+        may_be_small(split.rows, tuple(split.corrupt)) for split in splits
     )
     if in_memory:
         first = int(train.readable(torch.arange(len(train.rows)))[0])
@@ -219,17 +249,18 @@ def _build(
             in_memory = False
     if not in_memory:
         built = _build_large(data, seed, defaults)
+    tested = test.readable(torch.arange(len(test.rows))) if test is not None else ids.val
     return Images(
         train=built.source(train, ids.train, True),
         val=built.source(train, ids.val, False) if len(ids.val) else None,
-        test=built.source(test, test.readable(torch.arange(len(test.rows))), False) if test is not None else None,
+        test=built.source(test, tested, False) if test is not None else None,
         num_samples=len(train.rows),
         labels=train.labels,
         class_names=train.rows.class_names,
         input_size=(data.in_chans, *built.size),
         mean=built.mean,
         std=built.std,
-        description=describe(found, in_memory, ids.val.numpy(), ids.train.numpy()),
+        description=describe(found, in_memory, ids.val.numpy(), ids.train.numpy(), tested.numpy()),
     )
 
 

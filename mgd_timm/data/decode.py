@@ -19,6 +19,9 @@ from mgd_timm.data.image_formats import readable_formats
 class DataError(ValueError):
     """Data that cannot be used. The message names the file or image, what is wrong, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # one line, whatever a path or a class name holds
+
 
 @contextlib.contextmanager
 def _refuse_corrupt(name: str) -> Iterator[None]:
@@ -104,13 +107,17 @@ def open_image(content: bytes | str | os.PathLike[str], in_chans: int, name: str
         )
     with _refuse_corrupt(name):
         encoded = content if isinstance(content, bytes) else Path(content).read_bytes()
-        image = Image.open(io.BytesIO(encoded), formats=list(readable_formats()))
-        if image.mode.startswith(("I", "F")):
-            raise DataError(
-                f"{name}: mode {image.mode!r} has more than 8 bits per channel and no known range: convert it to 8 "
-                "bits first."
-            )
-    return LazyImage(image, in_chans, name)
+        return LazyImage(_read_header(io.BytesIO(encoded), name), in_chans, name)
+
+
+def _read_header(source: io.BytesIO | str | os.PathLike[str], name: str) -> Image.Image:
+    image = Image.open(source, formats=list(readable_formats()))
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f"{name}: mode {image.mode!r} has more than 8 bits per channel and no known range: convert it to 8 bits "
+            "first."
+        )
+    return image
 
 
 def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) -> np.ndarray:
@@ -128,14 +135,11 @@ def decode(content: bytes | str | os.PathLike[str], in_chans: int, name: str) ->
     return pixels.reshape(*pixels.shape[:2], in_chans)
 
 
-def image_size(content: bytes | str | os.PathLike[str]) -> tuple[int, int]:
-    """Return height and width of an encoded image from its header, (0, 0) where it cannot be read."""
-    try:
-        source = io.BytesIO(content) if isinstance(content, bytes) else content
-        with Image.open(source, formats=list(readable_formats())) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0, 0
+def image_size(content: bytes | str | os.PathLike[str], name: str) -> tuple[int, int]:
+    """Return height and width of an encoded image from its header. Raise DataError as `open_image`."""
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    with _refuse_corrupt(name), _read_header(source, name) as image:
+        return image.height, image.width
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,12 +1,14 @@
 """What was understood of a data set: splits, classes, columns, and what is left out."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mgd_timm.data.decode import image_size
+from mgd_timm.data.corrupt_images import CheckedRows
+from mgd_timm.data.decode import DataError, image_size
 from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.open import open_splits
 from mgd_timm.data.readers.rows import Rows, check_classes, default_eval_split, find_split
@@ -28,6 +30,14 @@ class FoundRows:
     test: Rows | None
     ignored: Ignored
 
+    def leave_out_corrupt(self, splits: Sequence[CheckedRows]) -> None:
+        """Count the corrupt images that are skipped."""
+        for split in splits:
+            for row in split.corrupt:
+                path, root = getattr(split.rows, "path", None), getattr(split.rows, "root", None)
+                name = split.rows.name(row) if path is None else os.path.relpath(path(row), root)
+                self.ignored.add(name, "a corrupt image, skipped with --max-bad")
+
 
 def read_rows(location: str, data: Data, log: Callable[[str], None], place: LocalPlace | None) -> FoundRows:
     """Open a data set and read the rows of its splits, without the images.
@@ -43,45 +53,63 @@ def read_rows(location: str, data: Data, log: Callable[[str], None], place: Loca
     """
     opened = open_splits(location, data, place)
     train = find_split(opened.splits, data.train_split)(None, log)
+    check_classes(train, None)
     name = data.eval_split or default_eval_split(opened.splits, train.split)
     test = find_split(opened.splits, name)(train.class_names, log) if name is not None else None
     check_classes(train, test)
+    for other in opened.splits:
+        if other not in (train.split, test.split if test is not None else None):
+            log(f"split {other!r} is not used: --eval-split {other} evaluates on it")
     opened.count_loose([rows for rows in (train, test) if rows is not None])
     return FoundRows(train, test, opened.ignored)
 
 
-def find_large(rows: Rows, corrupt: Sequence[int] = (), *, every: bool) -> str | None:
-    """Return the name of an image with more than `SMALL` pixels a side, or None where all that are looked at are small.
+def may_be_small(rows: Rows, corrupt: Sequence[int] = ()) -> bool:
+    """Return whether none of the `PROBED` images of most bytes has more than `SMALL` pixels a side.
 
     Args:
-        rows: The split. Images of most bytes are looked at first.
+        rows: The split.
         corrupt: Rows to leave out.
-        every: Look at every image, else at `PROBED` of them.
+    """
+    if isinstance(rows, ArrayRows):
+        return max(rows.images.shape[1:3]) <= SMALL
+    order = np.argsort(-np.asarray(getattr(rows, "sizes", np.zeros(len(rows)))), kind="stable")[:PROBED]
+    wanted = [row for row in order.tolist() if row not in corrupt]
+    return int(read_sizes(rows, wanted)[0].max(initial=0)) <= SMALL
+
+
+def read_sizes(rows: Rows, wanted: Sequence[int] | None = None) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the sizes of images from their headers, and the errors of those that cannot be read.
+
+    Args:
+        rows: The split.
+        wanted: Rows to read; all by default.
+
+    Returns:
+        Height and width, int64 [n, 2], 0 where they cannot be read; and the error of each of these rows.
     """
     from tqdm import tqdm
 
+    wanted = range(len(rows)) if wanted is None else wanted
     if isinstance(rows, ArrayRows):
-        return rows.name(0) if max(rows.images.shape[1:3]) > SMALL else None
-    order = np.argsort(-np.asarray(getattr(rows, "sizes", np.zeros(len(rows)))), kind="stable")
-    order = order if every else order[:PROBED]
-    known = set(corrupt)
-    for row in tqdm(order.tolist(), desc=f"sizes of {rows.split}", unit="img", leave=False, delay=2.0):
-        if row not in known and max(_size(rows, row)) > SMALL:
-            return rows.name(row)
-    return None
-
-
-def _size(rows: Rows, row: int) -> tuple[int, int]:
-    """Return height and width of an image. (0, 0) where it is corrupt."""
-    content = getattr(rows, "content", None)
-    if content is not None:
-        return image_size(content(row))
-    height, width = rows.pixels(row, 3).shape[:2]
-    return height, width
+        return np.tile(np.array(rows.images.shape[1:3]), (len(wanted), 1)), {}
+    content, corrupt = getattr(rows, "content", None), dict[int, str]()
+    sizes = np.zeros((len(wanted), 2), dtype=np.int64)
+    for i, row in enumerate(tqdm(wanted, desc=f"sizes of {rows.split}", unit="img", leave=False, delay=2.0)):
+        cell = None if content is None else content(row)
+        try:
+            sizes[i] = rows.pixels(row, 3).shape[:2] if cell is None else image_size(cell, rows.name(row))
+        except DataError as error:
+            corrupt[row] = str(error)
+    return sizes, corrupt
 
 
 def describe(
-    found: FoundRows, in_memory: bool, held_out: np.ndarray | None = None, left: np.ndarray | None = None
+    found: FoundRows,
+    in_memory: bool,
+    held_out: np.ndarray | None = None,
+    left: np.ndarray | None = None,
+    tested: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return what was understood of a data set, as JSON values.
 
@@ -90,9 +118,10 @@ def describe(
         in_memory: Whether its images are kept in memory, or read from files when they are used.
         held_out: Training rows that are held out for validation; None without any.
         left: Training rows that are trained on; None for all.
+        tested: Rows of the split to evaluate on that are not corrupt; None for all.
     """
     train, test = found.train, found.test
-    evaluation = None if test is None else _part(test, None)
+    evaluation = None if test is None else _part(test, tested)
     if held_out is not None and len(held_out):
         evaluation = _part(train, held_out)
     return {

@@ -103,6 +103,14 @@ class CachedImages:
             )
 
 
+def size_error(name: str, size: Sequence[int], first: Sequence[int]) -> DataError:
+    """Return the error of an image of another height and width than the first image."""
+    return DataError(
+        f"{name} has {size[0]}x{size[1]} pixels, the first image {first[0]}x{first[1]}: give --img-size to resize all to "
+        "one size."
+    )
+
+
 def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: Callable[[str], None]) -> CachedImages:
     """Load the decoded images of a split from the cache, or decode and cache them.
 
@@ -135,10 +143,7 @@ def load_or_decode(split: CheckedRows, data: Data, size: tuple[int, int], log: C
                 raise LargeImageError
             if image.shape[:2] != size:
                 if data.img_size is None:
-                    raise DataError(
-                        f"{rows.name(row)} has {image.shape[0]}x{image.shape[1]} pixels, the first image "
-                        f"{size[0]}x{size[1]}: give --img-size to resize all to one size."
-                    )
+                    raise size_error(rows.name(row), image.shape[:2], size)
                 image = resize(image, size)
             pixels[row] = torch.from_numpy(image.copy()).permute(2, 0, 1)
         return pixels

@@ -1,5 +1,6 @@
 """Pairs of npy files: SPLIT_x.npy with images and SPLIT_y.npy with class ids."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mgd_timm.data.decode import DataError, LazyImage, to_pil
-from mgd_timm.data.readers.classes import Labels, labels_of_words, match_classes
+from mgd_timm.data.readers.classes import Labels, labels_of_numbers, labels_of_words, match_classes
 from mgd_timm.data.readers.rows import begin_digest
 from mgd_timm.data.readers.scan import Ignored
 from mgd_timm.data.readers.splits import LocalSplit
@@ -77,8 +78,9 @@ def read_files(
     """
     if data.input_key is not None or data.target_key is not None:
         raise DataError("npy files have no columns: leave --input-key and --target-key out.")
-    images = [file for file in split.files if Path(file).stem.lower().endswith("x")]
-    labels = [file for file in split.files if Path(file).stem.lower().endswith("y")]
+    images, labels = (
+        [file for file in split.files if re.search(rf"(^|[._-]){end}$", Path(file).stem.lower())] for end in "xy"
+    )
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
             f"{split.root / split.files[0]}: expected one pair of files for split {split.name!r}: images in "
@@ -86,7 +88,8 @@ def read_files(
         )
     for file in set(split.files) - {images[0], labels[0]}:
         ignored.add(file, "an array that is neither SPLIT_x.npy nor SPLIT_y.npy")
-    found, values = _open_images(split.root / images[0]), _open_labels(split.root / labels[0], data.first_label)
+    found = _open_images(split.root / images[0])
+    values = _open_labels(split.root / labels[0], data.first_label, training=class_names is None)
     if len(found) != len(values.values):
         raise DataError(
             f"{split.root / labels[0]}: {len(values.values)} labels, expected {len(found)}, one for each image of "
@@ -107,22 +110,23 @@ def _open_images(path: Path) -> np.ndarray:
     return images
 
 
-def _open_labels(path: Path, first: int) -> Labels:
+def _open_labels(path: Path, first: int, *, training: bool) -> Labels:
     """Return labels: class ids from `first`, or class names."""
     labels = _open_array(path)
-    if labels.dtype.kind == "U" and labels.ndim == 1 and len(labels):
-        return labels_of_words(labels.tolist())
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or labels.min() < first:
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUS" or not len(labels):
         raise DataError(
-            f"{path}: {labels.dtype} {list(labels.shape)}, expected class ids from {first}, one for each image."
+            f"{path}: {labels.dtype} {list(labels.shape)}, expected class ids from {first} or class names, one for each "
+            "image: write it again with numpy.save."
         )
-    if int(labels.max()) - first >= len(labels):
-        raise DataError(
-            f"{path}: label {labels.max()} of only {len(labels)} images: expected consecutive class ids from {first}."
-        )
-    ids = np.asarray(labels).astype(np.int64) - first
-    names = tuple(str(i) for i in range(first, int(labels.max()) + 1)) if first else None
-    return Labels(ids, names)
+    if labels.dtype.kind in "iu":
+        return labels_of_numbers(np.asarray(labels), str(path), first, training=training)
+    words = [
+        word.decode(errors="surrogateescape") if isinstance(word, bytes) else str(word) for word in labels.tolist()
+    ]
+    empty = next((row for row, word in enumerate(words) if not word.strip()), None)
+    if empty is not None:
+        raise DataError(f"{path}: row {empty} has an empty label: write one.")
+    return labels_of_words(words)
 
 
 def _open_array(path: Path) -> np.ndarray:

@@ -17,10 +17,21 @@ class Labels:
     Args:
         values: Class ids, int64 [n], or distributions over classes, float32 [n, k].
         names: Names of the classes by id; None where the files hold numbers alone.
+        first: Number that the files give the first class, where they hold numbers alone.
     """
 
     values: np.ndarray
     names: tuple[str, ...] | None
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of classes, as far as these labels show it."""
+        return self.values.shape[1] if self.values.ndim == 2 else int(self.values.max()) + 1
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes: of numbers the numbers themselves."""
+        return self.names or tuple(str(i + self.first) for i in range(self.count))
 
 
 def labels_of_words(words: Sequence[str]) -> Labels:
@@ -28,6 +39,36 @@ def labels_of_words(words: Sequence[str]) -> Labels:
     normal = [unicodedata.normalize("NFC", word) for word in words]
     names, ids = np.unique(np.array(normal, dtype=object), return_inverse=True)
     return Labels(ids.astype(np.int64), tuple(names.tolist()))
+
+
+def labels_of_numbers(numbers: np.ndarray, where: str, first: int, *, training: bool) -> Labels:
+    """Return labels that are numbers, as class ids from 0.
+
+    Args:
+        numbers: Integers [n].
+        where: Their column or file, for messages.
+        first: Number of the first class.
+        training: Whether it is the training split, which has all classes.
+
+    Raises:
+        DataError: They do not begin with `first`, or are no class ids.
+    """
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < first:
+        raise DataError(
+            f"{where}: row {int(numbers.argmin())} has the label {low}, expected class ids from {first}. A split with "
+            "hidden labels cannot be used: choose another with --train-split or --eval-split."
+        )
+    if training and low > first == 0:
+        raise DataError(
+            f"{where}: labels from {low} to {high}, expected class ids from 0: give --first-label {low} if {low} is the "
+            "first class, or choose another column with --target-key."
+        )
+    if training and high - first >= len(numbers):
+        raise DataError(
+            f"{where}: label {high} of only {len(numbers)} images: expected consecutive class ids from {first}."
+        )
+    return Labels(numbers.astype(np.int64) - first, None, first)
 
 
 def is_number(word: str) -> bool:
@@ -52,28 +93,12 @@ def match_classes(
     Raises:
         DataError: A class is not among those of the training split.
     """
-    values, names = labels.values, labels.names
-    count = values.shape[1] if values.ndim == 2 else int(values.max()) + 1
-    if train_names is not None and names is None and values.ndim == 2 and count != len(train_names):
-        raise DataError(
-            f"split {split!r} has distributions over {count} classes, the training split has {len(train_names)}: "
-            "expected as many."
-        )
+    values = labels.values
     if train_names is None:
-        return values, names or tuple(str(i) for i in range(count))
-    if names is None:
-        if not all(map(is_number, train_names)):
-            if count > len(train_names):
-                raise DataError(
-                    f"split {split!r} has the label {count - 1}, but there are {len(train_names)} classes, "
-                    f"{few(train_names)}: expected 0 to {len(train_names) - 1}."
-                )
-            log(
-                f"split {split!r} has numbers for classes, taken in the order of the training split's: "
-                f"0 = {train_names[0]}, 1 = {train_names[1]}, ..."
-            )
-            return values, train_names
-        names = tuple(str(i) for i in range(count))
+        return values, labels.class_names()
+    if labels.names is None and not all(map(is_number, train_names)):
+        return _in_order(labels, train_names, split, log), train_names
+    names = labels.class_names()
     if names == train_names:
         return values, train_names
     ids = {name: i for i, name in enumerate(train_names)}
@@ -90,3 +115,22 @@ def match_classes(
     moved = np.zeros((len(values), len(train_names)), dtype=values.dtype)
     moved[:, new] = values
     return moved, train_names
+
+
+def _in_order(labels: Labels, train_names: tuple[str, ...], split: str, log: Callable[[str], None]) -> np.ndarray:
+    """Return labels that are numbers as ids of classes that have names, in their order, which is logged."""
+    first, count = labels.first, len(train_names)
+    padded = next((name for name in train_names if name.isdecimal()), None)
+    if padded is not None:
+        raise DataError(
+            f"split {split!r} has numbers for classes, and the training split names such as {padded!r}: write the "
+            "labels of both in the same way."
+        )
+    if labels.count > count or (labels.values.ndim == 2 and labels.count != count):
+        raise DataError(
+            f"split {split!r} has the label {labels.count - 1 + first}, but there are {count} classes, "
+            f"{few(train_names)}: expected {first} to {count - 1 + first}."
+        )
+    order = ", ".join(f"{i + first} = {name}" for i, name in enumerate(train_names[:2]))
+    log(f"split {split!r} has numbers for classes, taken in the order of the training split's: {order}, ...")
+    return labels.values

@@ -1,6 +1,7 @@
 """Find the image and the label column of a table, and read the labels."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -9,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.image_formats import readable_endings
-from mgd_timm.data.readers.classes import Labels, labels_of_words
+from mgd_timm.data.image_formats import is_image_format
+from mgd_timm.data.readers.classes import Labels, labels_of_numbers, labels_of_words
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import few, unknown
 
@@ -20,9 +21,12 @@ LABEL_NAMES = ("label", "labels", "target", "class", "fine_label")
 _NOT_LABELS = re.compile(
     r"(^|_)(id|ids|idx|index|uid|uuid|guid|key|row|fold|kfold|split|subset|bbox|bboxes|box|boxes|x|y|w|h|x1|x2|y1|y2|xmin|"
     r"xmax|ymin|ymax|width|height|size|area|time|timestamp|date|datetime|year|month|day|hour|path|file|filename|"
-    r"file_name|url|md5|sha1|sha256|hash|license|source|count|num|seed|page|frame|patient|subject|user)s?($|_)|^unnamed|^__",
+    r"file_name|url|md5|sha1|sha256|hash|license|source|count|num|number|no|nr|order|serial|seed|page|frame|patient|"
+    r"subject|user|train|training|test|testing|val|valid|validation|eval|dev|usage|lat|lon|latitude|longitude|left|right|"
+    r"top|bottom|cx|cy)s?($|_)|^unnamed|^__",
 )
 """Names of columns that are not guessed to be labels."""
+_DATE = re.compile(r"\d{4}[-/.:]\d{1,2}[-/.:]\d{1,2}([T ].*)?")
 
 
 def image_column(table: pa.Table, data: Data) -> str:
@@ -43,6 +47,12 @@ def image_column(table: pa.Table, data: Data) -> str:
     found = [name for name in table.column_names if holds_images(table, name)]
     if "image" in found:
         return "image"
+    if found and "image" in table.column_names:
+        kind = table.schema.field("image").type
+        raise DataError(
+            f"column 'image' holds {kind}, neither encoded images nor their paths, and {few(found)} does: choose it with "
+            "--input-key."
+        )
     if len(found) != 1:
         several = f"{len(found)} image columns, {few(found)}," if found else "no image column"
         raise DataError(f"{several} among {few(table.column_names)}: expected one; name it with --input-key.")
@@ -51,16 +61,16 @@ def image_column(table: pa.Table, data: Data) -> str:
 
 def holds_images(table: pa.Table, name: str) -> bool:
     """Return whether a column holds encoded images, or paths of images."""
-    kind = table.schema.field(name).type
+    kind = value_type(table.schema.field(name).type)
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name for i in range(kind.num_fields)}
         return bool(fields) and fields <= {"bytes", "path"}
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return True
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not _is_text(kind):
         return False
-    first = next((cell.as_py() for cell in table.column(name)[:100] if cell.is_valid), "")
-    return str(first).lower().endswith(tuple(readable_endings()))
+    first = next((path for cell in table.column(name)[:100] if (path := cell.as_py())), "")
+    return is_image_format(os.path.splitext(first)[1].lower())
 
 
 def label_column(table: pa.Table, image: str, data: Data, log: Callable[[str], None]) -> str:
@@ -82,9 +92,10 @@ def label_column(table: pa.Table, image: str, data: Data, log: Callable[[str], N
     if data.target_key is not None:
         _check_column(table.schema, data.target_key)
         return data.target_key
-    for name in LABEL_NAMES:
-        if name in names:
-            return name
+    for label in LABEL_NAMES:
+        for name in sorted(names, key=lambda name: name != label):
+            if name.lower() == label:
+                return name
     classes = {name: len(known) for name in names if (known := class_names_of(table.schema, name)) is not None}
     if classes:
         finest = max(classes, key=lambda name: classes[name])
@@ -127,30 +138,39 @@ def _in_snake_case(name: str) -> str:
 
 def _may_be_labels(column: pa.ChunkedArray) -> bool:
     """Return whether a column may hold labels, by its type and values."""
-    kind = column.type
-    if pa.types.is_boolean(kind) or _is_distribution(kind):
-        return True
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = value_type(column.type)
+    if _is_list(kind) and pa.types.is_floating(kind.value_type):
+        return not len(column) or _distributions(column[:100]) is not None
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
         return False
     if not len(column):
         return True
-    distinct = pc.count_distinct(column).as_py()
-    if distinct == len(column):
+    distinct = pc.count_distinct(_plain(column)).as_py()
+    if distinct == len(column) or distinct < 2:
         return False
     if pa.types.is_integer(kind) and not pa.types.is_dictionary(column.type):
         low, high = pc.min_max(column).as_py().values()
         return low in (0, 1) and high - low + 1 == distinct
-    return True
+    return not (_is_text(kind) and all(_DATE.fullmatch(cell.as_py() or "") for cell in column[:100]))
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """Return a type, that of the values where it is a dictionary's (a categorical's)."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column without a dictionary, whose text has offsets."""
+    kind = value_type(column.type)
+    return column.cast(pa.large_string() if _is_text(kind) else kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _is_distribution(kind: pa.DataType) -> bool:
-    return _is_list(kind) and pa.types.is_floating(kind.value_type)
 
 
 def read_labels(tables: Sequence[pa.Table], target: str, split: str, first_label: int, training: bool) -> Labels:
@@ -175,7 +195,9 @@ def read_labels(tables: Sequence[pa.Table], target: str, split: str, first_label
         )
     if len(known) == 1:
         labels = Labels(np.concatenate([part.values for part in parts]), parts[0].names)
-        return labels if labels.values.ndim == 2 else _checked_ids(labels, where, first_label, training)
+        if labels.values.ndim == 2 or labels.names is not None:
+            return labels
+        return labels_of_numbers(labels.values, where, first_label, training=training)
     merged = list(dict.fromkeys(name for part in parts for name in part.names or ()))
     if all(list(names or ()) == sorted(names or ()) for names in known):
         merged.sort()
@@ -186,66 +208,68 @@ def read_labels(tables: Sequence[pa.Table], target: str, split: str, first_label
 
 def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: str) -> Labels:
     """Return the labels of one table, not yet checked."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = _plain(column)
     kind = column.type
-    if column.null_count:
-        row = next(i for i, cell in enumerate(column) if not cell.is_valid)
-        raise DataError(f"{where}: row {row} has no label: remove it, or choose another column with --target-key.")
+    numbers = np.asarray(column) if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
+    unknown_rows = np.flatnonzero(np.isnan(numbers)) if pa.types.is_floating(kind) else []
+    if column.null_count or len(unknown_rows):
+        row = next((i for i, cell in enumerate(column) if not cell.is_valid), None)
+        row = int(unknown_rows[0]) if row is None else row
+        raise DataError(
+            f"{where}: row {row} has no label: take the row out, or choose another column with --target-key."
+        )
     if pa.types.is_boolean(kind):
         return labels_of_words([str(value) for value in column.to_pylist()])
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if _is_text(kind):
         words = column.to_pylist()
         empty = next((row for row, word in enumerate(words) if not word.strip()), None)
         if empty is not None:
-            raise DataError(f"{where}: row {empty} has an empty label: remove it.")
+            raise DataError(f"{where}: row {empty} has an empty label: write one, or take the row out.")
         return labels_of_words(words)
-    numbers = np.asarray(column) if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
-    if numbers is not None and (numbers == np.floor(numbers)).all():  # floats: whole numbers that once had gaps
-        ids = numbers.astype(np.int64)
+    if numbers is not None:
+        broken = np.flatnonzero(~np.isfinite(numbers) | (numbers != np.floor(numbers)))
+        if len(broken):
+            raise DataError(
+                f"{where}: row {broken[0]} has the label {numbers[broken[0]]}: expected class ids; choose another column "
+                "with --target-key."
+            )
+        ids = numbers.astype(np.int64)  # floats are whole numbers that once had gaps
         if names is not None and int(ids.max()) >= len(names):
             raise DataError(f"{where}: label {ids.max()}, but it names {len(names)} classes, {few(names)}.")
-        return Labels(ids, names)
+        return _named(ids, names, where) if names is not None else Labels(ids, None)
     if _is_list(kind):
-        return Labels(_distributions(column, where), None)
+        found = _distributions(column)
+        if found is not None:
+            return Labels(found, None)
+        lengths = sorted({len(row) for row in column.to_pylist()})
+        raise DataError(
+            f"{where}: lists of {', '.join(map(str, lengths[:3]))} values: expected distributions over classes: equal "
+            "lengths, each value 0 or more, with the sum 1. Several labels for an image are not supported: choose another "
+            "column with --target-key."
+        )
     raise DataError(
         f"{where} holds {kind}: expected class names, class ids from 0 or distributions; choose another with "
         "--target-key."
     )
 
 
-def _checked_ids(labels: Labels, where: str, first_label: int, training: bool) -> Labels:
-    """Return class ids from 0. Numbers without names are shifted by `first_label`."""
-    ids, first = labels.values, first_label if labels.names is None else 0
-    low, high = int(ids.min()), int(ids.max())
-    if training and labels.names is None and low == 1 and first == 0:
+def _named(ids: np.ndarray, names: tuple[str, ...], where: str) -> Labels:
+    """Return the ids of classes whose names the file holds. Raise DataError where they are hidden."""
+    if int(ids.min()) < 0:
         raise DataError(
-            f"{where}: labels from 1 to {high}, expected class ids from 0: give --first-label 1 if 1 is the first "
-            "class, or choose another column with --target-key."
+            f"{where}: row {int(ids.argmin())} has the label {ids.min()}, expected class ids from 0. A split with hidden "
+            "labels cannot be used: choose another with --train-split or --eval-split."
         )
-    if low < first:
-        raise DataError(
-            f"{where}: row {int(ids.argmin())} has the label {low}, expected class ids from {first}. A split "
-            "with hidden labels cannot be used: choose another with --train-split or --eval-split."
-        )
-    if training and labels.names is None and high - first >= len(ids):
-        raise DataError(
-            f"{where}: label {high} of only {len(ids)} images: expected consecutive class ids from {first}."
-        )
-    if first:
-        return Labels(ids - first, tuple(str(i) for i in range(first, high + 1)))
-    return labels
+    return Labels(ids, names)
 
 
-def _distributions(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Return distributions over classes, float32 [n, k]."""
+def _distributions(column: pa.ChunkedArray) -> np.ndarray | None:
+    """Return distributions over classes, float32 [n, k], or None if a column holds other lists."""
     rows = column.to_pylist()
-    lengths = {len(row) for row in rows}
-    if len(lengths) == 1 and all(isinstance(value, int | float) for value in rows[0]):
-        labels = np.array(rows, dtype=np.float32)
-        if np.isfinite(labels).all() and labels.min() >= 0 and np.allclose(labels.sum(1), 1, atol=1e-3):
-            return labels
-    raise DataError(
-        f"{where}: lists of {', '.join(map(str, sorted(lengths)[:3]))} values: expected distributions over classes: "
-        "equal lengths, each value 0 or more, with the sum 1. Several labels for an image are not supported."
-    )
+    if None in rows or len({len(row) for row in rows}) != 1:
+        return None
+    if not all(isinstance(value, int | float) for row in rows for value in row):
+        return None
+    labels = np.array(rows, dtype=np.float32)
+    valid = np.isfinite(labels).all() and labels.min() >= 0 and np.allclose(labels.sum(1), 1, atol=1e-3)
+    return labels if labels.size and valid else None

@@ -93,7 +93,10 @@ def read_class_folders(
     """
     if data.input_key is not None or data.target_key is not None:
         raise DataError("class folders have no columns: leave --input-key and --target-key out.")
-    classes = {unicodedata.normalize("NFC", folder.name): folder for folder in _class_folders(split, ignored)}
+    classes = {
+        unicodedata.normalize("NFC", folder.name): folder
+        for folder in _class_folders(split, ignored, training=class_names is None)
+    }
     names = tuple(sorted(classes))
     folders, counts, texts, stats, labels = list[str](), list[int](), list[bytes](), list[np.ndarray](), list[int]()
     deep: Folder | None = None
@@ -130,11 +133,12 @@ def read_class_folders(
     )
 
 
-def _class_folders(split: LocalSplit, ignored: Ignored) -> list[Folder]:
+def _class_folders(split: LocalSplit, ignored: Ignored, *, training: bool) -> list[Folder]:
     """Return the class folders of a split that hold images.
 
     Raises:
-        DataError: One of them holds none, two have one name, or the only one holds further folders.
+        DataError: One of them holds none (in the training split, or as its images cannot be read), two have one name,
+            or the only one holds further folders.
     """
     found: list[Folder] = []
     seen: dict[str, str] = {}
@@ -144,10 +148,13 @@ def _class_folders(split: LocalSplit, ignored: Ignored) -> list[Folder]:
                 ignored.add(f"{folder.path}/", "a hidden folder without images")
                 continue
             lost = folder.lost_images()
+            if lost is None and not training:
+                ignored.add(f"{folder.path}/", "a class folder without images")
+                continue
             reason = f" that can be read ({lost[0]}: {lost[1]})" if lost else ""
             raise DataError(
                 f"{split.root / folder.path}: a class folder without images{reason}. Add images of the class or "
-                "remove the folder."
+                f"move the folder out of {split.root / os.path.dirname(folder.path)}."
             )
         name = unicodedata.normalize("NFC", folder.name)
         if name in seen:
@@ -161,7 +168,9 @@ def _class_folders(split: LocalSplit, ignored: Ignored) -> list[Folder]:
         inner = [folder.name for folder in found[0].folders]
         raise DataError(
             f"{split.root / found[0].path}: the only class folder, and its images lie in the folders {few(inner)} "
-            f"below it. Give the folder above the class folders (--data-dir {split.root / found[0].path}), or remove "
-            "the level."
+            f"below it. Give the folder above the class folders (--data-dir {split.root / found[0].path}), or move "
+            "these folders one level up."
         )
+    if not found:
+        raise DataError(f"{split.root}: no images in the class folders of split {split.name!r}: add some.")
     return found

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Opened:
         for folder in self.loose:
             for name in folder.names:
                 path = folder.inner(name)
-                if os.path.normpath(os.path.join(self.root, path)) not in named:
+                if os.path.abspath(os.path.join(self.root, path)) not in named:
                     self.ignored.add(path, "an image in no class folder and in no table")
 
 
@@ -73,7 +73,10 @@ def scan_place(source: str, data: Data) -> LocalPlace:
     place = find_splits(path, FORMATS, [name for name in (data.train_split, data.eval_split) if name is not None])
     if not place.splits:
         left = f" ({place.ignored.line()})" if place.ignored.count else ""
-        raise DataError(f"{source}: no images and no tables, tars or arrays in it{left}; {EXPECTED}")
+        if place.inner is not None:
+            raise DataError(f"{source}: its data lie deeper: give that folder (--data-dir {path / place.inner}).")
+        what = "images, but none in a class folder" if place.loose[0].names else "no images"
+        raise DataError(f"{source}: {what} and no tables, tars or arrays in it{left}; {EXPECTED}")
     return place
 
 
@@ -94,42 +97,58 @@ def open_splits(source: str, data: Data, place: LocalPlace | None) -> Opened:
                 f"{source}: no such folder. Give a folder with --data-dir, or 'embedded' or a hub id with --dataset."
             )
         return Opened(source, _find_hub_splits(source, data))
-    read = {name: _reader(split, data, place.ignored) for name, split in place.splits.items()}
+    columns: dict[str, str] = {}
+    read = {name: _reader(split, data, place, columns) for name, split in place.splits.items()}
     return Opened(source, read, place.ignored, place.loose)
 
 
-def _reader(split: LocalSplit, data: Data, ignored: Ignored) -> ReadSplit:
-    """Return the reader of a split. A split that cannot be used is refused when it is read."""
+def _reader(split: LocalSplit, data: Data, place: LocalPlace, columns: dict[str, str]) -> ReadSplit:
+    """Return the reader of a split. A split that cannot be used is refused when it is read.
+
+    Args:
+        split: The split.
+        data: The options of the data.
+        place: What counts the files that are left out.
+        columns: Holds the label column of the training split once this is read, which other splits share.
+    """
 
     def read(class_names: tuple[str, ...] | None, log: Callable[[str], None]) -> Rows:
-        reader = _choose(split, data, ignored)
+        reader, options = _choose(split, data, place), data
         if split.folder is not None:
-            ignored.add_files(split.folder)
-        return reader(split, data, ignored, class_names, log)
+            place.ignored.add_files(split.folder)
+        if class_names is not None and reader is tables.read_files and "label" in columns:
+            options = replace(data, target_key=columns["label"])
+        rows = reader(split, options, place.ignored, class_names, log)
+        if class_names is None and isinstance(rows, tables.TableRows):
+            columns["label"] = rows.label_column
+        return rows
 
     return read
 
 
-def _choose(split: LocalSplit, data: Data, ignored: Ignored) -> ReadFiles:
+def _choose(split: LocalSplit, data: Data, place: LocalPlace) -> ReadFiles:
     """Choose the one reader of a split, and remove from it the files that are left out."""
+    classes = [folder for folder in split.classes if folder.num_images()]
+    notes = [file for file in split.files if file.lower().endswith((".csv", ".jsonl"))]
     use_table = data.input_key is not None or data.target_key is not None
-    has_classes = any(folder.num_images() for folder in split.classes)
-    if has_classes and not use_table:
-        notes = [file for file in split.files if file.lower().endswith((".csv", ".jsonl"))]
+    if classes and notes and len(classes) > 1 and not use_table:
         split.files = [file for file in split.files if file not in notes]
         for file in notes:
-            ignored.add(file, "a table beside class folders, which --target-key would use")
-    readers = {FORMATS[Path(file).suffix.lower()]: file for file in split.files}
-    if has_classes and use_table and list(readers) == [tables.read_files]:
-        has_classes = False
-    if len(readers) + has_classes > 1:
-        found = [*([split.classes[0].path + "/"] if has_classes else []), *readers.values()]
+            place.ignored.add(file, "a table beside class folders, which --target-key would use")
+    formats = {Path(file).suffix.lower(): file for file in split.files}
+    if classes and list(formats.values()) and all(FORMATS[ending] is tables.read_files for ending in formats):
+        # A table names the images: they lie in one folder, or the user chose a column.
+        if use_table or (len(classes) == 1 and len(notes) == len(split.files)):
+            place.loose.extend(inner for folder in classes for inner in folder.walk())
+            classes = []
+    found = [*([classes[0].path + "/"] if classes else []), *formats.values()]
+    if len(found) > 1:
         raise DataError(
             f"{split.root}: split {split.name!r} is there twice, in {found[0]} and in {found[1]}: move one of them out "
             "of the folder."
         )
-    if readers:
-        return next(iter(readers))
+    if formats:
+        return FORMATS[next(iter(formats))]
     if split.classes:
         return read_class_folders
     raise DataError(f"{split.root}: its images lie in no class folder; {EXPECTED}")

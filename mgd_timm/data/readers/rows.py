@@ -101,7 +101,7 @@ def digest_images(total: Any, sizes: np.ndarray, content: Callable[[int], bytes 
 def file_state(path: Path) -> str:
     """Return what identifies a file's content on this machine: path, size, times and inode."""
     status = path.stat()
-    return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
+    return f"{str(path.resolve())!a}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def _read(content: bytes | str) -> bytes:
@@ -112,7 +112,7 @@ def _read(content: bytes | str) -> bytes:
             return file.read()
     except OSError as error:
         raise DataError(
-            f"{content}: cannot be read ({error.strerror}): put the file back or remove its row."
+            f"{content}: cannot be read ({error.strerror}): put the file back, or take its row out of the table."
         ) from error
 
 
@@ -124,8 +124,13 @@ def find_split(splits: Mapping[str, Any], split: str) -> Any:
     """
     names = [name for name in splits if name.lower() == split.lower()]
     names = names or [name for name in splits if role_of(split) is not None and role_of(name) == role_of(split)]
+    if split == "train":  # not chosen: it is the default
+        names += [name for name in splits if name not in names and role_of(name) == "train"]
     if len(names) > 1:
-        raise DataError(f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split.")
+        raise DataError(
+            f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split, or move one of "
+            "them out of the folder."
+        )
     if not names:
         raise DataError(
             f"{unknown('split', split, splits)} Choose one with --train-split and --eval-split. The splits of an image "

@@ -15,10 +15,14 @@ FIRST_IGNORED = 20
 
 LEFT_BEHIND = "a folder that a program left behind"
 RESOURCE_FILE = "a resource file of macOS"
+HIDDEN_FILE = "a hidden file"
+LOOP = "a link to a folder above it"
+NOWHERE = "a link that leads nowhere"
+LOCKED_FOLDER = "no permission to read the folder"
 _NOT_DATA = frozenset(
     {
         *(".git", ".hg", ".svn", ".ipynb_checkpoints", "__pycache__"),
-        *("__MACOSX", ".Trashes", "@eaDir", ".thumbnails", "lost+found", "$RECYCLE.BIN"),
+        *("__MACOSX", "@eaDir", ".thumbnails", "lost+found", "$RECYCLE.BIN"),
     }
 )
 """Folders that programs leave behind. Some hold copies of images."""
@@ -99,8 +103,17 @@ class Folder:
         """Return path and reason of the first file or folder here or below that may be an image and cannot be used."""
         for folder in self.walk():
             for name, why in folder.others:
-                if not why.startswith((NOT_AN_IMAGE, LEFT_BEHIND, RESOURCE_FILE)):
+                if not why.startswith((NOT_AN_IMAGE, LEFT_BEHIND, RESOURCE_FILE, HIDDEN_FILE, LOOP)):
                     return folder.inner(name), why
+        return None
+
+    def lost_folders(self, data_endings: Collection[str]) -> tuple[str, str] | None:
+        """Return path and reason of the first thing in this folder that may be a folder, table, tar or array and cannot
+        be used: a link that leads nowhere, or a folder without permission."""
+        for name, why in self.others:
+            ending = os.path.splitext(name)[1].lower()
+            if why == LOCKED_FOLDER or (why == NOWHERE and (not ending or ending in data_endings)):
+                return self.inner(name), why
         return None
 
     def is_empty(self) -> bool:
@@ -129,42 +142,35 @@ class Scan:
         Raises:
             OSError: It cannot be read.
         """
-        return self._list("", ())
+        return self._list("")
 
     def below(self, name: str) -> Folder:
         """Return a folder of the root with all folders below it."""
         with tqdm(desc=f"scanning {os.path.join(self.root, name)}", unit=" files", leave=False, delay=2.0) as bar:
-            return self._scan(name, (_identity(self.root),), bar)
+            return self._scan(name, bar)
 
-    def _scan(self, relative: str, above: tuple[tuple[int, int], ...], bar: tqdm) -> Folder:
-        folder, names = self._list(relative, above)
+    def _scan(self, relative: str, bar: tqdm) -> Folder:
+        folder, names = self._list(relative)
         bar.update(len(folder.names) + len(folder.others))
-        if names:
-            above = (*above, _identity(os.path.join(self.root, relative)))
-        folder.folders = [self._scan(folder.inner(name), above, bar) for name in names]
+        folder.folders = [self._scan(folder.inner(name), bar) for name in names]
         return folder
 
-    def _list(self, relative: str, above: tuple[tuple[int, int], ...]) -> tuple[Folder, list[str]]:
-        """Return a folder with its own files, and the names of the folders in it that are to be scanned.
-
-        Args:
-            relative: Path of the folder.
-            above: Identities of the folders that it lies in.
-        """
+    def _list(self, relative: str) -> tuple[Folder, list[str]]:
+        """Return a folder with its own files, and the names of the folders in it that are to be scanned."""
         folder = Folder(relative)
         images: list[tuple[str, int, int, int, int]] = []
         below: list[str] = []
         with os.scandir(os.path.join(self.root, relative)) as entries:
             for entry in entries:
                 name = entry.name
-                if entry.is_dir():
-                    why = _why_not_scanned(entry, above)
+                if _is_folder(entry):
+                    why = _why_not_scanned(entry)
                     if why is None:
                         below.append(name)
                         continue
                 else:
                     ending = os.path.splitext(name)[1].lower()
-                    if ending in self.data_endings and entry.is_file():
+                    if ending in self.data_endings and _is_file(entry):
                         folder.data.append(name)
                         continue
                     why = _why_not_used(entry, ending)
@@ -182,27 +188,48 @@ class Scan:
         return folder, sorted(below)
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a ring
+        return False
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _why_not_used(entry: "os.DirEntry[str]", ending: str) -> str | None:
     """Return why a file is not read as an image, or None if it is."""
     if entry.name.startswith("._"):
         return RESOURCE_FILE
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return NOWHERE
+    if entry.name.startswith(".") and not ending:
+        return HIDDEN_FILE
     why = why_not_read(ending)
     if why is not None and not is_image_format(ending):
         return why
-    if not entry.is_file():
-        return "a link that leads nowhere" if entry.is_symlink() else "not a file"
+    if not _is_file(entry):
+        return "not a file"
     return why if why is not None or os.access(entry.path, os.R_OK) else "no permission to read it"
 
 
-def _why_not_scanned(entry: "os.DirEntry[str]", above: tuple[tuple[int, int], ...]) -> str | None:
+def _why_not_scanned(entry: "os.DirEntry[str]") -> str | None:
     """Return why a folder is not scanned, or None if it is."""
-    if entry.name in _NOT_DATA:
+    if is_left_behind(entry.name):
         return LEFT_BEHIND
     if not os.access(entry.path, os.R_OK | os.X_OK):
-        return "no permission to read the folder"
-    return "a link to a folder above it" if above and _identity(entry.path) in above else None
+        return LOCKED_FOLDER
+    if not entry.is_symlink():
+        return None
+    target, folder = (os.path.realpath(path) for path in (entry.path, os.path.dirname(entry.path)))
+    return LOOP if os.path.commonpath([target, folder]) == target else None
+
+
+def is_left_behind(name: str) -> bool:
+    """Return whether programs leave folders of this name behind."""
+    return name in _NOT_DATA or name.startswith(".Trash")

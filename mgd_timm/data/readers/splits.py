@@ -19,6 +19,7 @@ ROLES = {
 _WORDS = {word: role for role, words in ROLES.items() for word in words}
 _BEGINNING = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?=$|[._-])", re.IGNORECASE)
 _INSIDE = re.compile(rf"(?:^|[^a-z])({'|'.join(_WORDS)})(?:[^a-z]|$)|^({'|'.join(_WORDS)})", re.IGNORECASE)
+_ANYWHERE = re.compile("|".join(sorted(_WORDS, key=len, reverse=True)), re.IGNORECASE)
 
 EXPECTED = (
     "expected a folder with images in class folders (train/cat/1.png, test/cat/2.png), or with tar, parquet, arrow, "
@@ -36,6 +37,7 @@ class LocalSplit:
         classes: Its class folders.
         files: Its tables, tars or arrays.
         folder: The split's own folder, where there is one.
+        beside: Names of the top-level folders of the split, in which a table's images may lie.
     """
 
     name: str
@@ -43,15 +45,24 @@ class LocalSplit:
     classes: list[Folder] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     folder: Folder | None = None
+    beside: list[str] = field(default_factory=list)
 
 
 @dataclass
 class LocalPlace:
-    """The splits of a folder, what is left out, and the folders whose own images are in no class folder."""
+    """What a folder holds.
+
+    Args:
+        splits: Its splits, by name.
+        ignored: What is left out.
+        loose: The folders whose own images are in no class folder.
+        inner: Path of a folder below it that holds tables, tars or arrays, where the folder itself holds no data.
+    """
 
     splits: dict[str, LocalSplit]
     ignored: Ignored
     loose: list[Folder]
+    inner: str | None = None
 
 
 def role_of(split: str) -> str | None:
@@ -64,10 +75,11 @@ def split_of_file(name: str, named: Collection[str] = ()) -> str | None:
 
     Args:
         name: Name of the file, without its folder.
-        named: Names that count as splits besides the usual words, where they are the name up to its first dot.
+        named: Names that count as splits besides the usual words, in lower case.
     """
-    if name.partition(".")[0].lower() in named:
-        return name.partition(".")[0].lower()
+    for word in sorted(named, key=len, reverse=True):
+        if re.match(rf"{re.escape(word)}(?=$|[._-])", name.lower()):
+            return word
     found = _BEGINNING.match(name)
     return found[1].lower() if found else None
 
@@ -92,34 +104,74 @@ def find_splits(path: Path, data_endings: Collection[str], named: Collection[str
     named = {name.lower() for name in named}
     folders = {name: scan.below(name) for name in names if name.lower() in {*_WORDS, *named}}
     others = [name for name in names if name not in folders]
+    split_files = Folder("", others=[row for row in top.others if split_of_file(row[0], named) is not None])
+    _check_reached(path, split_files, data_endings)
     splits = _split_folders(path, folders)
     _add_split_files(path, top, splits, named)
-    if splits and all(split.folder is not None and split.folder.names for split in splits.values()):
-        # Each holds images itself: they are classes like their neighbours, if those hold images too.
-        folders |= {name: scan.below(name) for name in others}
-        splits = {} if any(folders[name].names for name in others) else splits
     if not splits:
         _check_flat(path, folders)
-        folders |= {name: scan.below(name) for name in others if name not in folders}
-        return LocalPlace(_training_split(path, top, folders, ignored), ignored, [top])
+        _check_reached(path, top, data_endings)
+        folders |= {name: scan.below(name) for name in others}
+        inner = next((one.path for folder in folders.values() for one in folder.walk() if one.data), None)
+        return LocalPlace(_training_split(path, top, folders, ignored), ignored, [top], inner)
+    _check_mixed(path, splits, [scan.below(name) for name in others] if _all_mixed(splits) else [])
     for name in top.data:
         if split_of_file(name, named) is None:
             ignored.add(name, "its name does not begin with a split")
-    loose = [folder for name, folder in {"": top, **folders}.items() if folder.names and name not in others]
-    for name in names:
-        if name in others or not (name.lower() in splits or folders[name].names):
-            ignored.add(f"{name}/", "a folder beside the splits")
-    return LocalPlace(splits, ignored, loose)
+    for name in others:
+        ignored.add(f"{name}/", "a folder beside the splits")
+    for name, folder in folders.items():
+        if folder.is_empty():
+            ignored.add(f"{name}/", "an empty folder")
+        elif name.lower() not in splits:
+            ignored.add_files(folder)
+    for split in splits.values():
+        if split.folder is not None:
+            _check_reached(path, split.folder, data_endings)
+        split.beside = [name for name in folders if name.lower() == split.name or _same_role(name, split.name)]
+    return LocalPlace(splits, ignored, [folder for folder in (top, *folders.values()) if folder.names])
+
+
+def _same_role(name: str, other: str) -> bool:
+    return role_of(name) is not None and role_of(name) == role_of(other)
+
+
+def _check_reached(path: Path, folder: Folder, data_endings: Collection[str]) -> None:
+    """Raise DataError if something in a folder that may be a class, a split or a part of one cannot be reached."""
+    lost = folder.lost_folders(data_endings)
+    if lost is not None:
+        raise DataError(f"{path / lost[0]}: {lost[1]}: put back what it stands for, or move it out of the folder.")
+
+
+def _all_mixed(splits: dict[str, LocalSplit]) -> bool:
+    """Return whether every split is a folder that holds both images itself and class folders."""
+    return all(split.folder is not None and split.folder.names and not split.files for split in splits.values())
+
+
+def _check_mixed(path: Path, splits: dict[str, LocalSplit], others: list[Folder]) -> None:
+    """Raise DataError if a folder that holds images and class folders may be a split, or a class like others."""
+    neighbour = next((folder for folder in others if folder.names), None)
+    if neighbour is not None:
+        name = next(split.folder.path for split in splits.values() if split.folder is not None)
+        raise DataError(
+            f"{path}: {name} holds images itself and folders of images, and {neighbour.path} holds images too: it is not "
+            f"certain whether {name} is a split or a class. Move {neighbour.path} out of the folder, or the images of "
+            f"{name} into class folders."
+        )
 
 
 def _split_folders(path: Path, folders: dict[str, Folder]) -> dict[str, LocalSplit]:
     """Return the splits that are folders: those with class folders, tables, tars or arrays."""
     splits: dict[str, LocalSplit] = {}
     for name, folder in folders.items():
-        if not (folder.data or any(inner.num_images() for inner in folder.folders)):
+        inside = any(inner.num_images() or (not folder.names and inner.lost_images()) for inner in folder.folders)
+        if not (folder.data or inside):
             continue
         if name.lower() in splits:
-            raise DataError(f"{path}: two folders of the split {name.lower()!r}: rename or remove one of them.")
+            raise DataError(
+                f"{path}: two folders of the split {name.lower()!r}, {splits[name.lower()].folder.path} and {name}: "
+                "rename one of them, or move it out of the folder."
+            )
         split = LocalSplit(name.lower(), path, files=[folder.inner(file) for file in folder.data])
         split.classes, split.folder = folder.folders, folder
         splits[split.name] = split
@@ -152,11 +204,16 @@ def _training_split(path: Path, top: Folder, folders: dict[str, Folder], ignored
         else:
             ignored.add(f"{name}/", "a folder without images")
     split.classes.sort(key=lambda folder: folder.path)
-    misnamed = [name for name in top.data if _INSIDE.search(name)]
+    roles = {_WORDS[found[0].lower()]: name for name in reversed(top.data) for found in _ANYWHERE.finditer(name)}
+    misnamed = list(roles.values()) if len(roles) > 1 else [name for name in top.data if _INSIDE.search(name)]
     if misnamed:
+        name = roles.get("train", misnamed[0])
+        found = _ANYWHERE.search(name)
+        beginning = re.match(r"[^._-]*", name[found.start() :]) if found else None
+        word = name[: found.start() + beginning.end()] if found and beginning else name
         raise DataError(
-            f"{path / misnamed[0]}: the split is not certain, as the name does not begin with it: expected train, val "
-            "or test, followed by a dot, a dash or an underscore (train-0001.tar). Rename the files, or name the "
-            f"splits (--train-split {misnamed[0].partition('.')[0]})."
+            f"{path / name}: the split is not certain, as the name does not begin with it: expected train, val or test, "
+            "followed by a dot, a dash or an underscore (train-0001.tar). Rename the files, or name the splits "
+            f"(--train-split {word})."
         )
     return {"train": split} if split.classes or split.files else {}

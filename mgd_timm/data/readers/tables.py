@@ -6,6 +6,7 @@ Images are read and decoded one by one, when they are used.
 import csv
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
-from mgd_timm.data.readers.classes import is_number, match_classes
-from mgd_timm.data.readers.columns import image_column, label_column, read_labels
+from mgd_timm.data.image_formats import is_image_format
+from mgd_timm.data.readers.classes import match_classes
+from mgd_timm.data.readers.columns import image_column, label_column, read_labels, value_type
 from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
 from mgd_timm.data.readers.scan import Ignored
 from mgd_timm.data.readers.shards import check_shards
@@ -32,6 +34,11 @@ from mgd_timm.storage.cache import cache_entry
 from mgd_timm.storage.lock import Lock
 
 TABLE_ENDINGS = (".parquet", ".arrow", ".feather", ".csv", ".jsonl")
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
+"""A whole number as a csv file holds it: 7, not 007, which is a name."""
+_FLOAT = re.compile(r"-?(0|[1-9]\d{0,14})(\.0+)?")
+_UNKNOWN = ("nan", "na", "n/a", "none", "null", "<na>")
+"""Words for a value that is not known, where the others of a column are numbers."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class TableRows:
     def _content(self, row: int, cell: Any) -> bytes | str:
         found: bytes | str | None = (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell
         if not found:
-            raise DataError(f"{self._name(row, cell)}: the row has neither bytes nor a path: remove it.")
+            raise DataError(f"{self._name(row, cell)}: the row has neither bytes nor a path: take it out.")
         if isinstance(found, bytes):
             return found
         table = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -124,9 +131,17 @@ class TableRows:
             if os.path.isfile(path):
                 return path
         raise DataError(
-            f"{self._name(row, cell)}: no such file in {' or '.join(map(str, self.folders[table]))}: put it back or "
-            "remove its row."
+            f"{self._name(row, cell)}: no such file in {' or '.join(map(str, self.folders[table]))}: put it back, or "
+            "take its row out of the table."
         )
+
+
+def _cells(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return an image column without a dictionary, whose bytes have offsets."""
+    kind = value_type(column.type)
+    if pa.types.is_binary_view(kind):
+        return column.cast(pa.large_binary())
+    return column if kind == column.type and not pa.types.is_string_view(kind) else column.cast(pa.large_string())
 
 
 def _binary_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -158,7 +173,8 @@ def read_files(
     paths = [split.root / file for file in split.files]
     check_shards(paths)
     tables = [_open(path, log) for path in paths]
-    folders = tuple((path.parent, path.parent / split.name) for path in paths)
+    beside = sorted({split.name, *split.beside}, key=lambda name: name != split.name)
+    folders = tuple((path.parent, *(path.parent / name for name in beside)) for path in paths)
     state = xxhash.xxh3_128()
     for path in paths:
         state.update(file_state(path).encode())
@@ -170,7 +186,7 @@ def named_files(rows: TableRows) -> set[str]:
     if rows.sizes.all():
         return set()
     contents = (rows.content(row) for row in range(len(rows)))
-    return {os.path.normpath(content) for content in contents if isinstance(content, str)}
+    return {os.path.abspath(content) for content in contents if isinstance(content, str)}
 
 
 def _open(path: Path, log: Callable[[str], None]) -> pa.Table:
@@ -182,15 +198,15 @@ def _open(path: Path, log: Callable[[str], None]) -> pa.Table:
             case ".csv":
                 return _read_csv(path)
             case ".jsonl":
-                with path.open(encoding="utf-8-sig") as file:
-                    return pa.Table.from_pylist([json.loads(line) for line in file if line.strip()])
+                return _read_jsonl(path)
             case _:
                 return _map_arrow(path)
-    except (pa.ArrowException, ValueError, csv.Error) as error:
+    except (pa.ArrowException, ValueError, OSError, csv.Error) as error:
+        if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno and path.stat().st_size):
+            raise  # of the cache's disk; pyarrow's own have no number
         kind = path.suffix.lower().removeprefix(".")
-        raise DataError(
-            f"{path}: cannot be read as a {kind} file ({' '.join(str(error).split())[:200]}): write it again."
-        ) from error
+        reason = " ".join(str(error).split())[:200] if path.stat().st_size else "it is empty"
+        raise DataError(f"{path}: cannot be read as a {kind} file ({reason}): write it again.") from error
 
 
 def _map_arrow(path: Path) -> pa.Table:
@@ -231,19 +247,49 @@ def _read_csv(path: Path) -> pa.Table:
     """Read a csv file with a header, every column as words: 007 stays 007. A column of whole numbers becomes int64."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.reader(file))
-    header, rows = rows[0] if rows else [], [row for row in rows[1:] if row]
+    if not rows:
+        raise ValueError("it is empty")
+    header, rows = rows[0], [row for row in rows[1:] if row]
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise ValueError(f"its header is {header[0]!r}: expected columns separated by a comma")
+    unnamed = next((name for name in header if is_image_format(os.path.splitext(name)[1].lower())), None)
+    if unnamed is not None:
+        raise ValueError(f"expected a header with the names of the columns, and {unnamed!r} is an image")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"its header has {twice!r} twice")
     wrong = next((i for i, row in enumerate(rows) if len(row) != len(header)), None)
     if wrong is not None:
-        raise ValueError(f"row {wrong + 1} has {len(rows[wrong])} fields, the header has {len(header)}")
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return pa.table(
-        {
-            name: pa.array(words, pa.string())
-            if not words or not all(map(is_number, words))
-            else pa.array(map(int, words))
-            for name, words in columns.items()
-        }
-    )
+        count = len(rows[wrong])
+        raise ValueError(f"row {wrong + 1} has {count} field{'s' * (count != 1)}, the header has {len(header)}")
+    return pa.table({name: _csv_column([row[i] for row in rows]) for i, name in enumerate(header)})
+
+
+def _csv_column(words: list[str]) -> pa.Array:
+    """Return words as whole numbers where all are, with null for those that are not known."""
+    known = [word for word in words if word.lower() not in _UNKNOWN]
+    if not known or not all(map(_FLOAT.fullmatch, known)):
+        return pa.array(words, pa.string())
+    if not all(map(_WHOLE.fullmatch, known)) and len({"." in word for word in known}) > 1:
+        return pa.array(words, pa.string())  # 1 and 1.0 would be one
+    return pa.array([None if word.lower() in _UNKNOWN else int(word.partition(".")[0]) for word in words], pa.int64())
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    """Read a file with a JSON object in each line."""
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not an object with the columns as keys")
+            rows.append(row)
+    return pa.table({name: [row.get(name) for row in rows] for row in rows[:1] for name in row})
 
 
 def load_tables(source: str, config: str | None) -> dict[str, Any]:
@@ -299,8 +345,12 @@ def read_tables(
     tables = [table for table in tables if len(table)] or list(tables[:1])
     if not len(tables[0]):
         raise DataError(f"split {split!r} has no images: choose another with --train-split or --eval-split.")
-    key = image_column(tables[0], data)
-    target = label_column(tables[0], key, data, log if class_names is None else lambda _: None)
+    try:
+        key = image_column(tables[0], data)
+        target = label_column(tables[0], key, data, log if class_names is None else lambda _: None)
+    except DataError as error:
+        other = "" if class_names is None else " Or choose another split with --eval-split."
+        raise DataError(f"split {split!r}: {error}{other}") from error
     for table in tables:
         for name in (key, target):
             if name not in table.column_names:
@@ -309,7 +359,7 @@ def read_tables(
     labels = read_labels(tables, target, split, data.first_label, training=class_names is None)
     values, names = match_classes(labels, class_names, split, log)
     return TableRows(
-        columns=tuple(table.column(key) for table in tables),
+        columns=tuple(_cells(table.column(key)) for table in tables),
         starts=np.cumsum([0, *(len(table) for table in tables[:-1])]),
         folders=folders or ((Path.cwd(),),) * len(tables),
         split=split,

@@ -6,36 +6,26 @@ one tar, as ImageNet is published), and webdataset shards, whose images have lab
 """
 
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from mgd_timm.data.decode import DataError, LazyImage, decode, open_image
-from mgd_timm.data.image_formats import readable_endings, why_not_read
-from mgd_timm.data.readers.classes import Labels, is_number, labels_of_words, match_classes
+from mgd_timm.data.image_formats import NOT_AN_IMAGE
+from mgd_timm.data.readers.classes import Labels, labels_of_numbers, labels_of_words, match_classes
 from mgd_timm.data.readers.rows import begin_digest, digest_images, file_state
 from mgd_timm.data.readers.scan import Ignored
 from mgd_timm.data.readers.shards import check_shards
 from mgd_timm.data.readers.splits import LocalSplit, role_of
+from mgd_timm.data.readers.tar_index import LABELS, load_index, read_part, sample_key
 from mgd_timm.recipe.data import Data
-from mgd_timm.storage.cache import cache_entry
+from mgd_timm.recipe.options import few
 from mgd_timm.storage.checkpoint import State
-from mgd_timm.storage.lock import load_or_create
-
-_LABELS = (".cls", ".json", ".txt")
-
-
-class _Member(NamedTuple):
-    """A file in a tar: its name, and its offset and size in bytes."""
-
-    name: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,7 @@ class TarRows:
         tar: Index of the tar that holds each image, int [n].
         offsets, sizes: Where the image is in its tar, in bytes, int64 [n].
         names: Names of the images in their tars.
+        state: Hash of the tars' sizes, times and inodes.
         split: Name of the split.
         labels: Class ids, int64 [n].
         class_names: Names of the classes.
@@ -57,6 +48,7 @@ class TarRows:
     offsets: np.ndarray
     sizes: np.ndarray
     names: list[str]
+    state: str
     split: str
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -70,7 +62,7 @@ class TarRows:
 
     def content(self, row: int) -> bytes:
         """Return an encoded image."""
-        return _read_part(self.paths[self.tar[row]], int(self.offsets[row]), int(self.sizes[row]))
+        return read_part(self.paths[self.tar[row]], int(self.offsets[row]), int(self.sizes[row]))
 
     def pixels(self, row: int, in_chans: int) -> np.ndarray:
         """Return a decoded image, uint8 [height, width, in_chans]."""
@@ -109,7 +101,7 @@ def read_files(
     """
     paths = tuple(split.root / file for file in split.files)
     check_shards(paths)
-    indices = [_load_index(path, log) for path in paths]
+    indices = [load_index(path, log) for path in paths]
     tars = [i for i, index in enumerate(indices) for _ in index.values["names"]]
     offsets, sizes = (
         torch.cat([index.tensors["index"][part] for index in indices]).numpy() for part in ("offsets", "sizes")
@@ -120,19 +112,32 @@ def read_files(
         for why, (first, count) in index.values["others"].items():
             ignored.add(f"{path.relative_to(split.root)}: {first}", why, count)
     rows = list(range(len(names)))
-    if any(texts):
-        rows = [i for i in rows if data.input_key is None or _key(names[i])[1] == f".{data.input_key.lstrip('.')}"]
-        _check_keys([(tars[i], _key(names[i])[0], names[i]) for i in rows], paths)
+    if not rows:
+        lost = f" ({ignored.line()})" if ignored.count else ""
+        raise DataError(f"{paths[0]}: no image in it{lost}: expected class folders, or images with label files.")
+    if _has_labels(texts, names, tars, paths, split, data):
+        rows = _chosen_images(names, data.input_key, paths, ignored)
+        _check_keys([(tars[i], sample_key(names[i])[0], names[i]) for i in rows], paths)
         words = [_parse_label(texts[i], names[i], paths[tars[i]], data.target_key or "label") for i in rows]
+        captions = class_names is None and texts[rows[0]].startswith(".txt") and len(set(words)) == len(words)
+        if captions:
+            raise DataError(
+                f"{paths[0]}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and not "
+                "labels: expected .cls or .json files, or images in class folders."
+            )
+        labels = _labels(words, paths[0], data.first_label, training=class_names is None)
     else:
+        if data.input_key is not None or data.target_key is not None:
+            raise DataError(f"{paths[0]}: it has no label files: leave --input-key and --target-key out.")
+        for kind in LABELS:
+            notes = [name for name, text in zip(names, texts, strict=True) if text.startswith(f"{kind} ")]
+            if notes:
+                note = f"{sample_key(notes[0])[0].lstrip('/')}{kind}"
+                ignored.add(f"{paths[0].relative_to(split.root)}: {note}", f"{NOT_AN_IMAGE} ({kind})", len(notes))
         classes = _class_folders(names, tars, paths, split)
         rows.sort(key=lambda i: (classes[i], names[i]))
-        words = [classes[i] for i in rows]
-    if not rows:
-        raise DataError(f"{paths[0]}: no image in it: expected class folders, or images with label files.")
-    labels = labels_of_words(words)
-    if any(texts) and all(map(is_number, words)):
-        labels = _numbers(words, paths[0], data.first_label, training=class_names is None)
+        labels = labels_of_words([classes[i] for i in rows])
+        _check_lost(indices, paths, set(labels.names or ()))
     values, known = match_classes(labels, class_names, split.name, log)
     return TarRows(
         paths=paths,
@@ -140,22 +145,63 @@ def read_files(
         offsets=offsets[rows],
         sizes=sizes[rows],
         names=[names[i] for i in rows],
+        state=xxhash.xxh3_128_hexdigest("".join(map(file_state, paths)).encode()),
         split=split.name,
         labels=values,
         class_names=known,
     )
 
 
-def _numbers(words: list[str], path: Path, first: int, *, training: bool) -> Labels:
-    """Return labels that are class ids from `first`."""
-    ids = np.array(words, dtype=np.int64)
-    if ids.min() < first or (training and int(ids.max()) - first >= len(words)):
-        raise DataError(
-            f"{path}: labels {ids.min()} to {ids.max()} of {len(words)} images: expected consecutive class ids from "
-            f"{first}."
+def _has_labels(
+    texts: list[str], names: list[str], tars: list[int], paths: Sequence[Path], split: LocalSplit, data: Data
+) -> bool:
+    """Return whether the files beside the images are their labels: a .cls file is, text and JSON beside class folders
+    are notes, but for JSON with the label's key."""
+    if not any(texts) or any(text.startswith(".cls") for text in texts):
+        return any(texts)
+    key = data.target_key or "label"
+    if any(text.startswith(".json") and _json_label(text[6:], key) is not None for text in texts):
+        return True
+    try:
+        return len(set(_class_folders(names, tars, paths, split))) < 2
+    except DataError:  # they lie in no class folders
+        return True
+
+
+def _chosen_images(names: list[str], input_key: str | None, paths: Sequence[Path], ignored: Ignored) -> list[int]:
+    """Return the images of the ending that --input-key gives, all without one."""
+    if input_key is None:
+        return list(range(len(names)))
+    ending = f".{input_key.lstrip('.').lower()}"
+    rows = [i for i, name in enumerate(names) if sample_key(name)[1] == ending]
+    if not rows:
+        known = sorted({sample_key(name)[1].lstrip(".") for name in names})
+        raise DataError(f"{paths[0]}: no image ends with {ending}: expected --input-key to be one of {few(known)}.")
+    others = [name for name in names if sample_key(name)[1] != ending]
+    if others:
+        ignored.add(
+            f"{paths[0].name}: {others[0]}", "another image of a sample, not chosen by --input-key", len(others)
         )
-    names = tuple(str(i) for i in range(first, int(ids.max()) + 1)) if first else None
-    return Labels(ids - first, names)
+    return rows
+
+
+def _check_lost(indices: Sequence[State], paths: Sequence[Path], classes: set[str]) -> None:
+    """Raise DataError if a folder has files that may be images and none that is."""
+    for path, index in zip(paths, indices, strict=True):
+        for name, why in index.values["lost"]:
+            folders = set(name.split("/")[:-1])
+            if folders and not folders & classes and path.stem not in classes:
+                raise DataError(
+                    f"{path}: {name.rpartition('/')[0]}: a class folder without images that can be read ({name}: {why}). "
+                    "Add images of the class, or write the tar again without it."
+                )
+
+
+def _labels(words: list[str], path: Path, first: int, *, training: bool) -> Labels:
+    """Return labels of label files: class ids where all are numbers, else class names."""
+    if not all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", word) for word in words):
+        return labels_of_words(words)
+    return labels_of_numbers(np.array(words, dtype=np.int64), str(path), first, training=training)
 
 
 def _check_keys(images: Sequence[tuple[int, str, str]], paths: Sequence[Path]) -> None:
@@ -166,41 +212,54 @@ def _check_keys(images: Sequence[tuple[int, str, str]], paths: Sequence[Path]) -
         if other != name:
             raise DataError(
                 f"{paths[tar]}: {other} and {name} have one key, {key}, which ends at the first dot: choose the images "
-                f"of each sample by their ending with --input-key {_key(other)[1].lstrip('.')}, or rename the files."
+                f"of each sample by their ending with --input-key {sample_key(other)[1].lstrip('.')}, or rename the files."
             )
 
 
 def _class_folders(names: Sequence[str], tars: Sequence[int], paths: Sequence[Path], split: LocalSplit) -> list[str]:
-    """Return the class of each image: the first folder in its tar that not all images of the tar share, else the
-    folder that they share, else the tar.
+    """Return the class of each image: the first folder in its tar that not all images share, else its tar (of a folder
+    of class tars), else the folder that all share.
 
     Raises:
         DataError: Images in no class folder, or a tar that holds several splits.
     """
     folders = [[part for part in name.split("/")[:-1] if part != "."] for name in names]
-    shared = {tar: _shared([f for f, other in zip(folders, tars, strict=True) if other == tar]) for tar in set(tars)}
-    flat = {tar for tar in shared if all(len(f) == shared[tar] for f, o in zip(folders, tars, strict=True) if o == tar)}
+    depth = _shared(folders)
+    of_tar = [len(folder) == depth and "/" in split.files[tar] for folder, tar in zip(folders, tars, strict=True)]
+    several, alone = len(set(tars)) > 1, all(len(folder) == depth for folder in folders)
     found = []
-    for name, folder, tar in zip(names, folders, tars, strict=True):
-        depth = shared[tar]
+    for name, folder, tar, tar_is_class in zip(names, folders, tars, of_tar, strict=True):
         if len(folder) > depth:
             found.append(folder[depth])
-        elif depth and tar in flat:
-            found.append(folder[-1])
-        elif not depth and "/" in split.files[tar]:
+        elif tar_is_class and (several or not depth):
             found.append(paths[tar].stem)
+        elif depth and alone:
+            found.append(folder[-1])
         else:
             raise DataError(
                 f"{paths[tar]}: {name} is in no class folder and has no label file (.cls, .json or .txt): expected "
                 f"CLASS/{name}, or a tar for each class in a folder ({split.name}/CLASS.tar)."
             )
-    roles = {role: word for word in sorted(set(found)) if (role := role_of(word)) is not None}
-    if len(roles) > 1:
+    if any(of_tar) and not all(of_tar):
+        tar, other = tars[of_tar.index(True)], of_tar.index(False)
+        if found[other] != paths[tars[other]].stem:
+            raise DataError(
+                f"{paths[tar]}: its images lie in no folder, but those of {paths[tars[other]]} in {found[other]}: it is "
+                "not certain whether the tars or the folders are the classes: write all tars in the same way."
+            )
+    _check_tar_splits(found, folders, depth, paths)
+    return found
+
+
+def _check_tar_splits(classes: list[str], folders: list[list[str]], depth: int, paths: Sequence[Path]) -> None:
+    """Raise DataError if what would be classes are splits: all of them by name, or with folders below them."""
+    roles = {role: word for word in sorted(set(classes)) if (role := role_of(word)) is not None}
+    below = any(role_of(word) and len(folder) > depth + 1 for word, folder in zip(classes, folders, strict=True))
+    if len(roles) > 1 and (below or len(roles) == len(set(classes))):
         raise DataError(
             f"{paths[0]}: it holds the splits {' and '.join(roles.values())}: make a tar for each, named train.tar and "
             "test.tar, or unpack it."
         )
-    return found
 
 
 def _shared(folders: Sequence[list[str]]) -> int:
@@ -217,100 +276,17 @@ def _parse_label(text: str, name: str, path: Path, key: str) -> str:
             f"{path}: {name} has no label file, but other images have: expected a .cls, .json or .txt file of the same "
             "name."
         )
-    if kind != ".json":
-        return value
-    found = json.loads(value)
+    if kind == ".json":
+        found = _json_label(value, key)
+        if found is None:
+            raise DataError(f"{path}: the json file of {name} has no label under {key!r}: name it with --target-key.")
+        return found
+    if not value.strip():
+        raise DataError(f"{path}: the {kind} file of {name} is empty: write its label.")
+    return value
+
+
+def _json_label(text: str, key: str) -> str | None:
+    found = json.loads(text)
     found = found.get(key) if isinstance(found, dict) else found
-    if not isinstance(found, int | str):
-        raise DataError(f"{path}: the json file of {name} has no label under {key!r}: name it with --target-key.")
-    return str(found)
-
-
-# -- the index
-
-
-def _read_part(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _load_index(path: Path, log: Callable[[str], None]) -> State:
-    """Load the index of a tar from the cache, by the tar's path, size, times and inode, or create it."""
-    folder = cache_entry("tars", f"{file_state(path)}:3")
-    return load_or_create(folder, f"index of {path}", lambda: _scan(path), log)
-
-
-def _scan(path: Path) -> State:
-    """Create the index of a tar: offsets, sizes and names of its images, and their labels.
-
-    A label is the suffix and the text of the image's label file (".cls 3"), "" without one.
-
-    Raises:
-        DataError: The file is not a tar, or compressed or truncated.
-    """
-    members = list(_members(path))
-    labels: dict[str, tuple[int, str]] = {}
-    for member in members:
-        stem, suffix = _key(member.name)
-        if suffix in _LABELS:
-            text = _read_part(path, member.offset, member.size).decode(errors="replace")
-            text = _json_line(text, member.name, path) if suffix == ".json" else text.strip().partition("\n")[0]
-            rank = _LABELS.index(suffix)
-            if stem not in labels or rank < labels[stem][0]:
-                labels[stem] = rank, f"{suffix} {text}"
-    images = [member for member in members if _ending(member.name) in readable_endings()]
-    others: dict[str, tuple[str, int]] = {}
-    for member in members:
-        why = why_not_read(_ending(member.name))
-        if why is not None and _ending(member.name) not in _LABELS:
-            first, count = others.get(why, (member.name, 0))
-            others[why] = first, count + 1
-    tensors = {
-        "offsets": torch.tensor([member.offset for member in images], dtype=torch.int64),
-        "sizes": torch.tensor([member.size for member in images], dtype=torch.int64),
-    }
-    found = [labels.get(_key(member.name)[0], (0, ""))[1] for member in images]
-    return State({"index": tensors}, {"names": [member.name for member in images], "labels": found, "others": others})
-
-
-def _json_line(text: str, name: str, path: Path) -> str:
-    try:
-        return json.dumps(json.loads(text))
-    except ValueError as error:
-        raise DataError(f"{path}: {name} is not JSON ({error}): write it again.") from error
-
-
-def _key(name: str) -> tuple[str, str]:
-    """Return webdataset's key of a member, its name up to the first dot, and the rest of the name."""
-    folder, _, file = name.rpartition("/")
-    key, dot, rest = file.partition(".")
-    return f"{folder}/{key}", f"{dot}{rest}".lower()
-
-
-def _ending(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
-
-
-def _members(path: Path) -> Iterator[_Member]:
-    """Yield every file. The files of a tar in a tar get its name as their folder."""
-    try:
-        with tarfile.open(path, "r:") as outer:
-            for member in outer:
-                if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
-                    continue
-                if not member.name.endswith(".tar"):
-                    yield _Member(member.name, member.offset_data, member.size)
-                    continue
-                content = outer.extractfile(member)
-                assert content is not None
-                with tarfile.open(fileobj=content, mode="r:") as inner:
-                    for one in inner:
-                        if one.isreg():
-                            name = f"{PurePosixPath(member.name).stem}/{one.name}"
-                            yield _Member(name, member.offset_data + one.offset_data, one.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a tar ({error}): expected a complete tar without compression, as a compressed "
-            "one cannot be read from the middle."
-        ) from error
+    return str(found) if isinstance(found, int | str) and str(found).strip() else None
