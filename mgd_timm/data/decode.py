@@ -113,6 +113,7 @@ def open_image(content: bytes | str | os.PathLike[str], in_chans: int, name: str
 def _read_header(source: io.BytesIO | str | os.PathLike[str], name: str) -> Image.Image:
     image = Image.open(source, formats=list(readable_formats()))
     if image.mode.startswith(("I", "F")):
+        image.close()
         raise DataError(
             f"{name}: mode {image.mode!r} has more than 8 bits per channel and no known range: convert it to 8 bits "
             "first."

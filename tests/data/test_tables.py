@@ -149,7 +149,7 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             {"image": samples(3), "label": [0, None, 1]},
-            "column 'label' of split 'train': row 1 has no label: remove it, or choose another column",
+            "column 'label' of split 'train': row 1 has no label: take the row out, or choose another column",
         ),
         (
             {"image": samples(2), "label": [[0.5, 0.5], [0.5, 0.6]]},
@@ -166,11 +166,11 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             {"image": [encoded(noise(0)), None], "label": [0, 1]},
-            "train image 1: the row has neither bytes nor a path: remove it",
+            "train image 1: the row has neither bytes nor a path: take it out",
         ),
         (
             {"image": [*samples(1), {"bytes": None, "path": "/no.png"}], "label": [0, 1]},
-            r"train image 1 \(/no.png\): no such file in .*: put it back or remove its row",
+            r"train image 1 \(/no.png\): no such file in .*: put it back, or take its row out of the table",
         ),
         (
             {"image": [*samples(1), *samples(1, height=13)], "label": [0, 1]},

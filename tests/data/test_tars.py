@@ -13,7 +13,7 @@ from small import write_pictures
 
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.decode import DataError
-from mgd_timm.data.readers import tars
+from mgd_timm.data.readers import tar_index
 from mgd_timm.data.sources import LargeImageSource
 from mgd_timm.features import Batch
 from mgd_timm.recipe.data import Data
@@ -101,7 +101,7 @@ def test_an_index_is_created_once_and_again_for_another_file(
     first = read(folder_of_tars)
     assert len(list((cache_folder() / "tars").iterdir())) == 2
     with monkeypatch.context() as context:
-        context.setattr(tars, "_scan", None)
+        context.setattr(tar_index, "_create", None)
         assert read(folder_of_tars).train.digest == first.train.digest
     moved = tmp_path / "moved"
     shutil.copytree(folder_of_tars, moved)

@@ -101,6 +101,11 @@ def match_classes(
     names = labels.class_names()
     if names == train_names:
         return values, train_names
+    if labels.names is None and values.ndim == 2:
+        raise DataError(
+            f"split {split!r} has distributions over {labels.count} classes, the training split has "
+            f"{len(train_names)}: expected as many."
+        )
     ids = {name: i for i, name in enumerate(train_names)}
     used = range(len(names)) if values.ndim == 2 else np.unique(values).tolist()
     strange = [names[i] for i in used if names[i] not in ids]
