@@ -92,7 +92,7 @@ def digest_images(total: Any, sizes: np.ndarray, content: Callable[[int], bytes 
 def file_state(path: Path) -> str:
     """Return what identifies a file's content on this machine: path, size, times and inode."""
     status = path.stat()
-    return f"{ascii(str(path.resolve()))}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
+    return f"{str(path.resolve())!a}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def _read(content: bytes | str) -> bytes:
@@ -119,8 +119,8 @@ def find_split(splits: Mapping[str, Any], split: str) -> Any:
         names += [name for name in splits if name not in names and role_of(name) == "train"]
     if len(names) > 1:
         raise DataError(
-            f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split, or move one of "
-            "them out of the folder."
+            f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split, or move one "
+            "of them out of the folder."
         )
     if not names:
         raise DataError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_files import collect, encoded, noise, pixels, read
-from places import arrays, found, picture, put, refused, table, tar, tree
+from places import arrays, found, put, refused, table, tar, tree
 
 from mgd_timm.data.readers import rows as rows_module
 
