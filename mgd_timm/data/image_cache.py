@@ -106,8 +106,8 @@ class CachedImages:
 def size_error(name: str, size: Sequence[int], first: Sequence[int]) -> DataError:
     """Return the error of an image of another height and width than the first image."""
     return DataError(
-        f"{name} has {size[0]}x{size[1]} pixels, the first image {first[0]}x{first[1]}: give --img-size to resize all to "
-        "one size."
+        f"{name} has {size[0]}x{size[1]} pixels, the first image {first[0]}x{first[1]}: give --img-size to resize all "
+        "to one size."
     )
 
 

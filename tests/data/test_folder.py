@@ -45,7 +45,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         tmp_path / "gap", {"train/cat": [noise(0)], "train/dog": [], "train/emu": [noise(1)], "train/.hidden": []}
     )
     with pytest.raises(
-        DataError, match=r"gap/train/dog: a class folder without images. Add images of the class or move the folder out of"
+        DataError,
+        match=r"gap/train/dog: a class folder without images. Add images of the class or move the folder out of",
     ):
         read(gap)
     (gap / "train/dog").rmdir()

@@ -16,6 +16,7 @@ import pytest
 from image_files import add, encoded, noise
 
 import mgd_timm
+from mgd_timm.data.decode import DataError
 
 _number = itertools.count()
 FOREIGN = re.compile(
@@ -138,7 +139,7 @@ def found(root: Path, **options: Any) -> Found:
 
 def refused(root: Path, *words: str, ask: Callable[..., Any] = found, **options: Any) -> str:
     """Ask, expect a refusal that holds these words, and return it."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(DataError) as caught:
         ask(root, **options)
     message = str(caught.value)
     for word in words:

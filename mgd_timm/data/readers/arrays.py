@@ -115,8 +115,8 @@ def _open_labels(path: Path, first: int, *, training: bool) -> Labels:
     labels = _open_array(path)
     if labels.ndim != 1 or labels.dtype.kind not in "iubUS" or not len(labels):
         raise DataError(
-            f"{path}: {labels.dtype} {list(labels.shape)}, expected class ids from {first} or class names, one for each "
-            "image: write it again with numpy.save."
+            f"{path}: {labels.dtype} {list(labels.shape)}, expected class ids from {first} or class names, one for "
+            "each image: write it again with numpy.save."
         )
     if labels.dtype.kind in "iu":
         return labels_of_numbers(np.asarray(labels), str(path), first, training=training)

@@ -61,8 +61,8 @@ def labels_of_numbers(numbers: np.ndarray, where: str, first: int, *, training: 
         )
     if training and low > first == 0:
         raise DataError(
-            f"{where}: labels from {low} to {high}, expected class ids from 0: give --first-label {low} if {low} is the "
-            "first class, or choose another column with --target-key."
+            f"{where}: labels from {low} to {high}, expected class ids from 0: give --first-label {low} if {low} is "
+            "the first class, or choose another column with --target-key."
         )
     if training and high - first >= len(numbers):
         raise DataError(

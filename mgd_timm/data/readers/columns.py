@@ -50,8 +50,8 @@ def image_column(table: pa.Table, data: Data) -> str:
     if found and "image" in table.column_names:
         kind = table.schema.field("image").type
         raise DataError(
-            f"column 'image' holds {kind}, neither encoded images nor their paths, and {few(found)} does: choose it with "
-            "--input-key."
+            f"column 'image' holds {kind}, neither encoded images nor their paths, and {few(found)} does: choose it "
+            "with --input-key."
         )
     if len(found) != 1:
         several = f"{len(found)} image columns, {few(found)}," if found else "no image column"
@@ -210,11 +210,9 @@ def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: st
     """Return the labels of one table, not yet checked."""
     column = _plain(column)
     kind = column.type
-    numbers = np.asarray(column) if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
-    unknown_rows = np.flatnonzero(np.isnan(numbers)) if pa.types.is_floating(kind) else []
-    if column.null_count or len(unknown_rows):
-        row = next((i for i, cell in enumerate(column) if not cell.is_valid), None)
-        row = int(unknown_rows[0]) if row is None else row
+    known = pc.is_finite(column).fill_null(False) if pa.types.is_floating(kind) else column.is_valid()
+    if not pc.all(known, min_count=0).as_py():
+        row = pc.index(known, False).as_py()
         raise DataError(
             f"{where}: row {row} has no label: take the row out, or choose another column with --target-key."
         )
@@ -226,12 +224,13 @@ def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: st
         if empty is not None:
             raise DataError(f"{where}: row {empty} has an empty label: write one, or take the row out.")
         return labels_of_words(words)
-    if numbers is not None:
-        broken = np.flatnonzero(~np.isfinite(numbers) | (numbers != np.floor(numbers)))
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        numbers = np.asarray(column)
+        broken = np.flatnonzero(numbers != np.floor(numbers))
         if len(broken):
             raise DataError(
-                f"{where}: row {broken[0]} has the label {numbers[broken[0]]}: expected class ids; choose another column "
-                "with --target-key."
+                f"{where}: row {broken[0]} has the label {numbers[broken[0]]}: expected class ids; choose another "
+                "column with --target-key."
             )
         ids = numbers.astype(np.int64)  # floats are whole numbers that once had gaps
         if names is not None and int(ids.max()) >= len(names):
@@ -244,8 +243,8 @@ def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: st
         lengths = sorted({len(row) for row in column.to_pylist()})
         raise DataError(
             f"{where}: lists of {', '.join(map(str, lengths[:3]))} values: expected distributions over classes: equal "
-            "lengths, each value 0 or more, with the sum 1. Several labels for an image are not supported: choose another "
-            "column with --target-key."
+            "lengths, each value 0 or more, with the sum 1. Several labels for an image are not supported: choose "
+            "another column with --target-key."
         )
     raise DataError(
         f"{where} holds {kind}: expected class names, class ids from 0 or distributions; choose another with "
@@ -257,8 +256,8 @@ def _named(ids: np.ndarray, names: tuple[str, ...], where: str) -> Labels:
     """Return the ids of classes whose names the file holds. Raise DataError where they are hidden."""
     if int(ids.min()) < 0:
         raise DataError(
-            f"{where}: row {int(ids.argmin())} has the label {ids.min()}, expected class ids from 0. A split with hidden "
-            "labels cannot be used: choose another with --train-split or --eval-split."
+            f"{where}: row {int(ids.argmin())} has the label {ids.min()}, expected class ids from 0. A split with "
+            "hidden labels cannot be used: choose another with --train-split or --eval-split."
         )
     return Labels(ids, names)
 

@@ -136,11 +136,11 @@ def _choose(split: LocalSplit, data: Data, place: LocalPlace) -> ReadFiles:
         for file in notes:
             place.ignored.add(file, "a table beside class folders, which --target-key would use")
     formats = {Path(file).suffix.lower(): file for file in split.files}
-    if classes and list(formats.values()) and all(FORMATS[ending] is tables.read_files for ending in formats):
-        # A table names the images: they lie in one folder, or the user chose a column.
-        if use_table or (len(classes) == 1 and len(notes) == len(split.files)):
-            place.loose.extend(inner for folder in classes for inner in folder.walk())
-            classes = []
+    only_tables = bool(formats) and all(FORMATS[ending] is tables.read_files for ending in formats)
+    if classes and only_tables and (use_table or (len(classes) == 1 and len(notes) == len(split.files))):
+        # A table names the images: the user chose a column, or they lie in one folder.
+        place.loose.extend(inner for folder in classes for inner in folder.walk())
+        classes = []
     found = [*([classes[0].path + "/"] if classes else []), *formats.values()]
     if len(found) > 1:
         raise DataError(

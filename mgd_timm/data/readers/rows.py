@@ -128,8 +128,8 @@ def find_split(splits: Mapping[str, Any], split: str) -> Any:
         names += [name for name in splits if name not in names and role_of(name) == "train"]
     if len(names) > 1:
         raise DataError(
-            f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split, or move one of "
-            "them out of the folder."
+            f"splits {' and '.join(names)} have one purpose: choose with --train-split and --eval-split, or move one "
+            "of them out of the folder."
         )
     if not names:
         raise DataError(

@@ -154,27 +154,29 @@ def _check_mixed(path: Path, splits: dict[str, LocalSplit], others: list[Folder]
     if neighbour is not None:
         name = next(split.folder.path for split in splits.values() if split.folder is not None)
         raise DataError(
-            f"{path}: {name} holds images itself and folders of images, and {neighbour.path} holds images too: it is not "
-            f"certain whether {name} is a split or a class. Move {neighbour.path} out of the folder, or the images of "
-            f"{name} into class folders."
+            f"{path}: {name} holds images itself and folders of images, and {neighbour.path} holds images too: it is "
+            f"not certain whether {name} is a split or a class. Move {neighbour.path} out of the folder, or the images "
+            f"of {name} into class folders."
         )
 
 
 def _split_folders(path: Path, folders: dict[str, Folder]) -> dict[str, LocalSplit]:
     """Return the splits that are folders: those with class folders, tables, tars or arrays."""
     splits: dict[str, LocalSplit] = {}
+    seen: dict[str, str] = {}
     for name, folder in folders.items():
         inside = any(inner.num_images() or (not folder.names and inner.lost_images()) for inner in folder.folders)
         if not (folder.data or inside):
             continue
         if name.lower() in splits:
             raise DataError(
-                f"{path}: two folders of the split {name.lower()!r}, {splits[name.lower()].folder.path} and {name}: "
+                f"{path}: two folders of the split {name.lower()!r}, {seen[name.lower()]} and {name}: "
                 "rename one of them, or move it out of the folder."
             )
         split = LocalSplit(name.lower(), path, files=[folder.inner(file) for file in folder.data])
         split.classes, split.folder = folder.folders, folder
         splits[split.name] = split
+        seen[split.name] = name
     return splits
 
 
@@ -212,8 +214,8 @@ def _training_split(path: Path, top: Folder, folders: dict[str, Folder], ignored
         beginning = re.match(r"[^._-]*", name[found.start() :]) if found else None
         word = name[: found.start() + beginning.end()] if found and beginning else name
         raise DataError(
-            f"{path / name}: the split is not certain, as the name does not begin with it: expected train, val or test, "
-            "followed by a dot, a dash or an underscore (train-0001.tar). Rename the files, or name the splits "
+            f"{path / name}: the split is not certain, as the name does not begin with it: expected train, val or "
+            "test, followed by a dot, a dash or an underscore (train-0001.tar). Rename the files, or name the splits "
             f"(--train-split {word})."
         )
     return {"train": split} if split.classes or split.files else {}

@@ -35,9 +35,9 @@ def load_index(path: Path, log: Any) -> State:
     """Load the index of a tar from the cache, by the tar's path, size, times and inode, or create it.
 
     Returns:
-        "offsets" and "sizes" of the images. Of each image the name and the label, which is the suffix and the text of its
-        label file (".cls 3"), "" without one; "others", for each reason the first file that is not used and their number;
-        and "lost", name and reason of the first file of each folder that may be an image and cannot be used.
+        "offsets" and "sizes" of the images. Of each image the name and the label, which is the suffix and the text of
+        its label file (".cls 3"), "" without one; "others", for each reason the first file that is not used and their
+        number; and "lost", name and reason of the first file of each folder that may be an image and cannot be used.
 
     Raises:
         DataError: The file is not a tar, or compressed or truncated.
@@ -93,8 +93,8 @@ def _create(path: Path) -> State:
                 labels[key] = rank, f"{suffix} {_label_text(path, member, suffix)}"
         elif ending == ".cls" and not member.why:
             raise DataError(
-                f"{path}: {member.name} is the label of no image, as webdataset's keys end at the first dot: rename the "
-                "files, without dots before the ending."
+                f"{path}: {member.name} is the label of no image, as webdataset's keys end at the first dot: rename "
+                "the files, without dots before the ending."
             )
         else:
             leave_out(member.name, why)

@@ -122,8 +122,8 @@ def read_files(
         captions = class_names is None and texts[rows[0]].startswith(".txt") and len(set(words)) == len(words)
         if captions:
             raise DataError(
-                f"{paths[0]}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and not "
-                "labels: expected .cls or .json files, or images in class folders."
+                f"{paths[0]}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and "
+                "not labels: expected .cls or .json files, or images in class folders."
             )
         labels = _labels(words, paths[0], data.first_label, training=class_names is None)
     else:
@@ -192,8 +192,8 @@ def _check_lost(indices: Sequence[State], paths: Sequence[Path], classes: set[st
             folders = set(name.split("/")[:-1])
             if folders and not folders & classes and path.stem not in classes:
                 raise DataError(
-                    f"{path}: {name.rpartition('/')[0]}: a class folder without images that can be read ({name}: {why}). "
-                    "Add images of the class, or write the tar again without it."
+                    f"{path}: {name.rpartition('/')[0]}: a class folder without images that can be read ({name}: "
+                    f"{why}). Add images of the class, or write the tar again without it."
                 )
 
 
@@ -212,7 +212,8 @@ def _check_keys(images: Sequence[tuple[int, str, str]], paths: Sequence[Path]) -
         if other != name:
             raise DataError(
                 f"{paths[tar]}: {other} and {name} have one key, {key}, which ends at the first dot: choose the images "
-                f"of each sample by their ending with --input-key {sample_key(other)[1].lstrip('.')}, or rename the files."
+                f"of each sample by their ending with --input-key {sample_key(other)[1].lstrip('.')}, or rename the "
+                "files."
             )
 
 
@@ -244,8 +245,8 @@ def _class_folders(names: Sequence[str], tars: Sequence[int], paths: Sequence[Pa
         tar, other = tars[of_tar.index(True)], of_tar.index(False)
         if found[other] != paths[tars[other]].stem:
             raise DataError(
-                f"{paths[tar]}: its images lie in no folder, but those of {paths[tars[other]]} in {found[other]}: it is "
-                "not certain whether the tars or the folders are the classes: write all tars in the same way."
+                f"{paths[tar]}: its images lie in no folder, but those of {paths[tars[other]]} in {found[other]}: it "
+                "is not certain whether the tars or the folders are the classes: write all tars in the same way."
             )
     _check_tar_splits(found, folders, depth, paths)
     return found

@@ -1,4 +1,4 @@
-"""Splits: the top-level folders train, val and test and their synonyms, and files whose names begin with such a word."""
+"""Splits: the top-level folders train, val and test and their synonyms, and files named by such a word."""
 
 from pathlib import Path
 
