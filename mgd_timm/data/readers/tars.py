@@ -196,8 +196,8 @@ def _labels(words: list[str], text: str, path: Path, first: int, *, training: bo
     """Return labels of label files, of which `text` is one: class ids where all are numbers, else class names."""
     if training and text.startswith(".txt") and len(set(words)) == len(words):
         raise DataError(
-            f"{path}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and not labels: "
-            "expected .cls or .json files, or images in class folders."
+            f"{path}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and not "
+            "labels: expected .cls or .json files, or images in class folders."
         )
     if not all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", word) for word in words):
         return labels_of_words(words)
