@@ -208,6 +208,7 @@ def read_labels(tables: Sequence[pa.Table], target: str, split: str, first_label
 
 def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: str) -> Labels:
     """Return the labels of one table, not yet checked."""
+    is_category = pa.types.is_dictionary(column.type) and not _is_text(value_type(column.type))
     column = _plain(column)
     kind = column.type
     known = pc.is_finite(column).fill_null(False) if pa.types.is_floating(kind) else column.is_valid()
@@ -216,14 +217,22 @@ def _read_part(column: pa.ChunkedArray, names: tuple[str, ...] | None, where: st
         raise DataError(
             f"{where}: row {row} has no label: take the row out, or choose another column with --target-key."
         )
-    if pa.types.is_boolean(kind):
+    if pa.types.is_boolean(kind) or is_category:
         return labels_of_words([str(value) for value in column.to_pylist()])
     if _is_text(kind):
         words = column.to_pylist()
         empty = next((row for row, word in enumerate(words) if not word.strip()), None)
         if empty is not None:
             raise DataError(f"{where}: row {empty} has an empty label: write one, or take the row out.")
-        return labels_of_words(words)
+        labels = labels_of_words(words)
+        stripped = {name.strip(): name for name in labels.names or ()}
+        alike = next((name for name in labels.names or () if stripped[name.strip()] != name), None)
+        if alike is not None:
+            raise DataError(
+                f"{where}: the classes {alike!r} and {stripped[alike.strip()]!r} differ in spaces only: write them "
+                "alike."
+            )
+        return labels
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         numbers = np.asarray(column)
         broken = np.flatnonzero(numbers != np.floor(numbers))

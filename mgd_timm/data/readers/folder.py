@@ -98,35 +98,35 @@ def read_class_folders(
         for folder in _class_folders(split, ignored, training=class_names is None)
     }
     names = tuple(sorted(classes))
-    folders, counts, texts, stats, labels = list[str](), list[int](), list[bytes](), list[np.ndarray](), list[int]()
+    found, counts = list[Folder](), list[int]()  # the folders with images, and the number of them for each class
     deep: Folder | None = None
-    for label, name in enumerate(names):
+    for name in names:
+        counts.append(classes[name].num_images())
         for folder in classes[name].walk():
             ignored.add_files(folder)
             for hidden in (inner for inner in folder.folders if inner.name.startswith(".")):
                 ignored.add(f"{hidden.path}/", "a hidden folder")
             for file in folder.data:
                 ignored.add(folder.inner(file), "a table, tar or array in a class folder")
-            if not folder.names:
-                continue
-            deep = deep or (folder if folder is not classes[name] else None)
-            folders.append(folder.path)
-            counts.append(len(folder.names))
-            texts.extend(os.fsencode(file) for file in folder.names)
-            stats.append(np.frombuffer(folder.stats, dtype=np.int64).reshape(-1, 4))
-            labels += [label] * len(folder.names)
+            if folder.own_images:
+                deep = deep or (folder if folder is not classes[name] else None)
+                found.append(folder)
     if deep is not None:
         log(f"split {split.name!r}: folders below a class folder belong to its class, such as {deep.path}")
-    values, names = match_classes(Labels(np.array(labels, dtype=np.int64), names), class_names, split.name, log)
-    every = np.concatenate(stats)
+    labels = Labels(np.repeat(np.arange(len(names)), counts), names)
+    values, names = match_classes(labels, class_names, split.name, log)
+    stats = [np.frombuffer(folder.stats, dtype=np.int64).reshape(-1, 4) for folder in found]
+    state = xxhash.xxh3_128()
+    for part in stats:
+        state.update(part.tobytes())
     return FolderRows(
         root=split.root,
-        folders=tuple(folders),
-        starts=np.cumsum([0, *counts[:-1]]),
-        text=b"".join(texts),
-        ends=np.cumsum([len(text) for text in texts], dtype=np.int64),
-        sizes=np.ascontiguousarray(every[:, 0]),
-        state=xxhash.xxh3_128_hexdigest(every.tobytes()),
+        folders=tuple(folder.path for folder in found),
+        starts=np.cumsum([0, *(folder.own_images for folder in found[:-1])]),
+        text=b"".join(folder.text for folder in found),
+        ends=np.cumsum(np.concatenate([folder.lengths for folder in found]), dtype=np.int64),
+        sizes=np.concatenate([part[:, 0] for part in stats]),
+        state=state.hexdigest(),
         split=split.name,
         labels=values,
         class_names=names,
@@ -164,7 +164,7 @@ def _class_folders(split: LocalSplit, ignored: Ignored, *, training: bool) -> li
             )
         seen[name] = folder.path
         found.append(folder)
-    if len(found) == 1 and not found[0].names:
+    if len(found) == 1 and not found[0].own_images:
         inner = [folder.name for folder in found[0].folders]
         raise DataError(
             f"{split.root / found[0].path}: the only class folder, and its images lie in the folders {few(inner)} "

@@ -75,7 +75,7 @@ def scan_place(source: str, data: Data) -> LocalPlace:
         left = f" ({place.ignored.line()})" if place.ignored.count else ""
         if place.inner is not None:
             raise DataError(f"{source}: its data lie deeper: give that folder (--data-dir {path / place.inner}).")
-        what = "images, but none in a class folder" if place.loose[0].names else "no images"
+        what = "images, but none in a class folder" if place.loose[0].own_images else "no images"
         raise DataError(f"{source}: {what} and no tables, tars or arrays in it{left}; {EXPECTED}")
     return place
 

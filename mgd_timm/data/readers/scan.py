@@ -4,6 +4,7 @@ import os
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from tqdm import tqdm
@@ -69,7 +70,8 @@ class Folder:
 
     Args:
         path: Relative to the folder where the scan began, "" for that one.
-        names: Names of its images, sorted.
+        text: Names of its images as the file system has them, sorted, one after the other.
+        lengths: Bytes of each of these names.
         stats: For each image size, modification time, change time (ns) and inode.
         data: Names of its tables, tars and arrays, sorted.
         others: Name and reason of each file that is none of these.
@@ -77,7 +79,8 @@ class Folder:
     """
 
     path: str
-    names: list[str] = field(default_factory=list)
+    text: bytes = b""
+    lengths: "array[int]" = field(default_factory=lambda: array("H"))
     stats: "array[int]" = field(default_factory=lambda: array("q"))
     data: list[str] = field(default_factory=list)
     others: list[tuple[str, str]] = field(default_factory=list)
@@ -88,6 +91,17 @@ class Folder:
         """Name of the folder itself."""
         return os.path.basename(self.path)
 
+    @property
+    def own_images(self) -> int:
+        """Number of images in this folder, without those below it."""
+        return len(self.lengths)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its images, sorted."""
+        ends = [0, *accumulate(self.lengths)]
+        return [os.fsdecode(self.text[begin:end]) for begin, end in pairwise(ends)]
+
     def walk(self) -> Iterator["Folder"]:
         """Yield this folder and all folders below it, but hidden ones."""
         yield self
@@ -97,7 +111,7 @@ class Folder:
 
     def num_images(self) -> int:
         """Return the number of images in this folder and below it."""
-        return sum(len(folder.names) for folder in self.walk())
+        return sum(folder.own_images for folder in self.walk())
 
     def lost_images(self) -> tuple[str, str] | None:
         """Return path and reason of the first file or folder here or below that may be an image and cannot be used."""
@@ -118,7 +132,7 @@ class Folder:
 
     def is_empty(self) -> bool:
         """Return whether there is no file in this folder or below it."""
-        return not any(folder.names or folder.data or folder.others for folder in self.walk())
+        return not any(folder.own_images or folder.data or folder.others for folder in self.walk())
 
     def inner(self, name: str) -> str:
         """Return the path of a file in this folder, relative to where the scan began."""
@@ -149,13 +163,17 @@ class Scan:
         with tqdm(desc=f"scanning {os.path.join(self.root, name)}", unit=" files", leave=False, delay=2.0) as bar:
             return self._scan(name, bar)
 
-    def _scan(self, relative: str, bar: tqdm) -> Folder:
-        folder, names = self._list(relative)
-        bar.update(len(folder.names) + len(folder.others))
-        folder.folders = [self._scan(folder.inner(name), bar) for name in names]
+    def _scan(self, relative: str, bar: tqdm, followed: tuple[str, ...] = ()) -> Folder:
+        """Scan a folder and all folders below it. `followed` are the targets of the links that lead to it."""
+        path = os.path.join(self.root, relative)
+        if os.path.islink(path):
+            followed = (*followed, os.path.realpath(path))
+        folder, names = self._list(relative, followed)
+        bar.update(folder.own_images + len(folder.others))
+        folder.folders = [self._scan(folder.inner(name), bar, followed) for name in names]
         return folder
 
-    def _list(self, relative: str) -> tuple[Folder, list[str]]:
+    def _list(self, relative: str, followed: tuple[str, ...] = ()) -> tuple[Folder, list[str]]:
         """Return a folder with its own files, and the names of the folders in it that are to be scanned."""
         folder = Folder(relative)
         images: list[tuple[str, int, int, int, int]] = []
@@ -164,7 +182,7 @@ class Scan:
             for entry in entries:
                 name = entry.name
                 if _is_folder(entry):
-                    why = _why_not_scanned(entry)
+                    why = _why_not_scanned(entry, followed)
                     if why is None:
                         below.append(name)
                         continue
@@ -180,7 +198,9 @@ class Scan:
                         continue
                 folder.others.append((name, why))
         images.sort()
-        folder.names = [row[0] for row in images]
+        encoded = [os.fsencode(row[0]) for row in images]
+        folder.text = b"".join(encoded)
+        folder.lengths.extend(map(len, encoded))
         for row in images:
             folder.stats.extend(row[1:])
         folder.data.sort()
@@ -218,8 +238,8 @@ def _why_not_used(entry: "os.DirEntry[str]", ending: str) -> str | None:
     return why if why is not None or os.access(entry.path, os.R_OK) else "no permission to read it"
 
 
-def _why_not_scanned(entry: "os.DirEntry[str]") -> str | None:
-    """Return why a folder is not scanned, or None if it is."""
+def _why_not_scanned(entry: "os.DirEntry[str]", followed: tuple[str, ...]) -> str | None:
+    """Return why a folder is not scanned, or None if it is. `followed` are the targets of the links that lead to it."""
     if is_left_behind(entry.name):
         return LEFT_BEHIND
     if not os.access(entry.path, os.R_OK | os.X_OK):
@@ -227,7 +247,7 @@ def _why_not_scanned(entry: "os.DirEntry[str]") -> str | None:
     if not entry.is_symlink():
         return None
     target, folder = (os.path.realpath(path) for path in (entry.path, os.path.dirname(entry.path)))
-    return LOOP if os.path.commonpath([target, folder]) == target else None
+    return LOOP if target in followed or os.path.commonpath([target, folder]) == target else None
 
 
 def is_left_behind(name: str) -> bool:

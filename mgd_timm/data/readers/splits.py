@@ -129,7 +129,7 @@ def find_splits(path: Path, data_endings: Collection[str], named: Collection[str
         if split.folder is not None:
             _check_reached(path, split.folder, data_endings)
         split.beside = [name for name in folders if name.lower() == split.name or _same_role(name, split.name)]
-    return LocalPlace(splits, ignored, [folder for folder in (top, *folders.values()) if folder.names])
+    return LocalPlace(splits, ignored, [folder for folder in (top, *folders.values()) if folder.own_images])
 
 
 def _same_role(name: str, other: str) -> bool:
@@ -145,12 +145,12 @@ def _check_reached(path: Path, folder: Folder, data_endings: Collection[str]) ->
 
 def _all_mixed(splits: dict[str, LocalSplit]) -> bool:
     """Return whether every split is a folder that holds both images itself and class folders."""
-    return all(split.folder is not None and split.folder.names and not split.files for split in splits.values())
+    return all(split.folder is not None and split.folder.own_images and not split.files for split in splits.values())
 
 
 def _check_mixed(path: Path, splits: dict[str, LocalSplit], others: list[Folder]) -> None:
     """Raise DataError if a folder that holds images and class folders may be a split, or a class like others."""
-    neighbour = next((folder for folder in others if folder.names), None)
+    neighbour = next((folder for folder in others if folder.own_images), None)
     if neighbour is not None:
         name = next(split.folder.path for split in splits.values() if split.folder is not None)
         raise DataError(
@@ -165,7 +165,7 @@ def _split_folders(path: Path, folders: dict[str, Folder]) -> dict[str, LocalSpl
     splits: dict[str, LocalSplit] = {}
     seen: dict[str, str] = {}
     for name, folder in folders.items():
-        inside = any(inner.num_images() or (not folder.names and inner.lost_images()) for inner in folder.folders)
+        inside = any(inner.num_images() or (not folder.own_images and inner.lost_images()) for inner in folder.folders)
         if not (folder.data or inside):
             continue
         if name.lower() in splits:
@@ -189,7 +189,7 @@ def _add_split_files(path: Path, top: Folder, splits: dict[str, LocalSplit], nam
 
 def _check_flat(path: Path, folders: dict[str, Folder]) -> None:
     """Raise DataError if folders of several splits hold images themselves, so that the classes are not known."""
-    flat = {role_of(name): name for name, folder in folders.items() if folder.names}
+    flat = {role_of(name): name for name, folder in folders.items() if folder.own_images}
     if len(flat) > 1:
         raise DataError(
             f"{path}: {few(list(flat.values()))} hold images themselves: expected class folders in them "

@@ -119,25 +119,15 @@ def read_files(
         rows = _chosen_images(names, data.input_key, paths, ignored)
         _check_keys([(tars[i], sample_key(names[i])[0], names[i]) for i in rows], paths)
         words = [_parse_label(texts[i], names[i], paths[tars[i]], data.target_key or "label") for i in rows]
-        captions = class_names is None and texts[rows[0]].startswith(".txt") and len(set(words)) == len(words)
-        if captions:
-            raise DataError(
-                f"{paths[0]}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and "
-                "not labels: expected .cls or .json files, or images in class folders."
-            )
-        labels = _labels(words, paths[0], data.first_label, training=class_names is None)
+        labels = _labels(words, texts[rows[0]], paths[0], data.first_label, training=class_names is None)
     else:
         if data.input_key is not None or data.target_key is not None:
             raise DataError(f"{paths[0]}: it has no label files: leave --input-key and --target-key out.")
-        for kind in LABELS:
-            notes = [name for name, text in zip(names, texts, strict=True) if text.startswith(f"{kind} ")]
-            if notes:
-                note = f"{sample_key(notes[0])[0].lstrip('/')}{kind}"
-                ignored.add(f"{paths[0].relative_to(split.root)}: {note}", f"{NOT_AN_IMAGE} ({kind})", len(notes))
+        _ignore_notes(texts, names, ignored, paths[0].relative_to(split.root))
         classes = _class_folders(names, tars, paths, split)
         rows.sort(key=lambda i: (classes[i], names[i]))
         labels = labels_of_words([classes[i] for i in rows])
-        _check_lost(indices, paths, set(labels.names or ()))
+        _check_lost(indices, paths, set(classes))
     values, known = match_classes(labels, class_names, split.name, log)
     return TarRows(
         paths=paths,
@@ -197,8 +187,22 @@ def _check_lost(indices: Sequence[State], paths: Sequence[Path], classes: set[st
                 )
 
 
-def _labels(words: list[str], path: Path, first: int, *, training: bool) -> Labels:
-    """Return labels of label files: class ids where all are numbers, else class names."""
+def _ignore_notes(texts: list[str], names: list[str], ignored: Ignored, tar: Path) -> None:
+    """Count the text and JSON files beside images in class folders, which are not their labels."""
+    for kind in LABELS:
+        notes = [name for name, text in zip(names, texts, strict=True) if text.startswith(f"{kind} ")]
+        if notes:
+            note = sample_key(notes[0])[0].lstrip("/") + kind
+            ignored.add(f"{tar}: {note}", f"{NOT_AN_IMAGE} ({kind})", len(notes))
+
+
+def _labels(words: list[str], text: str, path: Path, first: int, *, training: bool) -> Labels:
+    """Return labels of label files, of which `text` is one: class ids where all are numbers, else class names."""
+    if training and text.startswith(".txt") and len(set(words)) == len(words):
+        raise DataError(
+            f"{path}: the txt files hold {len(words)} texts for {len(words)} images, which are captions and not "
+            "labels: expected .cls or .json files, or images in class folders."
+        )
     if not all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", word) for word in words):
         return labels_of_words(words)
     return labels_of_numbers(np.array(words, dtype=np.int64), str(path), first, training=training)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pytest
 from places import cells, found, hub_table, jsonl, refused, table, tree
 
@@ -56,6 +57,7 @@ def test_labels_of_every_kind(tmp_path: Path, labels: Any, train: dict[str, int]
         ([{"a": 1}, {"a": 2}, {"a": 1}, {"a": 2}], ["label", "--target-key"]),
         (pa.array([0, 1, 0, 1], pa.timestamp("s")), ["timestamp", "--target-key"]),
         (pa.nulls(4), ["row 0", "no label"]),
+        (["cat", "cat ", "dog", "cat"], ["'cat '", "spaces"]),
         (["cat"] * 4, ["only one class", "cat"]),
         ([0] * 4, ["only one class"]),
     ],
@@ -133,6 +135,12 @@ def test_categories_in_another_order(tmp_path: Path) -> None:
     seen = found(tmp_path)
     assert (seen.train, seen.eval) == ({"cat": 2, "dog": 3, "emu": 1}, {"emu": 2})
     assert seen.all["classes"] == ["cat", "dog", "emu"]
+
+
+def test_categories_that_are_numbers_are_names(tmp_path: Path) -> None:
+    labels = pa.array([10, 2, 10, 5]).dictionary_encode()
+    pyarrow.feather.write_feather(pa.table({"image": cells(4), "label": labels}), tmp_path / "train.feather")
+    assert found(tmp_path).all["train"]["per_class"] == {"10": 2, "2": 1, "5": 1}
 
 
 def test_words_in_several_files(tmp_path: Path) -> None:
