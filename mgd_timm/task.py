@@ -23,7 +23,7 @@ from mgd_timm.distributed.collectives import gathered, several_processes
 from mgd_timm.features import Batch, FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.checks import check_channels, check_classifier, check_module
-from mgd_timm.models.input_adapter import build_input_adapter
+from mgd_timm.models.input_adapter import InputAdapter, build_input_adapter
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_channel_values
 from mgd_timm.objective import build_objective
@@ -77,7 +77,7 @@ class MultiGranularityTask(TrainingTask):
     student's encoders and the teacher's heads are in "task_state". The teacher is in neither.
 
     Args:
-        student_model: A timm model with a classifier, on its device. Its pretrained_cfg says how images are normalised.
+        student_model: A timm model with a classifier, on its device.
         teacher_model: A timm model with weights, or what `distill` takes as a teacher's name: a timm name, a run
             folder, local-dir:PATH or hf-hub:ID.
         criterion: Criteria, as --criterion: "kd", "at:1000", ("dkd", "at").
@@ -90,7 +90,9 @@ class MultiGranularityTask(TrainingTask):
         standardise_logits: Standardise the logits of each criterion that reads them.
         maps: Maps for criteria that read them, as --maps.
         input_size: (channels, height, width) of the images; by default the student's nominal input size.
-        labels: Class ids of all training samples by sample id, for crd, whose calls are task(input, target, sample_ids).
+        mean, std: Normalisation of the images, from which the teacher's is computed; by default those of the student's
+            pretrained_cfg.
+        labels: Class ids of all training samples by sample id, for crd, which also needs the `sample_ids` of each call.
         device: Of the teacher and the objective; by default the student's.
         dtype: Of the weights; float32 only. Mixed precision is autocast's.
         verbose: Log the terms.
@@ -116,6 +118,8 @@ class MultiGranularityTask(TrainingTask):
         standardise_logits: bool = False,
         maps: str = "stages",
         input_size: tuple[int, int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         labels: Int[Tensor, " n"] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -146,7 +150,8 @@ class MultiGranularityTask(TrainingTask):
         student_maps = maps if terms.needs("maps", student=True) else None
         student = FeatureTap(student_model, student_maps, input_size=input_size, cam=terms.needs("cams"))
         fitted = heads if isinstance(heads, GranularityHeads) and method != "none" else None
-        self.teacher = _build_teacher(teacher, student, terms, maps, fitted).to(self.device)
+        adapter = _build_adapter(teacher, student, mean, std)
+        self.teacher = _build_teacher(teacher, student, adapter, terms, maps, fitted).to(self.device)
         match_number_of_maps(maps, student, self.teacher.tap)
         pair = _pair(student, self.teacher, method, labels)
         objective = build_objective(terms, pair, method, self.granularities).to(self.device)
@@ -251,12 +256,18 @@ class MultiGranularityTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's own
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the step of the student, the teacher, and the student for evaluation, which is returned."""
-        options = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.eval_model = torch.compile(self.get_eval_model(), **options)
-        self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.teacher = torch.compile(self.teacher, **options)
+
+        def compiled(module: nn.Module | None) -> Any:
+            assert module is not None
+            return torch.compile(module, backend=backend, mode=mode, **compile_kwargs)
+
+        self.eval_model: nn.Module = compiled(self.get_eval_model())
+        self.trainable_module = compiled(self.trainable_module)
+        self.teacher = compiled(self.teacher)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -326,17 +337,34 @@ def _check_terms(terms: Terms, labels: Tensor | None) -> None:
         )
 
 
-def _build_teacher(
-    model: nn.Module, student: FeatureTap, terms: Terms, maps: str, heads: GranularityHeads | None
-) -> Teacher:
-    """Return the frozen teacher, which takes the student's images; one of other classes shows no logits."""
-    size = (student.input_size[0], student.input_size[1], student.input_size[2])
-    check_channels(model, "teacher", size[0])
+def _build_adapter(
+    teacher: nn.Module, student: FeatureTap, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> InputAdapter:
+    """Return what gives the student's images the teacher's normalisation and size."""
     config = getattr(student.model, "pretrained_cfg", {}) or {}
-    mean, std = read_channel_values(config, "mean") or (), read_channel_values(config, "std") or ()
-    adapter = build_input_adapter(model, mean, std, size)
-    teacher_size = (size[0], *(adapter.size or size[1:]))
-    tap = FeatureTap(model, maps if terms.needs("maps") else None, input_size=teacher_size, cam=terms.needs("cams"))
+    mean, std = mean or read_channel_values(config, "mean"), std or read_channel_values(config, "std")
+    if mean is None or std is None:
+        raise ValueError(
+            f"{student.name} has no mean and std in its pretrained_cfg: give mean= and std= of the images' "
+            "normalisation, from which the teacher's is computed."
+        )
+    channels, height, width = student.input_size
+    check_channels(teacher, "teacher", channels)
+    return build_input_adapter(teacher, mean, std, (channels, height, width))
+
+
+def _build_teacher(
+    model: nn.Module,
+    student: FeatureTap,
+    adapter: InputAdapter,
+    terms: Terms,
+    maps: str,
+    heads: GranularityHeads | None,
+) -> Teacher:
+    """Return the frozen teacher, with the maps that criteria read; one of other classes shows no logits."""
+    channels, height, width = student.input_size
+    size = (channels, *(adapter.size or (height, width)))
+    tap = FeatureTap(model, maps if terms.needs("maps") else None, input_size=size, cam=terms.needs("cams"))
     return Teacher(tap, heads, input_adapter=adapter, logits=tap.num_classes == student.num_classes)
 
 
