@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mgd_timm.criteria import Criterion
 from mgd_timm.criteria.base import synchronised_buffers
 from mgd_timm.criteria.terms import TermOptions, Terms, parse_terms
-from mgd_timm.distiller import Distiller, Teacher, TeacherFeatures
+from mgd_timm.distiller import Distiller, Teacher
 from mgd_timm.distributed.collectives import gathered, several_processes
 from mgd_timm.features import Batch, FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import GranularityHeads
@@ -40,18 +40,7 @@ METHODS = ("none", "mag", "mas")
 
 
 class TrainableDistiller(Distiller):
-    """A Distiller as timm's optimizer factory and DistributedDataParallel read it.
-
-    Its logits have no gradient: DDP looks for unused parameters from the outputs, and logits with a gradient would hide
-    a classifier that no loss reads.
-    """
-
-    def forward(
-        self, batch: Batch, teacher: TeacherFeatures | None = None
-    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
-        """Return weighted losses by name, and the student's logits without a gradient."""
-        terms, logits = super().forward(batch, teacher)
-        return terms, logits.detach()
+    """A Distiller as timm's optimizer factory reads it."""
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that the student exempts from weight decay."""
@@ -71,10 +60,10 @@ class TrainableDistiller(Distiller):
 class MultiGranularityTask(TrainingTask):
     """A task of timm's training loop: any criterion, under MAG, MAS or neither, from any timm model to any other.
 
-    `task(input, target)` returns a dict with "loss", "output" (the student's logits, without a gradient) and each
-    weighted term by name: "task", "kd", "abstract", "detailed", ... The losses are those of `distill` with the same
-    options. Checkpoints hold the student alone under "state_dict", as timm's own do; the adapters of the criteria, the
-    student's encoders and the teacher's heads are in "task_state". The teacher is in neither.
+    `task(input, target)` returns a dict with "loss", "output" (the student's logits) and each weighted term by name:
+    "task", "kd", "abstract", "detailed", ... The losses are those of `distill` with the same options. Checkpoints hold
+    the student alone under "state_dict", as timm's own do; the adapters of the criteria, the student's encoders and
+    the teacher's heads are in "task_state". The teacher is in neither.
 
     Args:
         student_model: A timm model with a classifier, on its device.

@@ -275,3 +275,6 @@ def test_a_loop_of_two_processes_is_that_of_one(tmp_path):
             torch.testing.assert_close(tensors, two[part], rtol=0, atol=0)
             if name == "mas":
                 torch.testing.assert_close(tensors, alone[part], rtol=1e-3, atol=1e-4)
+    fresh = timm_loop.make_task("kd", "mas").get_eval_model()
+    codes = torch.load(tmp_path / "codes0.pt")["state_dict"]
+    assert torch.equal(codes["head.weight"], fresh.head.weight), "no loss reads it: it must not even decay"

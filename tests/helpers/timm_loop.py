@@ -21,7 +21,7 @@ from mgd_timm.task import MultiGranularityTask
 SIZE, CLASSES, COUNT, BATCH = (3, 32, 32), 10, 48, 16
 CASES: dict[str, dict[str, Any]] = {
     "mas": {"criterion": "kd", "method": "mas", "backend": "eager"},
-    "codes": {"criterion": "pkt,ce:0", "method": "mag"},  # no loss reads the student's logits
+    "codes": {"criterion": "pkt,ce:0,kd:0", "method": "mag"},  # no loss reads the student's logits
     "crd": {"criterion": "crd", "method": "none"},
 }
 
@@ -55,7 +55,7 @@ def train(folder: Path, criterion: str, method: str, backend: str | None = None)
     task, loader = make_task(criterion, method), make_loader()
     if method != "none":
         task.fit_heads([batch[:2] for batch in loader])
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="momentum", lr=0.01, momentum=0.9)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="momentum", lr=0.01, weight_decay=0.1)
     task.setup_ema(decay=0.5)
     if backend is not None:
         task.compile(backend=backend)
