@@ -167,7 +167,7 @@ class MultiGranularityTask(TrainingTask):
             The heads, which the task uses from now on; another task takes them as `heads`.
 
         Raises:
-            ValueError: The task has no heads to fit.
+            ValueError: The task has no heads to fit, or the loader gives no batch.
         """
         options = self.head_options
         if options is None or self.method == "none":
@@ -193,11 +193,17 @@ class MultiGranularityTask(TrainingTask):
 
     def _store_outputs(self, loader: Iterable[tuple[Tensor, Tensor]], passes: int) -> StoredOutputs:
         found: list[list[Tensor]] = []
-        for _ in range(passes):
+        for number in range(passes):
+            before = len(found)
             for images, target in loader:
                 features = self.teacher(images.to(self.device))
                 rows = [features.embedding.float(), features.logits.float(), target.to(self.device)]
                 found.append([row.cpu() for row in (gathered(*rows) if several_processes() else rows)])
+            if len(found) == before:
+                raise ValueError(
+                    f"fit_heads: the loader gave no batch in pass {number + 1} of {passes}: give a loader that can be "
+                    "iterated again, not a generator, or Heads(heads_augmentations=1)."
+                )
         embedding, logits, target = (torch.cat(part) for part in zip(*found, strict=True))
         return StoredOutputs(embedding, logits, target, "loader")
 

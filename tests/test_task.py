@@ -158,6 +158,12 @@ def test_heads_are_fitted_on_a_loader(data):
             refused.fit_heads(loader)
 
 
+def test_a_generator_gives_no_second_pass_of_heads():
+    images, target = make_batch()
+    with pytest.raises(ValueError, match="no batch in pass 2 of 3"):
+        make_task(heads=Heads(heads_augmentations=3)).fit_heads(iter([(images, target)]))
+
+
 def test_the_teacher_is_frozen_and_not_trained():
     task = make_task()
     before = copy.deepcopy(task.teacher.state_dict())
