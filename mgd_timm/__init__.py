@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
+    from mgd_timm.task import MultiGranularityTask
 
 _HOMES = {
     "mgd_timm.api": ("distill", "evaluate", "inspect_data", "train"),
@@ -27,6 +28,7 @@ _HOMES = {
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
     "mgd_timm.recipe.granularity": ("Granularity",),
+    "mgd_timm.task": ("MultiGranularityTask",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -44,6 +46,7 @@ __all__ = [
     "GranularityHeads",
     "HeadFitting",
     "Heads",
+    "MultiGranularityTask",
     "MutualLearning",
     "Objective",
     "Optim",

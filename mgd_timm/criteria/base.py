@@ -136,6 +136,16 @@ class Criterion(nn.Module):
         return None
 
 
+def synchronised_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that the criteria in a module keep identical on all processes."""
+    return [
+        f"{path}.{name}"
+        for path, criterion in module.named_modules()
+        if isinstance(criterion, Criterion)
+        for name in criterion.synchronised
+    ]
+
+
 class Objective(nn.Module):
     """Named, weighted criteria; the loss is their sum.
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import Criterion, at_least_float32, smallest_norm
-from mgd_timm.distributed.collectives import has_process_group
+from mgd_timm.distributed.collectives import gathered, several_processes
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import check_temperature
 
@@ -39,28 +39,6 @@ def contrast(
     if mask is not None:
         missed = torch.where(mask, missed, 0)
     return -(hit + missed.sum(1)).mean()
-
-
-def several_processes() -> bool:
-    """Return whether there are several processes."""
-    return has_process_group() and torch.distributed.get_world_size() > 1
-
-
-@torch.compiler.disable  # the host needs the number of rows of each process
-def gathered(*tensors: Tensor) -> list[Tensor]:
-    """Gather the rows of all processes on every process. Processes may have different numbers of rows."""
-    size, count = torch.distributed.get_world_size(), len(tensors[0])
-    counts = [torch.zeros(1, dtype=torch.int64, device=tensors[0].device) for _ in range(size)]
-    torch.distributed.all_gather(counts, torch.full_like(counts[0], count))
-    lengths = torch.cat(counts).tolist()
-    found = []
-    for tensor in tensors:
-        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-        padded[:count] = tensor
-        parts = [torch.empty_like(padded) for _ in lengths]
-        torch.distributed.all_gather(parts, padded)
-        found.append(torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]))
-    return found
 
 
 @torch.compiler.disable

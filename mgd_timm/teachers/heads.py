@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mgd_timm.data.rng import set_seed
+from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher
 from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
@@ -15,8 +17,9 @@ from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.pretraining import RunContext, load_or_fit
 from mgd_timm.training.evaluation import Metrics, evaluate
-from mgd_timm.training.loop import fit
+from mgd_timm.training.loop import Evaluate, fit
 from mgd_timm.training.options import FitOptions
+from mgd_timm.training.step import Teach
 
 FAR_BELOW = 3.0  # points of top-1: the paper's heads are within about 1 of their teacher
 
@@ -108,8 +111,52 @@ def _fit_fresh(
     store: TeacherStore | None,
     fit_options: FitOptions,
 ) -> Metrics:
-    images, accelerator = context.images, context.accelerator
+    images = context.images
     stored = _stored_outputs(teacher, options, context, store)
+    return train_heads(
+        heads,
+        stored if stored is not None else images.train,
+        stored.features if stored is not None else LiveTeachers(teacher),
+        options,
+        context.accelerator,
+        seed=context.seed,
+        compile=context.compile,
+        evaluate=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
+        fit_options=fit_options,
+    )
+
+
+def train_heads(
+    heads: GranularityHeads,
+    source: Source,
+    teach: Teach,
+    options: Heads,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    compile: bool = False,
+    evaluate: Evaluate | None = None,
+    fit_options: FitOptions | None = None,
+) -> Metrics:
+    """Train heads by their options, in place.
+
+    Args:
+        heads: On the accelerator's device.
+        source: Stored teacher outputs, or images.
+        teach: Returns the teacher's features of a batch of the source.
+        options: Of the fit.
+        accelerator: Device, processes and precision.
+        seed: Of the order of samples.
+        compile: Compile the heads, and a live teacher.
+        evaluate: Returns metrics after each epoch.
+        fit_options: Checkpoints and logs.
+
+    Returns:
+        The metrics of the last epoch; empty without `evaluate`.
+
+    Raises:
+        NonFiniteError: A loss or weight that is not finite.
+    """
     passes = options.heads_epochs
     optim = Optim(
         epochs=passes,
@@ -120,18 +167,18 @@ def _fit_fresh(
         clip_grad=options.heads_clip_grad,
         global_batch_size=options.heads_batch_size,
     )
-    if stored is not None:  # an epoch of all augmentations is as many passes
+    if isinstance(source, StoredOutputs):  # an epoch of all augmentations is as many passes
         optim = optim.with_epochs(-(-passes // options.heads_augmentations))
     return fit(
         HeadFitting(heads),
-        stored if stored is not None else images.train,
+        source,
         optim,
         accelerator,
-        seed=context.seed,
+        seed=seed,
         batch_size=max(2, -(-options.heads_batch_size // accelerator.num_processes)),  # one step of all processes
-        teach=stored.features if stored is not None else LiveTeachers(teacher),
-        compile=context.compile,
-        evaluate=_HeadsEvaluation(heads, teacher, context) if images.evaluation is not None else None,
+        teach=teach,
+        compile=compile,
+        evaluate=evaluate,
         options=fit_options,
     ).last
 

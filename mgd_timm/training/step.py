@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from mgd_timm.criteria import CrossEntropy
-from mgd_timm.criteria.base import Criterion, Objective, at_least_float32
+from mgd_timm.criteria.base import Criterion, Objective, at_least_float32, synchronised_buffers
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, TeacherFeatures, is_full
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
@@ -43,13 +43,8 @@ class Wrapper(nn.Module):
         # Beside the module, not in it: a compiled module would register the same parameters again.
         self.compiled = [torch.compile(trainee, dynamic=False, mode=mode)] if mode is not None else []
         # Read by DDP, which would broadcast them from the main process before every step.
-        self._ddp_params_and_buffers_to_ignore = [f"trainee.{name}" for name in synchronised]
-        self._ddp_params_and_buffers_to_ignore += [
-            f"trainee.{path}.{name}"
-            for path, module in trainee.named_modules()
-            if isinstance(module, Criterion)
-            for name in module.synchronised
-        ]
+        names = [*synchronised, *synchronised_buffers(trainee)]
+        self._ddp_params_and_buffers_to_ignore = [f"trainee.{name}" for name in names]
 
     def forward(self, batch: Batch, teacher: TeacherFeatures | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the trainee's losses by name, and its logits without a gradient.
@@ -174,7 +169,7 @@ class Updater:
         # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
         count, steps = micro_batch.count, self.accelerator.gradient_accumulation_steps
         share = count * self.plan.processes * steps / micro_batch.total
-        loss = _total(terms)
+        loss = total_loss(terms)
         self.accelerator.backward(loss if share == 1 else loss * share)
         if self.statistics is not None:
             self.statistics.merge(before, micro_batch.filled, self.plan.rank)
@@ -199,7 +194,7 @@ class Updater:
         def backward() -> None:
             self.trainee.train()
             terms, _ = self._forward(self.model, self._read(source, self.plan.updates(0)[0][0]))
-            self.accelerator.backward(_total(terms))
+            self.accelerator.backward(total_loss(terms))
             self.optimizer.zero_grad()
 
         self.parallel.rebuild_buckets(self.model, backward)
@@ -217,7 +212,7 @@ class Updater:
                 criterion.alone = True
             for step in range(2):
                 terms, _ = self._forward(model, batch)
-                self.accelerator.backward(_total(terms))
+                self.accelerator.backward(total_loss(terms))
                 if step == 0:
                     self.optimizer.step()
                     if len(update) == 1:  # else gradients accumulate
@@ -253,5 +248,6 @@ def _seed_generators(seed: int, device: torch.device) -> None:
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
 
 
-def _total(terms: dict[str, Tensor]) -> Tensor:
+def total_loss(terms: dict[str, Tensor]) -> Tensor:
+    """Return the sum of weighted losses, at least float32."""
     return torch.stack([at_least_float32(term) for term in terms.values()]).sum()
