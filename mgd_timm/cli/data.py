@@ -31,6 +31,8 @@ def _parser() -> Parser:
     help_model = "timm name or run folder, whose image size, mean and std the sheet is drawn with"
     parser.add_flag("model", str | None, None, help_model, group="output")
     add_fields(parser, Data, group="data")
+    for name in ("train_split", "eval_split", "input_key", "target_key", "first_label"):  # what refusals name
+        parser.texts[name] = parser.texts[name]._replace(short=parser.texts[name].full)
     return parser
 
 

@@ -80,7 +80,7 @@ def why_not_read(ending: str) -> str | None:
     if not ending:
         return "no ending in the file name"
     if ending in (".heic", ".heif", ".hif"):
-        return f"an image format that Pillow reads only with a plugin ({ending}): pip install pillow-heif"
+        return f"an image format that Pillow reads only with a plugin ({ending}): pip install mgd-timm[heic]"
     if ending in (".avif", ".webp", ".jp2", ".j2k"):
         return f"an image format that this Pillow was built without ({ending}): pip install --upgrade pillow"
     if ending in _OTHER_IMAGES:

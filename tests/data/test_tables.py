@@ -170,7 +170,7 @@ def test_the_digest_tells_data_sets_apart(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             {"image": [*samples(1), {"bytes": None, "path": "/no.png"}], "label": [0, 1]},
-            r"train image 1 \(/no.png\): no such file in .*: put it back, or take its row out of the table",
+            r"train image 1 \(/no.png\): no such file in .*: put it back, write paths relative",
         ),
         (
             {"image": [*samples(1), *samples(1, height=13)], "label": [0, 1]},

@@ -38,25 +38,36 @@ def image_column(table: pa.Table, data: Data) -> str:
     if data.input_key is not None:
         _check_column(table.schema, data.input_key)
         if not holds_images(table, data.input_key):
-            kind = table.schema.field(data.input_key).type
             raise DataError(
-                f"column {data.input_key!r} holds {kind}: expected encoded images or their paths; choose another with "
-                "--input-key."
+                f"column {data.input_key!r} holds {_kind_in_words(table, data.input_key)}: expected encoded images or "
+                "their paths; choose another with --input-key."
             )
         return data.input_key
     found = [name for name in table.column_names if holds_images(table, name)]
     if "image" in found:
         return "image"
     if found and "image" in table.column_names:
-        kind = table.schema.field("image").type
+        kind = _kind_in_words(table, "image")
         raise DataError(
             f"column 'image' holds {kind}, neither encoded images nor their paths, and {few(found)} does: choose it "
             "with --input-key."
         )
     if len(found) != 1:
         several = f"{len(found)} image columns, {few(found)}," if found else "no image column"
-        raise DataError(f"{several} among {few(table.column_names)}: expected one; name it with --input-key.")
+        named = f" Column 'image' holds {_kind_in_words(table, 'image')}." if "image" in table.column_names else ""
+        raise DataError(f"{several} among {few(table.column_names)}: expected one; name it with --input-key.{named}")
     return found[0]
+
+
+def _kind_in_words(table: pa.Table, name: str) -> str:
+    """Return what a column without images holds. Words may be names of images without their endings."""
+    kind = table.schema.field(name).type
+    if not _is_text(value_type(kind)) or not len(table):
+        return str(kind)
+    first = str(table.column(name)[0].as_py())[:60]
+    return (
+        f"words such as {first!r}, which do not end as image files do (.jpg, .png): write file names with their endings"
+    )
 
 
 def holds_images(table: pa.Table, name: str) -> bool:

@@ -112,7 +112,11 @@ def read_class_folders(
                 deep = deep or (folder if folder is not classes[name] else None)
                 found.append(folder)
     if deep is not None:
-        log(f"split {split.name!r}: folders below a class folder belong to its class, such as {deep.path}")
+        log(
+            f"split {split.name!r}: images in {deep.path} belong to the class of the folder above it. If that folder "
+            "is not a class but a split or a level of its own, name the splits with --train-split and --eval-split, or "
+            "give the folder above the classes with --data-dir."
+        )
     labels = Labels(np.repeat(np.arange(len(names)), counts), names)
     values, names = match_classes(labels, class_names, split.name, log)
     stats = [np.frombuffer(folder.stats, dtype=np.int64).reshape(-1, 4) for folder in found]

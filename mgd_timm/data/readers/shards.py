@@ -29,7 +29,7 @@ def check_shards(paths: Sequence[Path]) -> None:
         if missing:
             name = f"{stem}{missing[0]:0{len(total)}d}-of-{total}{ending}"
             raise DataError(
-                f"{folder / name}: missing, one of {len(missing)} of {int(total)} files: copy or download it again."
+                f"{folder / name}: missing; {len(missing)} of {int(total)} files are: copy or download them again."
             )
         name = f"{stem}*-of-{total}{ending}"
         other = seen.setdefault((folder, stem.rstrip("._-"), ending), name)

@@ -131,8 +131,8 @@ class TableRows:
             if os.path.isfile(path):
                 return path
         raise DataError(
-            f"{self._name(row, cell)}: no such file in {' or '.join(map(str, self.folders[table]))}: put it back, or "
-            "take its row out of the table."
+            f"{self._name(row, cell)}: no such file in {' or '.join(map(str, self.folders[table]))}: put it back, "
+            "write paths relative to the table and with /, or take its row out of the table."
         )
 
 

@@ -47,7 +47,7 @@ def test_endings_in_any_case(tmp_path: Path, ending: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        pytest.param("new.heic", "pillow-heif", marks=pytest.mark.skipif(heif, reason="pillow-heif is installed")),
+        pytest.param("new.heic", "mgd-timm[heic]", marks=pytest.mark.skipif(heif, reason="pillow-heif is installed")),
         *(("new.svg", ".svg"), ("new.dng", ".dng"), ("new.psd", ".psd"), ("new", "no ending"), (".png", "hidden")),
         *(
             ("._0.png", "macOS"),

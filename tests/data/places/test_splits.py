@@ -71,7 +71,7 @@ def test_nothing_deeper_decides(tmp_path: Path) -> None:
     seen = found(tmp_path)
     assert (seen.train, seen.eval) == ({"cat": 4, "dog": 4}, None)
     assert "cat/test" in seen.words
-    assert "belong to its class" in seen.words
+    assert "belong to the class of the folder above" in seen.words
 
 
 @pytest.mark.parametrize("word", ["train", "val", "test", "eval", "dev", "Test", "validation"])
