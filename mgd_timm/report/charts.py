@@ -125,9 +125,8 @@ def heat_map(title: str, values: Sequence[Sequence[float]], *, rows: str, column
     parts += [_x_tick(str(j + 1), LEFT + (j + 0.5) * width) for j in range(len(values[0]))]
     parts.append(_axis_label(columns))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
-    parts.append(
-        f'<text class="tick" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(rows)}</text>'
-    )
+    turned = f'transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle"'
+    parts.append(f'<text class="tick" {turned}>{escape(rows)}</text>')
     return f"<figure><figcaption>{name(title)}</figcaption>{_svg(title, parts)}</figure>"
 
 
@@ -141,8 +140,8 @@ def change_bar(change: float, largest: float) -> str:
     length = 60 * abs(change) / (largest or 1)
     kind, x = ("gain", 60.0) if change >= 0 else ("loss", 60 - length)
     return (
-        '<svg class="change" viewBox="0 0 120 12" aria-hidden="true"><line class="grid" x1="60" x2="60" y1="0" y2="12"/>'
-        f'<rect class="{kind}" x="{x:.1f}" y="2" width="{length:.1f}" height="8"/></svg>'
+        '<svg class="change" viewBox="0 0 120 12" aria-hidden="true">'
+        f'<line class="grid" x1="60" x2="60" y1="0" y2="12"/><rect class="{kind}" x="{x:.1f}" y="2" width="{length:.1f}" height="8"/></svg>'
     )
 
 
@@ -179,10 +178,8 @@ def _axis_label(text: str) -> str:
 
 
 def _polyline(line: Line, places: Sequence[tuple[float, float]]) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    drawn = (
-        f'<polyline class="line {style_of(line.group)}" points="{path}"><title>{escape(line.label)}</title></polyline>'
-    )
+    path, about = " ".join(f"{x:.1f},{y:.1f}" for x, y in places), f"<title>{escape(line.label)}</title>"
+    drawn = f'<polyline class="line {style_of(line.group)}" points="{path}">{about}</polyline>'
     if len(places) > 12:
         return drawn
     dots = (

@@ -116,8 +116,8 @@ def heads_section(found: Findings) -> str:
         return section(*title, missing("the heads: no run here has any; they come with --method mag or mas."))
     head = ["", "teacher, %", "abstract, %", "detailed, %", "stable logits, %"]
     about = (
-        "Top-1 on the run's evaluation images. The abstract and the detailed head each map the teacher's embedding to a "
-        "code and the code to logits, its view; the stable logits are the mean of the teacher's logits and both views."
+        "Top-1 on the run's evaluation images. The abstract and the detailed head each map the teacher's embedding to "
+        "a code and the code to logits, its view; the stable logits are the mean of the teacher's logits and both views."
     )
     return section(*title, table(head, rows, about))
 
@@ -137,8 +137,8 @@ def cka_section(found: Findings) -> str:
         charts.append(heat_map(group.label, tables, rows="stage of the teacher", columns="stage of the student"))
     about = note(
         f"Linear CKA of the stages' maps, averaged over positions, on {images} evaluation images: 1 for features that "
-        "differ by a rotation and a scale only. It rises with wide stages and few images, so compare students with each "
-        "other. Of several seeds the lowest is drawn."
+        "differ by a rotation and a scale only. It rises with wide stages and few images, so compare students with "
+        "each other. Of several seeds the lowest is drawn."
     )
     return section(*title, f'<div class="grid-of">{"".join(charts)}</div>', about)
 

@@ -102,11 +102,12 @@ def learnt_images(ours: Sequence[Predictions], alone: Sequence[Predictions]) -> 
     whose class gained the most probability."""
     right = torch.stack([one.hits for one in ours]).all(0)
     wrong = ~torch.stack([one.hits for one in alone]).any(0)
-    gained = sum(map(_probability, ours)) / len(ours) - sum(map(_probability, alone)) / len(alone)
+    gained = _probability(ours) - _probability(alone)
     found = (right & wrong).nonzero()[:, 0]
     return found[gained[found].argsort(descending=True, stable=True)]
 
 
-def _probability(predictions: Predictions) -> Tensor:
-    """Return the probability of each image's class."""
-    return predictions.logits.double().softmax(1).gather(1, predictions.labels[:, None])[:, 0]
+def _probability(networks: Sequence[Predictions]) -> Tensor:
+    """Return the probability of each image's class, as a mean over networks."""
+    each = [one.logits.double().softmax(1).gather(1, one.labels[:, None])[:, 0] for one in networks]
+    return torch.stack(each).mean(0)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-NONE = "–"
+NONE = "\N{EN DASH}"
 """Shown for a number that there is not."""
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def escape(value: object) -> str:
@@ -102,4 +103,5 @@ def picture(image: Image.Image, about: str) -> str:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=88)
     content = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{escape(about)}" src="data:image/jpeg;base64,{content}" width="{image.width}" height="{image.height}">'
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img alt="{escape(about)}" src="data:image/jpeg;base64,{content}" {size}>'

@@ -10,7 +10,7 @@ from mgd_timm.recipe.options import as_dict
 from mgd_timm.report.charts import Line, legend, line_chart
 from mgd_timm.report.costs import BATCHES, Costs
 from mgd_timm.report.findings import NO_ALONE, Findings
-from mgd_timm.report.markup import NONE, escape, large, missing, name, note, number, section, table, with_spread
+from mgd_timm.report.markup import NONE, TIMES, escape, large, missing, name, note, number, section, table, with_spread
 from mgd_timm.report.runs import Group, Run, baseline
 
 SIZES = ("B", "kB", "MB", "GB")
@@ -38,7 +38,7 @@ def header(found: Findings) -> str:
             tiles.append((with_spread(gains, signed=True), "points gained over the student alone"))
         if found.teacher_costs is not None:
             times = found.teacher_costs.parameters / found.costs[found.best.label].parameters
-            tiles.append((f"{number(times, 1)}×", "fewer parameters than the teacher"))
+            tiles.append((number(times, 1) + TIMES, "fewer parameters than the teacher"))
     return lead + f'<div class="tiles">{"".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in tiles)}</div>'
 
 
@@ -106,7 +106,7 @@ def _costs_cells(costs: Costs, base: Costs | None) -> list[str]:
         *((number(costs.latency[n]), costs.latency[n], base and base.latency[n]) for n in BATCHES),
     ]
     return [
-        text + (f' <span class="unit">({number(theirs / ours, 1)}×)</span>' if theirs and ours else "")
+        text + (f' <span class="unit">({number(theirs / ours, 1)}{TIMES})</span>' if theirs and ours else "")
         for text, ours, theirs in shown
     ]
 
@@ -125,8 +125,8 @@ def curves_section(found: Findings) -> str:
         return section("curves", "Training", missing("the curves: the runs have no metrics.jsonl."))
     labels = [group.label for group in found.groups]
     about = note(
-        "One line per run; runs that differ in their seed share a colour. Each training loss is a term as the objective "
-        "adds it up, with its weight, so terms of different recipes differ in scale as well."
+        "One line per run; runs that differ in their seed share a colour. Each training loss is a term as the "
+        "objective adds it up, with its weight, so terms of different recipes differ in scale as well."
     )
     return section("curves", "Training", legend(labels), f'<div class="grid-of">{"".join(drawn)}</div>', about)
 
@@ -171,7 +171,8 @@ def _recipe(group: Group, found: Findings) -> str:
     return (
         f"<h3>{name(group.label)}</h3><p>{name(found.first(group).name)}, {teacher}.</p>"
         + table(head, rows, f"First 16 digits of each sha256. Versions: {listed or NONE}.")
-        + f"<details><summary>recipe (seed {group.first.recipe.seed})</summary><pre>{escape_lines(text)}</pre></details>"
+        + f"<details><summary>recipe (seed {group.first.recipe.seed})</summary>"
+        f"<pre>{escape_lines(text)}</pre></details>"
     )
 
 

@@ -42,8 +42,8 @@ def measure_teacher(student: Student, log: Callable[[str], None]) -> MeasuredTea
     run, images = student.run, student.images
     if run.recipe.fit_teacher_head != "none":
         return (
-            f"the teacher's classifier was fitted for the run (--fit-teacher-head {run.recipe.fit_teacher_head}) and is "
-            "in no folder: train the teacher with mgd-timm train and teach with its run folder."
+            f"the teacher's classifier was fitted for the run (--fit-teacher-head {run.recipe.fit_teacher_head}) and "
+            "is in no folder: train the teacher with mgd-timm train and teach with its run folder."
         )
     try:
         teacher = _load(run, images, student)

@@ -62,7 +62,7 @@ def write_report(
 def find(folders: Sequence[Path], options: dict[str, Any], log: Callable[[str], None]) -> Findings:
     """Measure the students of runs, and their teacher."""
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    students = []
+    students: list[Student] = []
     for run in runs:
         log(f"{run.folder}: evaluating the student")
         students.append(measure_student(run, options, log if not students else lambda _: None))
