@@ -141,7 +141,8 @@ def change_bar(change: float, largest: float) -> str:
     kind, x = ("gain", 60.0) if change >= 0 else ("loss", 60 - length)
     return (
         '<svg class="change" viewBox="0 0 120 12" aria-hidden="true">'
-        f'<line class="grid" x1="60" x2="60" y1="0" y2="12"/><rect class="{kind}" x="{x:.1f}" y="2" width="{length:.1f}" height="8"/></svg>'
+        '<line class="grid" x1="60" x2="60" y1="0" y2="12"/>'
+        f'<rect class="{kind}" x="{x:.1f}" y="2" width="{length:.1f}" height="8"/></svg>'
     )
 
 

@@ -40,7 +40,7 @@ def classes_section(found: Findings) -> str:
         cells = [number(float(changes[label][place]), 1, signed=True) for label in changes]
         numbers = [f"{int(counts[place]):,}", number(float(before[place]), 1)]
         rows.append([name(names[place]), *numbers, change_bar(float(change[place]), largest), *cells])
-    head = ["class", "images", "alone, %", name(best.label), *(name(label) for label in changes)]
+    head = ["class", "images", "alone, %", "change", *(name(label) for label in changes)]
     left = len(order) - len(shown)
     caption = f"Points of each class's accuracy, means over the seeds; the bars are of {name(best.label)}."
     caption += f" {left:,} classes between the largest gains and losses are not shown." if left else ""
@@ -117,7 +117,8 @@ def heads_section(found: Findings) -> str:
     head = ["", "teacher, %", "abstract, %", "detailed, %", "stable logits, %"]
     about = (
         "Top-1 on the run's evaluation images. The abstract and the detailed head each map the teacher's embedding to "
-        "a code and the code to logits, its view; the stable logits are the mean of the teacher's logits and both views."
+        "a code and the code to logits, its view; the stable logits are the mean of the teacher's logits and both "
+        "views."
     )
     return section(*title, table(head, rows, about))
 

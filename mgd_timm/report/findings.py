@@ -51,15 +51,15 @@ class Findings:
     def gains(self, group: Group, *, kd: bool = False) -> list[float]:
         """Return the points of top-1 that a group gains over the student alone, or over KD; none without such a group.
 
-        One for each seed where both have the same seeds, else the difference of their means.
+        See `gains`.
         """
         other = baseline(self.groups, group, kd=kd)
         if other is None or group.first.is_alone:
             return []
-        ours, theirs = self.top1(group), self.top1(other)
-        if [run.recipe.seed for run in group.runs] == [run.recipe.seed for run in other.runs]:
-            return [a - b for a, b in zip(ours, theirs, strict=True)]
-        return [sum(ours) / len(ours) - sum(theirs) / len(theirs)]
+        return gains(self._by_seed(group), self._by_seed(other))
+
+    def _by_seed(self, group: Group) -> dict[int, float]:
+        return {student.run.recipe.seed: student.predictions.top(1) for student in self.of(group)}
 
     @cached_property
     def best(self) -> Group | None:
@@ -77,6 +77,14 @@ def teaching_run(runs: Sequence[Run]) -> Run | None:
     """Return the run whose teacher a report shows: the first with granularity heads, else the first with a teacher."""
     taught = [run for run in runs if run.recipe.teacher is not None]
     return next((run for run in taught if run.recipe.method != "none"), taught[0] if taught else None)
+
+
+def gains(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Return what `ours` gain over `theirs`, both by seed: one difference for each seed where both have the same seeds,
+    else the difference of their means."""
+    if ours.keys() == theirs.keys():
+        return [ours[seed] - theirs[seed] for seed in ours]
+    return [sum(ours.values()) / len(ours) - sum(theirs.values()) / len(theirs)]
 
 
 def class_accuracy(predictions: Predictions, count: int) -> Float[Tensor, " k"]:
@@ -99,7 +107,7 @@ def divergence(teacher: Predictions, student: Predictions) -> float:
 
 def learnt_images(ours: Sequence[Predictions], alone: Sequence[Predictions]) -> Int[Tensor, " n"]:
     """Return the places of images that every one of `ours` has right and every one of `alone` has wrong, those first
-    whose class gained the most probability."""
+    whose probability of the image's class rose the most."""
     right = torch.stack([one.hits for one in ours]).all(0)
     wrong = ~torch.stack([one.hits for one in alone]).any(0)
     gained = _probability(ours) - _probability(alone)

@@ -38,12 +38,23 @@ def learnt_section(found: Findings) -> str:
     seeds = " with every seed" if len(best.runs) > 1 or len(alone.runs) > 1 else ""
     about = (
         f"<p>{len(places):,} images are right{seeds} in {name(best.label)} and wrong{seeds} alone; {len(lost):,} the "
-        "other way round. Shown are those whose class gained the most probability. The warm areas are Grad-CAM's: they "
-        "raise the score of the image's class in the last map.</p>"
+        "other way round. Shown are those whose class gained the most probability, of as many classes as there are. "
+        "The warm areas are Grad-CAM's: they raise the score of the image's class in the last map.</p>"
     )
     if not len(places):
         return section(*title, about, missing("the images: there is none."))
-    return section(*title, about, *_shots(found, best, alone, places[:SHOWN]))
+    return section(*title, about, *_shots(found, best, alone, _of_many_classes(places, ours[0].labels)))
+
+
+def _of_many_classes(places: Tensor, labels: Tensor) -> Tensor:
+    """Return the places to show: the first of each class, then the others."""
+    seen: dict[int, int] = {}
+    rank = []
+    for place in places.tolist():
+        label = int(labels[place])
+        rank.append(seen.get(label, 0))
+        seen[label] = rank[-1] + 1
+    return places[torch.tensor(rank).argsort(stable=True)[:SHOWN]]
 
 
 def _shots(found: Findings, best: Group, alone: Group, places: Tensor) -> Iterator[str]:

@@ -27,13 +27,13 @@ def header(found: Findings) -> str:
     lead = f'<p class="lead">{name(place)}: {images}; {runs} run{"s" if runs > 1 else ""}.</p>'
     tiles = []
     if not isinstance(found.teacher, str) and found.teacher.predictions is not None:
-        tiles.append((number(found.teacher.predictions.top(1)) + " %", "top-1 of the teacher"))
+        tiles.append((number(found.teacher.predictions.top(1)), "top-1 of the teacher, %"))
     alone = next((group for group in groups if group.first.is_alone), None)
     if alone is not None:
-        tiles.append((with_spread(found.top1(alone)) + " %", "top-1 of the student alone"))
+        tiles.append((with_spread(found.top1(alone)), "top-1 of the student alone, %"))
     if found.best is not None:
         label = name(found.best.label)
-        tiles.append((with_spread(found.top1(found.best)) + " %", f"top-1 of the best distilled student: {label}"))
+        tiles.append((with_spread(found.top1(found.best)), f"top-1 of the best distilled student, {label}, %"))
         if gains := found.gains(found.best):
             tiles.append((with_spread(gains, signed=True), "points gained over the student alone"))
         if found.teacher_costs is not None:
