@@ -129,12 +129,12 @@ def cka_section(found: Findings) -> str:
     teacher = found.teacher
     if isinstance(teacher, str):
         return section(*title, missing(f"CKA with the teacher's stages: {teacher}"))
-    charts, images = [], 0
+    # Each network sees the images as its own run showed them.
+    shown, _ = found.students[teacher.run.folder].some(CKA_IMAGES)
+    theirs, images, charts = pooled_maps(teacher.teacher, shown, 64), len(shown), []
     for group in found.groups:
         student = found.first(group)
-        shown, _ = student.some(CKA_IMAGES)
-        images = len(shown)
-        tables = cka_table(pooled_maps(teacher.teacher, shown, 64), pooled_maps(_tap(student), shown, 64))
+        tables = cka_table(theirs, pooled_maps(_tap(student), student.some(CKA_IMAGES)[0], 64))
         charts.append(heat_map(group.label, tables, rows="stage of the teacher", columns="stage of the student"))
     about = note(
         f"Linear CKA of the stages' maps, averaged over positions, on {images} evaluation images: 1 for features that "

@@ -72,7 +72,7 @@ def _shots(found: Findings, best: Group, alone: Group, places: Tensor) -> Iterat
             f"({number(sure[0], 0)} %). Alone: {name(said[1])} ({number(sure[1], 0)} %).</p>"
         )
         shots = [_figure(pixels, "image"), *(_figure(overlay(pixels, cams[row]), what) for what, cams in maps)]
-        yield f'{heading}<div class="shots">{"".join(shots)}</div>'
+        yield f'<div class="together">{heading}<div class="shots">{"".join(shots)}</div></div>'
     yield from (missing(text) for text in silent)
 
 
@@ -92,7 +92,7 @@ def _maps(found: Findings, best: Group, alone: Group, places: Tensor) -> tuple[M
     if isinstance(found.teacher, str):
         silent.append(f"where the teacher looks: {found.teacher}")
     else:
-        asked += _of_teacher(found.teacher, *found.first(best).at(places))
+        asked += _of_teacher(found.teacher, *found.students[found.teacher.run.folder].at(places))
         if found.teacher.no_heads is not None:
             silent.append(f"the abstract and the detailed view: {found.teacher.no_heads}")
     maps: Maps = []

@@ -56,8 +56,8 @@ font-size:.8rem;line-height:1.4}code{font-size:.85em}details{margin:10px 0}summa
 --gain:#1a7f4b;--loss:#c0392b;--c0:#6e7781;--c1:#b35900;--c2:#0b62c4;--c3:#1a7f4b;--c4:#8e44ad;--c5:#c2255c;
 --c6:#0e7c86;--c7:#7a6a00}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:10pt}
 main{max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:8pt}th,td{padding:3px 6px}
-h2{break-after:avoid}figure,tr,.tiles,.missing{break-inside:avoid}.grid-of{grid-template-columns:1fr 1fr}
-.shots{grid-template-columns:repeat(6,1fr);break-inside:avoid}pre{white-space:pre-wrap}}
+h2,h3{break-after:avoid}figure,tr,.tiles,.missing,.together{break-inside:avoid}.grid-of{grid-template-columns:1fr 1fr}
+.tiles{grid-template-columns:repeat(5,1fr);gap:6px}.tiles b{font-size:12pt}.shots{grid-template-columns:repeat(6,1fr)}pre{white-space:pre-wrap}}
 """
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

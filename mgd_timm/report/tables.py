@@ -64,13 +64,13 @@ def accuracy_section(found: Findings) -> str:
     )
     parts = [table(head, rows, caption)]
     if isinstance(teacher, str):
-        parts.append(missing(f"the teacher. {teacher}"))
+        parts.append(missing(f"the teacher: {teacher}"))
     elif teacher.predictions is None:
         parts.append(missing("the teacher's accuracy: it has no logits of the data's classes."))
     if not any(baseline(found.groups, group, kd=False) for group in found.groups) and found.best is not None:
-        parts.append(missing(f"the gain over the student alone. {NO_ALONE}"))
+        parts.append(missing(f"the gain over the student alone: {NO_ALONE}"))
     if found.best is not None and not any(group.first.is_kd for group in found.groups):
-        parts.append(missing("the gain over KD. Name a run of mgd-timm distill --method none as well."))
+        parts.append(missing("the gain over KD: name a run of mgd-timm distill --method none as well."))
     return section("accuracy", "Accuracy", *parts)
 
 
@@ -94,7 +94,7 @@ def costs_section(found: Findings) -> str:
     )
     parts = [table(head, rows, caption)]
     if base is None:
-        parts.append(missing(f"the ratios to the teacher. {found.teacher}"))
+        parts.append(missing(f"the ratios to the teacher: {found.teacher}"))
     return section("costs", "Size and speed", *parts)
 
 

@@ -131,7 +131,7 @@ def test_the_numbers_are_those_of_the_runs(page: str, runs: Path) -> None:
 
 def test_everything_is_there_but_the_gain_over_kd(page: str) -> None:
     left_out = re.findall(r'class="missing">(.*?)</p>', page)
-    kd = "Left out: the gain over KD. Name a run of mgd-timm distill --method none as well."
+    kd = "Left out: the gain over KD: name a run of mgd-timm distill --method none as well."
     nothing = "Left out: the images: there is none."
     assert left_out in ([kd], [kd, nothing])
     if nothing not in left_out:
@@ -162,7 +162,7 @@ def test_a_teacher_and_heads_that_are_gone_are_left_out(runs: Path, tmp_path: Pa
     recipe.write_text(recipe.read_text().replace(str(runs / "alone"), "/nowhere/else"))
     assert main(["report", str(moved), str(runs / "alone"), "--output", str(place)]) == 0
     text = place.read_text(encoding="utf-8")
-    assert "Left out: the teacher. the teacher cannot be loaded" in text
+    assert "Left out: the teacher: the teacher cannot be loaded" in text
     assert Page(text)
 
 
