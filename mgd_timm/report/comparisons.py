@@ -71,6 +71,10 @@ def agreement_section(found: Findings) -> str:
         rows.append([name(group.label), *(with_spread(values) for values in cells), with_spread(apart, 3)])
     head = ["", "same class, %", "where the teacher is right, %", "where it is wrong, %", "KL from the teacher, nats"]
     about = f"The teacher is {name(teacher.teacher.tap.name)}, of the run {name(teacher.run.folder.name)}."
+    key = "teacher_sha256"
+    taught = [group for group in found.groups if key in group.first.provenance]
+    others = [one.label for one in taught if one.first.provenance[key] != teacher.run.provenance.get(key)]
+    about += f" Taught by another one: {', '.join(map(name, others))}." if others else ""
     return section(*title, table(head, rows, about + " KL(teacher ‖ student) of probabilities at temperature 1."))
 
 

@@ -57,7 +57,8 @@ font-size:.8rem;line-height:1.4}code{font-size:.85em}details{margin:10px 0}summa
 --c6:#0e7c86;--c7:#7a6a00}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:10pt}
 main{max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:8pt}th,td{padding:3px 6px}
 h2,h3{break-after:avoid}figure,tr,.tiles,.missing,.together{break-inside:avoid}.grid-of{grid-template-columns:1fr 1fr}
-.tiles{grid-template-columns:repeat(5,1fr);gap:6px}.tiles b{font-size:12pt}.shots{grid-template-columns:repeat(6,1fr)}pre{white-space:pre-wrap}}
+.tiles{grid-template-columns:repeat(5,1fr);gap:6px}
+.tiles b{font-size:12pt}.shots{grid-template-columns:repeat(6,1fr)}pre{white-space:pre-wrap}}
 """
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -33,7 +33,7 @@ def predictions(classes: list[int], labels: list[int], scale: float = 1.0) -> Pr
 
 def test_the_calibration_error_is_that_of_bins_counted_by_hand() -> None:
     logits, labels = 2 * drawn(500, 4), torch.randint(0, 4, (500,), generator=GENERATOR)
-    expected = 0.0
+    expected, found = 0.0, measure_calibration(logits, labels)
     rows = [(float(row.exp().max() / row.exp().sum()), int(row.argmax())) for row in logits]
     for index in range(15):
         held = [
@@ -42,9 +42,11 @@ def test_the_calibration_error_is_that_of_bins_counted_by_hand() -> None:
             if index / 15 < sure <= (index + 1) / 15
         ]
         if held:
-            apart = abs(sum(right for _, right in held) - sum(sure for sure, _ in held)) / len(held)
-            expected += len(held) / 500 * apart
-    found = measure_calibration(logits, labels)
+            share, accuracy = len(held) / 500, sum(right for _, right in held) / len(held)
+            confidence = sum(sure for sure, _ in held) / len(held)
+            expected += share * abs(accuracy - confidence)
+            assert (found.share[index], found.accuracy[index]) == pytest.approx((share, accuracy))
+            assert found.confidence[index] == pytest.approx(confidence)
     assert found.error == pytest.approx(expected, abs=1e-12)
     assert sum(found.share) == pytest.approx(1)
 

@@ -13,6 +13,11 @@ from PIL import Image
 from small import SHORT
 
 from mgd_timm.cli.main import main
+from mgd_timm.features import FeatureTap
+from mgd_timm.report.cka import cka_table
+from mgd_timm.report.comparisons import cka_section
+from mgd_timm.report.measure import pooled_maps
+from mgd_timm.report.write import find
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -164,6 +169,24 @@ def test_a_teacher_and_heads_that_are_gone_are_left_out(runs: Path, tmp_path: Pa
     text = place.read_text(encoding="utf-8")
     assert "Left out: the teacher: the teacher cannot be loaded" in text
     assert Page(text)
+
+
+def test_each_network_sees_the_images_as_its_own_run_showed_them(runs: Path, tmp_path: Path) -> None:
+    """The teacher's images are those of the run that it taught in, not those of the student beside it."""
+    other = tmp_path / "alone"
+    shutil.copytree(runs / "alone", other)
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  img_size: null", "  img_size: 32"))
+    taught = runs / "<b>\"mas'"
+    found = find([other, taught], {}, lambda _: None)
+    assert not isinstance(found.teacher, str)
+    students = [found.students[folder] for folder in (other, taught)]
+    shown = [student.some(100)[0] for student in students]
+    assert [images.shape[2] for images in shown] == [32, 28]
+    tap = FeatureTap(students[0].model, "stages", input_size=(3, 32, 32)).eval()
+    theirs, ours = pooled_maps(found.teacher.teacher, shown[1], 100), pooled_maps(tap, shown[0], 100)
+    shades = "".join(f'fill-opacity="{value:.3f}"' for row in cka_table(theirs, ours) for value in row)
+    assert "".join(re.findall(r'fill-opacity="[\d.]+"', cka_section(found))).startswith(shades)
 
 
 def test_refusals_name_the_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
