@@ -27,9 +27,9 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:14px 0;font-size:.9rem}a{col
 .scroll{overflow-x:auto;margin:12px 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 12px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap;vertical-align:top}
-thead th{overflow-wrap:break-word;min-width:5em;color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}
+thead th{overflow-wrap:break-word;min-width:5em;color:var(--soft);
+font-weight:600;white-space:normal;vertical-align:bottom}
 th:first-child{text-align:left}tbody th{font-weight:600;white-space:normal;min-width:9em;max-width:22em}
-td.text{text-align:left;white-space:normal}
 .grid-of{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:18px;margin:12px 0}
 figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.9rem}
 .unit{color:var(--soft);font-weight:400}
