@@ -2,24 +2,23 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from timm.models import get_model_input_config
 from torch import nn
 
 from mgd_timm.data.contact_sheet import draw_contact_sheet
-from mgd_timm.data.dataset import Images, describe_data, load_images
+from mgd_timm.data.dataset import describe_data, load_images
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.build import set_memory_format
-from mgd_timm.models.checks import check_channels, check_class_names, check_module, check_trainable
+from mgd_timm.models.checks import check_module, check_trainable
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
-from mgd_timm.models.unread_pixels import check_reads_all_pixels
+from mgd_timm.pipeline.evaluation_images import load_evaluation_images
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
@@ -210,7 +209,7 @@ def evaluate_named(
     recipe = _evaluation_recipe(network, origin, data, options)
     check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
     accelerator = accelerator_of(recipe)
-    images = _images_for(network, recipe, accelerator, of_run=origin is not None)
+    images = load_evaluation_images(network, recipe, accelerator, of_run=origin is not None)
     source = images.test if images.test is not None else images.val
     if source is None:
         raise ValueError(
@@ -301,30 +300,3 @@ def _same_splits(one: Data, two: Data) -> bool:
     """Return whether two options of data name the same rows, up to where the folder lies."""
     names = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split")
     return all(getattr(one, name) == getattr(two, name) for name in (*names, "streaming"))
-
-
-def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator, *, of_run: bool) -> Images:
-    """Load the images of a recipe at a network's input size. Raise ValueError if channels or classes differ.
-
-    Args:
-        network: The model.
-        recipe: Of the evaluation.
-        accelerator: Device and processes.
-        of_run: The model is of a run, and its pretrained_cfg has the size that the run showed it.
-    """
-    inputs, config = get_model_input_config(network), getattr(network, "pretrained_cfg", {}) or {}
-    data, fixed = recipe.data, inputs["fixed_input_size"]
-    height, width = ((of_run and not fixed and config.get("input_size")) or inputs["input_size"])[1:]
-    if data.img_size is None and (fixed or of_run) and height == width:
-        data = replace(data, img_size=height)
-    images = load_images(data, recipe.seed, read_defaults(config), log=accelerator.print, accelerator=accelerator)
-    check_channels(network, "model", images.input_size[0])
-    if network.num_classes != images.num_classes:
-        raise ValueError(
-            f"the model has {network.num_classes} classes, the data has {images.num_classes}: expected as many. For a "
-            "teacher with more classes, mgd-timm distill --teacher-classes prints the accuracy on the data's."
-        )
-    check_class_names(network, "model", images.class_names)
-    if not fixed:
-        check_reads_all_pixels(network, "model", images.input_size, "--img-size")
-    return images

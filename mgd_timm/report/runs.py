@@ -1,0 +1,139 @@
+"""The runs of a report: read from their folders, named by what they are, and grouped by recipe."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.recipe.options import as_dict, digest
+from mgd_timm.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: Of the run.
+        recipe: Its options.
+        summary: Of summary.json.
+        epochs: Rows of metrics.jsonl.
+        provenance: Of export/recipe.json: digests, versions.
+    """
+
+    folder: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the student had neither a teacher nor a peer."""
+        return self.recipe.teacher is None and self.recipe.peer is None
+
+    @property
+    def is_kd(self) -> bool:
+        """Whether a teacher taught by logit KD alone."""
+        return self.recipe.teacher is not None and self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+
+    def describe(self) -> str:
+        """Return what the run is: "alone", or its method and criteria, such as "KD", "MAS" or "MAG + AT"."""
+        if self.is_alone:
+            return "alone"
+        criteria = [name.upper() for name in _criteria(self.recipe)]
+        if self.recipe.peer is not None:
+            criteria = ["peer", *criteria]
+        if self.recipe.method == "none":
+            return " + ".join(criteria)
+        return " + ".join([self.recipe.method.upper(), *(name for name in criteria if name != "KD")])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, in the order of the seeds.
+
+    Args:
+        label: What they are, distinct among the groups of a report.
+        runs: One or more.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        """The run of the lowest seed."""
+        return self.runs[0]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        ValueError: The folder holds no run, one that has not finished, or a corrupt file.
+    """
+    recipe = read_recipe(folder)
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} is a run that has not finished: continue it with --resume.")
+    provenance = folder / "export" / "recipe.json"
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    return Run(
+        folder,
+        recipe,
+        _parse(folder / "summary.json", (folder / "summary.json").read_text(encoding="utf-8")),
+        [_parse(metrics, line) for line in lines],
+        _parse(provenance, provenance.read_text(encoding="utf-8")) if provenance.is_file() else {},
+    )
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Group runs by recipe without seed: those alone first, then KD, then the others in the given order."""
+    by_recipe: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (not run.is_alone, not run.is_kd)):
+        by_recipe.setdefault(_recipe_digest(run), []).append(run)
+    sets = [tuple(sorted(found, key=lambda run: run.recipe.seed)) for found in by_recipe.values()]
+    labels = [found[0].describe() for found in sets]
+    if len({run.recipe.student for run in runs}) > 1:
+        labels = [f"{found[0].recipe.student}, {label}" for found, label in zip(sets, labels, strict=True)]
+    count = Counter(labels)
+    return [
+        Group(f"{label} ({found[0].folder.name})" if count[label] > 1 else label, found)
+        for found, label in zip(sets, labels, strict=True)
+    ]
+
+
+def baseline(groups: Sequence[Group], group: Group, *, kd: bool) -> Group | None:
+    """Return the group that another one is compared with: the first of the same student that is alone, or of KD."""
+    for other in groups:
+        fits = other.first.is_kd if kd else other.first.is_alone
+        if fits and other is not group and other.first.recipe.student == group.first.recipe.student:
+            return other
+    return None
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt ({error}): restore it, or leave the run out.") from error
+    return values
+
+
+def _criteria(recipe: Recipe) -> list[str]:
+    """Return the names of the criteria: of NAME:WEIGHT:EPOCHS the first word."""
+    return [one.partition(":")[0].strip().lower() for one in recipe.criterion]
+
+
+def _recipe_digest(run: Run) -> str:
+    """Return a digest of all that decides a run's weights but the seed. Options count as digested, and the teacher by
+    its weights."""
+    options = as_dict(replace(run.recipe, seed=0), digest_only=True)
+    teacher = run.provenance.get("teacher_sha256", run.recipe.teacher)
+    return digest([options, teacher, run.provenance.get("data_sha256")])
