@@ -1,7 +1,7 @@
 """Distil, train and evaluate from Python."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -14,12 +14,15 @@ from torch import nn
 
 from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import Images, describe_data, load_images
+from mgd_timm.export import timm_folder
+from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.models.checks import check_channels, check_class_names, check_module, check_trainable
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.models.unread_pixels import check_reads_all_pixels
+from mgd_timm.models.unwrap import unwrap
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
@@ -70,7 +73,8 @@ def distill(
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
             or a module; a list of these for several teachers. With `peer`, None: two students then teach each other,
             and the first is returned.
-        student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied.
+        student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied. What
+            torch.compile, DistributedDataParallel or peft wrap around a module is taken off.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data, whose values
             `options` replace.
         output: Folder of the run; must not exist or must be empty, unless resume=True.
@@ -131,6 +135,7 @@ def train(
 
 def _checked(model: Model, what: str) -> str | nn.Module:
     if isinstance(model, nn.Module):
+        model = unwrap(model)
         check_module(model, what)
         return model
     if isinstance(model, str | PathLike):
@@ -228,6 +233,35 @@ def evaluate_named(
         network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True
     )
     return Evaluation({**clean, "noise": noisy}, name)
+
+
+@_torch_defaults()
+def export_model(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Export a model as `mgd_timm.export.timm_folder.export_model` does, once timm is seen to rebuild it.
+
+    Args:
+        model: A timm model, also of torch.compile, DistributedDataParallel or peft.
+        folder: Must not exist unless `overwrite`.
+        provenance: JSON values to write to recipe.json.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: timm.create_model would build another network from the export.
+        FileExistsError: The folder exists.
+        OSError: The folder could not be written; nothing partial is left.
+    """
+    model = unwrap(model)
+    check_rebuild(model, "model")
+    return timm_folder.export_model(model, Path(folder), provenance=provenance, overwrite=overwrite)
 
 
 @_torch_defaults()
