@@ -162,18 +162,21 @@ def evaluate(
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
+    verify: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model on the evaluation split of a data set, without noise and, if `noise` is given, with it.
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
-        data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. The test
-            split is evaluated; without one, the validation split.
+        data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. An export
+            away from its run folder does not know where local data are. The test split is evaluated; without one, the
+            validation split.
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are
             normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so it is the same
             for all models.
         noise_seeds: Number of noise seeds to average over.
+        verify: Refuse an exported folder whose weights are not those that its recipe.json has the digest of.
         **options: `seed` and `amp` (by default those of the run) and options of Data that evaluation uses, such as
             img_size, which replace those of `data`. By default images are shown as the run showed them: of the same
             size, mean, std, crop and interpolation.
@@ -186,7 +189,7 @@ def evaluate(
     Raises:
         ValueError: No such model, data or option, classes that differ, noise that is not from 0 to 1, or no noise seed.
     """
-    return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, **options).metrics
+    return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, verify=verify, **options).metrics
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def evaluate_named(
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
+    verify: bool = True,
     **options: Any,
 ) -> Evaluation:
     """Evaluate as `evaluate` does, and return the name of the data as well."""
@@ -211,7 +215,8 @@ def evaluate_named(
     model = _checked(model, "model")
     _check_evaluation_options(options)
     origin = read_origin(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else None
-    network = load_model(model) if isinstance(model, str) else model
+    network = load_model(model, verify=verify) if isinstance(model, str) else model
+    _check_data_is_known(origin, data, options)
     recipe = _evaluation_recipe(network, origin, data, options)
     check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
     accelerator = accelerator_of(recipe)
@@ -331,10 +336,22 @@ def _evaluation_recipe(
     return make_recipe(**{name: value for name, value in of_data.items() if name not in OF_TRAINING})
 
 
+def _check_data_is_known(origin: Origin | None, data: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError where an export is to be evaluated on the run's local data, whose path it does not hold."""
+    if origin is None or origin.has_paths or data is not None or {"data_dir", "dataset"} & set(options):
+        return
+    if origin.recipe.data.data_dir is not None:
+        raise ValueError(
+            f"the model was trained on local data ({origin.recipe.data.data_dir}), and an export away from its run "
+            "folder does not say where they are: give --data-dir FOLDER."
+        )
+
+
 def _same_splits(one: Data, two: Data) -> bool:
     """Return whether two options of data name the same rows, up to where the folder lies."""
-    names = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split")
-    return all(getattr(one, name) == getattr(two, name) for name in (*names, "streaming"))
+    names = ("dataset_config", "input_key", "target_key", "train_split", "eval_split", "streaming")
+    places = {Path(data.data_dir or data.dataset).name for data in (one, two)}
+    return len(places) == 1 and all(getattr(one, name) == getattr(two, name) for name in names)
 
 
 def _images_for(network: nn.Module, recipe: Recipe, accelerator: Accelerator, *, of_run: bool) -> Images:

@@ -52,7 +52,11 @@ def new_head(model):
         ({}, lambda model: spectral_norm(model.fc), r"weights of fc .*parametrizations\.spectral_norm"),
         ({}, lambda model: model.half(), r"of another dtype conv1\.weight \(torch\.float16, not torch\.float32\)"),
         ({}, lambda model: setattr(model, "fc", nn.Linear(model.num_features, 7)), r"of another shape fc\.weight"),
-        ({"name": "test_resnet", "act_layer": nn.LeakyReLU}, lambda model: None, r"'act_layer'.* such as act_layer='gelu'"),
+        (
+            {"name": "test_resnet", "act_layer": nn.LeakyReLU},
+            lambda model: None,
+            r"'act_layer'.* such as act_layer='gelu'",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

@@ -59,11 +59,47 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         lambda state: {"net": 3, "state_dict": state},
         lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
         lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},  # of a compiled model
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"lr": 0.1}, "epoch": 3},
+        lambda state: {"model_state_dict": dict.fromkeys(state, torch.zeros(1)), "ema_state_dict": state},
+        # torchvision's references, whose moving average is torch's AveragedModel of a DataParallel model
+        lambda state: {
+            "model": dict.fromkeys(state, torch.zeros(1)),
+            "model_ema": {
+                "n_averaged": torch.tensor(5),
+                **{f"module.module.{name}": value for name, value in state.items()},
+            },
+        },
+        lambda state: {
+            "pytorch-lightning_version": "2.5.0",
+            "callbacks": {},
+            "state_dict": {
+                "loss.weight": torch.ones(10),
+                **{f"model._orig_mod.{name}": value for name, value in state.items()},
+            },
+        },
+        lambda state: {f"timm_model.{name}": value for name, value in state.items()},
+        lambda state: {"model": {"state_dict": {f"_orig_mod.module.{name}": value for name, value in state.items()}}},
         lambda state: {
             "model": {f"module.{name}": nn.Parameter(value, requires_grad=False) for name, value in state.items()}
         },
     ],
-    ids=["plain", "dict", "model", "state_dict", "net", "word-before", "prefix", "compiled", "parameters"],
+    ids=[
+        "plain",
+        "dict",
+        "model",
+        "state_dict",
+        "net",
+        "word-before",
+        "prefix",
+        "compiled",
+        "model_state_dict",
+        "ema_state_dict",
+        "torchvision",
+        "lightning",
+        "transformers",
+        "nested",
+        "parameters",
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_layouts(tmp_path, wrap, zipped):
@@ -365,6 +401,50 @@ def test_weights_without_a_classifier_or_of_another_type(tmp_path):
     torch.save({**state, "conv1.weight": state["conv1.weight"].char()}, tmp_path / "y.pt")
     with pytest.raises(ValueError, match=r"of another type \['conv1.weight torch.int8 instead of torch.float32'\]"):
         import_checkpoint(tmp_path / "y.pt", NAME, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    for value in (float("nan"), float("inf")):
+        model = network()
+        with torch.no_grad():
+            model.fc.bias[3] = value
+        torch.save(model.state_dict(), tmp_path / "x.pt")
+        with pytest.raises(
+            ValueError, match=r"x.pt: 1 of \d+ weights hold values that are not finite, such as fc.bias"
+        ):
+            import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("built", "wanted"), [(64, 64), (64, 96), (160, 96)])
+def test_position_embeddings_of_another_image_size_are_resampled(tmp_path, built, wanted):
+    model = network("test_vit", classes=5, img_size=built)
+    nn.init.normal_(model.pos_embed)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pt")
+    if built != 160:
+        with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 64\) instead of .* give --img-size"):
+            import_checkpoint(tmp_path / "x.pt", "test_vit", tmp_path / "no")
+    folder = import_checkpoint(tmp_path / "x.pt", "test_vit", tmp_path / "out", img_size=wanted, num_classes=5)
+    loaded = load_model(str(folder))
+    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, wanted, wanted)
+    model.set_input_size(img_size=wanted)
+    images = torch.randn(2, 3, wanted, wanted, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), model(images))
+
+
+def test_an_image_size_of_any_network_is_written_and_other_weights_are_refused_at_it(tmp_path):
+    torch.save(network("test_resnet", classes=5).state_dict(), tmp_path / "x.pt")
+    folder = import_checkpoint(tmp_path / "x.pt", "test_resnet", tmp_path / "out", img_size=96)
+    assert tuple(load_model(str(folder)).pretrained_cfg["input_size"]) == (3, 96, 96)
+    with pytest.raises(ValueError, match="x.pt does not fit test_vit for 96x96 images"):
+        import_checkpoint(tmp_path / "x.pt", "test_vit", tmp_path / "no", img_size=96)
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet.r160_in1k", "hf_hub:timm/test_resnet", "hf-hub:timm/test_resnet"])
+def test_names_as_they_are_pasted(tmp_path, name):
+    torch.save(network("test_resnet").state_dict(), tmp_path / "x.pt")
+    assert load_model(str(import_checkpoint(tmp_path / "x.pt", name, tmp_path / "out"))).num_classes == 10
 
 
 def test_a_folder_is_kept_unless_told(tmp_path):
