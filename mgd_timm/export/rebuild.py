@@ -61,7 +61,7 @@ def _compare(own: nn.Module, rebuilt: nn.Module) -> None:
             )
     _unhide(own)
     rebuilt.load_state_dict(own.state_dict())
-    size = rebuilt.pretrained_cfg["input_size"]  # type: ignore[index, call-overload]
+    size = rebuilt.pretrained_cfg["input_size"]  # type: ignore[index]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = own(images), rebuilt(images)

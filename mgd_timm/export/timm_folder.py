@@ -24,7 +24,8 @@ def export_model(
 ) -> Path:
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads exactly the same weights.
 
-    Adapters of peft and parametrizations are merged. The folder is written atomically. `cifar_*` networks load after `import mgd_timm.models`.
+    Adapters of peft and parametrizations are merged. The folder is written atomically. `cifar_*` networks load after
+    `import mgd_timm.models`.
 
     Args:
         model: A timm model. Its pretrained_cfg is written too: mean, std, labels, licence and tag, as set by
@@ -98,7 +99,8 @@ def write_config(model: nn.Module, folder: Path) -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f"{error} Give timm.create_model arguments that JSON can hold, such as act_layer='gelu' in place of a class."
+            f"{error} Give timm.create_model arguments that JSON can hold, such as act_layer='gelu' in place of a "
+            "class."
         ) from error
     written = json.loads(path.read_text(encoding="utf-8"))
     # Transformers gives the root's num_classes to timm.create_model, beside these arguments.

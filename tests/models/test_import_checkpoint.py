@@ -437,7 +437,7 @@ def test_an_image_size_of_any_network_is_written_and_other_weights_are_refused_a
     torch.save(network("test_resnet", classes=5).state_dict(), tmp_path / "x.pt")
     folder = import_checkpoint(tmp_path / "x.pt", "test_resnet", tmp_path / "out", img_size=96)
     assert tuple(load_model(str(folder)).pretrained_cfg["input_size"]) == (3, 96, 96)
-    with pytest.raises(ValueError, match="x.pt does not fit test_vit for 96x96 images"):
+    with pytest.raises(ValueError, match=r"x\.pt does not fit test_vit for 96x96 images"):
         import_checkpoint(tmp_path / "x.pt", "test_vit", tmp_path / "no", img_size=96)
 
 
