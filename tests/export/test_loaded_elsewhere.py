@@ -12,26 +12,26 @@ from safetensors.torch import save_file
 from small import environment
 from torch import nn
 
-import mgd_timm
+from mgd_timm.export.timm_folder import export_model
 from mgd_timm.models.pretrained_cfg import describe_weights
 
 SLIM_SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 FAMILIES = {
-    "edgenext_xx_small": {},
-    "efficientvit_b0": {},
     "mobilenetv3_small_050": {"drop_rate": 0.2},
     "regnetx_002": {},
     "swin_tiny_patch4_window7_224": SLIM_SWIN,
     "test_byobnet": {},
+    "test_coatnet": {"img_size": 64},
     "test_convnext": {},
     "test_efficientnet": {"act_layer": "gelu"},
     "test_mambaout": {},
     "test_nfnet": {},
     "test_resnet": {"global_pool": "max"},
     "test_vit": {"img_size": 64, "class_token": False, "global_pool": "avg"},
+    "test_vit_relpos": {"img_size": 64},
 }
 SIDE = 64
-# Named folders after the file of images and the picture; prints the pipeline's answer for each folder.
+# Takes a file of images, a picture and exported folders; prints for each folder both logits and the pipeline's answer.
 LOAD = """
 import json, sys
 import timm, torch
@@ -69,7 +69,7 @@ def test_timm_and_transformers_load_every_family(tmp_path):
     expected = {}
     for name, options in FAMILIES.items():
         model = student(name, options)
-        folder = mgd_timm.export_model(model, tmp_path / name)
+        folder = export_model(model, tmp_path / name)
         with torch.no_grad():
             expected[str(folder)] = model(images)
     arguments = [str(tmp_path / "images.safetensors"), str(tmp_path / "picture.png"), *expected]
