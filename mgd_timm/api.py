@@ -304,7 +304,7 @@ def inspect_data(
     if sheet is not None:
         defaults = None
         if model is not None:
-            defaults = read_defaults(getattr(load_model(model), "pretrained_cfg", {}) or {})
+            defaults = read_defaults(getattr(load_model(model, verify=False), "pretrained_cfg", {}) or {})
         draw_contact_sheet(load_images(recipe.data, seed, defaults, log=log), Path(sheet))
     return found
 
