@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mgd_timm._version import __version__
 
 if TYPE_CHECKING:
-    from mgd_timm.api import distill, evaluate, inspect_data, train
+    from mgd_timm.api import distill, evaluate, export_model, inspect_data, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
-    from mgd_timm.export.timm_folder import export_model
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
@@ -20,10 +19,9 @@ if TYPE_CHECKING:
     from mgd_timm.task import MultiGranularityTask
 
 _HOMES = {
-    "mgd_timm.api": ("distill", "evaluate", "inspect_data", "train"),
+    "mgd_timm.api": ("distill", "evaluate", "export_model", "inspect_data", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
-    "mgd_timm.export.timm_folder": ("export_model",),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),

@@ -1,7 +1,7 @@
 """Distil, train and evaluate from Python."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -13,11 +13,14 @@ from torch import nn
 
 from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import describe_data, load_images
+from mgd_timm.export import timm_folder
+from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.models.checks import check_module, check_trainable
 from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
+from mgd_timm.models.unwrap import unwrap
 from mgd_timm.pipeline.evaluation_images import load_evaluation_images
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
@@ -69,7 +72,8 @@ def distill(
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
             or a module; a list of these for several teachers. With `peer`, None: two students then teach each other,
             and the first is returned.
-        student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied.
+        student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied. What
+            torch.compile, DistributedDataParallel or peft wrap around a module is taken off.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data, whose values
             `options` replace.
         output: Folder of the run; must not exist or must be empty, unless resume=True.
@@ -130,6 +134,7 @@ def train(
 
 def _checked(model: Model, what: str) -> str | nn.Module:
     if isinstance(model, nn.Module):
+        model = unwrap(model)
         check_module(model, what)
         return model
     if isinstance(model, str | PathLike):
@@ -156,18 +161,21 @@ def evaluate(
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
+    verify: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model on the evaluation split of a data set, without noise and, if `noise` is given, with it.
 
     Args:
         model: A run folder, an exported folder, a timm name with weights, or a module.
-        data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. The test
-            split is evaluated; without one, the validation split.
+        data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. An export
+            away from its run folder does not know where local data are. The test split is evaluated; without one, the
+            validation split.
         noise: Standard deviations, from 0 to 1, of Gaussian noise that is added to pixels in [0, 1] before they are
             normalised. The sum is not clipped. Noise depends on noise seed, image and pixel alone, so it is the same
             for all models.
         noise_seeds: Number of noise seeds to average over.
+        verify: Refuse an exported folder whose weights are not those that its recipe.json has the digest of.
         **options: `seed` and `amp` (by default those of the run) and options of Data that evaluation uses, such as
             img_size, which replace those of `data`. By default images are shown as the run showed them: of the same
             size, mean, std, crop and interpolation.
@@ -180,7 +188,7 @@ def evaluate(
     Raises:
         ValueError: No such model, data or option, classes that differ, noise that is not from 0 to 1, or no noise seed.
     """
-    return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, **options).metrics
+    return evaluate_named(model, data, noise=noise, noise_seeds=noise_seeds, verify=verify, **options).metrics
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,7 @@ def evaluate_named(
     *,
     noise: float | Sequence[float] = (),
     noise_seeds: int = 5,
+    verify: bool = True,
     **options: Any,
 ) -> Evaluation:
     """Evaluate as `evaluate` does, and return the name of the data as well."""
@@ -205,7 +214,8 @@ def evaluate_named(
     model = _checked(model, "model")
     _check_evaluation_options(options)
     origin = read_origin(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else None
-    network = load_model(model) if isinstance(model, str) else model
+    network = load_model(model, verify=verify) if isinstance(model, str) else model
+    _check_data_is_known(origin, data, options)
     recipe = _evaluation_recipe(network, origin, data, options)
     check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
     accelerator = accelerator_of(recipe)
@@ -227,6 +237,35 @@ def evaluate_named(
         network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True
     )
     return Evaluation({**clean, "noise": noisy}, name)
+
+
+@_torch_defaults()
+def export_model(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Export a model as `mgd_timm.export.timm_folder.export_model` does, once timm is seen to rebuild it.
+
+    Args:
+        model: A timm model, also of torch.compile, DistributedDataParallel or peft.
+        folder: Must not exist unless `overwrite`.
+        provenance: JSON values to write to recipe.json.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: timm.create_model would build another network from the export.
+        FileExistsError: The folder exists.
+        OSError: The folder could not be written; nothing partial is left.
+    """
+    model = unwrap(model)
+    check_rebuild(model, "model")
+    return timm_folder.export_model(model, Path(folder), provenance=provenance, overwrite=overwrite)
 
 
 @_torch_defaults()
@@ -264,7 +303,7 @@ def inspect_data(
     if sheet is not None:
         defaults = None
         if model is not None:
-            defaults = read_defaults(getattr(load_model(model), "pretrained_cfg", {}) or {})
+            defaults = read_defaults(getattr(load_model(model, verify=False), "pretrained_cfg", {}) or {})
         draw_contact_sheet(load_images(recipe.data, seed, defaults, log=log), Path(sheet))
     return found
 
@@ -296,7 +335,19 @@ def _evaluation_recipe(
     return make_recipe(**{name: value for name, value in of_data.items() if name not in OF_TRAINING})
 
 
+def _check_data_is_known(origin: Origin | None, data: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError where an export is to be evaluated on the run's local data, whose path it does not hold."""
+    if origin is None or origin.has_paths or data is not None or {"data_dir", "dataset"} & set(options):
+        return
+    if origin.recipe.data.data_dir is not None:
+        raise ValueError(
+            f"the model was trained on local data ({origin.recipe.data.data_dir}), and an export away from its run "
+            "folder does not say where they are: give --data-dir FOLDER."
+        )
+
+
 def _same_splits(one: Data, two: Data) -> bool:
     """Return whether two options of data name the same rows, up to where the folder lies."""
-    names = ("dataset", "data_dir", "dataset_config", "input_key", "target_key", "train_split", "eval_split")
-    return all(getattr(one, name) == getattr(two, name) for name in (*names, "streaming"))
+    names = ("dataset_config", "input_key", "target_key", "train_split", "eval_split", "streaming")
+    places = {Path(data.data_dir or data.dataset).name for data in (one, two)}
+    return len(places) == 1 and all(getattr(one, name) == getattr(two, name) for name in names)

@@ -38,6 +38,8 @@ def _parser() -> Parser:
     about = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1"
     parser.add_flag("noise", tuple[float, ...] | None, None, about, group="noise")
     parser.add_flag("noise_seeds", int, 5, "noise seeds to average over", group="noise")
+    about = "refuse an exported folder whose weights are not those that its recipe.json has the digest of"
+    parser.add_flag("verify", bool, True, about, group="model")
     # None: the value of the model's run.
     unset = {field.name: None for field in dataclasses.fields(Data)}
     add_fields(parser, Data, group="data", leave_out=OF_TRAINING, defaults=unset)

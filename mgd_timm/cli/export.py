@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     from mgd_timm.models.load import load_model
 
     run, folder = expand_home(values.run, "RUN"), expand_home(values.folder, "FOLDER")
-    model = load_model(run)
+    model = load_model(run, verify=values.verify)
     given = {name: value for name in ("license", "tag") if (value := getattr(values, name)) is not None}
     model.pretrained_cfg = {**model.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
     exported = next((one for one in (Path(run) / "export", Path(run)) if (one / "recipe.json").is_file()), None)
@@ -32,4 +32,6 @@ def _parser() -> Parser:
     parser.add_argument("folder", type=str, help="folder to write; must not exist")
     for name, about in (("license", "licence of the weights"), ("tag", "timm's tag of the weights")):
         parser.add_flag(name, str | None, None, f"{about}; default: the run's", group="labels")
+    about = "refuse weights that are not those that recipe.json has the digest of"
+    parser.add_flag("verify", bool, True, about, group="labels")
     return parser

@@ -39,6 +39,8 @@ def _parser() -> Parser:
     add("model", str, None, "timm's name of its architecture, such as cifar_resnet20", required=True)
     add("num_classes", int | None, None, "number of classes, to check; default: the classifier's in the file")
     add("in_chans", int | None, None, "channels of the images; default: those of the weights")
+    about = "side of the images in pixels, to which position embeddings are resampled; default: the architecture's"
+    add("img_size", int | None, None, about)
     for name in ("mean", "std"):
         about = f"{name} per channel of the images that it was trained on; default: the architecture's"
         add(name, tuple[float, ...] | None, None, about)

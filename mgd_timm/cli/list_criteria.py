@@ -20,7 +20,7 @@ from mgd_timm.granularity import MAG, MAS
 from mgd_timm.models.build import build_model
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_model
-from mgd_timm.recipe.options import flag
+from mgd_timm.recipe.options import flag, plain_architecture
 
 
 def paragraphs(kind: type) -> list[str]:
@@ -142,7 +142,8 @@ def connect(
         smallest = 2 if option == "num_classes" else 1
         if value is not None and value < smallest:
             raise ValueError(f"{option}={value}: expected {smallest} or more ({flag(option)}).")
-    trained = {name: load_model(name) for name in (teacher, student) if _is_trained(name)}
+    teacher, student = plain_architecture(teacher), plain_architecture(student)
+    trained = {name: load_model(name, verify=False) for name in (teacher, student) if _is_trained(name)}
     counts = {int(getattr(model, "num_classes", 0)) for model in trained.values()} - {0}
     if len(counts | ({num_classes} - {None})) > 1:
         raise ValueError(

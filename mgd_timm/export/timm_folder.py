@@ -11,6 +11,7 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from mgd_timm.export.merge import merge_weights
 from mgd_timm.recipe.options import expand_home
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.checkpoint import copy_for_safetensors
@@ -23,7 +24,8 @@ def export_model(
 ) -> Path:
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads exactly the same weights.
 
-    The folder is written atomically. `cifar_*` networks load after `import mgd_timm.models`.
+    Adapters of peft and parametrizations are merged. The folder is written atomically. `cifar_*` networks load after
+    `import mgd_timm.models`.
 
     Args:
         model: A timm model. Its pretrained_cfg is written too: mean, std, labels, licence and tag, as set by
@@ -36,21 +38,17 @@ def export_model(
         The folder.
 
     Raises:
-        ValueError: The model was not built by timm.
+        ValueError: The model was not built by timm, or with an argument that JSON cannot hold.
         FileExistsError: The folder exists.
         OSError: The folder could not be written; nothing partial is left.
     """
-    config = dict(getattr(model, "pretrained_cfg", {}) or {})
-    if not config.get("architecture"):
-        raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg with an 'architecture': export a model of timm.create_model."
-        )
+    model = merge_weights(model)
     target = Path(expand_home(str(folder), "folder"))
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
 
     def write(draft: Path) -> None:
-        _write_files(draft, model, config, provenance or {})
+        _write_files(draft, model, provenance or {})
 
     old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
     shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
@@ -65,21 +63,46 @@ def export_model(
     return target
 
 
-def _write_files(folder: Path, model: nn.Module, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+def _write_files(folder: Path, model: nn.Module, provenance: Mapping[str, Any]) -> None:
     folder.mkdir()
     weights = copy_for_safetensors(model.state_dict())
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(model, folder)
+    origin = {"versions": versions(), "model_sha256": sha256(folder / "model.safetensors"), **provenance}
+    (folder / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def write_config(model: nn.Module, folder: Path) -> None:
+    """Write the config.json that timm.create_model and Transformers' pipeline build the model from.
+
+    Raises:
+        ValueError: The model was not built by timm, or with an argument that JSON cannot hold.
+    """
+    config = dict(getattr(model, "pretrained_cfg", {}) or {})
+    if not config.get("architecture"):
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg with an 'architecture': export a model of timm.create_model."
+        )
     # The size that the model was built for: pretrained_cfg may have that of its original weights.
     inputs = get_model_input_config(model)
     size = inputs["input_size"]
     if config.get("input_size") and not inputs["fixed_input_size"]:
         size = (size[0], *config["input_size"][1:])
     data = {key: config[key] for key in ("interpolation", "crop_pct") if config.get(key) is not None}
-    save_config_for_hf(
-        model,
-        str(folder / "config.json"),
-        model_config={"label_names": config.get("label_names")},
-        data_config={**data, "input_size": size},
-    )
-    origin = {"versions": versions(), "model_sha256": sha256(folder / "model.safetensors"), **provenance}
-    (folder / "recipe.json").write_text(json.dumps(origin, indent=2) + "\n")
+    path = folder / "config.json"
+    try:
+        save_config_for_hf(
+            model,
+            str(path),
+            model_config={"label_names": config.get("label_names")},
+            data_config={**data, "input_size": size},
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Give timm.create_model arguments that JSON can hold, such as act_layer='gelu' in place of a "
+            "class."
+        ) from error
+    written = json.loads(path.read_text(encoding="utf-8"))
+    # Transformers gives the root's num_classes to timm.create_model, beside these arguments.
+    written.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

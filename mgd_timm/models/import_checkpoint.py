@@ -14,15 +14,26 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.models import get_pretrained_cfg, resolve_model_input_args
 from torch import Tensor, nn
 
 from mgd_timm.models.load import check_model_name, load_state_dict, read_safetensors
 from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values
 from mgd_timm.recipe.checks import check_statistics
+from mgd_timm.recipe.options import plain_architecture
 
 # Keys of the weights in a training script's checkpoint: averaged ones first, as in timm's own loader.
-_WEIGHT_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
+_WEIGHT_KEYS = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "model_state_dict",
+    "model",
+    "state_dict",
+    "net",
+)
+# Prefixes of names, of what wraps a model: DataParallel, torch.compile, Lightning's modules, Transformers.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "timm_model.")
 # Prefixes of names in public files (RepDistiller's, mdistiller's) that differ from ours, by architecture.
 _PREFIXES = {
     "cifar_mobilenetv2": {"classifier.0.": "classifier."},
@@ -35,9 +46,11 @@ _PREFIXES = {
 def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU, from a safetensors file or a file of torch.save.
 
-    A file of torch.save holds a dict of tensors, or has one under `model`, `state_dict` or `net`. A moving average
-    beside it, under `state_dict_ema` or `model_ema`, is preferred, as in timm. The prefixes `module.` of DataParallel
-    and `_orig_mod.` of torch.compile are removed if all names have one.
+    A file of torch.save holds a dict of tensors, or has one under `model`, `state_dict`, `model_state_dict` or `net`,
+    also one within another. A moving average beside it, under `state_dict_ema`, `ema_state_dict` or `model_ema`, is
+    preferred, as in timm. The prefixes `module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of Lightning
+    and `timm_model.` of Transformers are removed, in any order, if all names have one. Of a checkpoint of Lightning
+    only the weights under `model.` are read, not those of losses or metrics.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -54,8 +67,14 @@ def read_public_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     # A safetensors file begins with the length of its header, which is JSON.
     content = read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
     state = _find_weights(path, content)
-    if all(name.startswith(("module.", "_orig_mod.")) for name in state):
-        state = clean_state_dict(state)
+    return _without_wrappers(state)
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers that all names have, and the counter of updates of torch's moving average."""
+    state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while prefix := next((one for one in _WRAPPERS if state and all(name.startswith(one) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -84,8 +103,13 @@ def _read_torch(path: Path) -> Any:
 
 
 def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
-    if isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
-        content = next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), content)
+    while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        if "pytorch-lightning_version" in content:
+            inner = {name: value for name, value in inner.items() if str(name).startswith("model.")} or inner
+        content = inner
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} holds a {type(content).__name__}, expected tensors by name: torch.save(model.state_dict(), FILE)."
@@ -116,6 +140,7 @@ def load_public_checkpoint(
     std: Sequence[float] | None = None,
     license: str = "other",
     class_names: Sequence[str] | None = None,
+    img_size: int | None = None,
 ) -> nn.Module:
     """Load a public checkpoint strictly (`load_state_dict`) into a timm model with a pretrained_cfg.
 
@@ -128,15 +153,17 @@ def load_public_checkpoint(
             [0, 1]. By default the architecture's, which is CIFAR-100's for cifar_*.
         license: Licence of the weights.
         class_names: In the order of the classifier; by default numbers, which fit any data with this many classes.
+        img_size: Side of the images in pixels; by default the architecture's. Position embeddings of another size are
+            resampled by timm.
 
     Returns:
         The model, with `pretrained_cfg` set.
 
     Raises:
-        ValueError: As for `read_public_checkpoint`; or the architecture is unknown, the weights do not fit it, or
-            values do not fit the weights.
+        ValueError: As for `read_public_checkpoint`; or the architecture is unknown, the weights do not fit it or are
+            not finite, or values do not fit the weights.
     """
-    path = Path(path)
+    path, architecture = Path(path), plain_architecture(architecture)
     check_model_name(architecture)
     public = read_public_checkpoint(path)
     renames = _PREFIXES.get(architecture.partition(".")[0], {})
@@ -147,20 +174,65 @@ def load_public_checkpoint(
     config: Mapping[str, Any] = default.to_dict() if default is not None else {}
     classes = _count_classes(path, state, config, num_classes)
     channels = in_chans or _count_channels(state, config)
+    _check_finite(path, state)
     options: dict[str, Any] = {"in_chans": channels, **({"num_classes": classes} if classes is not None else {})}
-    try:
-        model = timm.create_model(architecture, pretrained=False, **options)
-    except Exception as error:  # an architecture may raise anything for numbers that it does not take
-        raise ValueError(f"{architecture} cannot be built for {options}: {error}") from error
-    load_state_dict(model, architecture, path, state)
+    if img_size is None:
+        model = _load_at_own_size(path, architecture, state, options)
+    else:
+        model = _load_at_size(path, architecture, state, options, img_size)
     count = int(getattr(model, "num_classes", 0))
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(count))
     if len(names) != count:
         raise ValueError(f"{len(names)} class names, but the classifier in {path} has {count} outputs: give {count}.")
     mean, std = _read_per_channel("mean", mean, config, channels), _read_per_channel("std", std, config, channels)
     size = (channels, *(config.get("input_size") or (3, 224, 224))[1:])
+    if img_size is not None:
+        size = (channels, img_size, img_size)
     describe_weights(model, input_size=size, mean=mean, std=std, class_names=names, license=license, tag="imported")
     return model
+
+
+def _load_at_own_size(path: Path, architecture: str, state: dict[str, Tensor], options: Mapping[str, Any]) -> nn.Module:
+    try:
+        model = timm.create_model(architecture, pretrained=False, **options)
+    except Exception as error:  # an architecture may raise anything for numbers that it does not take
+        raise ValueError(f"{architecture} cannot be built for {options}: {error}") from error
+    try:
+        load_state_dict(model, architecture, path, state)
+    except ValueError as error:
+        if "pos_embed (" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} Position embeddings of another number belong to another image size: give --img-size, to which "
+            "they are resampled."
+        ) from error
+    return model
+
+
+def _load_at_size(
+    path: Path, architecture: str, state: dict[str, Tensor], options: Mapping[str, Any], img_size: int
+) -> nn.Module:
+    """Build and load a model at an image size as timm does for pretrained weights: with the architecture's own function
+    that resamples position embeddings, which timm calls for weights that it fetches."""
+    known = get_pretrained_cfg(architecture)
+    size = (options["in_chans"], *(known.input_size if known is not None else (3, img_size, img_size))[1:])
+    weights = {"state_dict": dict(state), "input_size": size, "custom_load": False, "label_offset": 0}
+    if "num_classes" in options:
+        weights["num_classes"] = options["num_classes"]
+    try:
+        arguments = resolve_model_input_args(architecture, {"img_size": (img_size, img_size)}, **options)
+        return timm.create_model(**arguments, pretrained=True, pretrained_cfg_overlay=weights)
+    except Exception as error:  # an architecture may raise anything for numbers that it does not take
+        raise ValueError(f"{path} does not fit {architecture} for {img_size}x{img_size} images: {error}") from error
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} of {len(state)} weights hold values that are not finite, such as {wrong[0]}: its "
+            "training diverged, or the file is corrupt. Take an earlier checkpoint, or download it again."
+        )
 
 
 def _rename(name: str, renames: Mapping[str, str]) -> str:

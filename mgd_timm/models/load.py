@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from mgd_timm.features.tap import model_name
 from mgd_timm.recipe.data import EMBEDDED
-from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.options import plain_model_name, unknown
+from mgd_timm.storage.digests import sha256
 
 
 def load_model(
-    spec: str, checkpoint: str | None = None, *, in_chans: int = 3, classifier_required: bool = True
+    spec: str,
+    checkpoint: str | None = None,
+    *,
+    in_chans: int = 3,
+    classifier_required: bool = True,
+    verify: bool = True,
 ) -> nn.Module:
     """Load a model with its weights and the classifier that it was trained with.
 
@@ -24,15 +30,18 @@ def load_model(
         checkpoint: A safetensors file of the architecture's weights.
         in_chans: Channels that the weights of `checkpoint` take.
         classifier_required: Raise ValueError for a `checkpoint` without a classifier; if false, the model has none.
+        verify: Raise ValueError for a folder whose weights are not those that its recipe.json has the digest of.
 
     Raises:
-        ValueError: The name is unknown, there are no weights or two sources of them, or the checkpoint does not fit.
+        ValueError: The name is unknown, there are no weights or two sources of them, the checkpoint does not fit, or
+            weights have changed since they were exported.
     """
+    spec = plain_model_name(spec)
     folder = _find_weights_folder(spec)
     if folder is not None or spec.startswith("hf-hub:"):
         check_no_checkpoint(checkpoint, spec)
     if folder is not None:
-        return _load_folder(folder)
+        return _load_folder(folder, verify=verify)
     if spec.startswith("hf-hub:"):
         return _create_pretrained(spec)
     check_model_name(spec)
@@ -172,7 +181,7 @@ def _find_weights_folder(spec: str) -> Path | None:
     return None
 
 
-def _load_folder(folder: Path) -> nn.Module:
+def _load_folder(folder: Path, *, verify: bool) -> nn.Module:
     """Load a folder that timm wrote, strictly: a classifier that the file lacks must not stay random."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -180,12 +189,29 @@ def _load_folder(folder: Path) -> nn.Module:
             f"{folder}: no model.safetensors beside config.json: convert other files with mgd-timm import."
         )
     _check_config(folder / "config.json")
+    if verify:
+        _check_digest(folder / "recipe.json", weights)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:  # an architecture may raise anything for arguments that a file names
         raise ValueError(f"{folder}: its config.json does not describe a timm model ({error}).") from error
     load_weights(model, model_name(model), weights)
     return model
+
+
+def _check_digest(recipe: Path, weights: Path) -> None:
+    """Raise ValueError if weights are not those whose digest was written beside them; other folders have none."""
+    try:
+        written = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{recipe}: not JSON ({error}): export the model again, or give --no-verify.") from error
+    expected = written.get("model_sha256") if isinstance(written, dict) else None
+    if expected is not None and sha256(weights) != expected:
+        raise ValueError(
+            f"{weights} is not the file that was exported: its sha256 is {sha256(weights)[:12]}..., and recipe.json "
+            f"has {str(expected)[:12]}... Copy or export it again, or give --no-verify (in Python verify=False) to "
+            "load it as it is."
+        )
 
 
 # Arguments of timm's factory, not of an architecture: they name files, or wrap the model.

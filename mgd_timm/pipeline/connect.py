@@ -16,6 +16,7 @@ from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
 from mgd_timm.distiller import Distiller, MutualLearning, Teacher
+from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_student, set_memory_format
@@ -200,6 +201,7 @@ def _connect_student(
     check_student(student, images.input_size[0], images.num_classes)
     check_reads_all_pixels(student, "student", images.input_size, "--img-size")
     _describe(student, images, recipe, terms, defaults)
+    check_rebuild(student, "student")
     maps = recipe.maps if terms.needs("maps", student=True) else None
     tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
     if recipe.train_only == "classifier":
@@ -249,6 +251,7 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaul
         raise ValueError(f"peer: {error}") from error
     check_reads_all_pixels(peer, "peer", images.input_size, "--img-size")
     _describe(peer, images, recipe, terms, defaults)
+    check_rebuild(peer, "peer")
     maps = recipe.maps if terms.needs("maps") else None
     return FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
 

@@ -37,7 +37,11 @@ def load_named_teacher(recipe: Recipe, name: str) -> nn.Module:
     """Load one of the recipe's teachers."""
     needs_classifier = recipe.fit_teacher_head == "none" and recipe.teacher_classes != ("none",)
     return load_model(
-        name, recipe.teacher_checkpoint, in_chans=recipe.data.in_chans, classifier_required=needs_classifier
+        name,
+        recipe.teacher_checkpoint,
+        in_chans=recipe.data.in_chans,
+        classifier_required=needs_classifier,
+        verify=recipe.verify,
     )
 
 

@@ -35,7 +35,7 @@ from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, m
 from mgd_timm.recipe.data import with_absolute_folder
 from mgd_timm.recipe.derived import with_store_defaults
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.versions import versions
@@ -290,7 +290,7 @@ def _write_results(
 ) -> None:
     """Write the exports and summary.json."""
     folder = Path(recipe.output)
-    provenance = {"recipe": as_dict(recipe), "data_sha256": images.train.digest, "metrics": summary}
+    provenance = {"recipe": without_paths(as_dict(recipe)), "data_sha256": images.train.digest, "metrics": summary}
     evaluated = images.test if images.test is not None else images.val
     if evaluated is not None:
         provenance["evaluation_sha256"] = evaluated.digest

@@ -146,11 +146,13 @@ class Origin:
     Args:
         recipe: Of the run.
         train_sha256, evaluation_sha256: Digests of its images and labels; None where they are not known.
+        has_paths: The recipe is the run's own; that of an export has the last name of each path.
     """
 
     recipe: Recipe
     train_sha256: str | None
     evaluation_sha256: str | None
+    has_paths: bool
 
     def describe_changes(self, train: str, evaluation: str) -> str | None:
         """Return one line that names the images whose digests are not those of the run; None if there are none."""
@@ -168,16 +170,21 @@ class Origin:
 def read_origin(folder: Path) -> Origin | None:
     """Return the origin of a model from its run folder or exported folder; None if it has none.
 
+    An export that lies in its run folder has the run's recipe.
+
     Raises:
         ValueError: Its recipe cannot be read.
     """
-    exported = folder / "export" if (folder / "recipe.yaml").is_file() else folder
+    run = next((one for one in (folder, folder.absolute().parent) if (one / "recipe.yaml").is_file()), None)
+    exported = folder / "export" if run == folder else folder
     path = exported / "recipe.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         recipe = make_recipe(**flatten(values["recipe"])) if "recipe" in values else None
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error
-    if exported != folder:
-        recipe = read_recipe(folder)
-    return Origin(recipe, values.get("data_sha256"), values.get("evaluation_sha256")) if recipe is not None else None
+    if run is not None and (recipe is not None or run == folder):
+        recipe = read_recipe(run)
+    if recipe is None:
+        return None
+    return Origin(recipe, values.get("data_sha256"), values.get("evaluation_sha256"), has_paths=run is not None)

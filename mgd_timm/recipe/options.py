@@ -149,6 +149,21 @@ def expand_home(place: str, name: str) -> str:
     return kind + path
 
 
+def plain_model_name(name: str) -> str:
+    """Return the name of a model as timm writes it, for one that was copied from a page of the hub.
+
+    `timm/NAME` is timm's NAME, unless there is such a folder; `hf_hub:ID` is the old form of `hf-hub:ID`.
+    """
+    if name.startswith("hf_hub:"):
+        name = f"hf-hub:{name.removeprefix('hf_hub:')}"
+    return name if os.path.exists(name) else name.removeprefix("timm/")
+
+
+def plain_architecture(name: str) -> str:
+    """Return the name as `plain_model_name` does, and for `hf-hub:timm/NAME` timm's NAME, which needs no network."""
+    return plain_model_name(name).removeprefix("hf-hub:timm/")
+
+
 def fits(value: Any, kind: type) -> bool:
     """Return whether a value has a type. An integer is also a float and a path a string; a boolean is no number."""
     if isinstance(value, bool):

@@ -5,15 +5,17 @@ when it is resumed. So do the names of data sets and weights, whose content is d
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from mgd_timm.recipe.checks import check_options, check_recipe
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.recipe.options import option, typed, unknown
+from mgd_timm.recipe.options import option, plain_architecture, plain_model_name, typed, unknown
 
 PROCESS_TIMEOUT = 600.0
 """Seconds that a collective waits for all processes, unless a recipe sets another number."""
@@ -158,6 +160,11 @@ class Recipe:
     compile: bool = _speed(
         False, "compile the train step and the teacher; with torch.compile, and CUDA graphs on one GPU", common=True
     )
+    verify: bool = _teacher(
+        True,
+        "refuse a teacher's folder whose weights are not those that its recipe.json has the digest of",
+        digest=False,
+    )
     shard_teacher: bool = _teacher(
         False, "shard the frozen teacher over the processes (FSDP2), if it does not fit on each", digest=False
     )
@@ -229,9 +236,33 @@ def make_recipe(**options: Any) -> Recipe:
         if name not in homes:
             raise unknown("option", name, homes)
         home, annotation = homes[name]
-        values[home][name] = typed(name, value, annotation)
+        values[home][name] = _with_plain_names(name, typed(name, value, annotation))
     parts = {part: kind(**values[part]) for part, kind in PARTS.items()}
     return Recipe(**values["recipe"], **parts)
+
+
+def _with_plain_names(option: str, value: Any) -> Any:
+    """Return the value of an option, with plain names of models."""
+    if option in ("student", "peer") and value is not None:
+        return plain_architecture(value)
+    return tuple(map(plain_model_name, value)) if option == "teacher" and value is not None else value
+
+
+def without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what `as_dict` returned, with the last name of each path, which tells nothing of the user's machine.
+
+    A local data set is named by data_dir alone.
+    """
+    data = dict(values["data"])
+    place = data["data_dir"] or (data["dataset"] if os.path.isabs(data["dataset"]) else None)
+    if place is not None:
+        data |= {"dataset": Data.dataset, "data_dir": Path(place).name}
+    files = ("student_checkpoint", "teacher_checkpoint", "teacher_store", "output")
+    shortened: dict[str, Any] = {name: Path(values[name]).name for name in files if values[name] is not None}
+    for name in ("teacher", "teacher_classes"):
+        if values[name] is not None:
+            shortened[name] = [one if one.startswith("hf-hub:") else Path(one).name for one in values[name]]
+    return {**values, **shortened, "data": data}
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:

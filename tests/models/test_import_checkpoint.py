@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from public_networks import CIFAR10, NAME, network, same
 from safetensors.torch import save_file
 from small import call
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -22,25 +23,6 @@ from mgd_timm.cli.main import main
 from mgd_timm.models.import_checkpoint import read_public_checkpoint
 from mgd_timm.models.load import load_model
 from mgd_timm.storage.digests import sha256
-
-NAME = "cifar_resnet8x05"
-CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-
-
-def network(name: str = NAME, classes: int = 10, **kwargs) -> nn.Module:
-    """Weights and statistics that no initialisation gives."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=classes, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 1.5)
-            module.num_batches_tracked.fill_(7)
-    return model.eval()
-
-
-def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return list(state) == list(expected) and all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize(
@@ -59,11 +41,47 @@ def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         lambda state: {"net": 3, "state_dict": state},
         lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
         lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},  # of a compiled model
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"lr": 0.1}, "epoch": 3},
+        lambda state: {"model_state_dict": dict.fromkeys(state, torch.zeros(1)), "ema_state_dict": state},
+        # torchvision's references, whose moving average is torch's AveragedModel of a DataParallel model
+        lambda state: {
+            "model": dict.fromkeys(state, torch.zeros(1)),
+            "model_ema": {
+                "n_averaged": torch.tensor(5),
+                **{f"module.module.{name}": value for name, value in state.items()},
+            },
+        },
+        lambda state: {
+            "pytorch-lightning_version": "2.5.0",
+            "callbacks": {},
+            "state_dict": {
+                "loss.weight": torch.ones(10),
+                **{f"model._orig_mod.{name}": value for name, value in state.items()},
+            },
+        },
+        lambda state: {f"timm_model.{name}": value for name, value in state.items()},
+        lambda state: {"model": {"state_dict": {f"_orig_mod.module.{name}": value for name, value in state.items()}}},
         lambda state: {
             "model": {f"module.{name}": nn.Parameter(value, requires_grad=False) for name, value in state.items()}
         },
     ],
-    ids=["plain", "dict", "model", "state_dict", "net", "word-before", "prefix", "compiled", "parameters"],
+    ids=[
+        "plain",
+        "dict",
+        "model",
+        "state_dict",
+        "net",
+        "word-before",
+        "prefix",
+        "compiled",
+        "model_state_dict",
+        "ema_state_dict",
+        "torchvision",
+        "lightning",
+        "transformers",
+        "nested",
+        "parameters",
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_layouts(tmp_path, wrap, zipped):
@@ -303,68 +321,6 @@ def test_old_files_have_no_counters_and_half_precision_is_widened(tmp_path):
         else:
             assert loaded[name].dtype == torch.float32
             assert torch.equal(loaded[name], value.half().float())
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "expected"),
-    [
-        ("cifar_resnet14", "cifar_resnet8", [r"unexpected \['layer1.1.conv1.weight'"]),
-        ("cifar_resnet8", "cifar_resnet14", [r"missing \['layer1.1.conv1.weight'"]),
-        (
-            "cifar_resnet8",
-            "cifar_resnet8x05",
-            [r"of another shape \['conv1.weight \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)'"],
-        ),
-        ("cifar_vgg8", "cifar_resnet8", [r"missing \['conv1.weight'", r"unexpected \['block0.0.weight'"]),
-        ("cifar_resnet8", "cifar_shufflev1", ["missing", "unexpected", "of another shape"]),
-        ("cifar_wrn_16_1", "cifar_wrn_16_2", ["missing", "of another shape"]),
-    ],
-)
-def test_another_architecture(tmp_path, source, target, expected):
-    torch.save(network(source).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=rf"x.pt does not fit {target}: .*name the architecture") as refused:
-        import_checkpoint(tmp_path / "x.pt", target, tmp_path / "out")
-    for text in expected:
-        refused.match(text)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("architecture", "options", "expected"),
-    [
-        ("cifar_resnet8x5", {}, "unknown model 'cifar_resnet8x5': did you mean"),
-        (NAME, {"num_classes": 100}, "num_classes=100: the classifier in .*x.pt has 10 outputs"),
-        (NAME, {"class_names": ["a", "b"]}, "2 class names, but the classifier in .*x.pt has 10 outputs"),
-        (NAME, {"mean": (0.5,)}, r"mean=\(0.5,\): expected one value for each of the 3 channels"),
-        (NAME, {"std": (0.5, 0.5, 0)}, r"std=\(0.5, 0.5, 0.0\): expected finite values above 0"),
-        (NAME, {"mean": (0.5, float("nan"), 0.5)}, "mean=.* expected finite values"),
-        (NAME, {"mean": (125, 123, 114)}, r"expected 1 at most.*: --mean 0\.4902 0\.4824 0\.4471"),
-        (NAME, {"in_chans": 1}, r"conv1.weight \(8, 3, 3, 3\) instead of \(8, 1, 3, 3\)"),
-    ],
-)
-def test_values_that_do_not_fit(tmp_path, architecture, options, expected):
-    torch.save(network().state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=expected):
-        import_checkpoint(tmp_path / "x.pt", architecture, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_grey_weights_need_a_mean_of_their_own(tmp_path):
-    torch.save(network(in_chans=1).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(
-        ValueError, match=r"the architecture's own: expected one value for each of the 1 channels.*give --mean"
-    ):
-        import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "out")
-
-
-def test_weights_without_a_classifier_or_of_another_type(tmp_path):
-    state = network().state_dict()
-    torch.save({name: value for name, value in state.items() if not name.startswith("fc.")}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"does not fit cifar_resnet8x05: missing \['fc.weight', 'fc.bias'\]"):
-        import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "out")
-    torch.save({**state, "conv1.weight": state["conv1.weight"].char()}, tmp_path / "y.pt")
-    with pytest.raises(ValueError, match=r"of another type \['conv1.weight torch.int8 instead of torch.float32'\]"):
-        import_checkpoint(tmp_path / "y.pt", NAME, tmp_path / "out")
 
 
 def test_a_folder_is_kept_unless_told(tmp_path):
