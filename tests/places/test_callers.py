@@ -155,7 +155,7 @@ from mgd_timm.data.dataset import load_images
 from mgd_timm.recipe.data import Data
 for method in ("spawn", "forkserver"):
     multiprocessing.set_start_method(method, force=True)
-    source = load_images(Data(data_dir={str(big)!r}, img_size=32, workers=2), 0).train
+    source = load_images(Data(data_dir={str(big)!r}, img_size=32, workers=2), 0, log=lambda _: None).train
     print(sum(len(batch.labels) for batch in source.batches([source.ids], 0, torch.device("cpu"))))
 """
     )

@@ -317,7 +317,7 @@ def test_several_candidates_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "image", "--target-key", target_key="image")
 
 
-@pytest.mark.parametrize("name", ["kind", "categorie", "breed"])
+@pytest.mark.parametrize("name", ["kind", "category", "breed"])
 def test_the_evaluation_split_uses_the_training_column(tmp_path: Path, name: str) -> None:
     table(tmp_path / "train.parquet", ["cat", "dog"] * 3, label=name)
     table(tmp_path / "test.parquet", ["cat", "dog"], label=name)  # as many values as rows
