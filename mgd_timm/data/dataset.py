@@ -206,7 +206,7 @@ def _check_classes_left(train: CheckedRows, ids: Tensor) -> None:
         for label in (counts == 0).nonzero().flatten().tolist():
             raise DataError(
                 f"split {train.rows.split!r}: no image of class {train.rows.class_names[label]!r} can be decoded: "
-                "replace them, or remove the class."
+                "replace them, or move the class out of the data."
             )
 
 

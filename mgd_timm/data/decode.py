@@ -31,15 +31,17 @@ def _refuse_corrupt(name: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file: put it back or remove its row.") from error
+        raise DataError(f"{name}: no such file: put it back, or take its row out of the table.") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{name}: not an image of a known format ({', '.join(readable_formats())}): remove or replace it."
+            f"{name}: not an image of a known format ({', '.join(readable_formats())}): replace it by an intact copy, or move it out of the data."
         ) from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: {error}: remove or shrink it.") from error
+        raise DataError(f"{name}: {error}: shrink it, or move it out of the data.") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name}: truncated or corrupt ({error}): remove or replace it.") from error
+        raise DataError(
+            f"{name}: truncated or corrupt ({error}): replace it by an intact copy, or move it out of the data."
+        ) from error
 
 
 @dataclass

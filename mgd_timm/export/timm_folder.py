@@ -45,7 +45,7 @@ def export_model(
     model = merge_weights(model)
     target = Path(expand_home(str(folder), "folder"))
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: choose another folder, or remove it first.")
+        raise FileExistsError(f"{target} exists: choose another folder.")
 
     def write(draft: Path) -> None:
         _write_files(draft, model, provenance or {})

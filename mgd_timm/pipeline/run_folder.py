@@ -20,7 +20,7 @@ from mgd_timm.storage.versions import versions
 def check_new_folder(folder: Path) -> None:
     """Raise FileExistsError unless a run can start in the folder: it does not exist, or is empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists: choose another --output, remove it, or continue it with --resume.")
+        raise FileExistsError(f"{folder} exists: choose another --output, or continue it with --resume.")
 
 
 def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:

@@ -160,7 +160,7 @@ def test_an_existing_folder_is_refused(whole, small_data, capsys):
     before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
     assert command_line(*flags(small_data, whole)) == 1
     said = capsys.readouterr().err
-    assert "exists: choose another --output, remove it, or continue it with --resume" in said
+    assert "exists: choose another --output, or continue it with --resume" in said
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
 
 
