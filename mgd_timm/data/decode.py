@@ -34,7 +34,8 @@ def _refuse_corrupt(name: str) -> Iterator[None]:
         raise DataError(f"{name}: no such file: put it back, or take its row out of the table.") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{name}: not an image of a known format ({', '.join(readable_formats())}): replace it by an intact copy, or move it out of the data."
+            f"{name}: not an image of a known format ({', '.join(readable_formats())}): replace it by an intact copy, "
+            "or move it out of the data."
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: {error}: shrink it, or move it out of the data.") from error
