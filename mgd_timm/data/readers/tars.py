@@ -108,9 +108,7 @@ def read_files(
     )
     names = [name for index in indices for name in index.values["names"]]
     texts = [label for index in indices for label in index.values["labels"]]
-    for path, index in zip(paths, indices, strict=True):
-        for why, (first, count) in index.values["others"].items():
-            ignored.add(f"{path.relative_to(split.root)}: {first}", why, count)
+    _count_others(indices, split, ignored)
     rows = list(range(len(names)))
     if not rows:
         lost = f" ({ignored.line()})" if ignored.count else ""
@@ -140,6 +138,13 @@ def read_files(
         labels=values,
         class_names=known,
     )
+
+
+def _count_others(indices: Sequence[State], split: LocalSplit, ignored: Ignored) -> None:
+    """Count the files of tars that are neither images nor labels."""
+    for file, index in zip(split.files, indices, strict=True):
+        for why, (first, count) in index.values["others"].items():
+            ignored.add(f"{file}: {first}", why, count)
 
 
 def _has_labels(
