@@ -1,5 +1,6 @@
 """The command line: mgd-timm train | distill | data | evaluate | report | import | export | list."""
 
+import codecs
 import difflib
 import io
 import os
@@ -82,13 +83,22 @@ def guarded(name: str, action: Callable[[], None]) -> int:
 
 def _prepare_streams() -> None:
     """Open closed standard streams on the null device, or a file of the run would get their descriptor and with it
-    what libraries write to it. Escape characters that stdout's encoding lacks, as Python does for stderr."""
+    what libraries write to it. Escape characters that stdout's encoding lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free one: the stream's own
             setattr(sys, name, os.fdopen(descriptor, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        codecs.register_error("mgd_timm.escape", _escape)
+        sys.stdout.reconfigure(errors="mgd_timm.escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write the bytes of names that the locale cannot decode as they are, and escape other characters."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _current_folder_exists() -> bool:

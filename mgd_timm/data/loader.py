@@ -90,6 +90,9 @@ class ReadAhead:
             raise
         except BaseException as error:  # a killed worker, or an interruption between two messages of the workers
             self._loader = None
+            if isinstance(error, EOFError | ConnectionError):  # of a worker that was killed while it sent a batch
+                time.sleep(1)  # in which torch's handler of its end raises the error that names the signal
+                raise RuntimeError("DataLoader worker was killed while it sent a batch") from error
             if isinstance(error, RuntimeError) and "shared memory" in str(error):
                 raise OSError(SHARED_MEMORY) from None  # raised in a worker, with its traceback as text
             raise
