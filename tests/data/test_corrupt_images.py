@@ -46,8 +46,8 @@ def large(tmp_path: Path) -> Path:
 def test_a_corrupt_image_is_refused_by_name_and_without_a_workers_traceback(workers: int, large: Path) -> None:
     images = read(large, img_size=32, workers=workers)
     expected = (
-        r"^train image \d+ \(.*train/b/4\.png\): truncated or corrupt .*: remove or replace "
-        r"it\. Or skip up to N corrupt images with --max-bad N\.$"
+        r"^train image \d+ \(.*train/b/4\.png\): truncated or corrupt .*: replace it by an "
+        r"intact copy, or move it out of the data\. Or skip up to N corrupt images with --max-bad N\.$"
     )
     with pytest.raises(DataError, match=expected):
         list(images.train.batches([images.train.ids], 0, CPU))
