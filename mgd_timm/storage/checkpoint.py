@@ -89,7 +89,10 @@ def verify(checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint}: its manifest cannot be read ({error})") from error
     if not isinstance(digests, dict) or "state.json" not in digests or text != _manifest_bytes(digests):
         raise CheckpointError(f"{checkpoint}: its manifest is corrupt")
-    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    try:
+        present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    except OSError as error:  # another run has replaced it
+        raise CheckpointError(f"{checkpoint}: cannot be read ({error})") from error
     if present != set(digests):
         raise CheckpointError(f"{checkpoint}: files {sorted(present ^ set(digests))} are missing or unexpected")
     for name, expected in digests.items():
@@ -109,11 +112,14 @@ def load(checkpoint: Path) -> State:
     """
     verify(checkpoint)
     # Cloned: a deleted file that is still mapped keeps its space on disk, and cannot be deleted at all on NFS.
-    tensors = {
-        path.stem: {name: tensor.clone() for name, tensor in load_file(path).items()}
-        for path in sorted(checkpoint.glob("*.safetensors"))
-    }
-    return State(tensors, json.loads((checkpoint / "state.json").read_text()))
+    try:
+        tensors = {
+            path.stem: {name: tensor.clone() for name, tensor in load_file(path).items()}
+            for path in sorted(checkpoint.glob("*.safetensors"))
+        }
+        return State(tensors, json.loads((checkpoint / "state.json").read_text()))
+    except OSError as error:  # another run has replaced it
+        raise CheckpointError(f"{checkpoint}: cannot be read ({error})") from error
 
 
 def load_newest(folder: Path, log: Callable[[str], None]) -> State | None:
