@@ -21,9 +21,9 @@ from mgd_timm.data.description import FoundRows, describe, log_description, may_
 from mgd_timm.data.duplicates import find_duplicates
 from mgd_timm.data.image_cache import CachedImages, LargeImageError, load_or_decode, size_error
 from mgd_timm.data.loader import allowed_workers
-from mgd_timm.data.readers.open import is_local, scan_place
+from mgd_timm.data.readers.open import is_local, scan_local_folder
 from mgd_timm.data.readers.rows import Rows, default_eval_split
-from mgd_timm.data.readers.splits import LocalPlace
+from mgd_timm.data.readers.splits import LocalFolder
 from mgd_timm.data.readers.streams import Stream, StreamSource, open_streams, read_stream, stream_rows
 from mgd_timm.data.rng import mix
 from mgd_timm.data.sources import LargeImageSource, SmallImageSource, Source
@@ -141,12 +141,12 @@ def load_images(
     data = replace(data, workers=allowed_workers(data.workers, log))
     defaults = _match_channels(defaults or Defaults(), data.in_chans)
     location = locate(data)
-    place = scan_on_main(location, data, accelerator)
+    local = scan_on_main(location, data, accelerator)
     if data.streaming:
-        return _load_streams(data, seed, defaults, location, place, log)
+        return _load_streams(data, seed, defaults, location, local, log)
     main_first = partial(local_main_first, accelerator) if accelerator is not None else contextlib.nullcontext
     with main_first():
-        found = read_rows(location, data, log, place)
+        found = read_rows(location, data, log, local)
     ids = _hold_out(found.train, data.val_split, seed)
     with main_first():
         checked = [check_rows(rows, data, log) for rows in (found.train, found.test) if rows is not None]
@@ -159,11 +159,11 @@ def load_images(
     return replace(images, corrupt=corrupt)
 
 
-def scan_on_main(location: str, data: Data, accelerator: Accelerator | None) -> LocalPlace | None:
+def scan_on_main(location: str, data: Data, accelerator: Accelerator | None) -> LocalFolder | None:
     """Scan a local folder on the main process, and return what it finds on all; None for a hub id."""
     if not is_local(location, data):
         return None
-    scan = partial(scan_place, location, data)
+    scan = partial(scan_local_folder, location, data)
     return scan() if accelerator is None else broadcast_from_main(accelerator, scan)
 
 
@@ -308,13 +308,13 @@ def _build_large(data: Data, seed: int, defaults: Defaults) -> _Format:
 
 
 def _load_streams(
-    data: Data, seed: int, defaults: Defaults, location: str, place: LocalPlace | None, log: Log
+    data: Data, seed: int, defaults: Defaults, location: str, local: LocalFolder | None, log: Log
 ) -> Images:
     train: Stream
     test: Stream | None = None
     described: dict[str, Any] = {}
-    if place is not None:
-        found = read_rows(location, data, log, place)
+    if local is not None:
+        found = read_rows(location, data, log, local)
         train = stream_rows(found.train, data, training=True)
         if found.test is not None:
             test = stream_rows(found.test, data, training=False)

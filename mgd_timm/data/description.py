@@ -13,7 +13,7 @@ from mgd_timm.data.readers.arrays import ArrayRows
 from mgd_timm.data.readers.open import open_splits
 from mgd_timm.data.readers.rows import Rows, check_classes, default_eval_split, find_split
 from mgd_timm.data.readers.scan import Ignored
-from mgd_timm.data.readers.splits import LocalPlace
+from mgd_timm.data.readers.splits import LocalFolder
 from mgd_timm.data.transforms import SMALL
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import few
@@ -39,19 +39,19 @@ class FoundRows:
                 self.ignored.add(name, "a corrupt image, skipped with --max-bad")
 
 
-def read_rows(location: str, data: Data, log: Callable[[str], None], place: LocalPlace | None) -> FoundRows:
+def read_rows(location: str, data: Data, log: Callable[[str], None], local: LocalFolder | None) -> FoundRows:
     """Open a data set and read the rows of its splits, without the images.
 
     Args:
         location: A folder or a hub id.
         data: The options of the data.
         log: Logs one line.
-        place: The scanned folder; None for a hub id.
+        local: The scanned folder; None for a hub id.
 
     Raises:
         DataError: There is no such data set, split or column, or its classes cannot be used.
     """
-    opened = open_splits(location, data, place)
+    opened = open_splits(location, data, local)
     train = find_split(opened.splits, data.train_split)(None, log)
     check_classes(train, None)
     name = data.eval_split or default_eval_split(opened.splits, train.split)

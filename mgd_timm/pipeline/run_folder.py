@@ -23,13 +23,13 @@ def check_new_folder(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists: choose another --output, or continue it with --resume.")
 
 
-def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:
+def check_outside_data(data: Data, written: Mapping[str, Path]) -> None:
     """Raise ValueError if a later run would read a folder that will be written as images or as a class: it is the data
     folder, one of its splits, or lies beside its class folders. Beside split folders and files it may lie.
 
     Args:
         data: Names the data folder, if the data are local.
-        places: Folders that will be written, by their names in the message.
+        written: Folders that will be written, by their names in the message.
     """
     if data.data_dir is None and data.dataset == "embedded":
         return
@@ -37,13 +37,13 @@ def check_outside_data(data: Data, places: Mapping[str, Path]) -> None:
     if not folder.is_dir():
         return
     has_splits = any(role_of(path.name) or split_of_file(path.name) for path in folder.iterdir())
-    for name, place in places.items():
-        if not place.resolve().is_relative_to(folder.resolve()):
+    for name, target in written.items():
+        if not target.resolve().is_relative_to(folder.resolve()):
             continue
-        inside = place.resolve().relative_to(folder.resolve()).parts
+        inside = target.resolve().relative_to(folder.resolve()).parts
         if not has_splits or not inside or role_of(inside[0]):
             raise ValueError(
-                f"{name} {place} is in the data folder {folder}, where a later run would read it as data: choose a "
+                f"{name} {target} is in the data folder {folder}, where a later run would read it as data: choose a "
                 "folder outside of it."
             )
 

@@ -69,7 +69,8 @@ class FolderRows:
 
     def image(self, row: int, in_chans: int) -> LazyImage:
         """Return an image that is not decoded yet."""
-        return open_image(self.path(row), in_chans, self.name(row))
+        path = self.path(row)
+        return open_image(path, in_chans, f"{self.split} image {row} ({path})")
 
     def digest(self) -> str:
         """Return a sha256 of classes, labels, file names, sizes and images, wherever the folder lies."""

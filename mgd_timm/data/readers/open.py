@@ -11,7 +11,7 @@ from mgd_timm.data.readers import arrays, tables, tars
 from mgd_timm.data.readers.folder import read_class_folders
 from mgd_timm.data.readers.rows import ReadSplit, Rows
 from mgd_timm.data.readers.scan import Folder, Ignored
-from mgd_timm.data.readers.splits import EXPECTED, LocalPlace, LocalSplit, find_splits
+from mgd_timm.data.readers.splits import EXPECTED, LocalFolder, LocalSplit, find_splits
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.options import unknown
 
@@ -57,7 +57,7 @@ def is_local(source: str, data: Data) -> bool:
     return data.data_dir is not None or Path(source).exists()
 
 
-def scan_place(source: str, data: Data) -> LocalPlace:
+def scan_local_folder(source: str, data: Data) -> LocalFolder:
     """Scan a local folder for its splits.
 
     Args:
@@ -70,55 +70,55 @@ def scan_place(source: str, data: Data) -> LocalPlace:
     path = Path(source)
     if not path.is_dir():
         raise DataError(f"{source}: {'a file' if path.exists() else 'no such folder'}; {EXPECTED}")
-    place = find_splits(path, FORMATS, [name for name in (data.train_split, data.eval_split) if name is not None])
-    if not place.splits:
-        left = f" ({place.ignored.line()})" if place.ignored.count else ""
-        if place.inner is not None:
-            raise DataError(f"{source}: its data lie deeper: give that folder (--data-dir {path / place.inner}).")
-        what = "images, but none in a class folder" if place.loose[0].own_images else "no images"
+    local = find_splits(path, FORMATS, [name for name in (data.train_split, data.eval_split) if name is not None])
+    if not local.splits:
+        left = f" ({local.ignored.line()})" if local.ignored.count else ""
+        if local.inner is not None:
+            raise DataError(f"{source}: its data lie deeper: give that folder (--data-dir {path / local.inner}).")
+        what = "images, but none in a class folder" if local.loose[0].own_images else "no images"
         raise DataError(f"{source}: {what} and no tables, tars or arrays in it{left}; {EXPECTED}")
-    return place
+    return local
 
 
-def open_splits(source: str, data: Data, place: LocalPlace | None) -> Opened:
+def open_splits(source: str, data: Data, local: LocalFolder | None) -> Opened:
     """Find the splits of a data set, without reading them.
 
     Args:
         source: A folder or a hub id.
         data: The options of the data.
-        place: Of `scan_place` for a folder; None for a hub id.
+        local: Of `scan_local_folder` for a folder; None for a hub id.
 
     Raises:
         DataError: There is no such data set, or its files cannot be used.
     """
-    if place is None:
+    if local is None:
         if source.count("/") > 1 or source.startswith((".", "~", "/")):
             raise DataError(
                 f"{source}: no such folder. Give a folder with --data-dir, or 'embedded' or a hub id with --dataset."
             )
         return Opened(source, _find_hub_splits(source, data))
     columns: dict[str, str] = {}
-    read = {name: _reader(split, data, place, columns) for name, split in place.splits.items()}
-    return Opened(source, read, place.ignored, place.loose)
+    read = {name: _reader(split, data, local, columns) for name, split in local.splits.items()}
+    return Opened(source, read, local.ignored, local.loose)
 
 
-def _reader(split: LocalSplit, data: Data, place: LocalPlace, columns: dict[str, str]) -> ReadSplit:
+def _reader(split: LocalSplit, data: Data, local: LocalFolder, columns: dict[str, str]) -> ReadSplit:
     """Return the reader of a split. A split that cannot be used is refused when it is read.
 
     Args:
         split: The split.
         data: The options of the data.
-        place: What counts the files that are left out.
+        local: What counts the files that are left out.
         columns: Holds the label column of the training split once this is read, which other splits share.
     """
 
     def read(class_names: tuple[str, ...] | None, log: Callable[[str], None]) -> Rows:
-        reader, options = _choose(split, data, place), data
+        reader, options = _choose(split, data, local), data
         if split.folder is not None:
-            place.ignored.add_files(split.folder)
+            local.ignored.add_files(split.folder)
         if class_names is not None and reader is tables.read_files and "label" in columns:
             options = replace(data, target_key=columns["label"])
-        rows = reader(split, options, place.ignored, class_names, log)
+        rows = reader(split, options, local.ignored, class_names, log)
         if class_names is None and isinstance(rows, tables.TableRows):
             columns["label"] = rows.label_column
         return rows
@@ -126,7 +126,7 @@ def _reader(split: LocalSplit, data: Data, place: LocalPlace, columns: dict[str,
     return read
 
 
-def _choose(split: LocalSplit, data: Data, place: LocalPlace) -> ReadFiles:
+def _choose(split: LocalSplit, data: Data, local: LocalFolder) -> ReadFiles:
     """Choose the one reader of a split, and remove from it the files that are left out."""
     classes = [folder for folder in split.classes if folder.num_images()]
     notes = [file for file in split.files if file.lower().endswith((".csv", ".jsonl"))]
@@ -134,12 +134,12 @@ def _choose(split: LocalSplit, data: Data, place: LocalPlace) -> ReadFiles:
     if classes and notes and len(classes) > 1 and not use_table:
         split.files = [file for file in split.files if file not in notes]
         for file in notes:
-            place.ignored.add(file, "a table beside class folders, which --target-key would use")
+            local.ignored.add(file, "a table beside class folders, which --target-key would use")
     formats = {Path(file).suffix.lower(): file for file in split.files}
     only_tables = bool(formats) and all(FORMATS[ending] is tables.read_files for ending in formats)
     if classes and only_tables and (use_table or (len(classes) == 1 and len(notes) == len(split.files))):
         # A table names the images: the user chose a column, or they lie in one folder.
-        place.loose.extend(inner for folder in classes for inner in folder.walk())
+        local.loose.extend(inner for folder in classes for inner in folder.walk())
         classes = []
     found = [*([classes[0].path + "/"] if classes else []), *formats.values()]
     if len(found) > 1:

@@ -49,7 +49,7 @@ class LocalSplit:
 
 
 @dataclass
-class LocalPlace:
+class LocalFolder:
     """What a folder holds.
 
     Args:
@@ -84,7 +84,7 @@ def split_of_file(name: str, named: Collection[str] = ()) -> str | None:
     return found[1].lower() if found else None
 
 
-def find_splits(path: Path, data_endings: Collection[str], named: Collection[str]) -> LocalPlace:
+def find_splits(path: Path, data_endings: Collection[str], named: Collection[str]) -> LocalFolder:
     """Scan a folder and find its splits.
 
     Args:
@@ -113,7 +113,7 @@ def find_splits(path: Path, data_endings: Collection[str], named: Collection[str
         _check_reached(path, top, data_endings)
         folders |= {name: scan.below(name) for name in others}
         inner = next((one.path for folder in folders.values() for one in folder.walk() if one.data), None)
-        return LocalPlace(_training_split(path, top, folders, ignored), ignored, [top], inner)
+        return LocalFolder(_training_split(path, top, folders, ignored), ignored, [top], inner)
     _check_mixed(path, splits, [scan.below(name) for name in others] if _all_mixed(splits) else [])
     for name in top.data:
         if split_of_file(name, named) is None:
@@ -129,7 +129,7 @@ def find_splits(path: Path, data_endings: Collection[str], named: Collection[str
         if split.folder is not None:
             _check_reached(path, split.folder, data_endings)
         split.beside = [name for name in folders if name.lower() == split.name or _same_role(name, split.name)]
-    return LocalPlace(splits, ignored, [folder for folder in (top, *folders.values()) if folder.own_images])
+    return LocalFolder(splits, ignored, [folder for folder in (top, *folders.values()) if folder.own_images])
 
 
 def _same_role(name: str, other: str) -> bool:
