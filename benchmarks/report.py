@@ -10,49 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from mgd_timm.report.text import markdown as markdown
+from mgd_timm.report.text import spread as spread
 from mgd_timm.storage.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
-
-
-def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image (channels, height, width), counted on meta tensors."""
-    ghost = deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(torch.empty(1, *input_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, padded so that it reads well as plain text too; the first column is left-aligned, the others
-    right-aligned."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * w) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation, with two decimals; `sign` "+" shows the sign of gains."""
-    if not values:
-        return ""
-    return f"{statistics.fmean(values):{sign}.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def gains(found: Mapping[int, float], base: Mapping[int, float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The command line: mgd-timm train | distill | data | evaluate | report | import | export | list."""
+"""The command line: mgd-timm demo | train | distill | data | evaluate | report | import | export | list."""
 
 import codecs
 import difflib
@@ -11,6 +11,7 @@ from importlib import import_module
 from mgd_timm._version import __version__
 
 COMMANDS = {
+    "demo": "mgd_timm.cli.demo",
     "train": "mgd_timm.cli.train",
     "distill": "mgd_timm.cli.distill",
     "data": "mgd_timm.cli.data",
@@ -24,6 +25,7 @@ COMMANDS = {
 
 _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
 
+  mgd-timm demo                                                   train a small student four ways and compare
   mgd-timm distill --teacher NAME --student NAME --dataset NAME   distil a teacher into a student
   mgd-timm train --model NAME --dataset NAME                      train a model without a teacher
   mgd-timm data --data-dir FOLDER                                 print what a run would train and evaluate on

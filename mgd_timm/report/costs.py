@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,13 @@ class Costs:
     latency: dict[int, float]
 
 
-def measure_costs(model: nn.Module, input_size: tuple[int, int, int]) -> Costs:
+def measure_costs(model: nn.Module, input_size: tuple[int, int, int], batches: Sequence[int] = BATCHES) -> Costs:
     """Measure a network in eval mode, on its device and with torch's number of threads.
 
     Args:
         model: The network.
         input_size: (channels, height, width) of its images.
+        batches: Batch sizes whose latency is measured.
     """
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
@@ -44,7 +46,7 @@ def measure_costs(model: nn.Module, input_size: tuple[int, int, int]) -> Costs:
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *input_size, device=device))
-        latency = {size: _milliseconds(model, torch.zeros(size, *input_size, device=device)) for size in BATCHES}
+        latency = {size: _milliseconds(model, torch.zeros(size, *input_size, device=device)) for size in batches}
     for module, mode in modes:
         module.training = mode
     return Costs(

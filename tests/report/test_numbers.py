@@ -110,6 +110,16 @@ def test_costs_are_those_of_the_layers() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "billions"),
+    [("resnet18", 224, 1.81), ("cifar_resnet8x4", 32, 0.177), ("cifar_resnet32x4", 32, 1.083)],
+)
+def test_macs_agree_with_the_published_ones(name: str, size: int, billions: float) -> None:
+    found = measure_costs(timm.create_model(name), (3, size, size), batches=())
+    assert found.macs / 1e9 == pytest.approx(billions, abs=0.005 if size == 224 else 0.0005)
+    assert found.latency == {}
+
+
 def test_accuracy_and_agreement_count_images() -> None:
     one, other = predictions([0, 1, 2, 0], [0, 1, 1, 1]), predictions([0, 2, 2, 1], [0, 1, 1, 1])
     assert (one.top(1), other.top(1), one.top(5)) == (50, 50, 100)
