@@ -15,7 +15,7 @@ import pytest
 import torch
 from forked import Ranks
 from safetensors.torch import load_file
-from small import FAST, ONE_IMAGE, call, command, end_at, environment, write_pictures
+from small import FAST, ONE_IMAGE, call, command, end_launched_at, environment, write_pictures
 from traced import launch, recorded
 
 import mgd_timm
@@ -98,7 +98,7 @@ def runs(small_data, tmp_path_factory):
             done = call_machines(*words)
             assert [machine.returncode for machine in done] == [0, 0], done[0].stderr + done[1].stderr
         else:
-            done = [call(*words, processes=1 if name == "one process" else 2)]
+            done = [call(*words, processes=1 if name == "one process" else 2, torchrun=True)]
             assert done[0].returncode == 0, done[0].stderr
         assert f"106 images per update in {2 if name == 'one process' else 1} step" in done[0].stdout
     os.environ["MGD_TIMM_CACHE"] = caches
@@ -261,7 +261,7 @@ def test_ctrl_c_on_two_processes_saves_the_state_and_another_global_batch_is_ref
         "--grad-accum-steps",
         "1",
     )
-    code, errors = end_at(4, output / "checkpoints", signal.SIGINT, *more, processes=2, group=True)
+    code, errors = end_launched_at(4, output / "checkpoints", signal.SIGINT, *more)
     assert code != 0
     assert "its state is saved, --resume continues it" in errors
     done = call(*more, "--resume", "--global-batch-size", "32")

@@ -26,15 +26,16 @@ def command_line(*words: str) -> int:
     return main(list(words))
 
 
-def _run(target: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], log: Path) -> None:
+def _run(
+    target: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], log: Path, errors: Path
+) -> None:
     os.setpgid(0, 0)
     multiprocessing.set_start_method(
         "fork", force=True
     )  # its own readers of images, as in a process that a user starts
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    for place, stream in ((log, 1), (errors, 2)):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout.reconfigure(line_buffering=True)
     sys.exit(target(*arguments))
 
@@ -45,6 +46,7 @@ class Ranks:
     Args:
         words: Of the command line; or the arguments of `target`.
         log: What they print is appended there, of rank r under the suffix .r.
+        errors: As `log`, for stderr; by default `log`.
         processes: How many.
         environment: Beside this process's own.
         target: A module's function, in place of the command line; gives an exit code.
@@ -55,11 +57,13 @@ class Ranks:
         words: Sequence[object],
         log: Path,
         *,
+        errors: Path | None = None,
         processes: int = 1,
         environment: dict[str, str] | None = None,
         target: Callable[..., object] = command_line,
     ) -> None:
         self.logs = [log.with_suffix(f".{rank}") for rank in range(processes)]
+        self.errors = [(errors or log).with_suffix(f".{rank}") for rank in range(processes)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.ranks: list[ForkServerProcess] = []
@@ -73,7 +77,7 @@ class Ranks:
             }
             launched = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
             given = {"ACCELERATE_USE_CPU": "1", **(environment or {}), **(launched if processes > 1 else {})}
-            process = CONTEXT.Process(target=_run, args=(target, words, given, self.logs[rank]))
+            process = CONTEXT.Process(target=_run, args=(target, words, given, self.logs[rank], self.errors[rank]))
             with _lock:
                 process.start()
             self.ranks.append(process)

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import datasets
 import numpy as np
+from forked import Ranks, command_line
 from PIL import Image
 
 from mgd_timm.recipe.data import EMBEDDED
@@ -86,41 +88,74 @@ def environment(threads: int = 1) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def call(*arguments: str, processes: int = 1, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, processes=processes),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        check=False,
-    )
+def call(
+    *arguments: object,
+    processes: int = 1,
+    timeout: float = 400,
+    target: Callable[..., object] = command_line,
+    torchrun: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Carry out a command on new processes, and wait.
+
+    Args:
+        *arguments: Words of the command, or the arguments of `target`.
+        processes: Number of processes.
+        timeout: Seconds to wait at most.
+        target: As for `Ranks`.
+        torchrun: Start Python anew, several processes by torchrun; otherwise fork, which costs no imports.
+    """
+    if torchrun:
+        words = command(*map(str, arguments), processes=processes)
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        ranks = Ranks(arguments, out, errors=errors, processes=processes, environment=environment(), target=target)
+        codes = ranks.wait(timeout)
+        code = next((code for code in codes if code != 0), 0)
+        assert code is not None, f"runs after {timeout} s: {arguments}"
+        texts = ["".join(file.read_text() for file in files) for files in (ranks.logs, ranks.errors)]
+    return subprocess.CompletedProcess(arguments, code, *texts)
+
+
+def _reached(number: int, checkpoints: Path, ended: Callable[[], object]) -> bool:
+    """Wait until checkpoint `number` or a later one is there, or a run has ended."""
+    deadline = time.monotonic() + 300
+    while not ended() and time.monotonic() < deadline:
+        if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def end_at(
-    number: int, checkpoints: Path, kind: signal.Signals, *arguments: str, processes: int = 1, group: bool = False
-) -> tuple[int, str]:
-    """Start a run and send it (or its whole process group) a signal once checkpoint `number` or a later one is there.
+    number: int, checkpoints: Path, kind: signal.Signals, *arguments: str, group: bool = False
+) -> tuple[int | None, str]:
+    """Start a run on one process and send it (or its whole process group) a signal once checkpoint `number` or a later
+    one is there.
 
     Gives exit code and stderr.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks(arguments, Path(folder, "out"), errors=Path(folder, "errors"), environment=environment())
+        if _reached(number, checkpoints, lambda: not ranks.alive()):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                (os.killpg if group else os.kill)(ranks.ranks[0].pid or 0, kind)
+        (code,) = ranks.wait(300)
+        return code, ranks.errors[0].read_text()
+
+
+def end_launched_at(number: int, checkpoints: Path, kind: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """As `end_at` with `group`, for two processes started by torchrun."""
     process = subprocess.Popen(
-        command(*arguments, processes=processes),
-        stdout=subprocess.PIPE,
+        command(*arguments, processes=2),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(path.name.isdecimal() and int(path.name) >= number for path in checkpoints.glob("*")):
-            if group:
-                os.killpg(process.pid, kind)
-            else:
-                process.send_signal(kind)
-            break
-        time.sleep(0.002)
+    if _reached(number, checkpoints, lambda: process.poll() is not None):
+        os.killpg(process.pid, kind)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 

@@ -15,4 +15,4 @@ fields: tuple[str, ...] = mgd_timm.Batch._fields
 mgd_timm.Recipe(student=3)  # type: ignore[arg-type]
 mgd_timm.Recipe(studnet="resnet10t")  # type: ignore[call-arg]
 wrong: int = make_recipe(student="resnet10t").student  # type: ignore[assignment]
-Batch.labels_of  # type: ignore[attr-defined]
+print(Batch.labels_of)  # type: ignore[attr-defined]

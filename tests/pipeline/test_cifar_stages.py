@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from small import environment
+from small import call, environment
 
 import mgd_timm.models  # noqa: F401
 from mgd_timm.pipeline import cifar_stages
@@ -100,11 +100,8 @@ def test_what_is_said_of_teachers_that_were_given(tmp_path: Path, capsys, summar
     assert said in capsys.readouterr().out
 
 
-def call(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"] if processes > 1 else []
-    command = [sys.executable, *launch, str(RECIPE), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
+def recipe(*words: str) -> int:
+    return runpy.run_path(str(RECIPE))["main"](words)
 
 
 @pytest.mark.slow
@@ -120,19 +117,21 @@ def test_the_recipe_runs_all_stages_and_uses_them_again(colours: Path, tmp_path:
         str(tmp_path),
         "--amp",
     ]
-    first = call(*words)
+    first = subprocess.run(
+        [sys.executable, str(RECIPE), *words], capture_output=True, text=True, env=environment(), check=False
+    )
     assert first.returncode == 0, first.stderr
     teacher, student = sorted(tmp_path.glob("teacher-*"))[0], sorted(tmp_path.glob("cifar_resnet20-mas-kd-*"))[0]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     summary = json.loads((student / "summary.json").read_text())
     assert summary["heads"]
     assert summary["parameters"] == 272_474  # ResNet-20 with shortcut convolutions, 10 classes
-    again = call(*words)
+    again = call(*words, target=recipe)
     assert again.returncode == 0, again.stderr
     assert f"found in {teacher}" in again.stdout
     assert f"found in {student}" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    other = call(*words, "--method", "none", "--criterion", "at")
+    other = call(*words, "--method", "none", "--criterion", "at", target=recipe)
     assert other.returncode == 0, other.stderr
     assert f"found in {teacher}" in other.stdout
     assert len(list(tmp_path.glob("teacher-*"))) == 1
@@ -145,7 +144,7 @@ def test_two_processes_go_through_all_stages_as_one_run(colours: Path, tmp_path:
     words = ["--pair", "resnet56-resnet20", "--teacher-epochs", "1", "--epochs", "1", "--student", "cifar_resnet8x05"]
     words += ["--data-dir", str(colours), "--output", str(tmp_path), "--batch-size", "16"]
     for said in ("started in", "found in"):
-        done = call(*words, processes=2)
+        done = call(*words, processes=2, target=recipe)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(said) == 2
         assert done.stdout.count("resnet56-resnet20: teacher") == 1

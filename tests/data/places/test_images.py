@@ -1,15 +1,18 @@
 """Images: what Pillow can open of the known endings; whatever else lies there is counted and named by kind."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-from image_files import encoded, noise, read
+import torch
+from image_files import encoded, noise, pixels, read
 from PIL import Image, features
 from places import found, picture, put, refused, table, tree
 
 PAIR = {"train/cat": 2, "train/dog": 2}
-heif = pytest.importorskip("importlib.util").find_spec("pillow_heif") is not None
+heif = importlib.util.find_spec("pillow_heif") is not None
+no_plugin = pytest.param("heic", marks=pytest.mark.skipif(heif, reason="pillow-heif is installed"))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,21 @@ def test_other_files_are_counted_and_named(tmp_path: Path, name: str, why: str) 
     assert why in seen.why(f"train/cat/{name}")
 
 
-@pytest.mark.parametrize("kind", ["svg", "heic"])
+@pytest.mark.skipif(not heif, reason="pillow-heif is not installed: make extras")
+@pytest.mark.parametrize("ending", ["heic", "HEIF"])
+def test_heic_is_read_with_its_plugin(tmp_path: Path, ending: str) -> None:
+    from pillow_heif import from_pillow
+
+    place = tree(tmp_path, PAIR, size=(32, 32)) / f"train/cat/new.{ending}"
+    colour = (200, 100, 50)
+    from_pillow(Image.new("RGB", (32, 32), colour)).save(place, quality=100)
+    seen = found(tmp_path)
+    assert (seen.train, seen.count) == ({"cat": 3, "dog": 2}, 0)
+    off = pixels(read(tmp_path).train).int() - torch.tensor(colour)[:, None, None]
+    assert off.abs().amax((1, 2, 3)).min() <= 4
+
+
+@pytest.mark.parametrize("kind", ["svg", no_plugin])
 def test_a_class_of_nothing_else_is_refused(tmp_path: Path, kind: str) -> None:
     tree(tmp_path, PAIR)
     for place in ("train", "test"):
