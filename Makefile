@@ -57,7 +57,7 @@ floors:  ## The suite on the lowest versions that pyproject.toml admits.
 wheel: dist/done  ## The wheel in an empty environment: types, the demo, every step from training to a student for timm.
 	.venv-wheel/bin/uv venv --quiet --clear --python $(PYTHON) .venv-wheel/empty
 	.venv-wheel/bin/uv pip install --quiet --python .venv-wheel/empty dist/*.whl
-	.venv-wheel/bin/mypy --strict --config-file= --python-executable .venv-wheel/empty/bin/python tests/package/consumer.py
+	cd .venv-wheel && bin/mypy --strict --config-file= --python-executable empty/bin/python ../tests/package/consumer.py
 	.venv-wheel/empty/bin/python tests/package/from_wheel.py .venv-wheel/empty/bin/mgd-timm
 
 extras: dist/done  ## Each extra alone in an empty environment, with the tests that concern it.

@@ -201,9 +201,9 @@ def _connect_student(
     check_student(student, images.input_size[0], images.num_classes)
     check_reads_all_pixels(student, "student", images.input_size, "--img-size")
     _describe(student, images, recipe, terms, defaults)
-    check_rebuild(student, "student")
     maps = recipe.maps if terms.needs("maps", student=True) else None
     tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
+    check_rebuild(student, "student")  # after the probe of features, which names images that the student does not take
     if recipe.train_only == "classifier":
         tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
         if random:

@@ -162,6 +162,11 @@ def test_teacher_weights_without_their_classifier_are_refused(mgd, tmp_path):
     refuse(mgd, ["text.safetensors: cannot be read as safetensors"], *teacher, "text.safetensors")
 
 
+def test_images_too_small_for_a_student_are_refused(mgd, small_data):
+    expected = ["test_convnext cannot be probed with an image of (3, 28, 28)", "Kernel size: (2 x 2)"]
+    refuse(mgd, expected, "train", "--model", "test_convnext", "--data-dir", small_data, "--output", "run")
+
+
 def test_a_run_without_an_export_has_not_finished(mgd, trained, tmp_path):
     (tmp_path / "started").mkdir()
     (tmp_path / "started" / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
