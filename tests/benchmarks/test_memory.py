@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import forked  # noqa: F401  # its processes start with all modules imported
 import memory
 import pytest
 import timm
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgd_timm.distributed.sharding import make_data_parallel
@@ -151,7 +152,7 @@ def test_two_processes_take_what_is_predicted_of_ddp_and_fsdp(fsdp: bool, tolera
     # On a busy machine one run of several holds a whole set of DDP's buckets more: the least of up to three counts.
     while len(measured) < 3 and (not measured or predicted != pytest.approx(min(measured), rel=tolerance)):
         with tempfile.TemporaryDirectory() as folder:
-            spawn(measure_rank, (recipe, fsdp, folder), nprocs=2)
+            start_processes(measure_rank, (recipe, fsdp, folder), nprocs=2, start_method="forkserver")
             measured.append(int(Path(folder, "peak").read_text()))
     assert predicted == pytest.approx(min(measured), rel=tolerance)
 
