@@ -97,7 +97,7 @@ def train_students(output: Path, epochs: int, seeds: Sequence[int] = (0,), **opt
         **options: Of all recipes, over those of BUDGET.
     """
     print("Fashion-MNIST: 10,000 training and 4,000 test images, in the package; no network needed")
-    students = []
+    students: list[Student] = []
     for seed in seeds:
         for arm, of_arm in ARMS.items():
             print(f"\n== {len(students) + 1} of {len(seeds) * len(ARMS)}: {arm}, seed {seed}")
