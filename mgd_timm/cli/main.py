@@ -1,4 +1,4 @@
-"""The command line: mgd-timm train | distill | data | evaluate | report | import | export | list."""
+"""The command line: mgd-timm train | distill | data | evaluate | report | import | export | publish | verify | list."""
 
 import codecs
 import difflib
@@ -18,6 +18,8 @@ COMMANDS = {
     "report": "mgd_timm.cli.report",
     "import": "mgd_timm.cli.import_checkpoint",
     "export": "mgd_timm.cli.export",
+    "publish": "mgd_timm.cli.publish",
+    "verify": "mgd_timm.cli.verify",
     "list": "mgd_timm.cli.list",
 }
 """Module of each command, imported when it is called; its `main` takes the arguments."""
@@ -31,6 +33,8 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
   mgd-timm report RUN RUN ...                                     write a page that compares runs and their teacher
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
   mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm
+  mgd-timm publish RUN user/name                                  upload a student to the Hugging Face hub, with a card
+  mgd-timm verify FOLDER                                          check that a student's files belong together
   mgd-timm list criteria | models | data                          list criteria, models or data sets
 
 Each has --help, and --help-all for every flag.
