@@ -10,8 +10,9 @@ from mgd_timm.hub.markdown import code, escape, pairs, table
 from mgd_timm.hub.metadata import base_model, card_data, dataset_name, hub_dataset
 from mgd_timm.hub.origin import digest_table
 from mgd_timm.hub.snippets import snippets
-from mgd_timm.hub.student import Accuracy, Student, accuracy_of, as_list
+from mgd_timm.hub.student import Accuracy, Student, as_list
 from mgd_timm.hub.training import training_table
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import Recipe
 
 SOURCE = "mgd_timm"
@@ -71,20 +72,28 @@ def write_card(
 
 def _summary(student: Student) -> str:
     recipe = student.recipe
-    classes = int(student.config["num_classes"])
+    classes = student.num_classes
     text = f"A `{student.architecture}` that classifies images into {classes:,} classes"
     if recipe is None:
         return f"{text}. A [timm](https://github.com/huggingface/pytorch-image-models) model."
     text += f", trained on {_data_link(student)}"
     if recipe.teacher is not None:
-        text += f" and distilled from {_teachers(student, recipe)}"
+        text += f" and distilled from {_teachers(student, recipe)} with {_method(recipe)}"
     elif recipe.peer is not None:
         text += f" together with a `{recipe.peer}`, where both networks taught each other"
-    accuracy = accuracy_of(student.origin.get("metrics", {}))
+    accuracy = student.accuracy
     measured = (
         f" Its top-1 accuracy is {accuracy.top1:.2f} %{_on(student, accuracy)}." if accuracy.top1 is not None else ""
     )
     return f"{text}.{measured} Trained with {SOURCE}; loads in [timm](https://github.com/huggingface/pytorch-image-models)."
+
+
+def _method(recipe: Recipe) -> str:
+    """Return the method and the criteria, such as "MAS, KD"."""
+    method = [recipe.method] if recipe.method != "none" else []
+    return (
+        ", ".join(name.upper() for name in (*method, *terms_of(recipe).criterion_names())) or "no loss of the teacher's"
+    )
 
 
 def _data_link(student: Student) -> str:
@@ -111,7 +120,7 @@ def _teachers(student: Student, recipe: Recipe) -> str:
 def _on(student: Student, accuracy: Accuracy) -> str:
     split = student.origin.get("evaluation_split")
     images = f" on {accuracy.images:,} images" if accuracy.images is not None else ""
-    return f"{images} of the split {escape(split)}" if images and split else images
+    return f"{images} of split {code(split)}" if images and split else images
 
 
 def _details(student: Student, own: Row, license: str) -> str:
@@ -135,14 +144,14 @@ def _details(student: Student, own: Row, license: str) -> str:
 
 
 def _results(student: Student, rows: Sequence[Row]) -> str:
-    accuracy = accuracy_of(student.origin.get("metrics", {}))
+    accuracy = student.accuracy
     has_teacher = student.recipe is not None and student.recipe.teacher is not None
     parts = [compression_table(rows, has_teacher)]
     if accuracy.top1 is None:
         parts.append("The run had no images to evaluate on, so the accuracy is not known.")
         return "\n\n".join(parts)
     notes = f"Measured after the last epoch{_on(student, accuracy)}; not the best of several epochs."
-    if accuracy.images:
+    if accuracy.images and 0 < accuracy.top1 < 100:
         share = accuracy.top1 / 100
         error = 100 * (share * (1 - share) / accuracy.images) ** 0.5
         notes += f" The standard error of this top-1 is {error:.2f} points, from the number of images alone."

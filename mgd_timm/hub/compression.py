@@ -44,7 +44,7 @@ def compression_rows(student: Student, compare: Sequence[str], log: Callable[[st
     Raises:
         ValueError: A folder is no run, or one that was evaluated on other images.
     """
-    accuracy = accuracy_of(student.origin.get("metrics", {}))
+    accuracy = student.accuracy
     label = f"**this student** (`{student.architecture}`)"
     own = Row(label, _known([accuracy.top1]), _known([accuracy.top5]), count_work(student.model, student.input_size))
     return [*_teacher_rows(student, log), *_other_rows(student, compare), own]
@@ -62,6 +62,7 @@ def _teacher_rows(student: Student, log: Callable[[str], None]) -> list[Row]:
         word = "teacher" if len(names) == 1 else f"teacher {place + 1}"
         label = word if architecture is None else f"{word} ({code(architecture)})"
         top1, top5 = (_known(values[place : place + 1]) for values in tops)
+        top5 = top5 if student.num_classes > 5 else []
         rows.append(Row(label, top1, top5, work))
     return rows
 
@@ -99,7 +100,7 @@ def _other_rows(student: Student, compare: Sequence[str]) -> list[Row]:
 
 
 def _group_row(student: Student, group: Group) -> Row:
-    found = [accuracy_of(run.summary) for run in group.runs]
+    found = [accuracy_of(run.summary, student.num_classes) for run in group.runs]
     model = load_model(str(group.first.folder)).eval()
     work = count_work(model, student.input_size)
     words = "student alone" if group.first.is_alone else group.label
@@ -123,9 +124,9 @@ def _costs(work: Work | None, base: Work | None) -> list[str]:
     if work is None:
         return [NONE] * 3
     return [
-        _millions(work.parameters, base and base.parameters),
-        _millions(work.macs, base and base.macs),
-        _millions(work.size, base and base.size),
+        _millions(work.parameters, base.parameters if base is not None else None),
+        _millions(work.macs, base.macs if base is not None else None),
+        _millions(work.size, base.size if base is not None else None),
     ]
 
 

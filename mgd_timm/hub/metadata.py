@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import get_pretrained_cfg
 
-from mgd_timm.hub.student import Student, accuracy_of
+from mgd_timm.hub.student import Student
 from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import Recipe
 
@@ -110,7 +110,7 @@ def dataset_name(recipe: Recipe | None) -> str:
 
 
 def _results(student: Student) -> list[EvalResult]:
-    found = accuracy_of(student.origin.get("metrics", {}))
+    found = student.accuracy
     dataset = hub_dataset(student.recipe)
     config = student.recipe.data.dataset_config if student.recipe is not None else None
     return [

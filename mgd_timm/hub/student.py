@@ -17,6 +17,20 @@ from mgd_timm.report.runs import Run, read_run
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """What a run measured after its last epoch; None where it did not.
+
+    Args:
+        top1, top5: In %.
+        images: Number of them.
+    """
+
+    top1: float | None
+    top5: float | None
+    images: int | None
+
+
+@dataclass(frozen=True)
 class Student:
     """An exported student.
 
@@ -53,23 +67,19 @@ class Student:
         return list(map(str, self.config.get("label_names") or ()))
 
     @property
+    def num_classes(self) -> int:
+        """Number of its classes."""
+        return int(self.config["num_classes"])
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """What its run measured."""
+        return accuracy_of(self.origin.get("metrics", {}), self.num_classes)
+
+    @property
     def is_taught(self) -> bool:
         """Whether a teacher or a peer taught it."""
         return self.recipe is not None and (self.recipe.teacher is not None or self.recipe.peer is not None)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What a run measured after its last epoch; None where it did not.
-
-    Args:
-        top1, top5: In %.
-        images: Number of them.
-    """
-
-    top1: float | None
-    top5: float | None
-    images: int | None
 
 
 def read_student(place: str) -> Student:
@@ -129,10 +139,10 @@ def without_absolute_paths(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def accuracy_of(metrics: dict[str, Any]) -> Accuracy:
-    """Return the accuracy of summary.json, or of the metrics in recipe.json."""
+def accuracy_of(metrics: dict[str, Any], classes: int) -> Accuracy:
+    """Return the accuracy of summary.json, or of the metrics in recipe.json; of 5 classes or fewer no top-5."""
     row = metrics.get("test") or metrics.get("last") or {}
-    return Accuracy(row.get("top1"), row.get("top5"), int(row["n"]) if "n" in row else None)
+    return Accuracy(row.get("top1"), row.get("top5") if classes > 5 else None, int(row["n"]) if "n" in row else None)
 
 
 def as_list(value: Any) -> list[Any]:

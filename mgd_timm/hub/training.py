@@ -27,7 +27,7 @@ def training_table(student: Student, recipe: Recipe) -> str:
     optim, data, versions = recipe.optim, recipe.data, student.origin.get("versions", {})
     metrics = student.origin.get("metrics", {})
     decay = f", milestones {_numbers(optim.milestones)}" if optim.sched == "multistep" else ""
-    warmup = f", {optim.warmup_epochs} epochs of warm-up" if optim.warmup_epochs else ""
+    warmup = f", {_count(optim.warmup_epochs, 'epoch', 'epochs')} of warm-up" if optim.warmup_epochs else ""
     used = ("python", "torch", "timm", "mgd-timm", "accelerate")
     rows = [
         ("data", escape(dataset_name(recipe)) + _images(student)),
@@ -36,7 +36,7 @@ def training_table(student: Student, recipe: Recipe) -> str:
         ("epochs", f"{optim.epochs}"),
         ("updates", f"{metrics['updates']:,}") if "updates" in metrics else None,
         ("images per update", f"{optim.global_batch_size or data.batch_size}"),
-        ("optimizer", f"{escape(optim.opt)}, weight decay {optim.weight_decay:g}{_momentum(recipe)}"),
+        ("optimizer", f"{_optimizer(recipe)}, weight decay {optim.weight_decay:g}"),
         ("learning rate", f"{optim.lr:g}, {escape(optim.sched)}{decay}{warmup}"),
         ("gradient clipping", f"{optim.clip_grad:g}") if optim.clip_grad is not None else None,
         ("moving average", f"decay {optim.model_ema_decay:g}; it is what is exported") if optim.model_ema else None,
@@ -76,7 +76,9 @@ def _taught_rows(recipe: Recipe) -> list[tuple[str, str]]:
         heads = recipe.heads
         for one in heads.granularities:
             rows.append((f"loss `{one.name}`", f"weight {one.weight:g}, a head of {one.dim} dimensions"))
-        passes = f"{heads.heads_epochs} passes over the images" + (", live" if heads.heads_protocol == "live" else "")
+        passes = f"{_count(heads.heads_epochs, 'pass', 'passes')} over the images" + (
+            ", live" if heads.heads_protocol == "live" else ""
+        )
         rows.append(("heads", f"fitted on the frozen teacher first: {passes}"))
     return rows
 
@@ -86,7 +88,7 @@ def _describe_term(name: str, term: Term) -> str:
     if name == "kd":
         options.setdefault("temperature", 4.0)
     parts = [f"weight {term.weight:g}", *(f"{key} {value}" for key, value in options.items())]
-    parts += [f"rising over {term.warmup:g} epochs"] if term.warmup else []
+    parts += [f"rising over {_count(term.warmup, 'epoch', 'epochs')}"] if term.warmup else []
     reference = "" if name in ("task", "kd") else f" ({escape(reference_of(term.criterion), 400)})"
     about = {"task": "cross-entropy with the labels: ", "kd": "KL divergence of logits: "}.get(name, "")
     return about + escape(", ".join(parts)) + reference
@@ -98,8 +100,11 @@ def reference_of(criterion: str) -> str:
     return " ".join(found[1].split()) if found else criterion
 
 
-def _momentum(recipe: Recipe) -> str:
-    return f", momentum {recipe.optim.momentum:g}" if recipe.optim.opt in ("momentum", "sgd") else ""
+def _optimizer(recipe: Recipe) -> str:
+    words = {"momentum": "SGD with momentum", "sgd": "SGD with Nesterov momentum"}
+    if recipe.optim.opt in words:
+        return f"{words[recipe.optim.opt]} {recipe.optim.momentum:g}"
+    return escape(recipe.optim.opt)
 
 
 def _regularisation(recipe: Recipe) -> str:
@@ -126,6 +131,10 @@ def _augmentation(student: Student, data: Data) -> str:
         "repeated": data.aug_repeats,
     }
     return escape(", ".join(f"{name} {value}" for name, value in shown.items() if value), 300)
+
+
+def _count(number: float, one: str, several: str) -> str:
+    return f"{number:g} {one if number == 1 else several}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -93,8 +93,10 @@ def _check(name: str, action: Callable[[], str | None]) -> Check:
         return Check(name, True, action() or "")
     except NotCheckedError as reason:
         return Check(name, None, str(reason))
-    except (FailedError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:  # files may hold anything
-        return Check(name, False, str(error) or type(error).__name__)
+    except FailedError as failure:
+        return Check(name, False, str(failure))
+    except Exception as error:  # files may hold anything, and their readers raise anything
+        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _local_folder(place: str) -> Path:
@@ -105,7 +107,7 @@ def _local_folder(place: str) -> Path:
         except Exception as error:  # the hub's client raises a dozen kinds
             raise ValueError(f"{place} cannot be fetched ({type(error).__name__}: {error}).") from error
     path = Path(place.removeprefix("local-dir:"))
-    if is_run_folder(path) or (path / "export").is_dir():
+    if is_run_folder(path):
         path = path / "export"
     if not path.is_dir():
         known = find_weights_folder(place) if place == "embedded" else None
@@ -236,7 +238,7 @@ def _check_card_digests(folder: Path, origin: dict[str, Any]) -> None:
 
 def _check_card_results(folder: Path, origin: dict[str, Any]) -> None:
     results = ModelCard.load(folder / "README.md").data.eval_results or []
-    accuracy = accuracy_of(origin.get("metrics", {}))
+    accuracy = accuracy_of(origin.get("metrics", {}), int(_read_json(folder / "config.json")["num_classes"]))
     known = [round(value, 3) for value in (accuracy.top1, accuracy.top5) if value is not None]
     found = [one.metric_value for one in results]
     if found != known:

@@ -132,8 +132,9 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[st
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Return whether a folder is that of a run: a published folder has a recipe.yaml too, beside its config.json."""
-    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
+    """Return whether a folder is that of a run: a published folder has a recipe.yaml too, beside an export's files."""
+    exported = ("config.json", "model.safetensors", "recipe.json")
+    return (folder / "recipe.yaml").is_file() and not any((folder / name).is_file() for name in exported)
 
 
 def read_recipe(folder: Path) -> Recipe:

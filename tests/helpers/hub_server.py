@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,14 +26,14 @@ class Hub(ThreadingHTTPServer):
 
     Args:
         root: Where it keeps files.
-        fail_at: Kind of call that is answered with 500, such as "commit"; None for none.
+        full: Repository whose commits the server refuses.
     """
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, full: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.fail_at = root, None
+        self.root, self.full = root, full
         self.calls: list[str] = []
 
     @property
@@ -64,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
                 needs_token = self.command in ("POST", "PUT") and kind not in ("store", "validate")
                 if (needs_token or kind == "whoami") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                     return self._json({"error": "Invalid username or password."}, 401)
-                if self.server.fail_at == kind:
+                if kind == "commit" and found[1] == self.server.full:
                     return self._json({"error": "the disk of the server is full"}, 507)
                 return getattr(self, f"_{kind}")(body, *found.groups())
         self.server.calls.append(f"unknown {self.command} {path}")
@@ -216,9 +215,9 @@ CALLS = [
 
 
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[Hub]:
+def serve(root: Path, full: str = "") -> Iterator[Hub]:
     """Run the server in a thread."""
-    hub = Hub(root)
+    hub = Hub(root, full)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
@@ -227,9 +226,3 @@ def serve(root: Path) -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
-
-
-if __name__ == "__main__":
-    with serve(Path(sys.argv[1])) as started:
-        print(started.endpoint, flush=True)
-        threading.Event().wait()
