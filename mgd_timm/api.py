@@ -1,13 +1,11 @@
 """Distil, train and evaluate from Python."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import get_model_input_config
 from torch import nn
 
@@ -16,10 +14,6 @@ from mgd_timm.data.dataset import describe_data, load_images
 from mgd_timm.export import timm_folder
 from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features.tap import model_name
-from mgd_timm.hub.upload import Target
-from mgd_timm.hub.upload import publish as publish_student
-from mgd_timm.hub.verify import Check
-from mgd_timm.hub.verify import verify as verify_files
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.models.checks import check_module, check_trainable
 from mgd_timm.models.load import load_model
@@ -29,6 +23,7 @@ from mgd_timm.pipeline.evaluation_images import load_evaluation_images
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
+from mgd_timm.pipeline.torch_defaults import torch_defaults as _torch_defaults
 from mgd_timm.recipe.data import OF_SHOWING, OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, expand_home, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, make_recipe
@@ -39,26 +34,6 @@ from mgd_timm.training.noise import check_noise, evaluate_noise
 
 Model = str | PathLike[str] | nn.Module
 """A model's name on the command line, its folder, or a module."""
-
-
-@contextlib.contextmanager
-def _torch_defaults() -> Iterator[None]:
-    """Have torch's defaults in the body, whatever the caller has set, and the caller's settings and random state again
-    at exit: a notebook may have turned gradients off, or chosen another device or dtype for new tensors."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=gpus))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if device.type != "cpu":  # not entered without need: it is called at every operation
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 @_torch_defaults()
@@ -270,68 +245,6 @@ def export_model(
     model = unwrap(model)
     check_rebuild(model, "model")
     return timm_folder.export_model(model, Path(folder), provenance=provenance, overwrite=overwrite)
-
-
-@_torch_defaults()
-def publish(
-    run: str | PathLike[str],
-    repo_id: str,
-    *,
-    license: str | None = None,
-    compare: Sequence[str | PathLike[str]] = (),
-    folder: str | PathLike[str] | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a student to the Hugging Face hub in timm's layout, with a model card, once its files verify.
-
-    Args:
-        run: Run folder or exported folder.
-        repo_id: user/name; the repository is created if it is missing.
-        license: Licence of the weights, as the hub spells it; by default the run's.
-        compare: Other runs on the same data for the card's table, such as the student alone.
-        folder: Write the files here and upload nothing, without network and token.
-        private: Make a new repository private.
-        revision: Branch to commit to, created if it is missing; by default main.
-        create_pr: Open a pull request in place of a commit.
-
-    Returns:
-        The folder, or the address of the commit or pull request.
-
-    Raises:
-        ValueError: A name, licence, run or token that is missing or wrong, or files that do not verify.
-        FileExistsError: `folder` has files that are not those of a published student.
-        OSError: The folder could not be written, or the upload failed.
-    """
-    place = expand_home(str(run), "run")
-    target = Target(repo_id, private, revision, create_pr)
-    return publish_student(
-        place,
-        target,
-        license=license,
-        compare=[expand_home(str(one), "compare") for one in compare],
-        folder=Path(expand_home(str(folder), "folder")) if folder is not None else None,
-    )
-
-
-@_torch_defaults()
-def verify(folder: str | PathLike[str], teacher: str | PathLike[str] | None = None) -> list[Check]:
-    """Check that a student's files belong together: weights, card, recipe, and the digests of what taught it.
-
-    Args:
-        folder: Run folder, exported or published folder, or `hf-hub:user/name`.
-        teacher: Its teacher (run folder, exported folder or name), to compare the weights.
-
-    Returns:
-        The checks, each with `name`, `passed` (None where it could not be checked) and `detail`.
-
-    Raises:
-        ValueError: There is no such folder.
-    """
-    return verify_files(
-        expand_home(str(folder), "folder"), expand_home(str(teacher), "teacher") if teacher is not None else None
-    )
 
 
 @_torch_defaults()

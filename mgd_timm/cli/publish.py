@@ -2,10 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mgd_timm.cli.parser import Parser
-from mgd_timm.recipe.options import expand_home
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -13,14 +11,20 @@ def main(arguments: Sequence[str]) -> None:
     values = _parser().parse_args(list(arguments))
     if values.output is not None and not values.dry_run:
         raise ValueError(f"--output {values.output} is where --dry-run writes: give --dry-run, or leave --output out.")
-    run = expand_home(values.run, "RUN")
-    compare = [expand_home(one, "compare") for one in values.compare or ()]
-    folder = Path(expand_home(values.output, "output") if values.output is not None else f"hub/{values.repo_id}")
-    from mgd_timm.hub.upload import Target, publish  # after the flags are checked, as it loads torch
+    folder = (values.output or f"hub/{values.repo_id}") if values.dry_run else None
+    from mgd_timm.hub.upload import publish  # after the flags are checked, as it loads torch
 
-    target = Target(values.repo_id, values.private, values.revision, values.create_pr)
-    options = {"license": values.license, "compare": compare, "folder": folder if values.dry_run else None}
-    place = publish(run, target, log=lambda line: print(line, file=sys.stderr), **options)
+    place = publish(
+        values.run,
+        values.repo_id,
+        license=values.license,
+        compare=values.compare or (),
+        folder=folder,
+        private=values.private,
+        revision=values.revision,
+        create_pr=values.create_pr,
+        log=lambda line: print(line, file=sys.stderr),
+    )
     print(f"wrote {place}; nothing was uploaded" if values.dry_run else f"published {place}")
 
 

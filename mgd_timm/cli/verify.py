@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 
 from mgd_timm.cli.parser import Parser
-from mgd_timm.recipe.options import expand_home
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     values = _parser().parse_args(list(arguments))
-    folder = expand_home(values.folder, "FOLDER")
-    teacher = expand_home(values.teacher, "teacher") if values.teacher is not None else None
     from mgd_timm.hub.verify import verify  # after the flags are checked, as it loads torch
 
-    checks = verify(folder, teacher)
+    checks = verify(values.folder, values.teacher)
     for check in checks:
         print(check)
     failed = [check.name for check in checks if check.passed is False]
     if failed:
-        raise ValueError(f"{folder}: {len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}.")
+        raise ValueError(f"{values.folder}: {len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}.")
 
 
 def _parser() -> Parser:

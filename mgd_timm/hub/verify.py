@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from mgd_timm.hub.origin import OWN, digest_rows
 from mgd_timm.hub.student import accuracy_of, as_list, shared_recipe
 from mgd_timm.models.load import find_weights_folder, load_model
 from mgd_timm.pipeline.run_folder import is_run_folder, read_recipe
-from mgd_timm.recipe.options import as_dict, differences
+from mgd_timm.pipeline.torch_defaults import torch_defaults
+from mgd_timm.recipe.options import as_dict, differences, expand_home
 from mgd_timm.recipe.recipe import config_values, flatten, make_recipe
 from mgd_timm.storage import checkpoint
 from mgd_timm.storage.cache import cache_folder
@@ -50,20 +52,27 @@ class NotCheckedError(Exception):
     """Why something cannot be checked."""
 
 
-def verify(place: str, teacher: str | None = None) -> list[Check]:
-    """Check a run folder, an exported folder, a published one, or `hf-hub:user/name`.
+@torch_defaults()
+def verify(folder: str | PathLike[str], teacher: str | PathLike[str] | None = None) -> list[Check]:
+    """Check that a student's files belong together: weights, card, recipe, and the digests of what taught it.
 
     Args:
-        place: The folder or the name.
-        teacher: Run folder, export or name of the teacher, whose weights are compared with the digest in recipe.json.
+        folder: Run folder, exported or published folder, or `hf-hub:user/name`.
+        teacher: Its teacher (run folder, exported folder or name), to compare the weights.
 
     Returns:
-        The checks in the order of the chain; after a file that is missing or cannot be read only those before it.
+        The checks in the order of the chain, each with `name`, `passed` (None where it could not be checked) and
+        `detail`. Where files are missing or recipe.json cannot be read, the others are not checked.
 
     Raises:
-        ValueError: There is no such folder.
+        ValueError: There is no such folder, or it cannot be fetched.
     """
-    folder = _local_folder(place)
+    place = _local_folder(expand_home(str(folder), "folder"))
+    named = expand_home(str(teacher), "teacher") if teacher is not None else None
+    return _verify_files(place, named)
+
+
+def _verify_files(folder: Path, teacher: str | None) -> list[Check]:
     checks = [_check("files", lambda: _check_files(folder))]
     if checks[0].passed is False:
         return checks

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hub_server import TOKEN, serve
 from pages import call
@@ -22,6 +23,7 @@ from test_card import exported
 import mgd_timm
 from mgd_timm.hub.verify import Check
 from mgd_timm.models.load import load_model
+from mgd_timm.storage.digests import module_digest
 
 # Takes commands as JSON; prints the exit code of each.
 CALL = """
@@ -57,7 +59,9 @@ for name in sys.argv[1:]:
 def runs(small_data, tmp_path_factory):
     """A student alone and one of MAS."""
     root = tmp_path_factory.mktemp("runs")
-    mgd_timm.train("cifar_resnet8x05", str(small_data), output=root / "alone", epochs=1)
+    student = timm.create_model("cifar_resnet8x05", num_classes=10)
+    (root / "initial.txt").write_text(module_digest(student))
+    mgd_timm.train(student, str(small_data), output=root / "alone", epochs=1)
     options = {"epochs": 1, "heads_epochs": 1, "heads_augmentations": 1, "seed": 31}  # whose heads no cache has
     mgd_timm.distill(student="cifar_resnet8x05", data=str(small_data), output=root / "mas", **options)
     return root
@@ -119,6 +123,13 @@ def test_the_chain_of_digests_is_found(dry, runs):
         assert {"teacher", "granularity heads", "model.safetensors is the file that was exported"} <= passed
     assert "teacher" in failed(mgd_timm.verify(dry, teacher=str(runs / "alone")))
     assert failed(mgd_timm.verify("embedded")) == {}
+
+
+def test_the_digest_of_the_starting_weights_is_that_of_the_module(runs):
+    origins = [json.loads((runs / run / "export" / "recipe.json").read_text()) for run in ("alone", "mas")]
+    assert origins[0]["initial_sha256"] == (runs / "initial.txt").read_text()
+    assert origins[1]["initial_sha256"] != origins[0]["initial_sha256"]
+    assert not {"teacher_sha256", "heads_sha256"} & set(origins[0])
 
 
 def edit(path: Path, old: str, new: str) -> None:
