@@ -15,6 +15,7 @@ from mgd_timm.pipeline.load_teachers import load_named_teacher
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.report.costs import Work, count_work
 from mgd_timm.report.runs import Group, group_runs, read_run
+from mgd_timm.storage.digests import module_digest
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,14 @@ def _teacher_work(student: Student, place: int, log: Callable[[str], None]) -> W
     recipe = student.run.recipe if student.run is not None else student.recipe
     assert recipe is not None
     assert recipe.teacher is not None
+    known = as_list(student.origin.get("teacher_loaded_sha256", student.origin.get("teacher_sha256")))
     try:
         model = load_named_teacher(recipe, recipe.teacher[place]).eval()
+        if known and module_digest(model) != known[place]:
+            raise ValueError("there are other weights under its name now")
         return count_work(model, _teacher_input_size(student, recipe, model))
     except (ValueError, OSError, RuntimeError) as error:
-        log(f"the size of the teacher {recipe.teacher[place]!r} is left out, as it cannot be loaded: {error}")
+        log(f"the size of the teacher {recipe.teacher[place]!r} is left out of the card: {error}")
         return None
 
 

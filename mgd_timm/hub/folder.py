@@ -54,7 +54,10 @@ def write_folder(
         draft.mkdir()
         for path in published_files(student.folder):
             (draft / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(student.folder / path, draft / path)
+            if path.as_posix() in FORMATS:
+                _write_json(draft / path, without_absolute_paths(json.loads((student.folder / path).read_bytes())))
+            else:
+                shutil.copyfile(student.folder / path, draft / path)
         config = without_absolute_paths(student.config)
         config["pretrained_cfg"]["license"] = license
         _write_json(draft / "config.json", config)
@@ -104,5 +107,5 @@ def read_formats(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: cannot be read ({error}): export the formats again.") from error
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

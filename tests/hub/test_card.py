@@ -122,6 +122,7 @@ def test_a_card_without_images_or_with_few_classes(tmp_path):
     card = card_of(folder, tmp_path)
     assert [one.metric_value for one in card.data.eval_results] == [61.25]  # of two classes top-5 says nothing
     assert not {"distillation", "kd"} & set(card.data.tags)
+    assert call(["train", "--config", str(tmp_path / "published" / "recipe.yaml"), "--print_config"]) == 0
     recipe = json.loads((folder / "recipe.json").read_text())
     (folder / "recipe.json").write_text(json.dumps({"model_sha256": recipe["model_sha256"]}))
     card = card_of(folder, tmp_path)
@@ -136,13 +137,17 @@ def test_formats_beside_the_weights_are_published_with_their_table(tmp_path):
     (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
     (folder / "onnx" / "model.pt").write_bytes(b"pickle")
     (folder / "optimizer.bin").write_bytes(b"pickle")
-    rows = [{"file": "onnx/model.onnx", "top1": 61.25, "size_mb": 1.5}, {"file": "a|b", "top1": 60.0, "size_mb": 1.25}]
+    rows = [
+        {"file": f"{SECRET}/model.onnx", "top1": 61.25, "size_mb": 1.5},
+        {"file": "a|b", "top1": 60.0, "size_mb": 1.25},
+    ]
     (folder / "formats.json").write_text(json.dumps(rows))
     card = card_of(folder, tmp_path)
     published = {path.relative_to(tmp_path / "published").as_posix() for path in (tmp_path / "published").rglob("*.*")}
     names = {"README.md", "config.json", "model.safetensors", "recipe.json", "recipe.yaml", "formats.json"}
     assert published == {*names, "onnx/model.onnx"}
-    assert "| onnx/model.onnx | 61.25 | 1.5 |" in card.text
+    assert "| model.onnx | 61.25 | 1.5 |" in card.text
+    assert SECRET not in (tmp_path / "published" / "formats.json").read_text()
     assert all(check.passed is not False for check in mgd_timm.verify(tmp_path / "published"))
 
 

@@ -21,6 +21,7 @@ from small import environment, refuse
 from test_card import exported
 
 import mgd_timm
+from mgd_timm.hub.markdown import NONE
 from mgd_timm.hub.verify import Check
 from mgd_timm.models.load import load_model
 from mgd_timm.storage.digests import module_digest
@@ -89,13 +90,19 @@ def mgd(*words: object) -> tuple[int, str, str]:
     return code, out.getvalue(), errors.getvalue()
 
 
+def table_of(folder: Path) -> dict[str, list[str]]:
+    """The rows of a card's results by name."""
+    lines = (folder / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.count("|") == 7]
+    return {row[0]: row[1:] for row in cells}
+
+
 def failed(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.detail for check in checks if check.passed is False}
 
 
 def test_the_card_has_the_numbers_of_the_runs(runs, dry):
-    text = (dry / "README.md").read_text()
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if line.count("|") == 7}
+    rows = table_of(dry)
     for label, run, prefix in (
         ("teacher (`cifar_resnet20`)", "mas", "teacher_"),
         ("student alone (`cifar_resnet8x05`)", "alone", ""),
@@ -103,9 +110,19 @@ def test_the_card_has_the_numbers_of_the_runs(runs, dry):
     ):
         summary = json.loads((runs / run / "summary.json").read_text())
         values = summary if prefix else summary["last"]
-        assert [cell.strip() for cell in rows[label][:2]] == [f"{values[f'{prefix}top{k}']:.2f}" for k in (1, 5)]
+        assert rows[label][:2] == [f"{values[f'{prefix}top{k}']:.2f}" for k in (1, 5)]
     assert "(13.7x less)" in rows["**this student** (`cifar_resnet8x05`)"][2]
     assert (dry / "model.safetensors").read_bytes() == (runs / "mas" / "export" / "model.safetensors").read_bytes()
+
+
+def test_a_teacher_of_other_weights_gives_no_size(runs, tmp_path):
+    folder = shutil.copytree(runs / "mas" / "export", tmp_path / "moved")
+    origin = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps({**origin, "teacher_sha256": "0" * 64}))
+    said: list[str] = []
+    mgd_timm.publish(folder, "ada/moved", license="mit", folder=tmp_path / "out", log=said.append)
+    assert "left out of the card: there are other weights under its name now" in said[0]
+    assert table_of(tmp_path / "out")["teacher (`cifar_resnet20`)"][2:] == [NONE] * 3
 
 
 def test_a_published_folder_is_one_that_is_loaded_here(dry, runs, small_data):
