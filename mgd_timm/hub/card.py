@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from mgd_timm.hub.compression import Row, compression_table, number_of
-from mgd_timm.hub.markdown import code, escape, pairs, table
+from mgd_timm.hub.markdown import NONE, code, escape, pairs, table
 from mgd_timm.hub.metadata import base_model, card_data, dataset_name, hub_dataset
 from mgd_timm.hub.origin import digest_table
 from mgd_timm.hub.snippets import snippets
@@ -164,15 +164,22 @@ def _results(student: Student, rows: Sequence[Row]) -> str:
 
 
 def _formats(formats: Sequence[dict[str, Any]]) -> str:
-    columns = list(
-        dict.fromkeys(key for row in formats for key, value in row.items() if not isinstance(value, dict | list))
+    sizes = list(formats[0]["latency"])
+    head = ["", "top-1, %", "drop", "agreement, %", "MB", *(f"ms, batch {size}" for size in sizes), "int8 by"]
+    body = [
+        [
+            code(row["file"]),
+            *(f"{row[name]:.2f}" for name in ("top1", "drop", "agreement", "megabytes")),
+            *(f"{row['latency'][size]:.2f}" for size in sizes),
+            escape(row.get("quantised_by") or NONE),
+        ]
+        for row in formats
+    ]
+    note = (
+        "Drop: points of top-1 below PyTorch in float32. Agreement: share of images of the same prediction. Latencies "
+        "are of the author's machine."
     )
-    body = [[escape(_rounded(row.get(key, ""))) for key in columns] for row in formats]
-    return table([escape(key.replace("_", " ")) for key in columns], body)
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
+    return f"{table(head, body)}\n\n{note}"
 
 
 def _usage(student: Student, repo_id: str) -> list[str]:

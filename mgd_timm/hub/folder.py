@@ -16,10 +16,10 @@ from mgd_timm.recipe.recipe import config_values
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.digests import sha256
 
-FORMATS = ("formats.json", "onnx/formats.json")
-"""Where mgd-timm export leaves what it measured of each format."""
+FORMATS = "formats.json"
+"""Where mgd-timm export --to leaves what it measured of each file."""
 
-PATTERNS = ("README.md", "config.json", "model.safetensors", "recipe.json", "recipe.yaml", *FORMATS, "onnx/*.onnx")
+PATTERNS = ("README.md", "config.json", "model.safetensors", "recipe.json", "recipe.yaml", FORMATS, "onnx/*.onnx")
 """All that is published: a file of another name is never uploaded."""
 
 
@@ -54,7 +54,7 @@ def write_folder(
         draft.mkdir()
         for path in published_files(student.folder):
             (draft / path).parent.mkdir(exist_ok=True)
-            if path.as_posix() in FORMATS:
+            if path.as_posix() == FORMATS:
                 _write_json(draft / path, without_absolute_paths(json.loads((student.folder / path).read_bytes())))
             else:
                 shutil.copyfile(student.folder / path, draft / path)
@@ -95,16 +95,16 @@ def check_replaceable(target: Path) -> None:
 
 
 def read_formats(folder: Path) -> list[dict[str, Any]]:
-    """Return what mgd-timm export measured of each format, as rows; empty without other formats."""
-    path = next((folder / name for name in FORMATS if (folder / name).is_file()), None)
-    if path is None:
+    """Return what mgd-timm export measured of PyTorch and of each ONNX file in a folder; empty without such files."""
+    path, published = folder / FORMATS, {file.as_posix() for file in published_files(folder)}
+    if not path.is_file():
         return []
     try:
-        found = without_absolute_paths(json.loads(path.read_text(encoding="utf-8")))
-        rows = found if isinstance(found, list) else [{"format": name, **row} for name, row in found.items()]
-        return [dict(row) for row in rows]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}): export the formats again.") from error
+        rows = json.loads(path.read_text(encoding="utf-8"))["files"]
+        found = [row for row in rows if row["file"] == "PyTorch" or row["file"] in published]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error!r}): export the formats again.") from error
+    return found if len(found) > 1 else []
 
 
 def _write_json(path: Path, values: Any) -> None:

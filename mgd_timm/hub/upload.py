@@ -114,7 +114,7 @@ def _upload(
             revision=revision,
             create_pr=create_pr,
             allow_patterns=list(PATTERNS),
-            delete_patterns=["onnx/*", *FORMATS],  # of an earlier student
+            delete_patterns=["onnx/*", FORMATS],  # of an earlier student
         )
     except Exception as error:  # the hub's client, and what it is built on, raise a dozen kinds
         words = " ".join(str(error).split())

@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
 
-from mgd_timm.hub.folder import PATTERNS, published_files
+from mgd_timm.hub.folder import FORMATS, PATTERNS, published_files
 from mgd_timm.hub.origin import OWN, digest_rows
 from mgd_timm.hub.student import accuracy_of, as_list, shared_recipe
 from mgd_timm.models.load import find_weights_folder, load_model
@@ -87,6 +87,8 @@ def _verify_files(folder: Path, teacher: str | None) -> list[Check]:
         _check("config.json builds the network of the weights", lambda: _check_model(folder)),
         _check("recipe.json is that of the run", lambda: _check_run(folder, origin)),
     ]
+    if (folder / FORMATS).is_file():
+        checks.append(_check("exported files are those of formats.json", lambda: _check_formats(folder)))
     if OWN in origin or (folder / "README.md").is_file():
         checks += [
             _check("files are those that were published", lambda: _check_published(folder, origin)),
@@ -218,6 +220,19 @@ def _check_run(folder: Path, origin: dict[str, Any]) -> None:
     summary.pop("versions", None)
     if summary != origin["metrics"]:
         raise FailedError("its metrics are not those of summary.json")
+
+
+def _check_formats(folder: Path) -> None:
+    rows = _read_json(folder / FORMATS)["files"]
+    known = {row["file"]: row.get("sha256") for row in rows}
+    changed = [name for name, digest in known.items() if digest and _is_changed(folder / name, digest)]
+    unknown = sorted({path.as_posix() for path in published_files(folder) if path.suffix == ".onnx"} - set(known))
+    if changed or unknown:
+        raise FailedError(f"other files: {', '.join(changed + unknown)}")
+
+
+def _is_changed(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) != digest  # other formats than ONNX are not published
 
 
 def _check_published(folder: Path, origin: dict[str, Any]) -> None:

@@ -15,12 +15,14 @@ from pages import call
 
 import mgd_timm
 from mgd_timm.export.timm_folder import export_model
+from mgd_timm.hub.markdown import NONE
 from mgd_timm.hub.metadata import base_model, hub_dataset
 from mgd_timm.hub.upload import check_repo_id
 from mgd_timm.models.pretrained_cfg import describe_weights
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import config_values, flatten, make_recipe
 from mgd_timm.report.costs import count_work
+from mgd_timm.storage.digests import sha256
 
 NAMES = (
     "<script>alert(1)</script>",
@@ -132,23 +134,27 @@ def test_a_card_without_images_or_with_few_classes(tmp_path):
 
 
 def test_formats_beside_the_weights_are_published_with_their_table(tmp_path):
-    folder = exported(tmp_path / "export")
+    folder, out = exported(tmp_path / "export"), tmp_path / "published"
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
     (folder / "onnx" / "model.pt").write_bytes(b"pickle")
     (folder / "optimizer.bin").write_bytes(b"pickle")
-    rows = [
-        {"file": f"{SECRET}/model.onnx", "top1": 61.25, "size_mb": 1.5},
-        {"file": "a|b", "top1": 60.0, "size_mb": 1.25},
-    ]
-    (folder / "formats.json").write_text(json.dumps(rows))
+    measured = {"top1": 61.25, "drop": 0.0, "agreement": 100.0, "megabytes": 1.5, "latency": {"1": 2.5, "64": 60.0}}
+    files = {"PyTorch": None, "onnx/model.onnx": sha256(folder / "onnx" / "model.onnx"), "pt2/model.pt2": "0" * 64}
+    rows = [{"file": name, **measured, "sha256": digest, "quantised_by": None} for name, digest in files.items()]
+    (folder / "formats.json").write_text(json.dumps({"data": f"{SECRET}/photos", "images": 800, "files": rows}))
     card = card_of(folder, tmp_path)
-    published = {path.relative_to(tmp_path / "published").as_posix() for path in (tmp_path / "published").rglob("*.*")}
+    published = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
     names = {"README.md", "config.json", "model.safetensors", "recipe.json", "recipe.yaml", "formats.json"}
     assert published == {*names, "onnx/model.onnx"}
-    assert "| model.onnx | 61.25 | 1.5 |" in card.text
-    assert SECRET not in (tmp_path / "published" / "formats.json").read_text()
-    assert all(check.passed is not False for check in mgd_timm.verify(tmp_path / "published"))
+    assert f"| `onnx/model.onnx` | 61.25 | 0.00 | 100.00 | 1.50 | 2.50 | 60.00 | {NONE} |" in card.text
+    assert "pt2" not in card.text
+    assert SECRET not in (out / "formats.json").read_text()
+    for place in (folder, out):
+        assert all(check.passed is not False for check in mgd_timm.verify(place))
+        (place / "onnx" / "model.onnx").write_bytes(b"other")
+        failed = [check.name for check in mgd_timm.verify(place) if check.passed is False]
+        assert "exported files are those of formats.json" in failed
 
 
 @pytest.mark.parametrize(
