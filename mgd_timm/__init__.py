@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
+    from mgd_timm.hub.upload import publish
+    from mgd_timm.hub.verify import verify
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
     from mgd_timm.task import MultiGranularityTask
@@ -24,6 +26,8 @@ _HOMES = {
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
+    "mgd_timm.hub.upload": ("publish",),
+    "mgd_timm.hub.verify": ("verify",),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
     "mgd_timm.recipe.granularity": ("Granularity",),
     "mgd_timm.task": ("MultiGranularityTask",),
@@ -58,7 +62,9 @@ __all__ = [
     "export_model",
     "inspect_data",
     "kl_divergence",
+    "publish",
     "train",
+    "verify",
 ]
 
 

@@ -1,13 +1,11 @@
 """Distil, train and evaluate from Python."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import get_model_input_config
 from torch import nn
 
@@ -25,6 +23,7 @@ from mgd_timm.pipeline.evaluation_images import load_evaluation_images
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
+from mgd_timm.pipeline.torch_defaults import torch_defaults as _torch_defaults
 from mgd_timm.recipe.data import OF_SHOWING, OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, expand_home, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, make_recipe
@@ -35,26 +34,6 @@ from mgd_timm.training.noise import check_noise, evaluate_noise
 
 Model = str | PathLike[str] | nn.Module
 """A model's name on the command line, its folder, or a module."""
-
-
-@contextlib.contextmanager
-def _torch_defaults() -> Iterator[None]:
-    """Have torch's defaults in the body, whatever the caller has set, and the caller's settings and random state again
-    at exit: a notebook may have turned gradients off, or chosen another device or dtype for new tensors."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=gpus))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if device.type != "cpu":  # not entered without need: it is called at every operation
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 @_torch_defaults()

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     model.pretrained_cfg = {**model.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
     exported = next((one for one in (Path(run) / "export", Path(run)) if (one / "recipe.json").is_file()), None)
     provenance = json.loads((exported / "recipe.json").read_text()) if exported is not None else {}
-    for name in ("versions", "model_sha256"):  # export_model writes them
+    for name in ("versions", "model_sha256", "files_sha256"):  # export_model writes them, or they are of other files
         provenance.pop(name, None)
     print(f"wrote {export_model(model, folder, provenance=provenance)}")
 

@@ -1,4 +1,4 @@
-"""The command line: mgd-timm demo | train | distill | data | evaluate | report | import | export | list."""
+"""The command line: `mgd-timm COMMAND`, with one module for each command."""
 
 import codecs
 import difflib
@@ -19,6 +19,8 @@ COMMANDS = {
     "report": "mgd_timm.cli.report",
     "import": "mgd_timm.cli.import_checkpoint",
     "export": "mgd_timm.cli.export",
+    "publish": "mgd_timm.cli.publish",
+    "verify": "mgd_timm.cli.verify",
     "list": "mgd_timm.cli.list",
 }
 """Module of each command, imported when it is called; its `main` takes the arguments."""
@@ -33,6 +35,8 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
   mgd-timm report RUN RUN ...                                     write a page that compares runs and their teacher
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
   mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm
+  mgd-timm publish RUN user/name                                  upload a student to the Hugging Face hub, with a card
+  mgd-timm verify FOLDER                                          check that a student's files belong together
   mgd-timm list criteria | models | data                          list criteria, models or data sets
 
 Each has --help, and --help-all for every flag.

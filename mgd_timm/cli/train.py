@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mgd_timm.cli.parser import TRAIN_NAMES, options_of, run_parser
-from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.cli.parser import options_of, run_parser
+from mgd_timm.recipe.recipe import TRAIN_NAMES, make_recipe
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ def load_model(
             weights have changed since they were exported.
     """
     spec = plain_model_name(spec)
-    folder = _find_weights_folder(spec)
+    folder = find_weights_folder(spec)
     if folder is not None or spec.startswith("hf-hub:"):
         check_no_checkpoint(checkpoint, spec)
     if folder is not None:
@@ -164,8 +164,12 @@ def _load_checkpoint(name: str, checkpoint: str, in_chans: int, classifier_requi
     return model
 
 
-def _find_weights_folder(spec: str) -> Path | None:
-    """Return the folder of an exported model that `spec` names; None if it names no folder."""
+def find_weights_folder(spec: str) -> Path | None:
+    """Return the folder of an exported model that `spec` names; None if it names no folder.
+
+    Raises:
+        ValueError: A folder without an export.
+    """
     if spec == "embedded":
         return EMBEDDED / "teacher"
     path = Path(spec.removeprefix("local-dir:"))

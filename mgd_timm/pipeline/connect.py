@@ -48,6 +48,7 @@ class Networks:
         peer_objective: Of the second student.
         criterion_fits: What criteria fit before the run.
         fingerprint: What decides the weights that the run ends with.
+        loaded_sha256: Of each teacher's weights as they were loaded, before the run gave them other classes or sizes.
     """
 
     student: FeatureTap
@@ -57,6 +58,7 @@ class Networks:
     peer_objective: Objective | MAG | None
     criterion_fits: list[CriterionFit] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    loaded_sha256: list[str] = field(default_factory=list)
 
     def trainee(self) -> Distiller | MutualLearning:
         """The one module that trains."""

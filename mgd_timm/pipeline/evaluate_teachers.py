@@ -7,14 +7,15 @@ from accelerate import Accelerator
 
 from mgd_timm.data.dataset import Images
 from mgd_timm.distiller import Teacher
-from mgd_timm.training.evaluation import evaluate_taps
+from mgd_timm.training.evaluation import Metrics, evaluate_taps
 
 
 def evaluate_teachers(
     teachers: Sequence[Teacher], images: Images, accelerator: Accelerator, batch_size: int
 ) -> dict[str, Any]:
-    """Log each teacher's accuracy on the data, before the first epoch; `teacher_top1` of the summary."""
-    found: list[float | None] = []
+    """Log each teacher's accuracy on the data, before the first epoch; `teacher_top1` and `teacher_top5` of the
+    summary."""
+    found: list[Metrics | None] = []
     for teacher in teachers if images.evaluation is not None else ():
         assert images.evaluation is not None
         if not teacher.has_logits:
@@ -22,16 +23,17 @@ def evaluate_teachers(
             found.append(None)
             continue
         row = evaluate_taps({"teacher": teacher}, images.evaluation, accelerator, batch_size)["teacher"]
-        found.append(row["top1"])
+        found.append(row)
         accelerator.print(f"teacher {teacher.tap.name}: top-1 {row['top1']:.2f} % on {int(row['n']):,} images")
         if near_chance(row["top1"], images.num_classes):
             accelerator.print(
                 f"warning: the teacher is near chance ({100 / images.num_classes:.2f} %): are its weights those of "
                 "these classes, in this order?"
             )
-    if all(top1 is None for top1 in found):
+    if all(row is None for row in found):
         return {}
-    return {"teacher_top1": found[0] if len(teachers) == 1 else found}
+    tops = {f"teacher_{name}": [row and row[name] for row in found] for name in ("top1", "top5")}
+    return {name: values[0] if len(teachers) == 1 else values for name, values in tops.items()}
 
 
 def near_chance(top1: float, num_classes: int) -> bool:

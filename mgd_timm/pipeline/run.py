@@ -38,6 +38,7 @@ from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
+from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
@@ -55,6 +56,15 @@ class Result:
 
     student: nn.Module
     summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Pretrained:
+    """Teachers with their heads, what of it belongs into the summary, and the sha256 of each teacher's heads."""
+
+    teachers: list[Teacher]
+    metrics: dict[str, Any]
+    heads_sha256: list[str]
 
 
 def run(
@@ -104,14 +114,15 @@ def run(
         stored = _open_store(recipe, networks, images, accelerator)
     log_remarks(networks, accelerator)
     before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
-    teachers, pretrained = _pretrain(recipe, networks, stored, context)
-    fitted = _train_student(recipe, networks, teachers, stored, context)
+    pretrained = _pretrain(recipe, networks, stored, context)
+    fitted = _train_student(recipe, networks, pretrained.teachers, stored, context)
     trained = _final_model(networks, fitted)
 
-    summary = _summary(fitted, trained, before | pretrained, images, recipe, accelerator)
+    summary = _summary(fitted, trained, before | pretrained.metrics, images, recipe, accelerator)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    run_on_main(accelerator, lambda: _write_results(recipe, networks, trained, summary, images))
+    provenance = _provenance(recipe, networks, pretrained.heads_sha256, images)
+    run_on_main(accelerator, lambda: _write_results(folder, networks, trained, summary, provenance))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
     _log_results(summary, folder, networks.student.name, accelerator.print)
@@ -127,10 +138,12 @@ def _load(
 ) -> tuple[Images, Networks]:
     """Load the teachers and the images, and connect the networks."""
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
+    loaded = [module_digest(model) for model in models]
     defaults = find_defaults(recipe, models[0] if models else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
     adapt_teachers_to_data(models, recipe, images)
-    return images, connect(recipe, terms, images, accelerator, models, student)
+    networks = connect(recipe, terms, images, accelerator, models, student)
+    return images, replace(networks, loaded_sha256=loaded)
 
 
 def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
@@ -139,15 +152,9 @@ def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator:
     return None if options is None else open_store(options, networks.teachers[0], images, accelerator)
 
 
-def _pretrain(
-    recipe: Recipe, networks: Networks, stored: StoredSource | None, context: RunContext
-) -> tuple[list[Teacher], dict[str, Any]]:
-    """Fill the store, fit heads where the method needs them, and what criteria fit first.
-
-    Returns:
-        The teachers with their heads, and what of it belongs into the summary.
-    """
-    teachers, metrics = list(networks.teachers), dict[str, Any]()
+def _pretrain(recipe: Recipe, networks: Networks, stored: StoredSource | None, context: RunContext) -> _Pretrained:
+    """Fill the store, fit heads where the method needs them, and what criteria fit first."""
+    teachers, metrics, heads_sha256 = list(networks.teachers), dict[str, Any](), list[str]()
     if stored is not None:
         stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
     if recipe.method != "none":
@@ -156,6 +163,7 @@ def _pretrain(
             store = stored.store if stored is not None else None
             fitted = fit_heads(teacher, recipe.heads, context, store=store, name=name)
             teachers[position], metrics[name] = teacher.with_heads(fitted.heads), fitted.metrics
+            heads_sha256.append(module_digest(fitted.heads))
     networks.objective.to(context.accelerator.device)
     if networks.criterion_fits:
         metrics["fitted"] = fit_criteria(
@@ -165,7 +173,7 @@ def _pretrain(
         teachers = [shard_teacher(teacher, context.accelerator) for teacher in teachers]
     if stored is not None:
         teachers[0].tap.to("cpu")  # its outputs are there: the device's memory is the student's
-    return teachers, metrics
+    return _Pretrained(teachers, metrics, heads_sha256)
 
 
 def _train_student(
@@ -285,21 +293,40 @@ def _peer_summary(
     return found | _test_metrics(model, last.get("top1"), images, recipe, accelerator)
 
 
-def _write_results(
-    recipe: Recipe, networks: Networks, trained: nn.Module, summary: dict[str, Any], images: Images
-) -> None:
-    """Write the exports and summary.json."""
-    folder = Path(recipe.output)
-    provenance = {"recipe": without_paths(as_dict(recipe)), "data_sha256": images.train.digest, "metrics": summary}
+def _provenance(recipe: Recipe, networks: Networks, heads_sha256: list[str], images: Images) -> dict[str, Any]:
+    """Return what recipe.json says of the origin of the weights; of several teachers a list."""
+
+    def one_or_list(values: list[str]) -> str | list[str]:
+        return values[0] if len(values) == 1 else values
+
+    found = {"recipe": without_paths(as_dict(recipe)), "precision": networks.fingerprint["precision"]}
+    found |= {"train_images": images.num_samples, "data_sha256": images.train.digest}
     evaluated = images.test if images.test is not None else images.val
     if evaluated is not None:
-        provenance["evaluation_sha256"] = evaluated.digest
+        found["evaluation_sha256"] = evaluated.digest
+        split = recipe.data.eval_split
+        if images.test is None or images.val is None:
+            split = (images.description.get("eval") or {}).get("split", split)
+        found["evaluation_split"] = split
+    found["initial_sha256"] = networks.fingerprint["student_sha256"]
     if networks.teachers:
         digests = [one.digest for one in networks.teachers]
-        provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
-    export_model(trained, folder / "export", provenance=provenance, overwrite=True)
+        found["teacher_architecture"] = one_or_list([one.tap.name for one in networks.teachers])
+        found["teacher_sha256"] = one_or_list(digests)
+        if digests != networks.loaded_sha256:
+            found["teacher_loaded_sha256"] = one_or_list(networks.loaded_sha256)
+    if heads_sha256:
+        found["heads_sha256"] = one_or_list(heads_sha256)
+    return found
+
+
+def _write_results(
+    folder: Path, networks: Networks, trained: nn.Module, summary: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Write the exports and summary.json."""
+    export_model(trained, folder / "export", provenance={**provenance, "metrics": summary}, overwrite=True)
     if networks.peer is not None:
-        of_peer = {**provenance, "metrics": summary["peer"]}
+        of_peer = {**provenance, "initial_sha256": networks.fingerprint["peer_sha256"], "metrics": summary["peer"]}
         export_model(networks.peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
     write_text_atomically(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 

@@ -131,6 +131,12 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[st
             write_text_atomically(folder / name, text())
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a folder is that of a run: a published folder has a recipe.yaml too, beside an export's files."""
+    exported = ("config.json", "model.safetensors", "recipe.json")
+    return (folder / "recipe.yaml").is_file() and not any((folder / name).is_file() for name in exported)
+
+
 def read_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run folder. Raise ValueError where it holds no run, or a corrupt recipe."""
     path = folder / "recipe.yaml"
@@ -175,7 +181,7 @@ def read_origin(folder: Path) -> Origin | None:
     Raises:
         ValueError: Its recipe cannot be read.
     """
-    run = next((one for one in (folder, folder.absolute().parent) if (one / "recipe.yaml").is_file()), None)
+    run = next((one for one in (folder, folder.absolute().parent) if is_run_folder(one)), None)
     exported = folder / "export" if run == folder else folder
     path = exported / "recipe.json"
     try:

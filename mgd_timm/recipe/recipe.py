@@ -15,7 +15,7 @@ from mgd_timm.recipe.checks import check_options, check_recipe
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
-from mgd_timm.recipe.options import option, plain_architecture, plain_model_name, typed, unknown
+from mgd_timm.recipe.options import as_dict, option, plain_architecture, plain_model_name, typed, unknown
 
 PROCESS_TIMEOUT = 600.0
 """Seconds that a collective waits for all processes, unless a recipe sets another number."""
@@ -218,6 +218,10 @@ OF_DISTILLING = {f.name for f in dataclasses.fields(Heads)}
 OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("group") in ("teacher", "method")}
 """Options that mgd_timm.train and `mgd-timm train` do not take."""
 
+# Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
+TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
+TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
+
 
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
@@ -271,3 +275,21 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= value if name in PARTS else {name: value}
     return flat
+
+
+def config_values(recipe: Recipe) -> dict[str, Any]:
+    """Return what a --config of `mgd-timm distill`, or of `train` for a run without teacher and peer, sets to the same
+    run: the options that decide the weights, and the names of networks and data."""
+    alone = recipe.teacher is None and recipe.peer is None
+    decides = as_dict(recipe, digest_only=True)
+    names = ("teacher", "teacher_checkpoint", "teacher_classes", "student_checkpoint")
+    decides |= {name: getattr(recipe, name) for name in names}
+    decides["data"] |= {name: getattr(recipe.data, name) for name in ("dataset", "data_dir", "batch_size")}
+    if recipe.data.data_dir is not None:
+        del decides["data"]["dataset"]
+    left_out = OF_DISTILLING if alone else TRAIN_ONLY
+    return {
+        TRAIN_NAMES.get(name, name) if alone else name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(decides).items()
+        if value is not None and name not in left_out
+    }

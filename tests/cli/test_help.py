@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from mgd_timm.cli.main import COMMANDS, main
-from mgd_timm.cli.parser import TRAIN_NAMES, run_parser
+from mgd_timm.cli.parser import run_parser
 from mgd_timm.recipe.data import OF_TRAINING, Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import flag
-from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, TRAIN_NAMES, Recipe
 
 FIELDS = [
     field for kind in (Recipe, Data, Optim, Heads) for field in dataclasses.fields(kind) if field.name not in PARTS

@@ -97,6 +97,8 @@ def test_a_files_rows_put_a_shuffled_teacher_right(small_data, tmp_path):
         model, data=str(small_data), output=tmp_path / "run", teacher_classes=str(file), **SHORT | {"method": "none"}
     )
     assert summary(tmp_path / "run")["teacher_top1"] == pytest.approx(right, abs=ONE_IMAGE)
+    origin = json.loads((tmp_path / "run" / "export" / "recipe.json").read_text())
+    assert origin["teacher_loaded_sha256"] == module_digest(model) != origin["teacher_sha256"]
     # Beside another one, each teacher by a word of its own; and one word for all does not fit both.
     two = {"teacher": [load_model("embedded"), model], "data": str(small_data), **SHORT, "method": "none"}
     mgd_timm.distill(**two, output=tmp_path / "two", teacher_classes=["auto", str(file)])
