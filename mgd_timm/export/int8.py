@@ -1,6 +1,8 @@
 """Quantise an ONNX file to int8 after training: static, QDQ, unsigned activations, signed weights per channel."""
 
+import contextlib
 import logging
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -52,15 +54,19 @@ def quantize_onnx(
 
 def quantize_onnx_with_bias_correction(
     float_onnx: Path, target: Path, calibration_batches: Iterable[Float[Tensor, "batch channels height width"]]
-) -> None:
-    """Quantise a float32 ONNX file with NNCF and its full bias correction, for networks that `quantize_onnx` breaks.
+) -> str:
+    """Quantise a float32 ONNX file with NNCF, for networks that `quantize_onnx` breaks.
 
-    Networks with hard-swish and squeeze-and-excitation are such. It takes minutes where `quantize_onnx` takes seconds.
+    Networks with hard-swish and squeeze-and-excitation are such. The full correction takes minutes where
+    `quantize_onnx` takes seconds.
 
     Args:
         float_onnx: As for `quantize_onnx`.
         target: File to write, or to replace.
         calibration_batches: As for `quantize_onnx`; used image by image.
+
+    Returns:
+        What was done: full bias correction, or what NNCF does for transformers, where that fails.
 
     Raises:
         ValueError: There are no images.
@@ -70,15 +76,22 @@ def quantize_onnx_with_bias_correction(
     import onnx
 
     images = [image[None].numpy() for batch in _check_not_empty(calibration_batches) for image in batch]
-    nncf.set_log_level(logging.ERROR)
     name = input_name(float_onnx)
-    quantised = nncf.quantize(
-        onnx.load(float_onnx),
-        nncf.Dataset(images, lambda image: {name: image}),
-        subset_size=len(images),
-        fast_bias_correction=False,
-    )
+    nncf.set_log_level(logging.ERROR)
+
+    def quantise(**options: Any) -> Any:
+        dataset = nncf.Dataset(images, lambda image: {name: image})
+        with contextlib.redirect_stdout(sys.stderr):  # of its progress bars
+            return nncf.quantize(onnx.load(float_onnx), dataset, subset_size=len(images), **options)
+
+    way = "full bias correction"
+    try:
+        quantised = quantise(fast_bias_correction=False)
+    except Exception:  # NNCF 3.4 cuts graphs with attention into parts that onnxruntime does not load
+        way = "smoothing and fast bias correction"
+        quantised = quantise(model_type=nncf.ModelType.TRANSFORMER)
     write_atomically(target, lambda draft: onnx.save(quantised, draft))
+    return way
 
 
 def input_name(path: Path) -> str:

@@ -58,7 +58,13 @@ def write_onnx(program: ExportedProgram, target: Path, metadata: Mapping[str, An
     """
     with _without_warnings():
         exported = torch.onnx.export(
-            program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, external_data=False
+            program,
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: "batch"},),  # the name of the axis
+            verbose=False,
+            external_data=False,
         )
     assert exported is not None
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
@@ -78,12 +84,19 @@ def write_pt2(program: ExportedProgram, target: Path) -> None:
     torch.export.save(program, target)
 
 
-def write_openvino(program: ExportedProgram, target: Path) -> None:
-    """Write OpenVINO's .xml, with a .bin of the same name beside it: weights in float16, as OpenVINO does by itself."""
+def write_openvino(program: ExportedProgram, input_size: tuple[int, int, int], target: Path) -> None:
+    """Write OpenVINO's .xml, with a .bin of the same name beside it: weights in float16, as OpenVINO does by itself.
+
+    Args:
+        program: Of `export_program`.
+        input_size: (channels, height, width).
+        target: File to write.
+    """
     import openvino
 
     with _without_warnings():
         converted = openvino.convert_model(program)
+    converted.reshape([-1, *input_size])  # a convolutional network came out with any height and width
     converted.inputs[0].get_tensor().set_names({INPUT})
     converted.outputs[0].get_tensor().set_names({OUTPUT})
     openvino.save_model(converted, target)
