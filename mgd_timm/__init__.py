@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mgd_timm._version import __version__
 
 if TYPE_CHECKING:
-    from mgd_timm.api import distill, evaluate, export_model, inspect_data, train
+    from mgd_timm.api import distill, evaluate, export_formats, export_model, inspect_data, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mgd_timm.task import MultiGranularityTask
 
 _HOMES = {
-    "mgd_timm.api": ("distill", "evaluate", "export_model", "inspect_data", "train"),
+    "mgd_timm.api": ("distill", "evaluate", "export_formats", "export_model", "inspect_data", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
@@ -55,6 +55,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate",
+    "export_formats",
     "export_model",
     "inspect_data",
     "kl_divergence",
