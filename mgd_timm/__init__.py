@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
+    from mgd_timm.pipeline.export_files import AccuracyDropError, FileResult
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
     from mgd_timm.task import MultiGranularityTask
@@ -24,6 +25,7 @@ _HOMES = {
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
+    "mgd_timm.pipeline.export_files": ("AccuracyDropError", "FileResult"),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
     "mgd_timm.recipe.granularity": ("Granularity",),
     "mgd_timm.task": ("MultiGranularityTask",),
@@ -34,6 +36,7 @@ __all__ = [
     "CRITERIA",
     "MAG",
     "MAS",
+    "AccuracyDropError",
     "Batch",
     "Criterion",
     "Data",

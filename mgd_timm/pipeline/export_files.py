@@ -251,6 +251,7 @@ def _measure(
         except Exception as error:  # NNCF may raise anything; the first file stays
             log(f"int8: NNCF failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
         else:
+            log(f"int8: NNCF's ({way}) loses {found[PYTORCH].top1 - again.top1:.2f} points")
             if again.top1 > found[INT8_ONNX].top1:
                 corrected.replace(files[INT8_ONNX])
                 networks[INT8_ONNX], found[INT8_ONNX], ways[INT8_ONNX] = other, again, f"NNCF, {way}"
