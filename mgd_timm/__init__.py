@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
-    from mgd_timm.pipeline.export_files import AccuracyDropError, FileResult
+    from mgd_timm.pipeline.export_files import AccuracyDropError
+    from mgd_timm.pipeline.measure_files import FileResult
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
     from mgd_timm.task import MultiGranularityTask
@@ -25,7 +26,8 @@ _HOMES = {
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
-    "mgd_timm.pipeline.export_files": ("AccuracyDropError", "FileResult"),
+    "mgd_timm.pipeline.export_files": ("AccuracyDropError",),
+    "mgd_timm.pipeline.measure_files": ("FileResult",),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
     "mgd_timm.recipe.granularity": ("Granularity",),
     "mgd_timm.task": ("MultiGranularityTask",),
@@ -43,6 +45,7 @@ __all__ = [
     "Distiller",
     "FeatureTap",
     "Features",
+    "FileResult",
     "Granularity",
     "GranularityHeads",
     "HeadFitting",

@@ -24,7 +24,8 @@ from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.models.unwrap import unwrap
 from mgd_timm.pipeline.evaluation_images import load_evaluation_images
-from mgd_timm.pipeline.export_files import EvaluationData, FileResult, export_files
+from mgd_timm.pipeline.export_files import EvaluationData, export_files
+from mgd_timm.pipeline.measure_files import FileResult
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
 from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin, read_provenance
@@ -306,6 +307,9 @@ def export_formats(
     target = Path(expand_home(str(folder), "folder"))
     if target.exists():
         raise FileExistsError(f"{target} exists: choose another folder.")
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{target} would lie in {nearest}, which is a file: choose another folder.")
     model = _checked(model, "model")
     _check_evaluation_options(options)
     network, origin = _load(model, verify=verify)

@@ -30,7 +30,16 @@ from mgd_timm.export.write_files import (
 )
 from mgd_timm.features.tap import model_name
 from mgd_timm.pipeline.evaluation_images import load_evaluation_images
-from mgd_timm.pipeline.measure_files import PYTORCH, Accuracy, file_size, measure_accuracy, measure_latency, weights_size
+from mgd_timm.pipeline.measure_files import (
+    PYTORCH,
+    Accuracy,
+    FileResult,
+    file_size,
+    format_table,
+    measure_accuracy,
+    measure_latency,
+    weights_size,
+)
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.digests import sha256
@@ -39,33 +48,6 @@ CALIBRATION_IMAGES = 300
 _CALIBRATION_BATCH = 25
 ONNXRUNTIME = "onnxruntime, static"
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What was measured of an exported file, or of the PyTorch model.
-
-    Args:
-        file: Path in the exported folder; "PyTorch" for the model itself.
-        top1: In % of the evaluation images.
-        drop: Points of top-1 below the PyTorch model.
-        agreement: Share of images, in %, of which it predicts the same class as the PyTorch model.
-        megabytes: Size of the file.
-        latency: Median milliseconds by batch size.
-        quantised_by: The way of quantisation; None for other files.
-        kept: Whether it is in the folder.
-        sha256: Of the file; None for the model itself.
-    """
-
-    file: str
-    top1: float
-    drop: float
-    agreement: float
-    megabytes: float
-    latency: dict[int, float]
-    quantised_by: str | None = None
-    kept: bool = True
-    sha256: str | None = None
 
 
 class AccuracyDropError(ValueError):
@@ -175,7 +157,7 @@ def export_files(
         _write_table(draft / "formats.json", results, data, max_drop)
 
     write_atomically(target, write)
-    log(format_table(results, data))
+    log(format_table(results, data.name, len(data.source.ids)))
     dropped = [row for row in results if not row.kept]
     if dropped:
         raise AccuracyDropError(_advice(dropped, target, max_drop), results)
@@ -298,27 +280,6 @@ def _write_table(path: Path, results: Sequence[FileResult], data: EvaluationData
         "files": [asdict(row) for row in results],
     }
     path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def format_table(results: Sequence[FileResult], data: EvaluationData) -> str:
-    """Return the table of results as text, with what was measured in the line below."""
-    header = ["file", "top-1 %", "drop", "agree %", "MB", *(f"ms at {size}" for size in results[0].latency), ""]
-    rows = [header]
-    for row in results:
-        numbers = [f"{row.top1:.2f}", f"{row.drop:+.2f}", f"{row.agreement:.2f}", f"{row.megabytes:.2f}"]
-        notes = [*([row.quantised_by] if row.quantised_by else []), *([] if row.kept else ["LEFT OUT"])]
-        rows.append([row.file, *numbers, *(f"{one:.2f}" for one in row.latency.values()), "; ".join(notes)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells, row[-1]]).rstrip())
-    threads = torch.get_num_threads()
-    about = (
-        f"{len(data.source.ids):,} evaluation images of {data.name}; latency in milliseconds at batches of 1 and 64, on "
-        f"this CPU with {threads} thread{'s' if threads > 1 else ''}, each in turn"
-    )
-    return "\n".join([*lines, about])
 
 
 def _advice(dropped: Sequence[FileResult], target: Path, max_drop: float) -> str:

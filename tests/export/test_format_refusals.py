@@ -19,8 +19,9 @@ from mgd_timm.export.write_files import check_fits_onnx
         (["--to", "onnx,int9"], "unknown format 'int9': did you mean int8"),
         (["--to", "tflite"], "unknown format 'tflite': known: executorch, int8, onnx"),
         (["--to", ","], "--to ',': expected one or more of timm, onnx"),
+        (["--to", "onnx", "--max-drop", "101"], "--max-drop 101.0: expected points of top-1 from 0 to 100"),
         (["--to", "onnx", "--max-drop", "-1"], "--max-drop -1.0: expected points of top-1 from 0 to 100"),
-        (["--to", "onnx", "--max-drop", "nan"], "--max-drop nan: expected points"),
+        (["--to", "onnx", "--max-drop", "nan"], "--max-drop: 'nan': expected a number"),
         (["--formats", "onnx"], "give --to instead"),
         (["--to", "onnx", "--mean", "0.5"], "files are exported for images as the run showed them"),
         (["--to", "onnx", "--batch-size", "8"], "only training takes it"),
@@ -53,7 +54,7 @@ def test_an_existing_place_is_refused(tmp_path, capsys):
     assert main(["export", "embedded", str(tmp_path / "file"), "--to", "onnx"]) == 1
     assert "exists: choose another folder" in capsys.readouterr().err
     assert main(["export", "embedded", str(tmp_path / "file" / "below"), "--to", "pt2"]) == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert "which is a file: choose another folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -66,7 +67,7 @@ def test_data_without_evaluation_images_are_refused(small_data, tmp_path):
     with pytest.raises(ValueError, match="is in the data folder"):
         mgd_timm.export_formats("embedded", data / "train" / "out", "pt2", str(data), val_split=0.2)
     model = timm.create_model("test_resnet", num_classes=2, in_chans=1)
-    with pytest.raises(ValueError, match="takes 1 channels|has 2 classes"):
+    with pytest.raises(ValueError, match=r"takes 1 channels|has 2 classes"):
         mgd_timm.export_formats(model, tmp_path / "out", "pt2", str(small_data))
     assert not (tmp_path / "out").exists()
 
@@ -84,8 +85,7 @@ def onnx_file(path, inputs, outputs):
     from onnx import TensorProto, helper
 
     entry, answer = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("x", inputs), ("y", outputs))
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", inputs), ("y", outputs))
     )
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
     node = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)
@@ -114,7 +114,7 @@ def test_files_that_are_no_classifiers_are_refused(tmp_path, small_data):
     with pytest.raises(ValueError, match="the model has 3 classes, the data has 10"):
         mgd_timm.evaluate(fine, str(small_data))
     ten = onnx_file(tmp_path / "ten.onnx", ["n", 10, 28, 28], ["n", 10])
-    with pytest.raises(ValueError, match="takes 10 channels, the images have 3|in-chans 10"):
+    with pytest.raises(ValueError, match="takes 10 channels, the images have 3"):
         mgd_timm.evaluate(ten, str(small_data), in_chans=3)
     with pytest.raises(ValueError, match=r"takes images of 28x28 pixels, the data's are 32x32"):
         mgd_timm.evaluate(onnx_file(tmp_path / "x.onnx", ["n", 3, 28, 28], ["n", 10]), str(small_data), img_size=32)

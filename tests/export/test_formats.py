@@ -1,4 +1,4 @@
-"""Exports to ONNX, int8, torch.export and OpenVINO: the same predictions as the student, measured, or not left there."""
+"""Exports to ONNX, int8, torch.export and OpenVINO: the student's predictions, measured, or not left in the folder."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ from small import write_small
 
 import mgd_timm
 from mgd_timm.cli.main import main
-from mgd_timm.export.formats import check_libraries
 from mgd_timm.export.load_file import load_file
 from mgd_timm.models.load import load_model
 
