@@ -36,6 +36,7 @@ GROUPS = (
     "data",
     "augmentation",
     "optimisation",
+    "int8",
     "speed and memory",
     "run",
 )
