@@ -1,17 +1,18 @@
 """Fake quantisation: compute with float numbers that are rounded as the int8 file of a model has them.
 
-onnxruntime's static quantisation (QDQ, U8S8, per channel) rounds the weights of convolutions and linear layers to int8
-with a scale for each output channel, and what these layers take and return to uint8 with one range for each tensor. Here
-modules round at the same places, and gradients pass through the rounding, so that weights learn to bear it.
+onnxruntime's static quantisation (QDQ, U8S8, per channel) rounds the weights of convolutions and linear layers to int8,
+with a scale for each output channel, and what these layers take and return to uint8, with one range for each tensor.
+Here modules round at the same places, and gradients pass through the rounding, so that weights learn to bear it.
 
 Why modules, and neither torchao's PT2E nor NNCF: both capture a graph of the model's forward, and criteria need timm's
-own methods (`forward_intermediates`, `forward_head`) of a module; their graphs also differ between versions, and PT2E's
-fails for some networks (resnet18). Modules need no graph, stay in the one training loop, and come off without a trace:
-the student is exported as ever. The rounding is torch's own (`fake_quantize_per_channel_affine`).
+own methods (`forward_intermediates`, `forward_head`); PT2E's graph also fails for some networks (resnet18). Modules
+stay in the one training loop, work for every network of convolutions and linear layers, and come off without a trace:
+the student is exported as ever. The rounding itself is torch's own (`fake_quantize_per_channel_affine`).
 
-Differs from the int8 file: the sums and products between layers (residuals, gates) are rounded only where a convolution
-or linear layer reads them, biases are not rounded, BatchNorm is not folded, and weights that a module changes in its
-forward (StdConv2d) are rounded before that.
+Differs from the int8 file: sums and products between layers (residuals, gates) are rounded only where a convolution or
+linear layer reads them, biases are not rounded, BatchNorm is not folded, and weights that a module changes in its
+forward (StdConv2d), or that are not of a Conv2d or Linear, are not rounded as the file has them. In bfloat16 (--amp)
+rounded numbers are rounded once more to its 8 bits.
 """
 
 from collections.abc import Iterable
@@ -176,7 +177,9 @@ def find_places(tap: FeatureTap) -> Places:
         handle.remove()
     if not search.weights:
         raise ValueError(f"{tap.name} has no convolution (Conv2d) and no linear layer to quantise: leave --qat out.")
-    return Places(list(search.inputs), list(search.read | dict.fromkeys(search.products.values())), list(search.weights))
+    return Places(
+        list(search.inputs), list(search.read | dict.fromkeys(search.products.values())), list(search.weights)
+    )
 
 
 class _Search:

@@ -13,7 +13,7 @@ from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
-from mgd_timm.distiller import Distiller, LiveTeachers, Teacher, shard_teacher
+from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import run_on_main
 from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
@@ -245,9 +245,7 @@ def _learn_int8(
     after the stage, and the stage's part of the summary."""
     if fitted.averaged is not None:
         networks.student.load_state_dict(fitted.averaged.state_dict())
-    trainee = networks.trainee()
-    assert isinstance(trainee, Distiller)
-    found = learn_int8(recipe, trainee, source, teach, networks.fingerprint, context)
+    found = learn_int8(recipe, networks, source, teach, context)
     return replace(fitted, last=found["after"]["float"], averaged=None), found
 
 

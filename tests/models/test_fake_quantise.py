@@ -3,7 +3,6 @@
 import copy
 import re
 
-import mgd_timm.models  # noqa: F401  (registers cifar_*)
 import numpy as np
 import pytest
 import timm
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+import mgd_timm.models  # noqa: F401  (registers cifar_*)
 from mgd_timm.data.dataset import load_images
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.fake_quantise import FakeQuantisation, TensorRounding, WeightRounding, find_places
@@ -90,7 +90,7 @@ def test_rounding_weights_and_folding_batchnorm_commute():
 def test_layers_compute_with_rounded_numbers(name):
     """Each convolution and linear layer of a network gives what float64 gives of its rounded weight and input."""
     model = timm.create_model(name, num_classes=5).eval()
-    tap = FeatureTap(model, "stages", input_size=(3, 64, 64) if name != "test_vit" else None)
+    tap = FeatureTap(model, "stages", input_size=(3, 64, 64) if name != "test_vit" else None).eval()
     images = torch.randn(4, *tap.input_size, generator=torch.Generator().manual_seed(0))
     weights = {key: value.detach().double().numpy() for key, value in model.named_parameters() if "weight" in key}
     FakeQuantisation(tap).calibrate(images.split(2))
@@ -123,11 +123,10 @@ def test_layers_compute_with_rounded_numbers(name):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "cifar_resnet8x05"])
 def test_nothing_is_left_of_it(name):
     model = timm.create_model(name, num_classes=5)
-    tap = FeatureTap(model, "stages")
+    tap = FeatureTap(model, "stages").eval()
     before = copy.deepcopy(model.state_dict())
     kinds, hooks = [type(m) for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]
     images = torch.randn(2, *tap.input_size, generator=torch.Generator().manual_seed(0))
-    tap.eval()
     expected = tap(images)
     rounding = FakeQuantisation(tap)
     assert torch.equal(tap(images).logits, expected.logits)  # inactive
@@ -184,7 +183,7 @@ def test_a_network_without_layers_to_quantise_is_refused():
 
 @pytest.mark.slow
 def test_it_predicts_what_the_int8_file_predicts(tmp_path):
-    """For nearly all images, of a trained network: sums are rounded at other places, and kernels add in other orders."""
+    """For nearly all images of a trained network: sums are rounded at other places, and kernels add in other orders."""
     pytest.importorskip("onnxruntime")
     from mgd_timm.export.int8 import quantize_onnx
     from mgd_timm.export.load_file import load_file
@@ -202,7 +201,7 @@ def test_it_predicts_what_the_int8_file_predicts(tmp_path):
     write_onnx(export_program(model, images.input_size), tmp_path / "float.onnx", {})
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", calibration)
     expected = load_file(tmp_path / "int8.onnx")(shown).argmax(1)
-    tap = FeatureTap(model, input_size=images.input_size)
+    tap = FeatureTap(model, input_size=images.input_size).eval()
     FakeQuantisation(tap).calibrate(calibration)
     with torch.no_grad():
         found = tap(shown).logits.argmax(1)

@@ -62,7 +62,9 @@ def test_the_summary_has_both_accuracies_before_and_after(float_run, whole):
     assert found["after"]["int8"] != found["after"]["float"]
     recipe = json.loads((whole / "export" / "recipe.json").read_text())["recipe"]
     assert (recipe["qat"], recipe["qat_epochs"]) == (True, 2)
-    assert [json.loads(row)["stage"] for row in (whole / "qat" / "metrics.jsonl").read_text().splitlines()] == ["qat"] * 2
+    assert [json.loads(row)["stage"] for row in (whole / "qat" / "metrics.jsonl").read_text().splitlines()] == [
+        "qat"
+    ] * 2
 
 
 @pytest.mark.slow
@@ -119,7 +121,10 @@ def test_the_stage_has_a_tenth_of_the_run_by_default():
         ({"qat_epochs": 2}, "qat_epochs=2: it is for --qat only. Leave --qat-epochs out, or give --qat."),
         ({"qat_lr": 0.1}, "qat_lr=0.1: it is for --qat only. Leave --qat-lr out, or give --qat."),
         ({"qat": True, "peer": "cifar_resnet8"}, "qat with peer='cifar_resnet8': it trains one student"),
-        ({"qat": True, "teacher": None, "method": "none", "train_only": "classifier"}, "a frozen backbone cannot learn"),
+        (
+            {"qat": True, "teacher": None, "method": "none", "train_only": "classifier"},
+            "a frozen backbone cannot learn",
+        ),
     ],
 )
 def test_what_the_stage_cannot_train_is_refused(options, message):
