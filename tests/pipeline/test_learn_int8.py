@@ -90,7 +90,7 @@ def test_a_run_that_has_ended_goes_on_with_the_stage(float_run, whole, small_dat
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives_up_to_rounding(whole, small_data, tmp_path):
+def test_two_processes_carry_it_out(whole, small_data, tmp_path):
     words = [*flags(small_data, tmp_path / "run", "--qat", "--qat-epochs", "2"), "--global-batch-size", "32"]
     ranks = Ranks(words, tmp_path / "log", processes=2)
     assert ranks.wait(240) == [0, 0], ranks.said()
