@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Any
 from mgd_timm._version import __version__
 
 if TYPE_CHECKING:
-    from mgd_timm.api import distill, evaluate, export_model, inspect_data, train
+    from mgd_timm.api import distill, evaluate, export_formats, export_model, inspect_data, train
     from mgd_timm.criteria import CRITERIA, Criterion, Objective, kl_divergence
     from mgd_timm.distiller import Distiller, MutualLearning, Teacher
     from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
     from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
+    from mgd_timm.pipeline.export_files import AccuracyDropError
+    from mgd_timm.pipeline.measure_files import FileResult
     from mgd_timm.recipe import Data, Heads, Optim, Recipe
     from mgd_timm.recipe.granularity import Granularity
     from mgd_timm.task import MultiGranularityTask
 
 _HOMES = {
-    "mgd_timm.api": ("distill", "evaluate", "export_model", "inspect_data", "train"),
+    "mgd_timm.api": ("distill", "evaluate", "export_formats", "export_model", "inspect_data", "train"),
     "mgd_timm.criteria": ("CRITERIA", "Criterion", "Objective", "kl_divergence"),
     "mgd_timm.distiller": ("Distiller", "MutualLearning", "Teacher"),
     "mgd_timm.features": ("Batch", "FeatureTap", "Features", "Pair", "Shapes"),
     "mgd_timm.granularity": ("MAG", "MAS", "GranularityHeads", "HeadFitting"),
+    "mgd_timm.pipeline.export_files": ("AccuracyDropError",),
+    "mgd_timm.pipeline.measure_files": ("FileResult",),
     "mgd_timm.recipe": ("Data", "Heads", "Optim", "Recipe"),
     "mgd_timm.recipe.granularity": ("Granularity",),
     "mgd_timm.task": ("MultiGranularityTask",),
@@ -34,12 +38,14 @@ __all__ = [
     "CRITERIA",
     "MAG",
     "MAS",
+    "AccuracyDropError",
     "Batch",
     "Criterion",
     "Data",
     "Distiller",
     "FeatureTap",
     "Features",
+    "FileResult",
     "Granularity",
     "GranularityHeads",
     "HeadFitting",
@@ -55,6 +61,7 @@ __all__ = [
     "__version__",
     "distill",
     "evaluate",
+    "export_formats",
     "export_model",
     "inspect_data",
     "kl_divergence",

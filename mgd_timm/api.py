@@ -14,6 +14,8 @@ from torch import nn
 from mgd_timm.data.contact_sheet import draw_contact_sheet
 from mgd_timm.data.dataset import describe_data, load_images
 from mgd_timm.export import timm_folder
+from mgd_timm.export.formats import check_max_drop, parse_formats
+from mgd_timm.export.load_file import ExportedFile, is_exported_file, load_file
 from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.build import set_memory_format
@@ -22,9 +24,11 @@ from mgd_timm.models.load import load_model
 from mgd_timm.models.pretrained_cfg import read_defaults
 from mgd_timm.models.unwrap import unwrap
 from mgd_timm.pipeline.evaluation_images import load_evaluation_images
+from mgd_timm.pipeline.export_files import EvaluationData, export_files
+from mgd_timm.pipeline.measure_files import FileResult
 from mgd_timm.pipeline.plan import accelerator_of
 from mgd_timm.pipeline.run import run
-from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin
+from mgd_timm.pipeline.run_folder import Origin, check_outside_data, read_origin, read_provenance
 from mgd_timm.recipe.data import OF_SHOWING, OF_TRAINING, Data
 from mgd_timm.recipe.options import as_dict, expand_home, unknown
 from mgd_timm.recipe.recipe import OF_DISTILLING, Recipe, make_recipe
@@ -167,7 +171,8 @@ def evaluate(
     """Evaluate a model on the evaluation split of a data set, without noise and, if `noise` is given, with it.
 
     Args:
-        model: A run folder, an exported folder, a timm name with weights, or a module.
+        model: A run folder, an exported folder, a timm name with weights, a module, or an exported file (.onnx, .pt2,
+            OpenVINO's .xml, .pte), whose run and data are found from the recipe.json beside it or in the folder above.
         data: As for `distill`; by default the run's, or the embedded data for a model that is not of a run. An export
             away from its run folder does not know where local data are. The test split is evaluated; without one, the
             validation split.
@@ -213,30 +218,17 @@ def evaluate_named(
     sigmas = check_noise(noise, noise_seeds)
     model = _checked(model, "model")
     _check_evaluation_options(options)
-    origin = read_origin(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else None
-    network = load_model(model, verify=verify) if isinstance(model, str) else model
-    _check_data_is_known(origin, data, options)
-    recipe = _evaluation_recipe(network, origin, data, options)
-    check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
-    accelerator = accelerator_of(recipe)
-    images = load_evaluation_images(network, recipe, accelerator, of_run=origin is not None)
-    source = images.test if images.test is not None else images.val
-    if source is None:
-        raise ValueError(
-            "the data has no split to evaluate on: name one with --eval-split, or hold one out with --val-split 0.1."
-        )
-    if origin is not None and _same_splits(recipe.data, origin.recipe.data):
-        changes = origin.describe_changes(images.train.digest, source.digest)
-        if changes is not None:
-            accelerator.print(changes)
+    network, origin = _load(model, verify=verify)
+    found = _evaluation_data(network, origin, data, options)
+    recipe, accelerator, source = found.recipe, found.accelerator, found.source
     set_memory_format(network, model_name(network), recipe.channels_last, accelerator.device)
-    size, name = recipe.data.validation_batch_size, recipe.data.data_dir or recipe.data.dataset
+    size = recipe.data.validation_batch_size
     if not sigmas:
-        return Evaluation(dict(evaluate_model(network, source, accelerator, size, bar=True)), name)
+        return Evaluation(dict(evaluate_model(network, source, accelerator, size, bar=True)), found.name)
     clean, noisy = evaluate_noise(
-        network, source, accelerator, size, std=images.std, noise=sigmas, seeds=noise_seeds, bar=True
+        network, source, accelerator, size, std=found.images.std, noise=sigmas, seeds=noise_seeds, bar=True
     )
-    return Evaluation({**clean, "noise": noisy}, name)
+    return Evaluation({**clean, "noise": noisy}, found.name)
 
 
 @_torch_defaults()
@@ -266,6 +258,73 @@ def export_model(
     model = unwrap(model)
     check_rebuild(model, "model")
     return timm_folder.export_model(model, Path(folder), provenance=provenance, overwrite=overwrite)
+
+
+@_torch_defaults()
+def export_formats(
+    model: Model,
+    folder: str | PathLike[str],
+    to: str | Sequence[str] = "timm",
+    data: str | PathLike[str] | Data | None = None,
+    *,
+    max_drop: float = 1.0,
+    license: str | None = None,
+    tag: str | None = None,
+    verify: bool = True,
+    log: Callable[[str], None] = print,
+    **options: Any,
+) -> list[FileResult]:
+    """Export a trained model to files of several formats, and measure each beside the model.
+
+    The files take normalised images and return logits. The int8 file is quantised by onnxruntime on 300 training
+    images, and by NNCF with bias correction where that loses more than `max_drop`.
+
+    Args:
+        model: A run folder, an exported folder, 'embedded', a timm name with weights, or a module.
+        folder: Folder to write; must not exist.
+        to: Formats: timm, onnx, int8, openvino, pt2, executorch; a list, or one text with commas.
+        data: As for `evaluate`. Not read for timm alone.
+        max_drop: Points of top-1 below the PyTorch model that a file may lose; what loses more is not left in the
+            folder.
+        license: Licence of the weights; by default the run's.
+        tag: timm's tag of the weights; by default the run's.
+        verify: As for `evaluate`.
+        log: Logs one line, and the table.
+        **options: As for `evaluate`.
+
+    Returns:
+        A row for the model and for each file. For timm alone there are none.
+
+    Raises:
+        AccuracyDropError: Files lost too much; the folder holds the others. It is a ValueError with all `results`.
+        ValueError: An unknown format, a missing library, data that are not known, or a network that cannot be exported
+            to a format: nothing is written.
+        FileExistsError: The folder exists.
+        OSError: The folder could not be written; nothing partial is left.
+    """
+    formats = parse_formats(to)
+    check_max_drop(max_drop)
+    target = Path(expand_home(str(folder), "folder"))
+    if target.exists():
+        raise FileExistsError(f"{target} exists: choose another folder.")
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{target} would lie in {nearest}, which is a file: choose another folder.")
+    model = _checked(model, "model")
+    _check_evaluation_options(options)
+    network, origin = _load(model, verify=verify)
+    if isinstance(network, ExportedFile):
+        raise ValueError(f"{model} is an exported file: give the run or the exported folder that it is from.")
+    given = {name: value for name, value in (("license", license), ("tag", tag)) if value is not None}
+    network.pretrained_cfg = {**network.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
+    check_rebuild(network, "model")
+    provenance = read_provenance(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else {}
+    if formats == ("timm",):
+        log(f"wrote {timm_folder.export_model(network, target, provenance=provenance)}")
+        return []
+    found = _evaluation_data(network, origin, data, {**options, "amp": False})
+    check_outside_data(found.recipe.data, {"folder": target})
+    return export_files(network, target, formats, found, max_drop=max_drop, provenance=provenance, log=log)
 
 
 @_torch_defaults()
@@ -308,6 +367,38 @@ def inspect_data(
     return found
 
 
+def _load(model: str | nn.Module, *, verify: bool) -> tuple[nn.Module, Origin | None]:
+    """Return a network and the run that it comes from, if that is known."""
+    if isinstance(model, nn.Module):
+        return model, None
+    if is_exported_file(model):
+        file = Path(model)
+        origins = (read_origin(folder) for folder in (file.parent, file.absolute().parents[1]))
+        return load_file(file), next((origin for origin in origins if origin is not None), None)
+    return load_model(model, verify=verify), read_origin(Path(model.removeprefix("local-dir:")))
+
+
+def _evaluation_data(
+    network: nn.Module, origin: Origin | None, data: str | PathLike[str] | Data | None, options: dict[str, Any]
+) -> EvaluationData:
+    """Load the data of an evaluation, by default those of the model's run."""
+    _check_data_is_known(origin, data, options)
+    recipe = _evaluation_recipe(network, origin, data, options)
+    check_outside_data(recipe.data, {"the cache (MGD_TIMM_CACHE)": cache_folder()})
+    accelerator = accelerator_of(recipe)
+    images = load_evaluation_images(network, recipe, accelerator, of_run=origin is not None)
+    source = images.test if images.test is not None else images.val
+    if source is None:
+        raise ValueError(
+            "the data has no split to evaluate on: name one with --eval-split, or hold one out with --val-split 0.1."
+        )
+    if origin is not None and _same_splits(recipe.data, origin.recipe.data):
+        changes = origin.describe_changes(images.train.digest, source.digest)
+        if changes is not None:
+            accelerator.print(changes)
+    return EvaluationData(recipe, accelerator, images, source, recipe.data.data_dir or recipe.data.dataset)
+
+
 def _check_evaluation_options(options: dict[str, Any]) -> None:
     known = {f.name for f in fields(Data)} - OF_TRAINING | {"seed", "amp"}
     for name in options:
@@ -321,13 +412,16 @@ def _evaluation_recipe(
     network: nn.Module, origin: Origin | None, data: str | PathLike[str] | Data | None, options: dict[str, Any]
 ) -> Recipe:
     """Return a recipe of the data and options of an evaluation, by default those of the model's run."""
-    shown: dict[str, Any] = {"in_chans": get_model_input_config(network)["input_size"][0]}
+    channels, height, _ = get_model_input_config(network)["input_size"]
+    shown: dict[str, Any] = {"in_chans": channels}
     if origin is not None:
         before = origin.recipe
         computed = {name: getattr(before, name) for name in ("seed", "amp", "amp_dtype", "channels_last")}
         options = {**computed, **options}
         shown = {name: getattr(before.data, name) for name in OF_SHOWING}
         data = before.data if data is None else data
+    if isinstance(network, ExportedFile):
+        options = {"img_size": height, **options}
     if not isinstance(data, Data):
         options = {**shown, **options}
     of_data = _with_data(options, Data() if data is None else data)

@@ -33,7 +33,10 @@ def _parser() -> Parser:
         elsewhere=elsewhere,
     )
     parser.add_argument(
-        "model", type=str, help="run folder, exported folder, hf-hub:ID, timm name with weights, or 'embedded'"
+        "model",
+        type=str,
+        help="run folder, exported folder, exported file such as model.onnx, hf-hub:ID, timm name with weights, or "
+        "'embedded'",
     )
     about = "standard deviations of Gaussian noise, added to pixels in [0, 1] before normalisation, as in 0.05 0.1"
     parser.add_flag("noise", tuple[float, ...] | None, None, about, group="noise")

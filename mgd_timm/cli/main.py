@@ -30,7 +30,7 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
   mgd-timm evaluate RUN                                           print the accuracy of a run's student
   mgd-timm report RUN RUN ...                                     write a page that compares runs and their teacher
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
-  mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm
+  mgd-timm export RUN FOLDER --to onnx,int8                       write a run's student for timm, ONNX, OpenVINO, ...
   mgd-timm list criteria | models | data                          list criteria, models or data sets
 
 Each has --help, and --help-all for every flag.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from mgd_timm.recipe.options import unknown
+from mgd_timm.recipe.options import Range, unknown
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ def parse_formats(names: str | Sequence[str]) -> tuple[str, ...]:
             raise unknown("format", name, FORMATS)
         check_libraries(FORMATS[name].libraries, name, f"--to {name}")
     return found
+
+
+def check_max_drop(value: float) -> None:
+    """Raise ValueError unless a file may lose this many points of accuracy."""
+    if value not in Range(minimum=0, maximum=100):
+        raise ValueError(f"--max-drop {value}: expected points of top-1 from 0 to 100, as in --max-drop 1.")
 
 
 def check_libraries(modules: Sequence[str], extra: str, what: str) -> None:

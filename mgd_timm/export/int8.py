@@ -41,7 +41,7 @@ def quantize_onnx(
             quantize_static(
                 str(prepared),
                 str(draft),
-                _CalibrationReader(input_name(float_onnx), batches),  # type: ignore[arg-type]  # read by its get_next
+                _CalibrationReader(input_name(float_onnx), batches),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -59,7 +59,8 @@ def load_file(path: str | Path) -> ExportedFile:
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as {extra} ({text}): export it again.") from error
     _check_shapes(path, inputs, outputs)
-    return ExportedFile(path, predict, tuple(inputs[0][1:]), outputs[0][1])
+    (_, channels, height, width), num_classes = cast(list[int], inputs[0]), cast(int, outputs[0][1])
+    return ExportedFile(path, predict, (channels, height, width), num_classes)
 
 
 def _check_shapes(path: Path, inputs: Sequence[Sequence[Any]], outputs: Sequence[Sequence[Any]]) -> None:
@@ -71,8 +72,8 @@ def _check_shapes(path: Path, inputs: Sequence[Sequence[Any]], outputs: Sequence
     """
     if [len(shape) for shape in (*inputs, *outputs)] != [4, 2] or None in (*inputs[0][1:], outputs[0][1]):
         raise ValueError(
-            f"{path} takes {_words(inputs)} and returns {_words(outputs)}: expected one input [batch, channels, height, "
-            "width] and logits [batch, classes], of which the batch alone is dynamic."
+            f"{path} takes {_words(inputs)} and returns {_words(outputs)}: expected one input [batch, channels, "
+            "height, width] and logits [batch, classes], of which the batch alone is dynamic."
         )
     if inputs[0][0] is not None and path.suffix != ".pte":
         raise ValueError(
@@ -115,7 +116,9 @@ def _load_pt2(path: Path) -> _Loaded:
     module = program.module()
     nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
     signature = program.graph_signature
-    shapes = [[_sizes(nodes[name].shape) for name in names] for names in (signature.user_inputs, signature.user_outputs)]
+    shapes = [
+        [_sizes(nodes[name].shape) for name in names] for names in (signature.user_inputs, signature.user_outputs)
+    ]
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
@@ -166,7 +169,9 @@ _LOADERS: dict[str, tuple[str, Callable[[Path], _Loaded]]] = {
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Return the pretrained_cfg of the config.json beside a file or in the folder above; empty where there is none."""
-    config = next((one for one in (path.parent / "config.json", path.parents[1] / "config.json") if one.is_file()), None)
+    config = next(
+        (one for one in (path.parent / "config.json", path.parents[1] / "config.json") if one.is_file()), None
+    )
     if config is None:
         return {}
     try:

@@ -46,6 +46,9 @@ def load_evaluation_images(
             "teacher with more classes, mgd-timm distill --teacher-classes prints the accuracy on the data's."
         )
     check_class_names(network, "model", images.class_names)
+    if fixed and images.input_size[1:] != tuple(inputs["input_size"][1:]):
+        (own, shown) = ("x".join(map(str, size[1:])) for size in (inputs["input_size"], images.input_size))
+        raise ValueError(f"the model takes images of {own} pixels, the data's are {shown}: leave --img-size out.")
     if not fixed:
         check_reads_all_pixels(network, "model", images.input_size, "--img-size")
     return images

@@ -1,7 +1,7 @@
 """Measure exported files beside the PyTorch model: accuracy, agreement, size and latency, as rows of a table."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -38,6 +38,33 @@ class Accuracy:
     images: int
 
 
+@dataclass(frozen=True)
+class FileResult:
+    """What was measured of an exported file, or of the PyTorch model.
+
+    Args:
+        file: Path in the exported folder; "PyTorch" for the model itself.
+        top1: In % of the evaluation images.
+        drop: Points of top-1 below the PyTorch model.
+        agreement: Share of images, in %, of which it predicts the same class as the PyTorch model.
+        megabytes: Size of the file.
+        latency: Median milliseconds by batch size.
+        quantised_by: The way of quantisation; None for other files.
+        kept: Whether it is in the folder.
+        sha256: Of the file; None for the model itself.
+    """
+
+    file: str
+    top1: float
+    drop: float
+    agreement: float
+    megabytes: float
+    latency: dict[int, float]
+    quantised_by: str | None = None
+    kept: bool = True
+    sha256: str | None = None
+
+
 @torch.no_grad()
 def measure_accuracy(
     networks: Mapping[str, Predict], source: Source, accelerator: Accelerator, batch_size: int
@@ -61,9 +88,7 @@ def measure_accuracy(
         return {name: values.to(batch.images.device) for name, values in logits.items()}
 
     found = evaluate(predict, tuple(networks), source, accelerator, batch_size, bar=True)
-    return {
-        name: Accuracy(row["top1"], 100 * equal[name] / row["n"], int(row["n"])) for name, row in found.items()
-    }
+    return {name: Accuracy(row["top1"], 100 * equal[name] / row["n"], int(row["n"])) for name, row in found.items()}
 
 
 @torch.no_grad()
@@ -103,3 +128,28 @@ def file_size(path: Path) -> int:
 def weights_size(model: nn.Module) -> int:
     """Return the bytes of a model's state dict."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def format_table(results: Sequence[FileResult], data: str, images: int) -> str:
+    """Return the table of results as text.
+
+    Args:
+        results: Of the model and of each file.
+        data: Name of the evaluation data.
+        images: Number of evaluation images.
+    """
+    header = ["file", "top-1 %", "drop", "agree %", "MB", *(f"ms at {size}" for size in BATCHES), ""]
+    table = [header]
+    for row in results:
+        numbers = [f"{row.top1:.2f}", f"{row.drop:+.2f}", f"{row.agreement:.2f}", f"{row.megabytes:.2f}"]
+        notes = [*([row.quantised_by] if row.quantised_by else []), *([] if row.kept else ["LEFT OUT"])]
+        table.append([row.file, *numbers, *(f"{row.latency[size]:.2f}" for size in BATCHES), "; ".join(notes)])
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    lines = []
+    for first, *cells, note in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded, note]).rstrip())
+    threads = torch.get_num_threads()
+    lines.append(f"{images:,} evaluation images of {data}; milliseconds per call for 1 and for 64 images on this CPU,")
+    lines.append(f"{threads} thread{'s' if threads > 1 else ''}, calls in turn")
+    return "\n".join(lines)

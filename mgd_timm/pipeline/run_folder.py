@@ -168,6 +168,15 @@ class Origin:
         )
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the recipe.json of a run folder or exported folder, for another export of its model; empty if there is
+    none."""
+    path = next((one / "recipe.json" for one in (folder / "export", folder) if (one / "recipe.json").is_file()), None)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    # export_model writes these.
+    return {name: value for name, value in found.items() if name not in ("versions", "model_sha256")}
+
+
 def read_origin(folder: Path) -> Origin | None:
     """Return the origin of a model from its run folder or exported folder; None if it has none.
 

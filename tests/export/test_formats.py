@@ -1,0 +1,136 @@
+"""Exports to ONNX, int8, torch.export and OpenVINO: the student's predictions, measured, or not left in the folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from small import write_small
+
+import mgd_timm
+from mgd_timm.cli.main import main
+from mgd_timm.export.load_file import load_file
+from mgd_timm.models.load import load_model
+
+FILES = {
+    "onnx/model.onnx": 1e-4,
+    "onnx/model_fp16.onnx": 0.05,
+    "onnx/model_int8.onnx": 2.0,
+    "pt2/model.pt2": 1e-4,
+    "openvino/openvino_model.xml": 0.5,  # its CPU plugin may compute in bfloat16
+}
+"""Bound of the difference between logits, which reach about 20."""
+TO = "timm,onnx,int8,pt2,openvino"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of onnxruntime's, NNCF's and OpenVINO's own code
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("formats"), train=320, test=400)
+
+
+@pytest.fixture(scope="module")
+def exported(data, tmp_path_factory):
+    """The embedded teacher's files, with the formats.json beside them."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    words = ["--to", TO, "--data-dir", str(data), "--license", "mit", "--tag", "mine"]
+    assert main(["export", "embedded", str(folder), *words]) == 0
+    return folder
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(count))
+
+
+def test_every_file_gives_the_students_logits_at_any_batch(exported):
+    model = load_model(str(exported)).eval()
+    for name, bound in FILES.items():
+        file = load_file(exported / name)
+        assert (file.num_classes, file.pretrained_cfg["input_size"]) == (10, (3, 28, 28))
+        for count in (1, 3):
+            with torch.no_grad():
+                expected = model(images(count))
+            torch.testing.assert_close(file(images(count)), expected, atol=bound, rtol=0, msg=name)
+
+
+def test_the_table_says_what_was_measured(exported, data):
+    table = json.loads((exported / "formats.json").read_text())
+    assert (table["images"], table["data"], table["max_drop"]) == (400, data.name, 1.0)
+    rows = {row["file"]: row for row in table["files"]}
+    assert set(rows) == {"PyTorch", *FILES}
+    assert rows["PyTorch"]["top1"] == pytest.approx(mgd_timm.evaluate(exported, str(data))["top1"])
+    for name in FILES:
+        row, path = rows[name], exported / name
+        assert row["kept"]
+        assert row["drop"] == pytest.approx(rows["PyTorch"]["top1"] - row["top1"])
+        assert 100 - row["agreement"] >= abs(row["drop"])
+        assert row["megabytes"] >= path.stat().st_size / 1e6
+        assert set(row["latency"]) == {"1", "64"}
+    assert rows["onnx/model.onnx"]["agreement"] == 100
+    assert rows["onnx/model_int8.onnx"]["agreement"] >= 98
+    assert rows["onnx/model_int8.onnx"]["quantised_by"] == "onnxruntime, static"
+    assert rows["onnx/model_int8.onnx"]["megabytes"] < rows["onnx/model.onnx"]["megabytes"] / 2
+    assert json.loads((exported / "config.json").read_text())["pretrained_cfg"]["tag"] == "mine"
+
+
+def test_evaluate_takes_files(exported, data, tmp_path, capsys):
+    rows = {row["file"]: row for row in json.loads((exported / "formats.json").read_text())["files"]}
+    for name in FILES:
+        assert main(["evaluate", str(exported / name), "--data-dir", str(data)]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(rows[name]["top1"])
+    # The run's recipe is in the folder above the file's.
+    recipe = json.loads((exported / "recipe.json").read_text())
+    recipe["recipe"] = {"student": "cifar_resnet20", "teacher": None, "data": {"data_dir": "photos"}}
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    (moved / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=r"local data \(photos\).* give --data-dir FOLDER"):
+        mgd_timm.evaluate(moved / "onnx" / "model.onnx")
+
+
+def test_files_describe_themselves(exported):
+    import onnx
+
+    model = onnx.load(exported / "onnx" / "model.onnx")
+    known = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    config = json.loads((exported / "config.json").read_text())
+    assert known["label_names"] == config["label_names"]
+    assert (known["mean"], known["std"]) == (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"])
+    assert [model.graph.input[0].name, model.graph.output[0].name] == ["pixel_values", "logits"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    half = onnx.load(exported / "onnx" / "model_fp16.onnx")
+    assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+@pytest.fixture
+def outliers():
+    """The embedded teacher, with one channel of each block 100,000 times larger, which the next weights undo: the same
+    function, but 8 bits do not hold that channel and the others."""
+    model = load_model("embedded").eval()
+    with torch.no_grad():
+        before = model(images(8))
+        for layer in (model.layer1, model.layer2, model.layer3):
+            for block in layer:
+                block.bn1.weight[0] *= 1e5
+                block.bn1.bias[0] *= 1e5
+                block.conv2.weight[:, 0] /= 1e5
+        torch.testing.assert_close(model(images(8)), before, atol=1e-4, rtol=0)
+    return model
+
+
+def test_what_loses_more_than_the_gate_is_not_left_in_the_folder(outliers, tmp_path):
+    data = write_small(tmp_path / "data", train=60, test=100)
+    logged = []
+    with pytest.raises(mgd_timm.AccuracyDropError, match=r"model_int8\.onnx loses .* points.*--max-drop") as error:
+        mgd_timm.export_formats(outliers, tmp_path / "out", "int8", str(data), log=logged.append)
+    text = "\n".join(logged)
+    assert "int8: calibrated on 60 training images, all that there are (300 are advised)" in text
+    assert "quantising it with NNCF" in text
+    assert "LEFT OUT" in text
+    assert [row.kept for row in error.value.results] == [True, False]
+    left = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+    assert left == ["config.json", "formats.json", "recipe.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
