@@ -16,7 +16,18 @@ from small import FAST, ONE_IMAGE, digest
 from mgd_timm.recipe.derived import qat_optim
 from mgd_timm.recipe.recipe import make_recipe
 
-QAT = [*FAST, "--epochs", "1", "--criterion", "fitnet", "--drop", "0.2", "--checkpoint-interval", "1", "--model-ema"]
+QAT = [
+    *FAST,
+    "--epochs",
+    "1",
+    "--criterion",
+    "fitnet:100:1",
+    "--drop",
+    "0.2",
+    "--checkpoint-interval",
+    "1",
+    "--model-ema",
+]
 QAT += ["--model-ema-decay", "0.5"]
 
 
@@ -62,9 +73,13 @@ def test_the_summary_has_both_accuracies_before_and_after(float_run, whole):
     assert found["after"]["int8"] != found["after"]["float"]
     recipe = json.loads((whole / "export" / "recipe.json").read_text())["recipe"]
     assert (recipe["qat"], recipe["qat_epochs"]) == (True, 2)
-    assert [json.loads(row)["stage"] for row in (whole / "qat" / "metrics.jsonl").read_text().splitlines()] == [
-        "qat"
-    ] * 2
+
+
+@pytest.mark.slow
+def test_warm_ups_of_the_run_have_ended_in_the_stage(whole):
+    one, two = (json.loads(row) for row in (whole / "qat" / "metrics.jsonl").read_text().splitlines())
+    assert (one["stage"], two["stage"]) == ("qat", "qat")
+    assert one["train"]["fitnet"] > 0.75 * two["train"]["fitnet"]  # begun again, its mean weight would be a half
 
 
 @pytest.mark.slow
