@@ -45,6 +45,7 @@ bench: .venv/done  ## Measure the tables of docs/results.md again, without those
 	$(RUN) benchmarks/allocator.py
 	$(RUN) benchmarks/demo.py --seeds 5
 	$(RUN) benchmarks/memory.py --check
+	$(RUN) benchmarks/qat.py
 	$(RUN) benchmarks/readme.py
 
 floors:  ## The suite on the lowest versions that pyproject.toml admits.

@@ -20,6 +20,7 @@ import loader
 import memory
 import open as open_folder
 import public
+import qat
 import shortcuts
 import step
 from report import RESULTS, gains, markdown, read_rows, spread
@@ -63,6 +64,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "open": open_folder.section,
     "loader": loader.section,
     "imagenette": imagenette.section,
+    "qat": qat.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,
     "any_timm_families": any_timm.section_families,

@@ -32,6 +32,7 @@ GROUPS = (
     "data",
     "augmentation",
     "optimisation",
+    "int8",
     "speed and memory",
     "run",
 )

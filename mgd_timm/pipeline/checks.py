@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mgd_timm.criteria.terms import Terms
+from mgd_timm.distributed.sharding import fsdp_requested
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.load import check_model_name
@@ -26,6 +27,11 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
         check_model_name(recipe.peer)
     if recipe.teacher is not None and recipe.teacher_store is not None:
         check_storable(terms)
+    if recipe.qat and fsdp_requested():
+        raise ValueError(
+            "qat with FSDP: it rounds whole weights, and FSDP shards them. Leave --qat out, or launch without FSDP "
+            "(accelerate launch --multi_gpu)."
+        )
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:

@@ -21,6 +21,7 @@ from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_o
 from mgd_timm.granularity import MAG
 from mgd_timm.models.build import build_student, set_memory_format
 from mgd_timm.models.checks import check_channels, check_student
+from mgd_timm.models.fake_quantise import find_places
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
 from mgd_timm.models.input_adapter import build_input_adapter
 from mgd_timm.models.load import check_model_name
@@ -206,6 +207,8 @@ def _connect_student(
     maps = recipe.maps if terms.needs("maps", student=True) else None
     tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
     check_rebuild(student, "student")  # after the probe of features, which names images that the student does not take
+    if recipe.qat:
+        find_places(tap)
     if recipe.train_only == "classifier":
         tap.freeze_backbone(adapt_batchnorm=recipe.adapt_batchnorm)
         if random:

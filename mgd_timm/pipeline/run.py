@@ -22,6 +22,7 @@ from mgd_timm.pipeline.checks import check_recipe
 from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
 from mgd_timm.pipeline.evaluate_teachers import evaluate_teachers
 from mgd_timm.pipeline.fit_criteria import fit_criteria
+from mgd_timm.pipeline.learn_int8 import learn_int8
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import (
     accelerator_of,
@@ -115,7 +116,11 @@ def run(
     log_remarks(networks, accelerator)
     before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
     pretrained = _pretrain(recipe, networks, stored, context)
-    fitted = _train_student(recipe, networks, pretrained.teachers, stored, context)
+    source = mixed_source(images, recipe.data, recipe.seed) if stored is None else stored
+    teach = _teach_of(networks, pretrained.teachers, stored)
+    fitted = _train_student(recipe, networks, source, teach, context)
+    if recipe.qat:
+        fitted, before["qat"] = _learn_int8(recipe, networks, fitted, source, teach, context)
     trained = _final_model(networks, fitted)
 
     summary = _summary(fitted, trained, before | pretrained.metrics, images, recipe, accelerator)
@@ -176,12 +181,15 @@ def _pretrain(recipe: Recipe, networks: Networks, stored: StoredSource | None, c
     return _Pretrained(teachers, metrics, heads_sha256)
 
 
+def _teach_of(networks: Networks, teachers: Sequence[Teacher], stored: StoredSource | None) -> Teach | None:
+    """Return what gives the teacher's features of a batch; None where nothing reads them."""
+    if stored is not None:
+        return stored_teacher(teachers[0].heads)
+    return LiveTeachers(*teachers) if teachers and networks.objective.needs else None
+
+
 def _train_student(
-    recipe: Recipe,
-    networks: Networks,
-    teachers: Sequence[Teacher],
-    stored: StoredSource | None,
-    context: RunContext,
+    recipe: Recipe, networks: Networks, source: Source, teach: Teach | None, context: RunContext
 ) -> Fitted:
     images, accelerator = context.images, context.accelerator
     trainee = networks.trainee().to(accelerator.device)
@@ -194,14 +202,9 @@ def _train_student(
         accelerator.print(f"{role} {tap.name}: {count:,} parameters, {size} images")
     if images.evaluation is None:
         accelerator.print("no evaluation split: use --val-split 0.1 to hold one out")
-    teach: Teach | None = None
-    if stored is not None:
-        teach = stored_teacher(teachers[0].heads)
-    elif teachers and networks.objective.needs:
-        teach = LiveTeachers(*teachers)
     return fit(
         trainee,
-        mixed_source(images, recipe.data, recipe.seed) if stored is None else stored,
+        source,
         recipe.optim,
         accelerator,
         seed=recipe.seed,
@@ -215,7 +218,7 @@ def _train_student(
         options=FitOptions(
             folder=context.folder,
             fingerprint=networks.fingerprint,
-            stage="train" if not teachers and networks.peer is None else "distil",
+            stage="train" if not networks.teachers and networks.peer is None else "distil",
             resume=recipe.resume,
             checkpoint_interval=recipe.checkpoint_interval,
             checkpoint_hist=recipe.checkpoint_hist,
@@ -241,6 +244,17 @@ def _evaluation_of(networks: Networks, source: Source, recipe: Recipe, accelerat
         }
 
     return evaluate_students
+
+
+def _learn_int8(
+    recipe: Recipe, networks: Networks, fitted: Fitted, source: Source, teach: Teach | None, context: RunContext
+) -> tuple[Fitted, dict[str, Any]]:
+    """Carry out the int8 stage on the student, or on its average. Return what training ended with, with the metrics
+    after the stage, and the stage's part of the summary."""
+    if fitted.averaged is not None:
+        networks.student.load_state_dict(fitted.averaged.state_dict())
+    found = learn_int8(recipe, networks, source, teach, context)
+    return replace(fitted, last=found["after"]["float"], averaged=None), found
 
 
 def _final_model(networks: Networks, fitted: Fitted) -> nn.Module:
@@ -338,6 +352,13 @@ def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable
         split = " on the validation split" if "val_top1" in summary else ""
         of_best = f"; best{split} {best:.2f} % in epoch {summary['best_epoch']}" if best is not None else ""
         log(f"top-1 {top1:.2f} % after the last epoch{of_best}")
+    if summary.get("qat", {}).get("before", {}).get("float"):
+        before, after = summary["qat"]["before"], summary["qat"]["after"]
+        log(
+            f"int8 (fake quantisation): top-1 {before['int8']['top1']:.2f} % before --qat and "
+            f"{after['int8']['top1']:.2f} % after it; float {before['float']['top1']:.2f} and "
+            f"{after['float']['top1']:.2f} %"
+        )
     if summary.get("peer", {}).get("top1") is not None:
         log(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
     log(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))

@@ -127,7 +127,8 @@ def start_folder(folder: Path, recipe: Recipe, images: Images, log: Callable[[st
     if images.corrupt:
         texts["bad_images.txt"] = lambda: "".join(f"{line}\n" for line in images.corrupt)
     for name, text in texts.items():
-        if not (folder / name).exists():  # of a start that was killed, or to be kept
+        adds_qat = name == "recipe.yaml" and recipe.qat and recipe.resume
+        if adds_qat or not (folder / name).exists():  # of a start that was killed, or to be kept
             write_text_atomically(folder / name, text())
 
 

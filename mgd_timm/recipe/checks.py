@@ -111,6 +111,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_teachers(recipe)
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
+    check_qat(recipe)
 
 
 def check_maps(recipe: "Recipe") -> None:
@@ -153,6 +154,23 @@ def check_peer(recipe: "Recipe") -> None:
         raise ValueError(
             f"method='mas' with peer={recipe.peer!r}: MAS needs fitted heads, and two students have none. Choose "
             "--method mag (with dml: MGD-DML) or none."
+        )
+
+
+def check_qat(recipe: "Recipe") -> None:
+    """Raise ValueError for options of the int8 stage without it, or where it cannot train the student."""
+    if not recipe.qat:
+        _refuse(recipe, ("qat_epochs", "qat_lr"), "it is for --qat only", ", or give --qat")
+        return
+    if recipe.peer is not None:
+        raise ValueError(
+            f"qat with peer={recipe.peer!r}: it trains one student, and there are two. Leave --qat out, and give it to "
+            "a run of one of them (--teacher)."
+        )
+    if recipe.train_only == "classifier":
+        raise ValueError(
+            "qat with train_only='classifier': a frozen backbone cannot learn to compute in int8. Leave --qat or "
+            "--train-only out."
         )
 
 

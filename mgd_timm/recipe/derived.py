@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.recipe import Recipe
 
 
@@ -48,6 +49,21 @@ def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
         )
     optim = dataclasses.replace(optim, global_batch_size=global_batch, grad_accum_steps=None)
     return dataclasses.replace(recipe, optim=optim)
+
+
+def qat_optim(recipe: Recipe) -> Optim:
+    """Return the optimizer's options for the int8 stage: those of the run, at a tenth of its epochs and learning rate
+    unless the recipe says otherwise, along a cosine to 0, without warm-up and moving average."""
+    return dataclasses.replace(
+        recipe.optim,
+        epochs=recipe.qat_epochs or max(1, round(recipe.optim.epochs / 10)),
+        lr=recipe.qat_lr or recipe.optim.lr / 10,
+        sched="cosine",
+        min_lr=0.0,
+        warmup_epochs=0,
+        decay_milestones=None,
+        model_ema=False,
+    )
 
 
 def num_micro_batches(batch_size: int, processes: int, global_batch: int) -> int:

@@ -25,6 +25,7 @@ _model = partial(option, group="model")
 _teacher = partial(option, group="teacher")
 _method = partial(option, group="method")
 _speed = partial(option, group="speed and memory")
+_int8 = partial(option, group="int8", digest=False)  # of a stage that has a digest of its own
 _run = partial(option, group="run")
 
 
@@ -159,6 +160,16 @@ class Recipe:
     )
     compile: bool = _speed(
         False, "compile the train step and the teacher; with torch.compile, and CUDA graphs on one GPU", common=True
+    )
+    qat: bool = _int8(
+        False,
+        "after training, a short stage in which the student computes with rounded numbers, as an int8 file of it will; "
+        "with --resume also for a run that has ended",
+        common=True,
+    )
+    qat_epochs: int | None = _int8(None, "epochs of --qat; default: a tenth of --epochs, 1 or more", minimum=1)
+    qat_lr: float | None = _int8(
+        None, "learning rate of --qat, which falls to 0 along a cosine; default: a tenth of --lr", above=0
     )
     verify: bool = _teacher(
         True,

@@ -66,6 +66,7 @@ def fit(
     evaluate: Evaluate | None = None,
     averaged: nn.Module | None = None,
     compile: bool = False,
+    epochs_before: int = 0,
     options: FitOptions | None = None,
 ) -> Fitted:
     """Train a module whose forward(batch, teacher) returns its losses by name, and logits.
@@ -82,6 +83,7 @@ def fit(
         evaluate: Returns metrics after each epoch, given the averaged module or None; `best` follows their "top1".
         averaged: Part of the trainee to keep a moving average of, if `optim` asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
+        epochs_before: Epochs that the objective has been trained for, which warm-ups of its terms count.
         options: Checkpoints and logs; by default nothing is kept.
 
     Raises:
@@ -98,7 +100,16 @@ def fit(
 
     def build_updater(size: int) -> Updater:
         plan = UpdatePlan(source, seed, options.stage, size, global_batch, accelerator)
-        return Updater(trainee, optim, accelerator, plan, teach=teach, averaged=averaged, compile=compile)
+        return Updater(
+            trainee,
+            optim,
+            accelerator,
+            plan,
+            teach=teach,
+            averaged=averaged,
+            compile=compile,
+            epochs_before=epochs_before,
+        )
 
     if optim.find_batch_size:
         batch_size = find_batch_size(

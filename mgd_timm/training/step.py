@@ -82,6 +82,7 @@ class Updater:
         teach: Returns the teacher's features of a batch; None passes no teacher.
         averaged: Part of the trainee to average, where `optim` asks for it.
         compile: Compile the trainee, and a live teacher.
+        epochs_before: Epochs that the objective has been trained for, which warm-ups of its terms count.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class Updater:
         teach: Teach | None = None,
         averaged: nn.Module | None = None,
         compile: bool = False,
+        epochs_before: int = 0,
     ) -> None:
+        self.epochs_before = epochs_before
         self.parallel = make_data_parallel(trainee, accelerator)
         self.trainee = trainee = self.parallel.trainee
         self.optim, self.accelerator, self.plan, self.compiled = optim, accelerator, plan, compile
@@ -142,7 +145,7 @@ class Updater:
         """
         self.schedule.step_update(done)
         for objective in self.objectives:
-            objective.set_progress(done / self.plan.updates_per_epoch)
+            objective.set_progress(self.epochs_before + done / self.plan.updates_per_epoch)
         sums: dict[str, Tensor] = {}
         for step, micro_batch in enumerate(update, start=1):
             with self.parallel.no_sync(self.model) if step < len(update) else contextlib.nullcontext():
