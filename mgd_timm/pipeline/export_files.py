@@ -46,6 +46,8 @@ from mgd_timm.storage.digests import sha256
 
 CALIBRATION_IMAGES = 300
 _CALIBRATION_BATCH = 25
+_LARGEST_BATCH = 32
+"""Images per evaluation step: each runtime keeps memory for the largest batch it has seen, and all are loaded."""
 ONNXRUNTIME = "onnxruntime, static"
 Log = Callable[[str], None]
 
@@ -250,7 +252,8 @@ def _measure(
 
 
 def _accuracy(networks: Mapping[str, Callable[[Tensor], Tensor]], data: EvaluationData) -> dict[str, Accuracy]:
-    return measure_accuracy(networks, data.source, data.accelerator, data.recipe.data.validation_batch_size)
+    batch = min(data.recipe.data.validation_batch_size, _LARGEST_BATCH)
+    return measure_accuracy(networks, data.source, data.accelerator, batch)
 
 
 def _format_of(file: str) -> str:
