@@ -140,6 +140,10 @@ def export_files(
         ValueError: The network cannot be exported to a format; nothing is written.
         OSError: The folder could not be written; nothing partial is left.
     """
+    if data.accelerator.num_processes > 1:
+        raise ValueError(
+            "mgd-timm export measures latency in one process: start it without accelerate launch or torchrun."
+        )
     model = copy.deepcopy(merge_weights(model)).cpu().eval()
     model.pretrained_cfg = {  # type: ignore[assignment]
         **model.pretrained_cfg,  # type: ignore[dict-item]
