@@ -102,7 +102,7 @@ def run(
         before["teacher_head"] = fit_classifiers(networks.teachers, classifier_fit, context)
         networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
         stored = _open_store(recipe, networks, images, accelerator)
-    log_remarks(networks, accelerator)
+    log_remarks(networks, terms, recipe.method, accelerator)
     before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
     teachers, pretrained = _pretrain(recipe, networks, stored, context)
     fitted = _train_student(recipe, networks, teachers, stored, context)
