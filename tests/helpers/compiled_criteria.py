@@ -41,6 +41,7 @@ def main() -> None:
         kd = Standardised(KD(PAIR, divergence="bdd"))
         others = {"standardised": kd, "weighted": Weighted(kd, EntropyWeight())}
         criterion = (others[name] if name in others else CRITERIA[name](PAIR)).double()
+        torch._dynamo.reset()  # of criteria that share a forward, the second one's numbers would become inputs
         eager = outcome(copy.deepcopy(criterion), compiled=False, whole=True)
         compiled = outcome(criterion, compiled=True, whole=name not in INTERRUPTED)
         for one, two in zip(compiled, eager, strict=True):
