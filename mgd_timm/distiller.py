@@ -193,6 +193,10 @@ class Distiller(nn.Module):
             teacher = student  # not read
         return self.objective(student, teacher, batch), student.logits
 
+    def sample_weights(self, teacher: TeacherFeatures) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples by name, for logs; nothing where samples count equally."""
+        return _sample_weights(self.objective, teacher)
+
 
 class MutualLearning(nn.Module):
     """One module of two students that teach each other: the teacher of each is the other student, detached.
@@ -232,6 +236,65 @@ class MutualLearning(nn.Module):
         terms = self.objective(student, _detach(peer), batch)
         peer_terms = self.peer_objective(peer, _detach(student), batch)
         return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
+
+
+class TaughtPeers(nn.Module):
+    """One module of two students with a teacher: each learns from the labels, the teacher, and the other student,
+    detached.
+
+    The criteria that `--criterion` names are of the teacher, or of each of several, as are the codes of MAG and MAS;
+    `dml` among them is of the other student. By default they are kd and dml, each of weight 1, as is the task. Both
+    students are evaluated, saved and exported (`export`, `export_peer`).
+
+    Reference: Gore, Dey, Mishra, "Uncertainty-Aware Dual-Student Knowledge Distillation for Efficient Image
+    Classification" (arXiv 2511.18826).
+
+    Differs: inspired by the paper; constants ours, as its weights of the three losses and their temperatures are not
+    known to us. The loss between the students is `dml`'s: T = 1, not weighted by sample. Both are updated at once.
+
+    Args:
+        student, peer: The students' features.
+        objective: The student's with the teacher, as of a Distiller.
+        peer_objective: The peer's with the teacher, with parameters of its own.
+        between: The student's with the peer as teacher, without a task.
+        peer_between: The peer's with the student as teacher.
+    """
+
+    def __init__(
+        self,
+        student: FeatureTap,
+        peer: FeatureTap,
+        objective: Objective | MAG | SeveralTeachers,
+        peer_objective: Objective | MAG | SeveralTeachers,
+        between: Objective | MAG,
+        peer_between: Objective | MAG,
+    ) -> None:
+        super().__init__()
+        self.student, self.peer = student, peer
+        self.objective, self.peer_objective = objective, peer_objective
+        self.between, self.peer_between = between, peer_between
+
+    def forward(
+        self, batch: Batch, teacher: TeacherFeatures
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+        """Return weighted losses by name, the peer's as peer_NAME, and the student's logits."""
+        student, peer = self.student(batch.images), self.peer(batch.images)
+        terms = {**self.objective(student, teacher, batch), **self.between(student, _detach(peer), batch)}
+        peer_terms = {**self.peer_objective(peer, teacher, batch), **self.peer_between(peer, _detach(student), batch)}
+        return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
+
+    def sample_weights(self, teacher: TeacherFeatures) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples, which are the same for both students, as of a Distiller."""
+        return _sample_weights(self.objective, teacher)
+
+
+def _sample_weights(
+    objective: Objective | MAG | SeveralTeachers, teacher: TeacherFeatures
+) -> dict[str, Float[Tensor, " b"]]:
+    if isinstance(objective, SeveralTeachers):
+        return objective.sample_weights(teacher)
+    assert isinstance(teacher, Features)
+    return objective.sample_weights(teacher)
 
 
 def _add_codes(features: Features, objective: Objective | MAG) -> Features:

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32, convert_soft_labels, kl_divergence
+from mgd_timm.criteria.base import (
+    Need,
+    Objective,
+    at_least_float32,
+    check_one_label_space,
+    convert_soft_labels,
+    kl_divergence,
+)
+from mgd_timm.criteria.kd import soft_divergence
+from mgd_timm.criteria.sample_weight import EntropyWeight
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
@@ -124,33 +133,46 @@ class HeadFitting(nn.Module):
 class MAG(nn.Module):
     """Granularity-wise distillation: an objective plus, per granularity, T^2 KL(teacher's code || student's code).
 
+    `--code-divergence reverse | balanced | bdd` replaces the divergence of the codes by another one of `kd`'s.
+
     It is called like an Objective. The student gets encoders of its own width, which are not exported, and no decoders:
     these would never get a gradient.
 
     Args:
         pair: Shapes of both networks, with any two embedding widths.
         objective: The other terms of the loss; None for the codes alone.
-        granularities: Those of the teacher's heads. Those of weight 0 are left out.
+        granularities: Those of the teacher's heads. Those of weight 0 are left out. The loss is their divergence's, in
+            place of KL.
+        sample_weight: Returns weights of the code losses' samples from the teacher's logits.
 
     Raises:
-        ValueError: All granularities have weight 0, or one has the name of a term.
+        ValueError: All granularities have weight 0, or one has the name of a term; or samples are weighted, and the
+            networks have different numbers of classes.
     """
 
     def __init__(
-        self, pair: Pair, objective: Objective | None, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
+        self,
+        pair: Pair,
+        objective: Objective | None,
+        granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES,
+        *,
+        sample_weight: EntropyWeight | None = None,
     ) -> None:
         super().__init__()
         self.granularities = tuple(g for g in granularities if g.weight)
         taken = sorted({g.name for g in self.granularities} & set(objective.weights if objective is not None else ()))
         if taken:
             raise ValueError(f"granularity {taken[0]!r} has the name of a term of the objective: rename one of them.")
-        self.objective = objective
+        if sample_weight is not None:
+            check_one_label_space("the weighting of samples by the teacher's logits", pair)
+        self.objective, self.sample_weight = objective, sample_weight
         self.student_heads = GranularityHeads(pair.student.embed_dim, None, self.granularities)
 
     @property
     def needs(self) -> frozenset[Need]:
         """Parts of the teacher's features that the terms use."""
-        return (self.objective.needs if self.objective is not None else frozenset()) | {"embedding"}
+        codes: frozenset[Need] = frozenset({"embedding"} if self.sample_weight is None else {"embedding", "logits"})
+        return (self.objective.needs if self.objective is not None else frozenset()) | codes
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the objective's weighted terms, and one per granularity.
@@ -168,6 +190,7 @@ class MAG(nn.Module):
             ValueError: As for `forward`.
         """
         terms = {}
+        weights = self.sample_weight(teacher.logits) if self.sample_weight is not None else None
         codes = student.codes or self.student_heads.encode(student.embedding)
         for g in self.granularities:
             if g.name not in teacher.codes or teacher.codes[g.name].shape != codes[g.name].shape:
@@ -177,24 +200,37 @@ class MAG(nn.Module):
                     f"granularity {g.name!r} of {g.dim} dims: the teacher has {found}. Use Teacher(tap, heads) with "
                     "heads of the same granularities."
                 )
-            terms[g.name] = g.weight * kl_divergence(codes[g.name], teacher.codes[g.name], g.temperature)
+            values = soft_divergence(
+                codes[g.name], teacher.codes[g.name], g.temperature, g.divergence, reverse_weight=g.reverse_weight
+            )
+            terms[g.name] = g.weight * (values if weights is None else weights * values).mean()
         return terms
+
+    def sample_weights(self, teacher: Features) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples, for logs, under the name ""; nothing where there are none."""
+        return {} if self.sample_weight is None else {"": self.sample_weight(teacher.logits)}
 
 
 class MAS(MAG):
     """Stable excitation distillation: MAG with the stable excitation (`stable_excitation`) as the teacher's logits.
 
     Args:
-        pair, objective, granularities: As for MAG; the objective needs a weighted term that reads the teacher's logits.
+        pair, objective, granularities, sample_weight: As for MAG; the objective needs a weighted term that reads the
+            teacher's logits.
 
     Raises:
         ValueError: As of MAG; or no weighted term of the objective reads the teacher's logits: MAS would be MAG.
     """
 
     def __init__(
-        self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
+        self,
+        pair: Pair,
+        objective: Objective,
+        granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES,
+        *,
+        sample_weight: EntropyWeight | None = None,
     ) -> None:
-        super().__init__(pair, objective, granularities)
+        super().__init__(pair, objective, granularities, sample_weight=sample_weight)
         if "logits" not in objective.needs:
             raise ValueError(
                 "MAS replaces the teacher's logits, and no term with a weight reads the teacher's logits "
@@ -208,6 +244,10 @@ class MAS(MAG):
             ValueError: The teacher has no views.
         """
         return super().forward(student, self.stable(teacher), batch)
+
+    def sample_weights(self, teacher: Features) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples by the stable excitation, as of MAG."""
+        return super().sample_weights(self.stable(teacher))
 
     def stable(self, teacher: Features) -> Features:
         """Return the teacher's features with the stable excitation as logits.

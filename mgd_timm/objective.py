@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria import Objective
+from mgd_timm.criteria import Criterion, Objective, Weighted
 from mgd_timm.criteria.base import Need, at_least_float32
 from mgd_timm.criteria.terms import Terms, build_criterion
 from mgd_timm.features import Batch, Features, Pair
@@ -80,18 +80,40 @@ class SeveralTeachers(nn.Module):
     def _mean(self, student: Features, teachers: tuple[Features, ...], batch: Batch) -> dict[str, Tensor]:
         first = self.parts["1"]
         plain = first.objective if isinstance(first, MAG) else first
-        targets = [first.stable(one) if isinstance(first, MAS) else one for one in teachers]
+        targets = self._targets(teachers)
         assert plain is not None
-        target = teachers[0]
-        if "logits" in self.needs:
-            target = target._replace(logits=mean_of_probabilities([one.logits for one in targets], self.shares))
-        terms = dict(plain(student, target, batch))
+        terms = dict(plain(student, self._mean_of(targets), batch))
         total = sum(self.shares)
-        for number, (weight, one) in enumerate(zip(self.shares, teachers, strict=True), start=1):
+        for number, (weight, one) in enumerate(zip(self.shares, targets, strict=True), start=1):
             if str(number) in self.parts and isinstance(part := self.parts[str(number)], MAG):
                 codes = part.code_terms(student, one)
                 terms |= {f"{name}_{number}": weight / total * term for name, term in codes.items()}
         return terms
+
+    def _targets(self, teachers: tuple[Features, ...]) -> tuple[Features, ...]:
+        """Return the teachers' features as one objective reads them: under MAS, with their stable excitations."""
+        first = self.parts["1"]
+        return tuple(first.stable(one) for one in teachers) if isinstance(first, MAS) else teachers
+
+    def _mean_of(self, targets: tuple[Features, ...]) -> Features:
+        """Return the features of one target: where logits are read, those of the mean of the probabilities."""
+        if "logits" not in self.needs:
+            return targets[0]
+        return targets[0]._replace(logits=mean_of_probabilities([one.logits for one in targets], self.shares))
+
+    def sample_weights(self, teacher: Features | tuple[Features, ...]) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples, for logs: by the mean target under the name "", by teacher i under
+        "_i"; nothing where there are none."""
+        teachers = (teacher,) * len(self.shares) if isinstance(teacher, Features) else teacher
+        targets = self._targets(teachers)
+        first = self.parts["1"]
+        plain = first.objective if isinstance(first, MAG) else first
+        found = plain.sample_weights(self._mean_of(targets)) if self.mean and isinstance(plain, Objective) else {}
+        for number, part in self.parts.items():
+            if isinstance(part, MAG) or (isinstance(part, Objective) and not self.mean):
+                weight = part.sample_weight
+                found |= {} if weight is None else {f"_{number}": weight(targets[int(number) - 1].logits)}
+        return found
 
 
 def build_objective(
@@ -110,14 +132,22 @@ def build_objective(
         ValueError: A criterion does not take the pair, or MAS has no term that reads logits.
     """
     criteria = {
-        name: (term.weight, build_criterion(term, pair, standardise_logits=terms.standardise_logits), term.warmup)
+        name: (term.weight, _build(name, terms, pair), term.warmup)
         for name, term in terms.in_run.items()
         if task or name != "task"
     }
     objective = Objective(**criteria)
     if method == "none" or not terms.teaches:
         return objective
-    return {"mag": MAG, "mas": MAS}[method](pair, objective, granularities)
+    return {"mag": MAG, "mas": MAS}[method](pair, objective, granularities, sample_weight=terms.sample_weight)
+
+
+def _build(name: str, terms: Terms, pair: Pair) -> Criterion:
+    """Build the criterion of a term, on standardised logits and with weighted samples where the terms say so."""
+    criterion = build_criterion(terms.by_name[name], pair, standardise_logits=terms.standardise_logits)
+    if terms.sample_weight is None or name not in terms.weighted:
+        return criterion
+    return Weighted(criterion, terms.sample_weight)
 
 
 def build_several(
@@ -147,5 +177,6 @@ def build_several(
     if not mean and any(name != "task" for name in terms.active):
         others = [build_objective(terms, pair, method, granularities, task=False) for pair in pairs[1:]]
         return SeveralTeachers([first, *others], weights, mean=False)
-    codes = [MAG(pair, None, granularities) if method != "none" else None for pair in pairs[1:]]
+    weight = terms.sample_weight
+    codes = [MAG(pair, None, granularities, sample_weight=weight) if method != "none" else None for pair in pairs[1:]]
     return SeveralTeachers([first, *codes], weights, mean=mean)

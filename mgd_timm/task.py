@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mgd_timm.criteria import Criterion
+from mgd_timm.criteria import Criterion, EntropyWeight
 from mgd_timm.criteria.base import synchronised_buffers
 from mgd_timm.criteria.terms import TermOptions, Terms, parse_terms
 from mgd_timm.distiller import Distiller, Teacher
@@ -77,6 +77,7 @@ class MultiGranularityTask(TrainingTask):
         kd_temperature: Temperature of logit KD.
         smoothing: Label smoothing of the labels' loss. timm's Mixup smooths targets itself: leave it 0 then.
         standardise_logits: Standardise the logits of each criterion that reads them.
+        sample_weight: Weights of samples by the teacher's certainty, as --sample-weight entropy; None for equal ones.
         maps: Maps for criteria that read them, as --maps.
         input_size: (channels, height, width) of the images; by default the student's nominal input size.
         mean, std: Normalisation of the images, from which the teacher's is computed; by default those of the student's
@@ -105,6 +106,7 @@ class MultiGranularityTask(TrainingTask):
         kd_temperature: float = 4.0,
         smoothing: float = 0.0,
         standardise_logits: bool = False,
+        sample_weight: EntropyWeight | None = None,
         maps: str = "stages",
         input_size: tuple[int, int, int] | None = None,
         mean: tuple[float, ...] | None = None,
@@ -124,6 +126,7 @@ class MultiGranularityTask(TrainingTask):
             kd_temperature=kd_temperature,
             smoothing=smoothing,
             standardise_logits=standardise_logits,
+            sample_weight=sample_weight,
         )
         terms = parse_terms((criterion,) if isinstance(criterion, str) else criterion, criterion_options, options)
         _check_terms(terms, labels)
@@ -146,7 +149,7 @@ class MultiGranularityTask(TrainingTask):
         objective = build_objective(terms, pair, method, self.granularities).to(self.device)
         self.trainable_module: nn.Module = TrainableDistiller(student, objective)
         if self.verbose:
-            _log_terms(terms, objective)
+            _log_terms(terms, method, objective)
 
     @property
     def distiller(self) -> TrainableDistiller:
@@ -213,7 +216,8 @@ class MultiGranularityTask(TrainingTask):
         target: Int[Tensor, " b"] | Float[Tensor, "b k"],
         sample_ids: Int[Tensor, " b"] | None = None,
     ) -> dict[str, Tensor]:
-        """Return "loss", "output" and each weighted term by name.
+        """Return "loss", "output" and each weighted term by name; where samples have weights, also "sample_weight" and
+        "sample_weight_std", their mean and standard deviation.
 
         Args:
             input: Images as the student is trained on.
@@ -234,8 +238,12 @@ class MultiGranularityTask(TrainingTask):
                 "your own, with class ids and without mixup or cutmix; or choose a criterion without a memory (rkd)."
             )
         ids = sample_ids if sample_ids is not None else torch.arange(len(input), device=input.device)
-        terms, logits = self.trainable_module(Batch(input, target, ids), self.teacher(input))
-        return {**terms, "loss": total_loss(terms), "output": logits}
+        features = self.teacher(input)
+        terms, logits = self.trainable_module(Batch(input, target, ids), features)
+        found = {**terms, "loss": total_loss(terms), "output": logits}
+        for weights in self.distiller.sample_weights(features).values():
+            found |= {"sample_weight": weights.mean(), "sample_weight_std": weights.std(correction=0)}
+        return found
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> "MultiGranularityTask":
         """Wrap the student and the objective in DistributedDataParallel; the teacher stays as it is.
@@ -373,9 +381,11 @@ def _pair(student: FeatureTap, teacher: Teacher, method: str, labels: Tensor | N
     return Pair(student.shapes(size), theirs, num_samples, labels, teacher.tap.classifier)
 
 
-def _log_terms(terms: Terms, objective: nn.Module) -> None:
+def _log_terms(terms: Terms, method: str, objective: nn.Module) -> None:
     weights = ", ".join(f"{name}={term.weight:g}" for name, term in terms.in_run.items())
     _logger.info(f"MultiGranularityTask: {weights}")
+    if terms.sample_weight is not None:
+        _logger.info(terms.describe_weights(method))
     for criterion in objective.modules():
         if isinstance(criterion, Criterion) and (remark := criterion.remark()) is not None:
             _logger.info(remark)

@@ -13,7 +13,7 @@ from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from mgd_timm.criteria import CRITERIA
+from mgd_timm.criteria import CRITERIA, EntropyWeight
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import LiveTeachers
 from mgd_timm.granularity import GranularityHeads
@@ -24,6 +24,7 @@ from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.task import MultiGranularityTask
+from mgd_timm.training.report import means_of
 from mgd_timm.training.step import Updater
 from mgd_timm.training.update_plan import UpdatePlan
 
@@ -66,10 +67,14 @@ def step(task: MultiGranularityTask, optimizer: torch.optim.Optimizer, *batch: t
     return result
 
 
-@pytest.mark.parametrize(("criterion", "method"), [("ce", "none"), ("kd", "mag"), *((name, "mas") for name in IN_LOOP)])
-def test_training_is_a_runs_own_step_by_step(data, criterion, method):
+@pytest.mark.parametrize(
+    ("criterion", "method", "temperature"),
+    [("ce", "none", None), ("kd", "mag", None), ("kd", "mas", 2.0), *((name, "mas", None) for name in IN_LOOP)],
+)
+def test_training_is_a_runs_own_step_by_step(data, criterion, method, temperature):
     """`connect` and `Updater` are what `distill` uses; the task gets the same networks and batches."""
-    recipe = make_recipe(method=method, criterion=(criterion,), criterion_options=())
+    weighing = {} if temperature is None else {"sample_weight": "entropy", "sample_weight_temperature": temperature}
+    recipe = make_recipe(method=method, criterion=(criterion,), criterion_options=(), **weighing)
     teacher, student = load_model("embedded"), timm.create_model("cifar_resnet8x05", num_classes=10)
     accelerator = accelerator_of(recipe)
     ours = connect(recipe, terms_of(recipe), data, accelerator, [teacher], student)
@@ -79,7 +84,13 @@ def test_training_is_a_runs_own_step_by_step(data, criterion, method):
     frozen = frozen.with_heads(copy.deepcopy(heads))
 
     task = MultiGranularityTask(
-        copy.deepcopy(student), copy.deepcopy(teacher), criterion, method, heads, labels=data.trained_labels()
+        copy.deepcopy(student),
+        copy.deepcopy(teacher),
+        criterion,
+        method,
+        heads,
+        labels=data.trained_labels(),
+        sample_weight=None if temperature is None else EntropyWeight(temperature),
     )
     task.distiller.load_state_dict(trainee.state_dict())
     optim = Optim(epochs=1, opt="momentum", lr=0.01, weight_decay=0.01, sched="constant")
@@ -96,6 +107,12 @@ def test_training_is_a_runs_own_step_by_step(data, criterion, method):
         batch = next(data.train.batches(ids, 0, accelerator.device))
         torch.manual_seed(update[0].seed)
         found = step(task, optimizer, *batch)
+        weight, spread = (found.pop(f"sample_weight{suffix}", None) for suffix in ("", "_std"))
+        assert (weight is None) is (temperature is None)
+        if weight is not None:
+            means = means_of({name: value.item() for name, value in sums.items()})[1]
+            assert means == pytest.approx({"mean": weight.item(), "std": spread.item()}, rel=1e-3)
+            assert 0 < means["mean"] < 1
         terms = {name: value for name, value in found.items() if name not in ("loss", "output")}
         assert terms.keys() <= sums.keys()
         for name, value in terms.items():

@@ -11,10 +11,11 @@ import torch
 from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
-from mgd_timm.criteria import CRITERIA, Criterion
+from mgd_timm.criteria import CRITERIA, Criterion, EntropyWeight
 from mgd_timm.criteria.base import Need
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.criteria.terms import hyper_parameters
+from mgd_timm.distiller import TaughtPeers
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG, MAS
 from mgd_timm.models.build import build_model
@@ -219,10 +220,11 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
     --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
-Each method goes with `--method none`, `mag` or `mas`; `dml`, which takes a second student in place of the teacher
-(`--peer NAME`), with `none` and `mag`. The task's loss is always added (`--task-weight`). With other criteria, `mag`
-and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`).
-Other default weights are in the table. Only a term with `:EPOCHS` warms up.
+Each method goes with `--method none`, `mag` or `mas`; `dml` is learnt from a second student (`--peer NAME`): in place
+of a teacher it goes with `none` and `mag`, [beside one](#two-students-and-a-teacher-peer-with-teacher) with all three.
+The task's loss is always added (`--task-weight`). With other criteria, `mag` and `mas` also add logit KD of weight 1,
+as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Other default weights are in the table. Only
+a term with `:EPOCHS` warms up. A **Note** says what is not the paper's own: with one, no paper is reproduced.
 
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
 "Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and
@@ -232,6 +234,26 @@ has a resolution of its own.
 
 | name | method | paper | weight | needs |
 |---|---|---|---|---|
+"""
+
+
+_PER_SAMPLE = ", ".join(f"`{name}`" for name, kind in CRITERIA.items() if kind.per_sample)
+
+_WEIGHTED = f"""
+Criteria with a loss per sample: {_PER_SAMPLE}. With balance divergence ([`kd`](#kd)), also of the codes:
+
+```bash
+mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --epochs 1 --method mag \\
+    --sample-weight entropy --code-divergence bdd --criterion-options kd.divergence=bdd kd.reverse_temperature=2 \\
+    --heads-epochs 1 --output runs/weighted
+```
+"""
+
+_TAUGHT_PEERS = """
+```bash
+mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --peer cifar_resnet8 --data-dir photos --epochs 1 \\
+    --criterion kd,dml:0.5 --sample-weight entropy --output runs/peers
+```
 """
 
 
@@ -245,6 +267,8 @@ def markdown() -> str:
     parts = [_HEAD + rows]
     parts += [f"## {name}\n\n{_section(kind)}" for name, kind in CRITERIA.items()]
     parts.append(f"## Standardised logits: `--standardise-logits`\n\n{_section(Standardised)}")
+    parts.append(f"## Weighted samples: `--sample-weight entropy`\n\n{_section(EntropyWeight)}{_WEIGHTED}")
+    parts.append(f"## Two students and a teacher: `--peer` with `--teacher`\n\n{_section(TaughtPeers)}{_TAUGHT_PEERS}")
     parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
     return "\n".join(parts)
 

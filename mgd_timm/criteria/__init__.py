@@ -23,6 +23,7 @@ from mgd_timm.criteria.ofa import OFA
 from mgd_timm.criteria.pkt import PKT
 from mgd_timm.criteria.reviewkd import ReviewKD
 from mgd_timm.criteria.rkd import RKD
+from mgd_timm.criteria.sample_weight import EntropyWeight, Weighted
 from mgd_timm.criteria.sp import SP
 from mgd_timm.criteria.srrl import SRRL
 from mgd_timm.criteria.standardisation import Standardised, standardise
@@ -56,4 +57,13 @@ CRITERIA: dict[str, type[Criterion]] = {
     "dml": DML,
 }
 
-__all__ = ["CRITERIA", "Criterion", "Objective", "Standardised", "kl_divergence", "standardise"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "EntropyWeight",
+    "Objective",
+    "Standardised",
+    "Weighted",
+    "kl_divergence",
+    "standardise",
+]

@@ -1,5 +1,6 @@
 """Base class of criteria, their weighted sum, and the functions that many of them use."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +27,15 @@ def smallest_norm(size: int) -> float:
     return SMALLEST_RMS * size**0.5
 
 
+def kl_divergence_per_sample(
+    student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
+) -> Float[Tensor, " b"]:
+    """Return the divergence of each sample, whose mean is `kl_divergence`'s; arguments as there."""
+    student = torch.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+
+
 def kl_divergence(
     student_logits: Float[Tensor, "b k"], teacher_logits: Float[Tensor, "b k"], temperature: float
 ) -> Float[Tensor, ""]:
@@ -43,10 +53,7 @@ def kl_divergence(
     Returns:
         A scalar in nats times T^2, 0 if both are equal.
     """
-    student = torch.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
-    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
-    per_sample = (teacher.exp() * (teacher - student)).sum(-1)
-    return per_sample.mean() * temperature**2
+    return kl_divergence_per_sample(student_logits, teacher_logits, temperature).mean()
 
 
 def check_one_label_space(method: str, pair: Pair) -> None:
@@ -87,7 +94,8 @@ class Criterion(nn.Module):
     """One distillation method: a scalar loss from the features of student and teacher.
 
     Subclasses take `(pair, *, options...)`, own their adapters, and are called with features. The caller must pass
-    teacher features without gradients.
+    teacher features without gradients. They define `sample_values` where the loss is a mean of one value per sample,
+    else `forward`.
 
     Attributes:
         weight: Usual weight of the method.
@@ -98,12 +106,14 @@ class Criterion(nn.Module):
         fits: What is pre-trained before the run, with `fit` as the granularity heads are: "teacher", modules of the
             criterion on the teacher's features (`fitting`); "student", the student's backbone with this criterion
             alone, which the run then does not use.
+        per_sample: It defines `sample_values`, so that samples can be weighted.
         peers: It is for two students that teach each other.
         note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
             "Differs" says all.
         synchronised: Buffers that the criterion keeps identical on all processes, so that they are not broadcast.
         num_classes: Number of classes of the student.
         standardised: It gets standardised logits, and has to standardise the logits that it computes.
+        sample_weight: Returns the weights of samples from the teacher's logits, where samples are weighted.
         alone: Only this process runs the step: do not use collectives.
     """
 
@@ -113,14 +123,20 @@ class Criterion(nn.Module):
     relational: ClassVar[bool] = False
     preact: ClassVar[bool] = False
     fits: ClassVar[Literal["teacher", "student"] | None] = None
+    per_sample: ClassVar[bool] = False
     peers: ClassVar[bool] = False
     note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
+    sample_weight: Callable[[Tensor], Tensor] | None = None
     alone: bool = False
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the unweighted loss, at least float32."""
+        return self.sample_values(student, teacher, batch).mean()
+
+    def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
+        """Return the unweighted loss of each sample, at least float32, if `per_sample`."""
         raise NotImplementedError  # pragma: no cover - the contract only
 
     def __init__(self, pair: Pair) -> None:
@@ -201,4 +217,15 @@ class Objective(nn.Module):
     @property
     def needs(self) -> frozenset[Need]:
         """Parts of the teacher's features that the terms use, without those of weight 0."""
-        return frozenset[Need]().union(*(c.needs for c in self.criteria.values() if isinstance(c, Criterion)))
+        weights: frozenset[Need] = frozenset({"logits"} if self.sample_weight is not None else ())
+        return weights.union(*(c.needs for c in self.criteria.values() if isinstance(c, Criterion)))
+
+    @property
+    def sample_weight(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns the weights of samples from the teacher's logits; None where no term is weighted by sample."""
+        found = (c.sample_weight for c in self.criteria.values() if isinstance(c, Criterion))
+        return next((one for one in found if one is not None), None)
+
+    def sample_weights(self, teacher: Features) -> dict[str, Float[Tensor, " b"]]:
+        """Return the weights of a batch's samples, for logs, under the name ""; nothing where there are none."""
+        return {} if self.sample_weight is None else {"": self.sample_weight(teacher.logits)}

@@ -9,7 +9,7 @@ from mgd_timm.criteria.base import (
     at_least_float32,
     check_one_label_space,
     check_parts,
-    kl_divergence,
+    kl_divergence_per_sample,
     target_classes,
 )
 from mgd_timm.features import Batch, Features, Pair
@@ -35,14 +35,14 @@ def decoupled_divergence(
     alpha: float,
     beta: float,
     temperature: float,
-) -> Float[Tensor, ""]:
-    """Return T^2 (alpha TCKD + beta NCKD), the divergences of the target against the rest and among the other classes,
-    mean over the batch."""
+) -> Float[Tensor, " b"]:
+    """Return T^2 (alpha TCKD + beta NCKD) of each sample, the divergences of the target against the rest and among the
+    other classes."""
     (binary_s, others_s), (binary_t, others_t) = (
         decoupled(z, targets, temperature) for z in (student_logits, teacher_logits)
     )
-    target_part = kl_divergence(binary_s, binary_t, 1.0) * temperature**2
-    return alpha * target_part + beta * kl_divergence(others_s, others_t, temperature)
+    target_part = kl_divergence_per_sample(binary_s, binary_t, 1.0) * temperature**2
+    return alpha * target_part + beta * kl_divergence_per_sample(others_s, others_t, temperature)
 
 
 class DKD(Criterion):
@@ -78,6 +78,7 @@ class DKD(Criterion):
 
     weight = 1.0
     needs = frozenset({"logits"})
+    per_sample = True
 
     def __init__(self, pair: Pair, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__(pair)
@@ -87,7 +88,7 @@ class DKD(Criterion):
         if self.num_classes < 3 and not alpha:
             raise ValueError("alpha=0 with 2 classes: there is only one other class, so NCKD is 0; raise alpha.")
 
-    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Return the loss, at least float32."""
+    def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
+        """Return the loss of each sample, at least float32."""
         targets = target_classes(batch.labels)
         return decoupled_divergence(student.logits, teacher.logits, targets, self.alpha, self.beta, self.temperature)

@@ -29,6 +29,7 @@ class DML(Criterion):
     weight = 1.0
     needs = frozenset({"logits"})
     peers = True
+    note = "beside a teacher: inspired by arXiv 2511.18826; constants ours"
 
     def __init__(self, pair: Pair, *, element_mean: bool = False) -> None:
         super().__init__(pair)

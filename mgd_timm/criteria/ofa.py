@@ -19,15 +19,15 @@ def enhanced_divergence(
     targets: Int[Tensor, " b"],
     eps: float,
     temperature: float,
-) -> Float[Tensor, ""]:
-    """Return the cross-entropy with the teacher's distribution, its target class y enhanced, mean over the batch.
+) -> Float[Tensor, " b"]:
+    """Return the cross-entropy of each sample with the teacher's distribution, its target class y enhanced.
 
     - sum_k ((p_t(k) + [k = y])^eps - [k = y]) log p_s(k), with p = softmax(z / T).
     """
     log_student = torch.log_softmax(at_least_float32(student_logits) / temperature, 1)
     teacher = torch.softmax(at_least_float32(teacher_logits) / temperature, 1)
     target = torch.zeros_like(teacher).scatter(1, targets[:, None], 1.0)
-    return -(((teacher + target) ** eps - target) * log_student).sum(1).mean()
+    return -(((teacher + target) ** eps - target) * log_student).sum(1)
 
 
 def _separable(inputs: int, outputs: int) -> list[nn.Module]:
@@ -118,6 +118,7 @@ class OFA(Criterion):
 
     weight = 1.0
     needs = frozenset({"logits"})
+    per_sample = True
     student_needs = frozenset({"maps"})
 
     def __init__(
@@ -149,8 +150,8 @@ class OFA(Criterion):
             branch = TokenBranch(shape, deeper, classes) if tokens else map_branch(shape[0], deeper, width, classes)
             self.branches.append(branch.apply(_start))
 
-    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Return the loss, at least float32."""
+    def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
+        """Return the loss of each sample, at least float32."""
         targets = target_classes(batch.labels)
         logits = [damp_gradient(branch(maps), maps) for branch, maps in zip(self.branches, student.maps, strict=True)]
         if self.standardised:
@@ -159,4 +160,4 @@ class OFA(Criterion):
             enhanced_divergence(one, teacher.logits, targets, eps, self.temperature)
             for one, eps in zip((*logits, student.logits), self.eps, strict=True)
         )
-        return final + self.branch_weight * torch.stack(branches).sum()
+        return final + self.branch_weight * torch.stack(branches).sum(0)

@@ -71,5 +71,13 @@ class Standardised(Criterion):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the criterion's loss on features with standardised logits."""
-        student, teacher = (f._replace(logits=standardise(f.logits)) for f in (student, teacher))
-        return self.criterion(student, teacher, batch)
+        return self.criterion(*_standardised(student, teacher), batch)
+
+    def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
+        """Return the criterion's loss of each sample on features with standardised logits."""
+        return self.criterion.sample_values(*_standardised(student, teacher), batch)
+
+
+def _standardised(student: Features, teacher: Features) -> tuple[Features, Features]:
+    one, two = (features._replace(logits=standardise(features.logits)) for features in (student, teacher))
+    return one, two

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import yaml
 
 from mgd_timm.criteria import CRITERIA, Criterion
 from mgd_timm.criteria.base import Need
+from mgd_timm.criteria.sample_weight import EntropyWeight
 from mgd_timm.criteria.standardisation import Standardised
 from mgd_timm.features import Pair
 from mgd_timm.recipe.options import typed, unknown
@@ -44,15 +45,23 @@ class Terms:
         by_name: task, kd and the other criteria, including those of weight 0.
         named: The criteria that --criterion names, in its order.
         standardise_logits: Standardise the logits of each criterion that reads them.
-        teaches: There is a teacher or a peer; without one, the task is the only loss.
-        peer: Two students teach each other: each is the other's teacher.
+        teacher: There is a teacher.
+        peer: There are two students. Without a teacher, each is the other's; beside one, they teach each other by the
+            criteria for peers, and the teacher teaches both by the others.
+        sample_weight: Weights of samples; None for equal ones.
     """
 
     by_name: Mapping[str, Term]
     named: tuple[str, ...] = ()
     standardise_logits: bool = False
-    teaches: bool = True
+    teacher: bool = True
     peer: bool = False
+    sample_weight: EntropyWeight | None = None
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher or a peer; without one, the task is the only loss."""
+        return self.teacher or self.peer
 
     @property
     def active(self) -> dict[str, Term]:
@@ -64,6 +73,27 @@ class Terms:
         """The active terms without those that fit the student before the run."""
         return {name: term for name, term in self.active.items() if term.kind.fits != "student"}
 
+    @property
+    def weighted(self) -> dict[str, Term]:
+        """The terms of the run whose samples are weighted: those with a loss per sample, where there are weights."""
+        has_weights = self.sample_weight is not None
+        return {name: term for name, term in self.in_run.items() if has_weights and term.kind.per_sample}
+
+    def describe_weights(self, method: str) -> str:
+        """Return which terms of a run of "none", "mag" or "mas" have weighted samples, and which have not."""
+        weighted = [*self.weighted, *([] if method == "none" else ["the codes"])]
+        others = [name for name in self.in_run if name not in ("task", *weighted)]
+        plain = f", not of {', '.join(others)}" if others else ""
+        return f"samples are weighted in the loss of {', '.join(weighted)}{plain}"
+
+    def of_teacher(self) -> "Terms":
+        """Return the terms that are not of peers alone: beside a peer, what is learnt from labels and teacher."""
+        return replace(self, by_name={name: term for name, term in self.by_name.items() if not term.kind.peers})
+
+    def of_peer(self) -> "Terms":
+        """Return the terms that are of peers alone: beside a teacher, what is learnt from the other student."""
+        return replace(self, by_name={name: term for name, term in self.by_name.items() if term.kind.peers})
+
     def criterion_names(self) -> list[str]:
         """Return the criteria that --criterion names and that have a weight, in its order."""
         return [name for name in self.named if self.by_name["task" if name == "ce" else name].weight]
@@ -72,7 +102,7 @@ class Terms:
         """Return whether a term of the run reads that part of the teacher's features, or of the student's."""
         if not self.teaches:
             return False
-        both = student or self.peer
+        both = student or not self.teacher
         kinds = [term.kind for term in self.in_run.values()]
         return any(part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds)
 
@@ -83,7 +113,7 @@ class Terms:
 
 def task_alone(smoothing: float = 0.0) -> Terms:
     """Return the terms of training without a teacher: cross-entropy with the labels."""
-    return Terms({"task": Term("ce", 1.0, options={"smoothing": smoothing})}, teaches=False)
+    return Terms({"task": Term("ce", 1.0, options={"smoothing": smoothing})}, teacher=False)
 
 
 @dataclass(frozen=True)
@@ -93,28 +123,32 @@ class TermOptions:
     Args:
         epochs: Epochs of the run, which a warm-up must not exceed.
         method: "none", "mag" or "mas": the last two add kd with weight 1 to other criteria.
-        peer: A second student replaces the teacher.
+        teacher: There is a teacher.
+        peer: There is a second student, in place of a teacher or beside it.
         task_weight, kd_weight: Weights of ce and kd; None for the presets.
         kd_temperature: Temperature of kd.
         smoothing: Label smoothing of the task's loss.
         standardise_logits: Standardise the logits of each criterion that reads them.
+        sample_weight: Weights of samples; None for equal ones.
     """
 
     epochs: int
     method: str = "mas"
+    teacher: bool = True
     peer: bool = False
     task_weight: float | None = None
     kd_weight: float | None = None
     kd_temperature: float = 4.0
     smoothing: float = 0.0
     standardise_logits: bool = False
+    sample_weight: EntropyWeight | None = None
 
 
 def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], options: TermOptions) -> Terms:
     """Parse --criterion and --criterion-options, with the default weights of the MGD authors' scripts.
 
-    kd alone: task 0.2, kd 0.8. Any other criterion: task 1, its own weight, and under mag and mas kd 1. With a peer, kd
-    is used only if it is named.
+    kd alone: task 0.2, kd 0.8. Any other criterion: task 1, its own weight, and under mag and mas kd 1. With a peer in
+    place of a teacher, kd is used only if it is named.
 
     Args:
         criterion: NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, several in a word separated by commas.
@@ -129,7 +163,7 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
     hosts = [name for name in given if name not in ("ce", "kd")]
     named = tuple(dict.fromkeys(word.partition(":")[0] for word in _words(criterion)))
     alone = "kd" in named and not hosts
-    beside = hosts and options.method != "none" and not options.peer
+    beside = hosts and options.method != "none" and options.teacher
     presets = {name: CRITERIA[name].weight for name in hosts}
     presets["ce"] = 0.2 if alone else 1.0
     presets["kd"] = CRITERIA["kd"].weight if alone else 1.0 if beside or "kd" in named else 0.0
@@ -139,10 +173,15 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
         weight, warmup = given.get(name, (None, 0.0))
         term = Term(name, presets[name] if weight is None else weight, warmup, arguments.get(name, {}))
         by_name["task" if name == "ce" else name] = term
-        _check_term(term, peer=options.peer, plain=weight is None)
-    terms = Terms(by_name, named, options.standardise_logits, peer=options.peer)
+        _check_term(term, options, plain=weight is None)
+    terms = Terms(
+        by_name, named, options.standardise_logits, options.teacher, options.peer, sample_weight=options.sample_weight
+    )
     _check_options_are_used(terms, arguments, list(criterion))
     _check_something_is_learnt(terms, list(criterion), options)
+    _check_weights_are_used(terms, options)
+    if options.teacher and options.peer:
+        _check_both_teach(terms, options)
     return terms
 
 
@@ -202,20 +241,44 @@ def _check_something_is_learnt(terms: Terms, criterion: list[str], options: Term
         )
 
 
-def _check_term(term: Term, *, peer: bool, plain: bool) -> None:
+def _check_weights_are_used(terms: Terms, options: TermOptions) -> None:
+    """Raise ValueError if samples are to be weighted, and nothing in the run has a loss per sample."""
+    if terms.sample_weight is not None and not terms.weighted and options.method == "none":
+        known = ", ".join(name for name, kind in CRITERIA.items() if kind.per_sample)
+        raise ValueError(
+            f"--sample-weight: none of {', '.join(terms.active)} has a loss per sample. Add one of {known}, or the "
+            "codes of --method mag or mas; or leave --sample-weight out."
+        )
+
+
+def _check_both_teach(terms: Terms, options: TermOptions) -> None:
+    """Raise ValueError where nothing is learnt of the teacher, or of the other student, beside the other."""
+    if not terms.of_peer().in_run:
+        known = ", ".join(name for name, kind in CRITERIA.items() if kind.peers)
+        raise ValueError(
+            f"--peer beside a teacher: the students learn nothing of each other. Name {known} (--criterion kd,dml), or "
+            "leave --peer out."
+        )
+    if options.method == "none" and not set(terms.of_teacher().in_run) - {"task"}:
+        raise ValueError(
+            "--peer beside a teacher: the students learn nothing of the teacher. Name another criterion (--criterion "
+            "kd,dml), or leave --teacher out."
+        )
+
+
+def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
     """Raise ValueError for a criterion that needs a peer or a teacher and lacks it, or a weight without an effect."""
     kind, name = term.kind, term.criterion
     if not term.weight:
         return
-    if kind.peers and not peer:
+    if kind.peers and not options.peer:
         raise ValueError(
-            f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. With a frozen "
-            "teacher, the same divergence is --criterion kd --kd-temperature 1."
+            f"{name} is for two students that teach each other: give --peer NAME in place of a teacher or "
+            "beside it. With a frozen teacher alone, the same divergence is --criterion kd --kd-temperature 1."
         )
-    if kind.fits is not None and peer:
-        raise ValueError(
-            f"{name} is fitted on a trained teacher before the run, and a peer is not trained yet: leave {name} out."
-        )
+    if kind.fits is not None and options.peer:
+        why = "there are two students" if options.teacher else "a peer is not trained yet"
+        raise ValueError(f"{name} is fitted on a trained teacher before the run, and {why}: leave {name} out.")
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
             f"{name} fits the student before the run, with no other loss, so a weight or warm-up has no effect: use "

@@ -128,6 +128,7 @@ def check_teaches_without_logits(
     views_stand_in = recipe.method == "mas" and (silent or not getattr(model, "num_classes", 0))
     reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs]
     if not views_stand_in:
+        reading += ["--sample-weight"] if terms.sample_weight is not None else []
         reading += [term.criterion for term in terms.active.values() if "logits" in term.kind.needs]
     if reading or (recipe.method == "mas" and not views_stand_in):
         has = conflict or "logits that --teacher-classes none leaves out"

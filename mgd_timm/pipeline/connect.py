@@ -15,7 +15,7 @@ from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.distiller import Distiller, MutualLearning, Teacher
+from mgd_timm.distiller import Distiller, MutualLearning, TaughtPeers, Teacher
 from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
@@ -47,6 +47,7 @@ class Networks:
         teachers: As yet without heads.
         peer: The second student, where two teach each other.
         peer_objective: Of the second student.
+        between: Beside a teacher, the objectives of student and peer with each other.
         criterion_fits: What criteria fit before the run.
         fingerprint: What decides the weights that the run ends with.
         loaded_sha256: Of each teacher's weights as they were loaded, before the run gave them other classes or sizes.
@@ -56,16 +57,20 @@ class Networks:
     objective: Objective | MAG | SeveralTeachers
     teachers: tuple[Teacher, ...]
     peer: FeatureTap | None
-    peer_objective: Objective | MAG | None
+    peer_objective: Objective | MAG | SeveralTeachers | None
+    between: tuple[Objective | MAG, Objective | MAG] | None = None
     criterion_fits: list[CriterionFit] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     loaded_sha256: list[str] = field(default_factory=list)
 
-    def trainee(self) -> Distiller | MutualLearning:
+    def trainee(self) -> Distiller | MutualLearning | TaughtPeers:
         """The one module that trains."""
         if self.peer is None or self.peer_objective is None:
             return Distiller(self.student, self.objective)
+        if self.between is not None:
+            return TaughtPeers(self.student, self.peer, self.objective, self.peer_objective, *self.between)
         assert not isinstance(self.objective, SeveralTeachers)
+        assert not isinstance(self.peer_objective, SeveralTeachers)
         return MutualLearning(self.student, self.peer, self.objective, self.peer_objective)
 
     def students(self) -> dict[str, FeatureTap]:
@@ -106,21 +111,42 @@ def connect(
     match_number_of_maps(
         recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else [])
     )
-    pairs = _pairs(tap, taught_by, peer, images)
-    set_seed(recipe.seed, 4)
-    objective = objective_of(recipe, terms, pairs)
-    peer_objective = None
-    if peer is not None:
-        swapped = pairs[0]._replace(student=pairs[0].teacher, teacher=pairs[0].student)
-        peer_objective = build_objective(terms, swapped, recipe.method, recipe.heads.granularities)
+    networks = _build_objectives(recipe, terms, images, tap, taught_by, peer)
     fits: list[CriterionFit] = []
-    if len(taught_by) == 1 and not isinstance(objective, SeveralTeachers):
+    if len(taught_by) == 1 and not isinstance(networks.objective, SeveralTeachers):
         lr, run_lr, teacher = recipe.fitting_lr, recipe.optim.lr, taught_by[0]
-        fits = fits_of_criteria(terms, objective, teacher, lr, run_lr)
+        fits = fits_of_criteria(terms, networks.objective, teacher, lr, run_lr)
         lr = run_lr if lr is None else lr
-        fits += fits_of_student(terms, tap, teacher, images, pairs[0], maps=recipe.maps, seed=recipe.seed, lr=lr)
-    networks = Networks(tap, objective, tuple(taught_by), peer, peer_objective, fits)
+        pair = _pairs(tap, taught_by, images)[0]
+        fits += fits_of_student(terms, tap, teacher, images, pair, maps=recipe.maps, seed=recipe.seed, lr=lr)
+    networks = replace(networks, criterion_fits=fits)
     return replace(networks, fingerprint=_fingerprint(recipe, images, accelerator, networks))
+
+
+def _build_objectives(
+    recipe: Recipe,
+    terms: Terms,
+    images: Images,
+    student: FeatureTap,
+    teachers: Sequence[Teacher],
+    peer: FeatureTap | None,
+) -> Networks:
+    """Return the networks with the objective of each student."""
+    taught = [_pairs(tap, teachers, images) for tap in ([student] if peer is None else [student, peer])]
+    set_seed(recipe.seed, 4)
+    if peer is None:
+        return Networks(student, objective_of(recipe, terms, taught[0]), tuple(teachers), None, None)
+    (first, *_), (second, *_) = taught
+    mutual = [
+        own._replace(teacher=other.student, teacher_classifier=None)
+        for own, other in ((first, second), (second, first))
+    ]
+    if not teachers:
+        one, two = (build_objective(terms, pair, recipe.method, recipe.heads.granularities) for pair in mutual)
+        return Networks(student, one, (), peer, two)
+    objectives = [objective_of(recipe, terms.of_teacher(), pairs) for pairs in taught]
+    one, two = (build_objective(terms.of_peer(), pair) for pair in mutual)
+    return Networks(student, objectives[0], tuple(teachers), peer, objectives[1], (one, two))
 
 
 def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks:
@@ -131,9 +157,10 @@ def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks
         fold: Fold the teachers' BatchNorm into their convolutions.
         fitted: The teachers' weights have changed since they were connected.
     """
-    for criterion in networks.objective.modules():
-        if fitted and isinstance(criterion, Criterion):
-            criterion.reload_teacher_classifier()
+    for objective in (networks.objective, networks.peer_objective):
+        for criterion in objective.modules() if fitted and objective is not None else ():
+            if isinstance(criterion, Criterion):
+                criterion.reload_teacher_classifier()
     distinct = {id(one): one for one in (*networks.teachers, *(fit.teacher for fit in networks.criterion_fits))}
     final = {key: _finished(one, fold, fitted) for key, one in distinct.items()}
     fits = [replace(fit, teacher=final[id(fit.teacher)]) for fit in networks.criterion_fits]
@@ -148,8 +175,10 @@ def _finished(teacher: Teacher, fold: bool, fitted: bool) -> Teacher:
     return Teacher(tap, input_adapter=teacher.input_adapter, digest=digest, logits=teacher.has_logits).to(device)
 
 
-def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
+def log_remarks(networks: Networks, terms: Terms, method: str, accelerator: Accelerator) -> None:
     """Log the criteria's remarks on the pair, and warn where nothing of the teacher is used."""
+    if terms.sample_weight is not None:
+        accelerator.print(terms.describe_weights(method))
     for role, objective in (("", networks.objective), ("peer_", networks.peer_objective)):
         for criterion in objective.modules() if objective is not None else ():
             if isinstance(criterion, Criterion) and (remark := criterion.remark()) is not None:
@@ -159,12 +188,10 @@ def log_remarks(networks: Networks, accelerator: Accelerator) -> None:
         accelerator.print("warning: all distillation weights are 0: the teacher is not used")
 
 
-def _pairs(student: FeatureTap, teachers: Sequence[Teacher], peer: FeatureTap | None, images: Images) -> list[Pair]:
-    """Return a Pair for each teacher; without one, the pair of both students, or of the student with itself."""
-    size = images.input_size[1:]
-    shapes = student.shapes(size)
-    other = peer.shapes(size) if peer is not None else shapes
-    alone = Pair(shapes, other, images.num_samples, images.trained_labels())
+def _pairs(student: FeatureTap, teachers: Sequence[Teacher], images: Images) -> list[Pair]:
+    """Return a Pair for each teacher; without one, that of the student with itself."""
+    shapes = student.shapes(images.input_size[1:])
+    alone = Pair(shapes, shapes, images.num_samples, images.trained_labels())
     return [
         alone._replace(teacher=_teacher_shapes(teacher, images), teacher_classifier=teacher.tap.classifier)
         for teacher in teachers
@@ -257,7 +284,7 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaul
     check_reads_all_pixels(peer, "peer", images.input_size, "--img-size")
     _describe(peer, images, recipe, terms, defaults)
     check_rebuild(peer, "peer")
-    maps = recipe.maps if terms.needs("maps") else None
+    maps = recipe.maps if terms.needs("maps", student=True) else None
     return FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mgd_timm.criteria import Objective
+from mgd_timm.criteria import EntropyWeight, Objective
 from mgd_timm.criteria.terms import TermOptions, Terms, parse_terms, task_alone
 from mgd_timm.data.dataset import Images
 from mgd_timm.distributed.launch import build_accelerator
@@ -76,15 +76,18 @@ def terms_of(recipe: Recipe) -> Terms:
     """Return the terms of a recipe's loss. Raise ValueError as `parse_terms`."""
     if recipe.teacher is None and recipe.peer is None:
         return task_alone(recipe.smoothing)
+    weighs = recipe.sample_weight == "entropy"
     options = TermOptions(
         epochs=recipe.optim.epochs,
         method=recipe.method,
+        teacher=recipe.teacher is not None,
         peer=recipe.peer is not None,
         task_weight=recipe.task_weight,
         kd_weight=recipe.kd_weight,
         kd_temperature=recipe.kd_temperature,
         smoothing=recipe.smoothing,
         standardise_logits=recipe.standardise_logits,
+        sample_weight=EntropyWeight(recipe.sample_weight_temperature or 1.0) if weighs else None,
     )
     return parse_terms(recipe.criterion, recipe.criterion_options, options)
 

@@ -113,7 +113,7 @@ def run(
         before["teacher_head"] = fit_classifiers(networks.teachers, classifier_fit, context)
         networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
         stored = _open_store(recipe, networks, images, accelerator)
-    log_remarks(networks, accelerator)
+    log_remarks(networks, terms, recipe.method, accelerator)
     before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
     pretrained = _pretrain(recipe, networks, stored, context)
     source = mixed_source(images, recipe.data, recipe.seed) if stored is None else stored

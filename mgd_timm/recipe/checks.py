@@ -11,6 +11,7 @@ from mgd_timm.recipe.options import check_choice, flag
 
 if TYPE_CHECKING:
     from mgd_timm.recipe.data import Data
+    from mgd_timm.recipe.heads import Heads
     from mgd_timm.recipe.optim import Optim
     from mgd_timm.recipe.recipe import Recipe
 
@@ -61,6 +62,13 @@ def check_milestones(
         f"{name}={milestones}: all are after {length_name}={length}, so the learning rate would never decay. Give "
         f"smaller ones, or leave {flag(name)} out."
     )
+
+
+def check_code_divergence(heads: "Heads") -> None:
+    """Raise ValueError for a weight of the codes' reverse divergence where their divergence has none."""
+    if heads.code_divergence != "bdd":
+        why = f"it is for bdd, and code_divergence={heads.code_divergence!r}"
+        _refuse(heads, ("code_reverse_weight",), why, ", or give --code-divergence bdd")
 
 
 def check_channels(data: "Data") -> None:
@@ -141,19 +149,14 @@ def check_frozen_backbone(recipe: "Recipe") -> None:
 
 
 def check_peer(recipe: "Recipe") -> None:
-    """Raise ValueError for options that do not go with a second student in place of a teacher."""
+    """Raise ValueError for options that do not go with a second student, or with one in place of a teacher."""
     if recipe.peer is None:
         return
-    if recipe.teacher is not None:
-        raise ValueError(
-            f"peer={recipe.peer!r} replaces the teacher, and there is a teacher {_list(recipe.teacher)}: leave --peer "
-            "or --teacher out."
-        )
     _refuse(recipe.optim, ("model_ema",), f"it averages one student, and with peer={recipe.peer!r} there are two")
-    if recipe.method == "mas":
+    if recipe.method == "mas" and recipe.teacher is None:
         raise ValueError(
             f"method='mas' with peer={recipe.peer!r}: MAS needs fitted heads, and two students have none. Choose "
-            "--method mag (with dml: MGD-DML) or none."
+            "--method mag (with dml: MGD-DML) or none, or name a --teacher."
         )
 
 
@@ -179,7 +182,7 @@ def check_teachers(recipe: "Recipe") -> None:
     teachers = recipe.teacher
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
-        names += ["teacher_resize", "teacher_store", "shard_teacher"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher", "sample_weight"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
@@ -188,6 +191,9 @@ def check_teachers(recipe: "Recipe") -> None:
         _refuse(recipe, ("teacher_store", "teacher_checkpoint"), why)
     else:
         _refuse(recipe, ("teacher_weights",), "it is for several teachers, and there is one", ", or give --kd-weight")
+    if recipe.sample_weight == "none":
+        why = "it is for weighted samples only"
+        _refuse(recipe, ("sample_weight_temperature",), why, ", or give --sample-weight entropy")
     if recipe.teacher_store is None:
         names = ["teacher_augmentations", "teacher_augmentation_seed", "teacher_top_k"]
         _refuse(recipe, names, "it is for stored teacher outputs only", ", or give --teacher-store FOLDER")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mgd_timm.recipe.checks import check_milestones, check_options
+from mgd_timm.recipe.checks import check_code_divergence, check_milestones, check_options
 from mgd_timm.recipe.granularity import Granularity
 from mgd_timm.recipe.options import option
 
@@ -24,6 +24,11 @@ class Heads:
     detailed_dim: int = option(256, "width of the detailed code", minimum=1)
     detailed_temperature: float = option(8.0, "temperature of the detailed granularity", above=0)
     detailed_weight: float = option(1.0, "weight of the detailed code's loss", minimum=0)
+    code_divergence: Literal["forward", "reverse", "balanced", "bdd"] = option(
+        "forward",
+        "divergence of the student's codes from the teacher's; bdd is inspired by arXiv 2501.07804, constants ours",
+    )
+    code_reverse_weight: float = option(1.0, "bdd of the codes: weight of the reverse divergence", minimum=0)
     heads_protocol: Literal["stored", "live"] = option(
         "stored", "fit the heads on stored teacher outputs, or on live images as the authors"
     )
@@ -48,6 +53,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_code_divergence(self)
         check_milestones(
             "heads_decay_milestones", self.heads_decay_milestones, self.heads_sched, "heads_epochs", self.heads_epochs
         )
@@ -62,7 +68,8 @@ class Heads:
     @property
     def granularities(self) -> tuple[Granularity, ...]:
         """Both levels of detail."""
+        how = (self.code_divergence, self.code_reverse_weight)
         return (
-            Granularity("abstract", self.abstract_dim, self.abstract_temperature, self.abstract_weight),
-            Granularity("detailed", self.detailed_dim, self.detailed_temperature, self.detailed_weight),
+            Granularity("abstract", self.abstract_dim, self.abstract_temperature, self.abstract_weight, *how),
+            Granularity("detailed", self.detailed_dim, self.detailed_temperature, self.detailed_weight, *how),
         )

@@ -59,8 +59,8 @@ class Recipe:
     )
     peer: str | None = _teacher(
         None,
-        "a second student, initialised from the seed, in place of a teacher; both learn from the labels and from each "
-        "other, and --drop is for both",
+        "a second student, initialised from the seed; both learn from the labels and from each other, and from the "
+        "teacher if --teacher names one; --drop is for both",
     )
     teacher_checkpoint: str | None = _teacher(
         None,
@@ -114,7 +114,7 @@ class Recipe:
     criterion: tuple[str, ...] = _method(
         ("kd",),
         "criteria, each NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS; the weight rises from 0 over EPOCHS; mgd-timm list "
-        "criteria names them; default: kd, and dml with --peer",
+        "criteria names them; default: kd, dml with --peer, and both with --peer and --teacher",
         common=True,
     )
     criterion_options: tuple[str, ...] = _method(
@@ -124,6 +124,14 @@ class Recipe:
         False,
         "standardise logits to mean 0 and standard deviation 1 (its authors: --kd-temperature 2 --kd-weight 9 "
         "--task-weight 0.1)",
+    )
+    sample_weight: Literal["none", "entropy"] = _method(
+        "none",
+        "weight samples by the teacher's certainty, 1 - entropy / log classes, in the losses that have a value per "
+        "sample (docs/methods.md); none weights all alike",
+    )
+    sample_weight_temperature: float | None = _method(
+        None, "--sample-weight: temperature of the teacher's probabilities; default: 1", above=0
     )
     fitting_epochs: int = _method(
         30, "epochs of pre-training before the run (ab, fsp, ft; --fit-teacher-head)", minimum=1
@@ -237,13 +245,14 @@ TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the defaults are teacher None, criterion dml and method "none".
+    With a peer, the defaults are teacher None, criterion dml (kd and dml beside a teacher) and method "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
     if options.get("peer") is not None:
-        options = {"teacher": None, "criterion": ("dml",), "method": "none", **options}
+        criterion = ("dml",) if options.get("teacher") is None else ("kd", "dml")
+        options = {"teacher": None, "criterion": criterion, "method": "none", **options}
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
     homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
     homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}

@@ -51,8 +51,16 @@ def fit_heads(
     if store is not None and not _store_serves(store, options):
         store = None
     made_of = {
-        # The weights of the code losses belong to the student's objective.
-        "heads": as_dict(replace(options, abstract_weight=1.0, detailed_weight=1.0)),
+        # The weights and divergences of the code losses belong to the student's objective.
+        "heads": as_dict(
+            replace(
+                options,
+                abstract_weight=1.0,
+                detailed_weight=1.0,
+                code_divergence=Heads.code_divergence,
+                code_reverse_weight=Heads.code_reverse_weight,
+            )
+        ),
         **context.teacher_fingerprint(teacher),
         "logits": teacher.has_logits,
         "evaluation": images.evaluation.digest

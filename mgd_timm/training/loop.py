@@ -23,7 +23,7 @@ from mgd_timm.training.checkpointer import Checkpointer
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.find_batch_size import find_batch_size
 from mgd_timm.training.options import FitOptions
-from mgd_timm.training.report import Progress, Reporter
+from mgd_timm.training.report import Progress, Reporter, means_of
 from mgd_timm.training.signals import Stopped, catch_signals
 from mgd_timm.training.step import Teach, Updater
 from mgd_timm.training.update_plan import UpdatePlan
@@ -193,16 +193,15 @@ class _Loop:
     def _end_epoch(self, reporter: Reporter) -> None:
         """Evaluate, append to metrics.jsonl and save."""
         now = self.progress
-        count = now.sums.pop("n")
-        train = {name: value / count for name, value in now.sums.items()}
-        train["top1"] = 100 * train.pop("hits")
+        count = now.sums["n"]
+        now.losses, weights = means_of(now.sums)
+        train = {**now.losses, "top1": 100 * now.sums["hits"] / count}
         self.updater.broadcast_buffers()
         metrics: Metrics = {}
         if self.evaluate is not None:
             with self.updater.parallel.full_parameters():
                 metrics = self.evaluate(self.averaged)
         now.last = metrics
-        now.losses = {name: value for name, value in train.items() if name != "top1"}
         now.epoch, now.update, now.sums = now.epoch + 1, 0, {}
         if metrics.get("top1", -1.0) > now.best:
             now.best, now.best_epoch = metrics["top1"], now.epoch
@@ -212,6 +211,7 @@ class _Loop:
             "updates": now.done,
             "lr": self.updater.lr,
             "train": train,
+            **({"sample_weights": weights} if weights else {}),
             "eval": metrics,
             "best_top1": now.best if now.best_epoch else None,
             "seconds": round(now.seconds, 3),

@@ -13,6 +13,9 @@ from mgd_timm.features import Batch
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.options import FitOptions
 
+WEIGHT = "sample_weight/"
+"""Prefix of sums that are not of losses, but of the weights of samples."""
+
 
 @dataclass
 class Progress:
@@ -45,8 +48,11 @@ class NonFiniteError(RuntimeError):
     """A loss or weight is not finite; names the update. Checkpoints hold a state before it."""
 
 
-def sums_of(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Return each term times the number of samples, "hits", the correct predictions, and "n", the number of samples.
+def sums_of(
+    terms: dict[str, Tensor], logits: Tensor, batch: Batch, weights: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return each term times the number of samples, "hits", the correct predictions, and "n", the number of samples;
+    of weights of samples their sum and that of their squares, under WEIGHT + "mean" and "square".
 
     They stay on the device, so that no step waits for them.
     """
@@ -57,7 +63,26 @@ def sums_of(terms: dict[str, Tensor], logits: Tensor, batch: Batch) -> dict[str,
         if logits.shape[1]:  # a teacher without logits may be the trainee
             hits = (logits.argmax(1) == target).sum().float()
         sums = {name: term.detach().float() * count for name, term in terms.items()}
+        for name, weight in (weights or {}).items():
+            sums |= {
+                f"{WEIGHT}mean{name}": weight.float().sum(),
+                f"{WEIGHT}square{name}": weight.float().square().sum(),
+            }
         return {**sums, "hits": hits, "n": torch.full_like(hits, count)}
+
+
+def means_of(sums: dict[str, float]) -> tuple[Metrics, Metrics]:
+    """Return the mean losses by name, and the mean and standard deviation of the weights of samples, as mean and std
+    with the suffix of their name."""
+    means = {name: value / sums["n"] for name, value in sums.items() if name not in ("hits", "n")}
+    losses = {name: value for name, value in means.items() if not name.startswith(WEIGHT)}
+    weights: Metrics = {}
+    for name, value in means.items():
+        if name.startswith(f"{WEIGHT}mean"):
+            suffix = name.removeprefix(f"{WEIGHT}mean")
+            variance = means[f"{WEIGHT}square{suffix}"] - value**2
+            weights |= {f"mean{suffix}": value, f"std{suffix}": math.sqrt(max(variance, 0.0))}
+    return losses, weights
 
 
 class PendingSums:
@@ -126,13 +151,13 @@ class Reporter:
                         f"{progress.epoch + 1}, lr {lr:.3g}). {self.options.advice}"
                     )
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
-        terms = {name: value / rows[-1]["n"] for name, value in rows[-1].items() if name not in ("hits", "n")}
+        terms, weights = means_of(rows[-1])
         shown = terms if len(terms) <= 6 else {"loss": sum(terms.values())}
         self.bar.set_postfix(
             {"epoch": progress.epoch + 1, **{name: f"{value:.3f}" for name, value in shown.items()}}, refresh=False
         )
         self.bar.update(int(sum(row["n"] for row in rows)))
-        self.track({**terms, "lr": lr}, progress.done)
+        self.track({**terms, **{f"{WEIGHT}{name}": value for name, value in weights.items()}, "lr": lr}, progress.done)
         return stop
 
     def track(self, values: Metrics, step: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mgd_timm.criteria import CrossEntropy
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32, synchronised_buffers
 from mgd_timm.data.sources import Source
-from mgd_timm.distiller import LiveTeachers, TeacherFeatures, is_full
+from mgd_timm.distiller import Distiller, LiveTeachers, TaughtPeers, TeacherFeatures, is_full
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import broadcast_tensors
 from mgd_timm.distributed.sharding import MovingAverage, make_data_parallel
@@ -168,7 +168,7 @@ class Updater:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
         before = self.statistics.snapshot() if self.statistics is not None else []
-        terms, logits = self._forward(self.model, batch)
+        terms, logits, weights = self._forward(self.model, batch)
         # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
         count, steps = micro_batch.count, self.accelerator.gradient_accumulation_steps
         share = count * self.plan.processes * steps / micro_batch.total
@@ -176,17 +176,19 @@ class Updater:
         self.accelerator.backward(loss if share == 1 else loss * share)
         if self.statistics is not None:
             self.statistics.merge(before, micro_batch.filled, self.plan.rank)
-        sums = sums_of(terms, logits, batch)
+        sums = sums_of(terms, logits, batch, weights)
         return sums if count else {name: torch.zeros_like(value) for name, value in sums.items()}
 
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the losses by name, and the student's logits."""
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Return the losses by name, the student's logits, and the weights of samples by name."""
         features: TeacherFeatures | None = None
         if self.teach is not None:
             with self.accelerator.autocast():  # the teacher is not in the wrapped module, and so not in its autocast
                 features = self.teach(batch)
-        found: tuple[dict[str, Tensor], Tensor] = model(Batch(*batch), features)  # without what else travels with it
-        return found
+        terms, logits = model(Batch(*batch), features)  # without what else travels with the batch
+        if features is None or not isinstance(self.trainee, Distiller | TaughtPeers):
+            return terms, logits, {}
+        return terms, logits, self.trainee.sample_weights(features)
 
     def _read(self, source: Source, micro_batch: MicroBatch) -> Batch:
         return next(iter(source.batches([micro_batch.ids], 0, self.accelerator.device)))
@@ -196,7 +198,7 @@ class Updater:
 
         def backward() -> None:
             self.trainee.train()
-            terms, _ = self._forward(self.model, self._read(source, self.plan.updates(0)[0][0]))
+            terms, *_ = self._forward(self.model, self._read(source, self.plan.updates(0)[0][0]))
             self.accelerator.backward(total_loss(terms))
             self.optimizer.zero_grad()
 
@@ -214,7 +216,7 @@ class Updater:
             for criterion in criteria:
                 criterion.alone = True
             for step in range(2):
-                terms, _ = self._forward(model, batch)
+                terms, *_ = self._forward(model, batch)
                 self.accelerator.backward(total_loss(terms))
                 if step == 0:
                     self.optimizer.step()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from mgd_timm.criteria.dist import pearson_distance, relation_distance
 from mgd_timm.criteria.dkd import decoupled_divergence, target_classes
 from mgd_timm.criteria.kd import soft_divergence
 from mgd_timm.features import Features, Pair, Shapes
-from mgd_timm.granularity import MAS, GranularityHeads
+from mgd_timm.granularity import MAG, MAS, GranularityHeads
+from mgd_timm.recipe.granularity import Divergence, Granularity
 
 Z_S, Z_T = wave((4, 10), 0.7, 0.1, 3), wave((4, 10), 0.9, 0.3, 3)
 
@@ -61,18 +63,18 @@ def test_directions_of_the_divergence_against_loops(temperature):
     forward, reverse = loop_kl(Z_S, Z_T, temperature), loop_kl(Z_T, Z_S, temperature)
     assert forward != pytest.approx(reverse)
     for divergence, value in {"forward": forward, "reverse": reverse, "balanced": (forward + reverse) / 2}.items():
-        assert soft_divergence(Z_S, Z_T, temperature, divergence).item() == pytest.approx(value, abs=1e-12)
+        assert soft_divergence(Z_S, Z_T, temperature, divergence).mean().item() == pytest.approx(value, abs=1e-12)
         criterion = KD(Pair(TEN, TEN), temperature=temperature, divergence=divergence)
         assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(value, abs=1e-12)
     same = KD(Pair(TEN, TEN), temperature=temperature)(only(Z_S), only(Z_T), batch(TARGETS))
     assert same.item() == pytest.approx(forward, abs=1e-12)
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "balanced"])
+@pytest.mark.parametrize("divergence", get_args(Divergence))
 def test_every_direction_has_a_gradient_that_is_finite_where_probabilities_vanish(divergence):
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     assert soft_divergence(logits, logits.detach(), 2.0, divergence).item() == 0
-    loss = soft_divergence(logits, logits.detach().flip(1), 2.0, divergence)
+    loss = soft_divergence(logits, logits.detach().flip(1), 2.0, divergence).mean()
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -81,7 +83,9 @@ def test_every_direction_has_a_gradient_that_is_finite_where_probabilities_vanis
 @pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (0.0, 1.0, 1.0), (2.5, 0.0, 2.0)])
 def test_dkd_against_loops(alpha, beta, temperature):
     value = loop_dkd(Z_S, Z_T, TARGETS.tolist(), alpha, beta, temperature)
-    assert decoupled_divergence(Z_S, Z_T, TARGETS, alpha, beta, temperature).item() == pytest.approx(value, abs=1e-11)
+    assert decoupled_divergence(Z_S, Z_T, TARGETS, alpha, beta, temperature).mean().item() == pytest.approx(
+        value, abs=1e-11
+    )
     criterion = DKD(Pair(TEN, TEN), alpha=alpha, beta=beta, temperature=temperature)
     assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(value, abs=1e-11)
 
@@ -91,15 +95,17 @@ def test_dkd_is_kd_where_the_parts_are_weighted_as_the_paper_finds_them():
     for i in range(len(Z_S)):
         s, t, y = Z_S[i : i + 1], Z_T[i : i + 1], TARGETS[i : i + 1]
         rest = 1 - torch.softmax(t / 4, 1)[0, y[0]].item()
-        assert decoupled_divergence(s, t, y, 1.0, rest, 4.0).item() == pytest.approx(loop_kl(s, t, 4.0), abs=1e-12)
+        assert decoupled_divergence(s, t, y, 1.0, rest, 4.0).mean().item() == pytest.approx(
+            loop_kl(s, t, 4.0), abs=1e-12
+        )
 
 
 def test_dkd_does_not_know_offsets_nor_the_order_of_classes():
-    loss = decoupled_divergence(Z_S, Z_T, TARGETS, 1.0, 8.0, 4.0)
+    loss = decoupled_divergence(Z_S, Z_T, TARGETS, 1.0, 8.0, 4.0).mean()
     shift, order = wave((4, 1), 0.3, 0.2, 50), torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(decoupled_divergence(Z_S + shift, Z_T - shift, TARGETS, 1.0, 8.0, 4.0), loss)
+    torch.testing.assert_close(decoupled_divergence(Z_S + shift, Z_T - shift, TARGETS, 1.0, 8.0, 4.0).mean(), loss)
     torch.testing.assert_close(
-        decoupled_divergence(Z_S[:, order], Z_T[:, order], order.argsort()[TARGETS], 1.0, 8.0, 4.0), loss
+        decoupled_divergence(Z_S[:, order], Z_T[:, order], order.argsort()[TARGETS], 1.0, 8.0, 4.0).mean(), loss
     )
 
 
@@ -171,7 +177,7 @@ def test_few_classes_and_odd_logits_are_finite_and_teach(build, classes, standar
 
 def test_dkd_of_two_classes_is_its_target_part():
     two_s, two_t, ids = Z_S[:, :2], Z_T[:, :2], TARGETS % 2
-    loss = decoupled_divergence(two_s, two_t, ids, 1.0, 8.0, 4.0)
+    loss = decoupled_divergence(two_s, two_t, ids, 1.0, 8.0, 4.0).mean()
     assert loss.item() == pytest.approx(loop_kl(two_s, two_t, 4.0), abs=1e-12)
 
 
@@ -204,6 +210,43 @@ def test_each_part_of_dist_and_dkd_alone_teaches_three_classes(part):
         student = features(pair.student, 1, grad=True)
         criterion(student, features(pair.teacher, 2), batch(TARGETS % 3)).backward()
         assert student.logits.grad.abs().max() > 1e-4
+
+
+def test_the_balance_divergence_against_loops():
+    criterion = KD(Pair(TEN, TEN), divergence="bdd", reverse_weight=0.3, reverse_temperature=2.0)
+    expected = loop_kl(Z_S, Z_T, 4.0) + 0.3 * loop_kl(Z_T, Z_S, 2.0)
+    assert criterion(only(Z_S), only(Z_T), batch(TARGETS)).item() == pytest.approx(expected, abs=1e-12)
+    default = KD(Pair(TEN, TEN), divergence="bdd")(only(Z_S), only(Z_T), batch(TARGETS))
+    assert default.item() == pytest.approx(loop_kl(Z_S, Z_T, 4.0) + loop_kl(Z_T, Z_S, 4.0), abs=1e-12)
+    half = [only(shown.bfloat16()) for shown in (Z_S, Z_T)]
+    assert criterion(*half, batch(TARGETS)).dtype == torch.float32
+    assert criterion(*half, batch(TARGETS)).item() == pytest.approx(expected, rel=0.05)
+
+
+def test_the_balance_divergence_without_its_reverse_is_kd_and_is_symmetric_in_roles_with_temperatures():
+    found = []
+    for options in ({"divergence": "bdd", "reverse_weight": 0.0, "reverse_temperature": 2.0}, {}):
+        student = only(Z_S.clone().requires_grad_(True))
+        loss = KD(Pair(TEN, TEN), **options)(student, only(Z_T), batch(TARGETS))
+        loss.backward()
+        found.append((loss, student.logits.grad))
+    assert all(map(torch.equal, *found))
+    one = soft_divergence(Z_S, Z_T, 2.0, "bdd", reverse_temperature=3.0)
+    torch.testing.assert_close(one, soft_divergence(Z_T, Z_S, 3.0, "bdd", reverse_temperature=2.0))
+    assert not torch.allclose(one, soft_divergence(Z_T, Z_S, 2.0, "bdd", reverse_temperature=3.0))
+
+
+def test_codes_learn_by_the_divergence_of_their_granularity():
+    levels = Granularity("a", 6, 2.0, 0.5, "bdd", 0.3), Granularity("b", 10, 8.0, 1.0, "reverse")
+    mag = MAG(Pair(TEN, TEN), None, levels)
+    codes = [{"a": shown[:, :6], "b": shown} for shown in (Z_S, Z_T)]
+    student, teacher = (only(shown)._replace(codes=code) for shown, code in zip((Z_S, Z_T), codes, strict=True))
+    terms = mag(student, teacher, batch(TARGETS))
+    bdd = loop_kl(Z_S[:, :6], Z_T[:, :6], 2.0) + 0.3 * loop_kl(Z_T[:, :6], Z_S[:, :6], 2.0)
+    assert terms["a"].item() == pytest.approx(0.5 * bdd, abs=1e-12)
+    assert terms["b"].item() == pytest.approx(loop_kl(Z_T, Z_S, 8.0), abs=1e-12)
+    with pytest.raises(ValueError, match="reverse_weight with divergence='reverse': it is for divergence=bdd only"):
+        Granularity("b", 10, 8.0, 1.0, "reverse", 0.5)
 
 
 def test_mutual_learning_golden_values():
@@ -299,6 +342,9 @@ CAMLESS = PAIR._replace(student=PAIR.student._replace(cam=None), teacher=PAIR.te
         *((lambda kind=kind: kind(ONE_CLASS), "2 classes or more") for kind in BUILT.values()),
         (lambda: DKD(PAIR, alpha=-1.0), "alpha=-1.0, beta=8.0: expected finite numbers, 0 or more"),
         (lambda: DKD(PAIR, alpha=0, beta=0), "not all 0"),
+        (lambda: KD(PAIR, divergence="bdd", reverse_weight=-1.0), "reverse_weight=-1.0: expected a finite number"),
+        (lambda: KD(PAIR, divergence="bdd", reverse_temperature=0.0), "temperature=0.0: expected a positive"),
+        (lambda: KD(PAIR, reverse_temperature=2.0), "reverse_temperature with divergence='forward': .* choose bdd"),
         (lambda: DKD(PAIR, beta=float("inf")), "beta=inf"),
         (lambda: DKD(PAIR, temperature=0), "temperature=0: expected a positive"),
         (lambda: DIST(PAIR, beta=0, gamma=0), "not all 0"),

@@ -152,7 +152,7 @@ def test_every_criterion_compiles_as_one_graph():
     script = Path(__file__).parents[1] / "helpers" / "compiled_criteria.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [*CRITERIA, "standardised"]
+    assert done.stdout.split() == [*CRITERIA, "standardised", "weighted"]
 
 
 @every

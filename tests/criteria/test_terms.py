@@ -29,6 +29,11 @@ def built(**options):
         ({"criterion": ("at", "ce:2")}, {"task": 2, "kd": 1, "at": 1000}),
         ({"peer": "cifar_resnet8"}, {"task": 1, "kd": 0, "dml": 1}),
         ({"peer": "cifar_resnet8", "method": "mag"}, {"task": 1, "kd": 0, "dml": 1}),
+        ({"peer": "cifar_resnet8", "teacher": "embedded"}, {"task": 1, "kd": 1, "dml": 1}),
+        (
+            {"peer": "cifar_resnet8", "teacher": "embedded", "method": "mas", "criterion": ("at:5,dml:0.2",)},
+            {"task": 1, "kd": 1, "at": 5, "dml": 0.2},
+        ),
     ],
 )
 def test_weights(options, weights):
@@ -86,6 +91,18 @@ def test_warm_up_and_options():
         ({"criterion": ("dml",)}, "two students .* --peer NAME .* --criterion kd --kd-temperature 1"),
         ({"criterion": ("ft",), "peer": "cifar_resnet8"}, "a peer is not trained yet"),
         ({"criterion": ("dml,ab",), "peer": "cifar_resnet8"}, "ab is fitted on a trained teacher"),
+        (
+            {"criterion": ("dml,ft",), "peer": "cifar_resnet8", "teacher": "embedded"},
+            "ft is fitted on a trained teacher before the run, and there are two students",
+        ),
+        (
+            {"criterion": ("kd",), "peer": "cifar_resnet8", "teacher": "embedded"},
+            "the students learn nothing of each other. Name dml",
+        ),
+        (
+            {"criterion": ("dml",), "peer": "cifar_resnet8", "teacher": "embedded"},
+            "the students learn nothing of the teacher. Name another criterion",
+        ),
         ({"criterion": ("at",), "method": "none", "standardise_logits": True}, "no criterion of .*'at'.* reads logits"),
     ],
 )
@@ -109,7 +126,6 @@ def test_what_does_not_go_together(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peer": "cifar_resnet8", "teacher": "embedded"}, "replaces the teacher"),
         ({"peer": "cifar_resnet8", "method": "mas"}, "MAS needs fitted heads, and two students have none"),
         ({"peer": "cifar_resnet8", "model_ema": True}, "model_ema=True: it averages one student"),
         ({"peer": "cifar_resnet8", "teacher_checkpoint": "a.safetensors"}, "there is no teacher"),

@@ -175,6 +175,8 @@ def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
         "1",
         "--epochs",
         "1",
+        "--sample-weight",
+        "entropy",
         "--batch-size",
         "16",
         "--img-size",
@@ -183,6 +185,7 @@ def test_every_criterion_at_once_on_two_processes(small_data, tmp_path):
     done = call(*flags(small_data, tmp_path / "run", *more), processes=2)
     assert done.returncode == 0, done.stderr
     assert "memory banks 2 x 320 x 128: 0.3 MB" in done.stdout
+    assert 0 < history(tmp_path / "run")[-1]["sample_weights"]["mean"] < 1
     terms = set(history(tmp_path / "run")[-1]["train"])
     assert terms == {"task", "kd", "abstract", "detailed", "top1", *(name for name in names if name != "ab")}
 

@@ -7,7 +7,7 @@ import torch
 from cases import PAIR, batch, features, parts
 from torch._dynamo.backends.registry import lookup_backend
 
-from mgd_timm.criteria import CRITERIA, KD, Criterion, Standardised
+from mgd_timm.criteria import CRITERIA, KD, Criterion, EntropyWeight, Standardised, Weighted
 
 INTERRUPTED = {"kdsvd"}  # a decomposition waits for the device, outside the graph
 
@@ -36,9 +36,12 @@ def outcome(criterion: Criterion, *, compiled: bool, whole: bool) -> tuple[dict[
 def main() -> None:
     """Names, one after the other, as they agree."""
     torch.set_num_threads(1)
-    for name in (*CRITERIA, "standardised"):
+    for name in (*CRITERIA, "standardised", "weighted"):
         torch.manual_seed(0)
-        criterion = (Standardised(KD(PAIR)) if name == "standardised" else CRITERIA[name](PAIR)).double()
+        kd = Standardised(KD(PAIR, divergence="bdd"))
+        others = {"standardised": kd, "weighted": Weighted(kd, EntropyWeight())}
+        criterion = (others[name] if name in others else CRITERIA[name](PAIR)).double()
+        torch._dynamo.reset()  # of criteria that share a forward, the second one's numbers would become inputs
         eager = outcome(copy.deepcopy(criterion), compiled=False, whole=True)
         compiled = outcome(criterion, compiled=True, whole=name not in INTERRUPTED)
         for one, two in zip(compiled, eager, strict=True):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mgd_timm.models  # noqa: F401  # registers cifar_* in timm
-from mgd_timm.criteria import CRITERIA, Objective
+from mgd_timm.criteria import CRITERIA, EntropyWeight, Objective, Weighted
 from mgd_timm.distiller import Distiller, LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import leave
 from mgd_timm.distributed.sharding import Sharded, fsdp_units
@@ -46,16 +46,16 @@ class Noise:
 
 
 def build(student: str, size: int) -> tuple[Distiller, Teacher]:
-    """The same networks on every call: MAS around labels, KD and AT."""
+    """The same networks on every call: MAS around labels, KD and AT, with weighted samples."""
     torch.manual_seed(1)
     options = {"img_size": size} if "vit" in student else {}
     tap = FeatureTap(timm.create_model(student, num_classes=10, **options), (0, 1), input_size=(3, size, size))
     theirs = FeatureTap(timm.create_model("test_resnet", num_classes=10).eval(), (0, 1), input_size=(3, size, size))
     teacher = Teacher(theirs, GranularityHeads(theirs.embed_dim, 10))
     pair = Pair(tap.shapes(size), theirs.shapes(size), 32)
-    return Distiller(
-        tap, MAS(pair, Objective(**{name: (1.0, CRITERIA[name](pair)) for name in ("ce", "kd", "at")}))
-    ), teacher
+    criteria = {name: (1.0, CRITERIA[name](pair)) for name in ("ce", "at")}
+    criteria["kd"] = (1.0, Weighted(CRITERIA["kd"](pair), EntropyWeight()))
+    return Distiller(tap, MAS(pair, Objective(**criteria), sample_weight=EntropyWeight())), teacher
 
 
 def accelerator(sharded: bool, steps: int = 1, precision: str | None = None) -> Accelerator:

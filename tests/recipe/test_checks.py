@@ -70,7 +70,6 @@ def test_a_range_holds_its_numbers_and_says_so(bounds, inside, words):
             {"train_only": "classifier", "teacher": None, "drop": 0.1},
             "has no dropout. Leave --drop out",
         ),
-        ({"peer": "test_vit", "teacher": "embedded"}, "leave --peer or --teacher out"),
         ({"peer": "test_vit", "teacher_checkpoint": "f"}, "Leave --teacher-checkpoint out"),
         ({"peer": "test_vit", "model_ema": True}, "Leave --model-ema out"),
         ({"peer": "test_vit", "method": "mas"}, "Choose --method mag (with dml: MGD-DML) or none"),

@@ -22,11 +22,22 @@ from timm import create_model
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mgd_timm.criteria import CRD, CRITERIA, KD, OFA, CrossEntropy, MaskedGenerative, Objective, Standardised
+from mgd_timm.criteria import (
+    CRD,
+    CRITERIA,
+    KD,
+    OFA,
+    CrossEntropy,
+    EntropyWeight,
+    MaskedGenerative,
+    Objective,
+    Standardised,
+    Weighted,
+)
 from mgd_timm.data.dataset import load_images
 from mgd_timm.data.mixed_source import MixedSource
 from mgd_timm.data.sources import SmallImageSource, Source
-from mgd_timm.distiller import Distiller, LiveTeachers, MutualLearning, Teacher
+from mgd_timm.distiller import Distiller, LiveTeachers, MutualLearning, TaughtPeers, Teacher
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
 from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting
@@ -230,6 +241,26 @@ def test_mutual_learning_waits_for_nothing():
     with gpu_machine("bf16") as (gpu, accelerator):
         gpu.put(trainee)
         train(trainee, setup.mixed, accelerator, teach=None, student=setup.student)
+    check(gpu, OF_FIT + MOVED_ONCE)
+
+
+@pytest.mark.slow
+def test_two_students_of_a_teacher_with_weighted_samples_wait_for_nothing():
+    setup, peer = Setup(), tap("cifar_resnet8", SIDE)
+    pairs = setup.pair, setup.pair._replace(student=peer.shapes(SIDE))
+    taught = [
+        MAS(
+            pair,
+            Objective(ce=(1.0, CRITERIA["ce"](pair)), kd=(1.0, Weighted(CRITERIA["kd"](pair), EntropyWeight()))),
+            sample_weight=EntropyWeight(),
+        )
+        for pair in pairs
+    ]
+    between = [Objective(dml=(1.0, CRITERIA["dml"](Pair(pair.student, pair.student)))) for pair in pairs]
+    trainee = TaughtPeers(setup.student, peer, *taught, *between)
+    with gpu_machine("bf16") as (gpu, accelerator):
+        gpu.put(trainee)
+        train(trainee, setup.mixed, accelerator, teach=LiveTeachers(gpu.put(setup.teacher)), student=setup.student)
     check(gpu, OF_FIT + MOVED_ONCE)
 
 
