@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.base import Need, Objective, at_least_float32, convert_soft_labels, kl_divergence
+from mgd_timm.criteria.base import Criterion, Need, Objective, at_least_float32, convert_soft_labels, kl_divergence
 from mgd_timm.features import Batch, Features, Pair
 from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
@@ -195,7 +195,8 @@ class MAS(MAG):
         self, pair: Pair, objective: Objective, granularities: Sequence[Granularity] = DEFAULT_GRANULARITIES
     ) -> None:
         super().__init__(pair, objective, granularities)
-        if "logits" not in objective.needs:
+        criteria = [one for one in objective.criteria.values() if isinstance(one, Criterion)]
+        if not any("logits" in one.needs and not one.rotates for one in criteria):  # rotations have no stable logits
             raise ValueError(
                 "MAS replaces the teacher's logits, and no term with a weight reads the teacher's logits "
                 f"(weights: {objective.weights}): without one MAS is MAG. Use --kd-weight 1 or --method mag."

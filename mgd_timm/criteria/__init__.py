@@ -25,6 +25,7 @@ from mgd_timm.criteria.reviewkd import ReviewKD
 from mgd_timm.criteria.rkd import RKD
 from mgd_timm.criteria.sp import SP
 from mgd_timm.criteria.srrl import SRRL
+from mgd_timm.criteria.sskd import SSKD
 from mgd_timm.criteria.standardisation import Standardised, standardise
 from mgd_timm.criteria.vid import VID
 
@@ -53,6 +54,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "srrl": SRRL,
     "ofa": OFA,
     "catkd": CATKD,
+    "sskd": SSKD,
     "dml": DML,
 }
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mgd_timm.criteria.terms import Terms
+from mgd_timm.data.dataset import Images
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.load import check_model_name
@@ -38,6 +39,12 @@ def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
             f"{', '.join(mixing)} with teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs of "
             "single images, not of mixed or repeated ones. Leave --teacher-store out, or the other option."
         )
+    rotating = rotating_criterion(terms)
+    if mixing and rotating is not None:
+        raise ValueError(
+            f"{', '.join(mixing)} with criterion {rotating!r}, which compares each image with rotations of itself and "
+            f"reads its class: leave {rotating} out, or the other option."
+        )
     if mixing and "crd" in terms.active:
         raise ValueError(
             f"{', '.join(mixing)} with criterion 'crd', which stores one embedding of each image under its class: "
@@ -68,8 +75,36 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
         )
 
 
+def rotating_criterion(terms: Terms) -> str | None:
+    """Return the name of a criterion with a weight that reads features of rotated images, or None."""
+    return next((name for name, term in terms.active.items() if term.kind.rotates), None)
+
+
+def check_rotates(terms: Terms, images: Images) -> None:
+    """Raise ValueError for images that are not square, or without one class each, where a criterion rotates them."""
+    name, (_, height, width) = rotating_criterion(terms), images.input_size
+    if name is None:
+        return
+    if height != width:
+        raise ValueError(
+            f"criterion {name!r} rotates images by 90 degrees, and these are {height}x{width}: give square ones, such "
+            f"as --img-size {min(height, width)}."
+        )
+    if images.train.labels.ndim == 2:
+        raise ValueError(
+            f"criterion {name!r} asks whether the teacher finds the class of an image, and the labels are "
+            f"distributions over {images.num_classes} classes: use labels that are classes, or leave {name} out."
+        )
+
+
 def check_storable(terms: Terms) -> None:
     """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
+    rotating = rotating_criterion(terms)
+    if rotating is not None:
+        raise ValueError(
+            f"criterion {rotating!r} reads the teacher's outputs of rotated images, and a teacher store holds those of "
+            "the images themselves only: leave --teacher-store out."
+        )
     for name, term in terms.active.items():
         lacking = sorted(term.kind.needs - {"logits", "embedding"})
         if lacking:
@@ -120,9 +155,11 @@ def check_teaches_without_logits(
     """
     name = model_name(model)
     views_stand_in = recipe.method == "mas" and (silent or not getattr(model, "num_classes", 0))
-    reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs]
+    # Views stand in for the logits of the images themselves.
+    reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs or term.kind.rotates]
     if not views_stand_in:
-        reading += [term.criterion for term in terms.active.values() if "logits" in term.kind.needs]
+        others = [term for term in terms.active.values() if term.criterion not in reading]
+        reading += [term.criterion for term in others if "logits" in term.kind.needs]
     if reading or (recipe.method == "mas" and not views_stand_in):
         has = conflict or "logits that --teacher-classes none leaves out"
         raise ValueError(

@@ -50,16 +50,18 @@ def fits_of_criteria(
 ) -> list[CriterionFit]:
     """Return the fits of modules of the objective's own criteria on the teacher.
 
-    Without `lr`, the learning rate is min(0.01, run_lr); 0.01 is RepDistiller's for FT's paraphraser.
+    Without `lr`, the learning rate is that of the criterion's own rule, else min(0.01, run_lr); 0.01 is RepDistiller's
+    for FT's paraphraser.
     """
     plain = objective.objective if isinstance(objective, MAG) else objective
-    lr = min(0.01, run_lr) if lr is None else lr
     fits = []
     for name, term in terms.fitted_first("teacher").items():
         trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
         assert trainee is not None
         trainee.requires_grad_(False)  # its own fit trains it, the run does not
-        fits.append(CriterionFit(name, term, trainee, trainee, teacher, lr))
+        rule = term.kind.fitting_rule
+        usual = rule.lr if rule is not None else min(0.01, run_lr)
+        fits.append(CriterionFit(name, term, trainee, trainee, teacher, usual if lr is None else lr))
     return fits
 
 
@@ -104,7 +106,7 @@ def fit_criteria(
 
     Args:
         fits: In this order.
-        optim: The run's rule; their own learning rates are constant.
+        optim: The run's rule. Without a rule of the criterion's own, it is followed at a constant learning rate.
         epochs: Of each fit.
         student_rates: Dropout and stochastic depth of the student, which decide what is fitted of it.
         context: Of the run.
@@ -125,12 +127,19 @@ def fit_criteria(
             one.trainee.requires_grad_(True)
             if isinstance(one.trainee, Distiller):
                 _freeze_unreached(one, context)
-            rule = replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
-            found[one.name] = _fit_one(one, rule, student_rates, context)
+            found[one.name] = _fit_one(one, _rule_of(one, optim, epochs), student_rates, context)
         finally:
             for parameter, value in before.items():
                 parameter.requires_grad_(value)
     return found
+
+
+def _rule_of(one: CriterionFit, optim: Optim, epochs: int) -> Optim:
+    own = one.term.kind.fitting_rule
+    if own is None:
+        return replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
+    of_run = {name: getattr(optim, name) for name in ("global_batch_size", "grad_accum_steps", "find_batch_size")}
+    return replace(own.with_epochs(epochs), lr=one.lr, **of_run)
 
 
 def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], context: RunContext) -> Metrics:
@@ -157,7 +166,7 @@ def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], cont
             context.accelerator,
             seed=context.seed,
             batch_size=context.data.batch_size,
-            teach=LiveTeachers(one.teacher),
+            teach=LiveTeachers(one.teacher, rotate=term.kind.rotates),
             compile=context.compile,
             options=context.fit_options(f"fitting/{one.name}", made_of),
         ).losses

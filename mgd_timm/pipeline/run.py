@@ -9,6 +9,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import nn
 
+from mgd_timm.criteria.base import needs_rotations
 from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
@@ -190,7 +191,7 @@ def _train_student(
     if stored is not None:
         teach = stored_teacher(teachers[0].heads)
     elif teachers and networks.objective.needs:
-        teach = LiveTeachers(*teachers)
+        teach = LiveTeachers(*teachers, rotate=needs_rotations(networks.objective))
     return fit(
         trainee,
         mixed_source(images, recipe.data, recipe.seed) if stored is None else stored,
