@@ -1,6 +1,8 @@
 """Teachers as they come: of other classes, without a classifier, of another size, or several; through whole runs."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -250,6 +252,25 @@ def test_as_many_other_classes_are_other_classes(small_data):
 def test_a_fit_before_the_run_holds_no_second_copy_of_the_teacher(small_data):
     networks = networks_of(None, small_data, criterion=("ft",))
     assert networks.criterion_fits[0].teacher is networks.teachers[0]
+
+
+def test_images_that_cannot_be_rotated_and_teachers_without_logits_of_rotations_are_refused(small_data, tmp_path):
+    def connect_to(recipe, images):
+        connect(recipe, terms_of(recipe), images, Accelerator(), [])
+
+    recipe = make_recipe(data_dir=str(small_data), criterion=("sskd",))
+    images = load_images(recipe.data, 0, log=lambda _: None)
+    with pytest.raises(ValueError, match=r"'sskd' rotates images .* these are 32x48.*--img-size 32"):
+        connect_to(recipe, replace(images, input_size=(3, 32, 48)))
+    soft = copy.copy(images.train)
+    soft.labels = torch.eye(10)[images.train.labels]
+    with pytest.raises(ValueError, match=r"'sskd' asks .* the labels are distributions over 10 classes"):
+        connect_to(recipe, replace(images, train=soft))
+    with pytest.raises(ValueError, match="sskd reads its logits"):  # views stand in for those of images alone
+        networks_of(load_model("embedded"), small_data, criterion=("sskd",), teacher_classes="none")
+    two = make_recipe(teacher=["embedded"] * 2, data_dir=str(small_data), criterion=("sskd",))
+    with pytest.raises(ValueError, match="sskd is fitted on one teacher"):
+        connect(two, terms_of(two), images, Accelerator(), [load_model("embedded") for _ in range(2)])
 
 
 def test_one_of_several_teachers_may_be_silent(small_data):

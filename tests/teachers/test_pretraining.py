@@ -54,7 +54,7 @@ def test_factor_transfer_from_a_teacher_without_logits(small_data, tmp_path):
     assert set(summary["fitted"]) == {"ft"}
 
 
-@pytest.mark.parametrize("name", ["ab", "fsp", "ft"])
+@pytest.mark.parametrize("name", ["ab", "fsp", "ft", "sskd"])
 def test_a_stage_lowers_its_loss_is_kept_and_found_again(name, small_data, tmp_path, capsys):
     epochs = 6 if name == "ft" else 2  # its rate is small
 
@@ -196,7 +196,7 @@ def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weight
         "--method",
         "none",
         "--criterion",
-        "ab,crd:0.8:2,at",
+        "ab,crd:0.8:2,sskd",
         "--fitting-epochs",
         "3",
         "--checkpoint-interval",
