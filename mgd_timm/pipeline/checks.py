@@ -64,7 +64,8 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
             f"streaming with teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave --streaming "
             "or --teacher-store out."
         )
-    if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
+    fitted = recipe.method != "none" or rotating_criterion(terms) is not None
+    if recipe.teacher is not None and fitted and recipe.heads.heads_protocol == "stored":
         raise ValueError(
             "streaming with heads_protocol='stored', which stores the teacher's outputs of all images: give "
             "--heads-protocol live and a few --heads-epochs, each a pass over the stream."

@@ -41,7 +41,7 @@ from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_classifiers
-from mgd_timm.teachers.heads import fit_heads
+from mgd_timm.teachers.heads import fit_heads, outputs_once
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
@@ -151,16 +151,22 @@ def _pretrain(
     teachers, metrics = list(networks.teachers), dict[str, Any]()
     if stored is not None:
         stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
+    # One pass over a teacher serves its heads and a criterion that is fitted on rotations.
+    once = [
+        outputs_once(teacher, recipe.heads, context, rotate=needs_rotations(networks.objective)) for teacher in teachers
+    ]
     if recipe.method != "none":
         for position, teacher in enumerate(teachers):
             name = "heads" if len(teachers) == 1 else f"heads_{position + 1}"
             store = stored.store if stored is not None else None
-            fitted = fit_heads(teacher, recipe.heads, context, store=store, name=name)
+            fitted = fit_heads(teacher, recipe.heads, context, store=store, outputs=once[position], name=name)
             teachers[position], metrics[name] = teacher.with_heads(fitted.heads), fitted.metrics
     networks.objective.to(context.accelerator.device)
     if networks.criterion_fits:
+        rates = (recipe.drop, recipe.drop_path)
+        outputs = once[0] if recipe.heads.heads_protocol == "stored" else None
         metrics["fitted"] = fit_criteria(
-            networks.criterion_fits, recipe.optim, recipe.fitting_epochs, (recipe.drop, recipe.drop_path), context
+            networks.criterion_fits, recipe.optim, recipe.fitting_epochs, rates, context, outputs
         )
     if recipe.shard_teacher:
         teachers = [shard_teacher(teacher, context.accelerator) for teacher in teachers]

@@ -25,7 +25,7 @@ class Heads:
     detailed_temperature: float = option(8.0, "temperature of the detailed granularity", above=0)
     detailed_weight: float = option(1.0, "weight of the detailed code's loss", minimum=0)
     heads_protocol: Literal["stored", "live"] = option(
-        "stored", "fit the heads on stored teacher outputs, or on live images as the authors"
+        "stored", "fit the heads (and sskd's) on stored teacher outputs, or on live images as the authors"
     )
     heads_augmentations: int = option(
         4, "stored protocol: augmentations of each image whose teacher outputs are stored", minimum=1

@@ -96,6 +96,7 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
         ({"aug_repeats": 3, "criterion": ("sskd",)}, "aug_repeats=3 with criterion 'sskd'"),
         ({"criterion": ("sskd",), "teacher_store": "store"}, "'sskd' reads the teacher's outputs of rotated images"),
         ({"streaming": True}, "--heads-protocol live"),
+        ({"streaming": True, "method": "none", "criterion": ("sskd",)}, "--heads-protocol live"),
         ({"streaming": True, "method": "none", "criterion": ("crd",)}, "streaming with criterion 'crd'"),
         ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming with teacher_store"),
     ):
