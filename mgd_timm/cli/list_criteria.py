@@ -227,8 +227,10 @@ and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-w
 warms up.
 
 `sskd` also reads each image rotated by 90, 180 and 270 degrees, so a step costs four times as much. It goes with one
-class per image, square images and one teacher, not with mixup, cutmix, repeated augmentation, stored teacher outputs
-or a peer:
+class per image, square images and one teacher, not with mixup, cutmix, repeated augmentation, `--teacher-store` or a
+peer. Its head on the teacher is fitted on stored outputs, which the heads of MAG and MAS share: 4 images through the
+teacher for each of the `--heads-augmentations`. With `--heads-protocol live`, as the authors, it is 4 in each of the
+`--fitting-epochs`:
 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion sskd --method none \\
