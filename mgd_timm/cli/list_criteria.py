@@ -234,7 +234,7 @@ teacher for each of the `--heads-augmentations`. With `--heads-protocol live`, a
 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion sskd --method none \\
-    --fitting-epochs 2 --epochs 2 --output runs/sskd
+    --fitting-epochs 2 --epochs 1 --output runs/sskd
 ```
 
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
