@@ -101,9 +101,10 @@ class SSKD(Criterion):
     Differs: losses, kept rows and gradients are those of the official code (compared in float64). The four images of
     one share one augmentation, of which the rotations are made (there: each is cropped on its own). The teacher's head
     is fitted on stored outputs of a few augmentations of each image, which the heads of MAG and MAS share, unless
-    heads_protocol is live, as there. A score that
-    equals the target's does not count as higher. If the teacher is wrong everywhere and no mistake is kept, the loss is
-    0 (there: not a number). A vector with a root mean square below 0.001 is not scaled up to unit norm.
+    heads_protocol is live, as there. Of wrong rows with the same rank, the first ones of the batch are kept (there: any
+    of them). A score that equals the target's does not count as higher. If the teacher is wrong everywhere and no
+    mistake is kept, the loss is 0 (there: not a number). A vector with a root mean square below 0.001 is not scaled up
+    to unit norm.
 
     Args:
         pair: Shapes of both networks, with the same classes and embeddings of any width.

@@ -54,7 +54,7 @@ def test_factor_transfer_from_a_teacher_without_logits(small_data, tmp_path):
     assert set(summary["fitted"]) == {"ft"}
 
 
-@pytest.mark.parametrize("name", ["ab", "fsp", "ft", "sskd"])
+@pytest.mark.parametrize("name", ["ab", "fsp", "ft"])
 def test_a_stage_lowers_its_loss_is_kept_and_found_again(name, small_data, tmp_path, capsys):
     epochs = 6 if name == "ft" else 2  # its rate is small
 
