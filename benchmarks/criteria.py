@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
-from mgd_timm.distiller import Distiller, Teacher
+from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
 from mgd_timm.features import Batch, FeatureTap, Pair
 from mgd_timm.models.build import build_model, set_memory_format
 from mgd_timm.models.fold_batchnorm import fold_batchnorm
@@ -31,7 +31,7 @@ from mgd_timm.models.fold_batchnorm import fold_batchnorm
 PAIRS = {"cnn": ("cifar_resnet32x4", "cifar_resnet8x4", 32), "vit": ("vit_tiny_patch16_224", "resnet18", 96)}
 CLASSES, BATCH, SAMPLES = 100, 64, 50_000
 AIMS = dict.fromkeys(CRITERIA, 1.25) | {"crd": 1.6}
-FREE = ("kdsvd", "reviewkd", "rkd")  # to be stated, without an aim
+FREE = ("kdsvd", "reviewkd", "rkd", "sskd")  # to be stated, without an aim
 Step = Callable[[], None]
 
 
@@ -77,6 +77,7 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
     seen, tap = (network.to(device) for network in taps)
     shapes = Pair(tap.shapes(side), seen.shapes(side), SAMPLES, torch.arange(SAMPLES) % CLASSES, seen.classifier)
     frozen = Teacher(fold_batchnorm(seen) or seen).to(device)
+    teach = LiveTeachers(frozen, rotate=kind.rotates)
     objective = Objective(task=(1.0, CrossEntropy(shapes)), **{name: (kind.weight, kind(shapes))})
     trainee = Distiller(tap, objective).to(device).train()
     for module in (trainee, frozen):
@@ -89,7 +90,7 @@ def maker(pair: str, name: str, args: argparse.Namespace) -> Step:
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            terms, _ = trainee(batch, frozen(batch.images))
+            terms, _ = trainee(batch, teach(batch))
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mgd_timm.criteria.base import Objective
+from mgd_timm.criteria.base import Objective, needs_rotations
 from mgd_timm.distributed.sharding import fsdp_units, shard
-from mgd_timm.features import Batch, Features, FeatureTap
+from mgd_timm.features import Batch, Features, FeatureTap, extract_with_rotations
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.models.input_adapter import InputAdapter
 from mgd_timm.objective import SeveralTeachers
@@ -118,15 +118,20 @@ class LiveTeachers:
     """Compute teachers' features of a batch for `fit`; stored outputs would read them instead.
 
     Args:
-        teachers: One or several, with or without heads.
+        *teachers: One or several, with or without heads.
+        rotate: Compute features of the images' rotations too (see `features.extract_with_rotations`).
     """
 
-    def __init__(self, *teachers: Teacher) -> None:
-        self.teachers = teachers
+    def __init__(self, *teachers: Teacher, rotate: bool = False) -> None:
+        self.teachers, self.rotate = teachers, rotate
 
     def __call__(self, batch: Batch) -> TeacherFeatures:
         """Return the features of one teacher, or of each of several."""
-        return _compute_features(self.teachers, batch)
+        return self._compute(self.teachers, batch)
+
+    def _compute(self, teachers: Sequence[Callable[[Tensor], Features]], batch: Batch) -> TeacherFeatures:
+        features = tuple(_extract(teacher, batch.images, self.rotate) for teacher in teachers)
+        return features[0] if len(features) == 1 else features
 
     def compile(self, micro_batch_size: int, mode: str) -> Callable[[Batch], TeacherFeatures]:
         """Return the same function, compiled with torch.compile's `mode` for full micro-batches (see `is_full`).
@@ -134,7 +139,11 @@ class LiveTeachers:
         Teachers on a CPU are compiled with their present weights as constants.
         """
         compiled = [_compile(teacher, mode) for teacher in self.teachers]
-        return lambda batch: _compute_features(compiled if is_full(batch, micro_batch_size) else self.teachers, batch)
+        return lambda batch: self._compute(compiled if is_full(batch, micro_batch_size) else self.teachers, batch)
+
+
+def _extract(network: Callable[[Tensor], Features], images: Tensor, rotate: bool) -> Features:
+    return extract_with_rotations(network, images) if rotate else network(images)
 
 
 def _compile(teacher: Teacher, mode: str) -> Callable[..., Features]:
@@ -159,11 +168,6 @@ def _compile(teacher: Teacher, mode: str) -> Callable[..., Features]:
     return compute_features
 
 
-def _compute_features(teachers: Sequence[Callable[..., Features]], batch: Batch) -> TeacherFeatures:
-    features = tuple(teacher(batch.images) for teacher in teachers)
-    return features[0] if len(features) == 1 else features
-
-
 class Distiller(nn.Module):
     """One module of the student, its encoders and the criteria's adapters; its forward computes the losses.
 
@@ -175,6 +179,7 @@ class Distiller(nn.Module):
     def __init__(self, student: FeatureTap, objective: Objective | MAG | SeveralTeachers) -> None:
         super().__init__()
         self.student, self.objective = student, objective
+        self.rotate = needs_rotations(objective)
 
     def forward(
         self, batch: Batch, teacher: TeacherFeatures | None = None
@@ -184,7 +189,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: `teacher` is None, and the objective reads its features.
         """
-        student: Features = self.student(batch.images)
+        student = _extract(self.student, batch.images, self.rotate)
         if teacher is None:
             if self.objective.needs:
                 raise ValueError(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mgd_timm.criteria.base import (
+    Criterion,
     Need,
     Objective,
     at_least_float32,
@@ -231,7 +232,8 @@ class MAS(MAG):
         sample_weight: EntropyWeight | None = None,
     ) -> None:
         super().__init__(pair, objective, granularities, sample_weight=sample_weight)
-        if "logits" not in objective.needs:
+        criteria = [one for one in objective.criteria.values() if isinstance(one, Criterion)]
+        if not any("logits" in one.needs and not one.rotates for one in criteria):  # rotations have no stable logits
             raise ValueError(
                 "MAS replaces the teacher's logits, and no term with a weight reads the teacher's logits "
                 f"(weights: {objective.weights}): without one MAS is MAG. Use --kd-weight 1 or --method mag."

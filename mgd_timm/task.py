@@ -89,7 +89,7 @@ class MultiGranularityTask(TrainingTask):
 
     Raises:
         ValueError: An unknown name or option; networks and criteria that do not fit; or a criterion that this task
-            does not take (ab, fsp and ft, which fit something first; warm-ups; crd without `labels`).
+            does not take (ab, fsp, ft and sskd, which fit something first; warm-ups; crd without `labels`).
     """
 
     def __init__(

@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from every_criterion import term_names
 from torch import Tensor, nn
 
 import mgd_timm.models  # noqa: F401 - registers cifar_*
 from mgd_timm.criteria import CRITERIA, KD, CrossEntropy, Objective, kl_divergence
 from mgd_timm.distiller import Distiller, Teacher
-from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes
+from mgd_timm.features import Batch, Features, FeatureTap, Pair, Shapes, extract_with_rotations
 from mgd_timm.granularity import MAG, MAS, GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.recipe.granularity import DEFAULT_GRANULARITIES, Granularity
 
@@ -352,8 +353,9 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(method, 
     distiller = Distiller(student, objective).train()
     teacher.train()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    terms, logits = distiller(batch(), teacher(images()))
-    expected = list(dict.fromkeys(("ce", "kd", criterion))) + ([] if method == "none" else ["abstract", "detailed"])
+    terms, logits = distiller(batch(), extract_with_rotations(teacher, images()))
+    names = [part for name in dict.fromkeys(("ce", "kd", criterion)) for part in term_names(name)]
+    expected = names + ([] if method == "none" else ["abstract", "detailed"])
     assert list(terms) == expected
     assert all(term.ndim == 0 and term.isfinite() and term.dtype == torch.float32 for term in terms.values())
     assert logits.shape == (4, CLASSES)

@@ -122,7 +122,7 @@ def test_training_is_a_runs_own_step_by_step(data, criterion, method, temperatur
 
 
 def test_what_a_loop_does_not_pass_is_refused_before_it_starts():
-    for name in ("ab", "ft", "fsp"):
+    for name in ("ab", "ft", "fsp", "sskd"):
         with pytest.raises(ValueError, match=rf"criterion '{name}' fits .* use mgd_timm.distill"):
             make_task(criterion=name, method="none")
     with pytest.raises(ValueError, match="dml is for two students"):

@@ -51,6 +51,7 @@ def requirements(kind: type[Criterion]) -> list[str]:
     found = [words.get(part, part) for part in sorted(kind.needs)] or ["labels"]
     found += [f"the student's {part}" for part in sorted(kind.student_needs)]
     found += {"teacher": ["fitting stage"], "student": ["fitting stage of the student"]}.get(kind.fits or "", [])
+    found += ["rotated images"] if kind.rotates else []
     found += ["local batch"] if kind.relational else []
     return [*found, "peer"] if kind.peers else found
 
@@ -223,8 +224,20 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
 Each method goes with `--method none`, `mag` or `mas`; `dml` is learnt from a second student (`--peer NAME`): in place
 of a teacher it goes with `none` and `mag`, [beside one](#two-students-and-a-teacher-peer-with-teacher) with all three.
 The task's loss is always added (`--task-weight`). With other criteria, `mag` and `mas` also add logit KD of weight 1,
-as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). Other default weights are in the table. Only
-a term with `:EPOCHS` warms up. A **Note** says what is not the paper's own: with one, no paper is reproduced.
+as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). `sskd` has weights of
+its own for both, 0.1 and 0.9. Other default weights are in the table. Only a term with `:EPOCHS` warms up. A **Note**
+says what is not the paper's own: with one, no paper is reproduced.
+
+`sskd` also reads each image rotated by 90, 180 and 270 degrees, so a step costs four times as much. It goes with one
+class per image, square images and one teacher, not with mixup, cutmix, repeated augmentation, `--teacher-store` or a
+peer. Its head on the teacher is fitted on stored outputs, which the heads of MAG and MAS share: 4 images through the
+teacher for each of the `--heads-augmentations`. With `--heads-protocol live`, as the authors, it is 4 in each of the
+`--fitting-epochs`:
+
+```bash
+mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion sskd --method none \\
+    --fitting-epochs 2 --epochs 1 --output runs/sskd
+```
 
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
 "Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and

@@ -26,6 +26,7 @@ from mgd_timm.criteria.rkd import RKD
 from mgd_timm.criteria.sample_weight import EntropyWeight, Weighted
 from mgd_timm.criteria.sp import SP
 from mgd_timm.criteria.srrl import SRRL
+from mgd_timm.criteria.sskd import SSKD
 from mgd_timm.criteria.standardisation import Standardised, standardise
 from mgd_timm.criteria.vid import VID
 
@@ -54,6 +55,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "srrl": SRRL,
     "ofa": OFA,
     "catkd": CATKD,
+    "sskd": SSKD,
     "dml": DML,
 }
 

@@ -1,13 +1,14 @@
 """Base class of criteria, their weighted sum, and the functions that many of them use."""
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mgd_timm.features import Batch, Features, Pair
+from mgd_timm.recipe.optim import Optim
 
 Need = Literal["logits", "embedding", "maps", "cams"]
 
@@ -107,6 +108,10 @@ class Criterion(nn.Module):
             criterion on the teacher's features (`fitting`); "student", the student's backbone with this criterion
             alone, which the run then does not use.
         per_sample: It defines `sample_values`, so that samples can be weighted.
+        fitting_rule: How the module of `fitting` is fitted; None for the run's optimizer at a constant learning rate
+            of 0.01 or less.
+        rotates: It also reads logits and embedding of the images' rotations, of both networks (`Features.rotated`).
+        beside: Usual weights of "ce" and "kd" beside this method, where they are its own.
         peers: It is for two students that teach each other.
         note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
             "Differs" says all.
@@ -124,6 +129,9 @@ class Criterion(nn.Module):
     preact: ClassVar[bool] = False
     fits: ClassVar[Literal["teacher", "student"] | None] = None
     per_sample: ClassVar[bool] = False
+    fitting_rule: ClassVar[Optim | None] = None
+    rotates: ClassVar[bool] = False
+    beside: ClassVar[Mapping[str, float]] = {}
     peers: ClassVar[bool] = False
     note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
@@ -138,6 +146,10 @@ class Criterion(nn.Module):
     def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
         """Return the unweighted loss of each sample, at least float32, if `per_sample`."""
         raise NotImplementedError  # pragma: no cover - the contract only
+
+    def parts(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return the parts of the unweighted loss that are logged apart, by name; a loss in one piece has no name."""
+        return {"": self(student, teacher, batch)}
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
@@ -155,6 +167,11 @@ class Criterion(nn.Module):
         return None
 
 
+def needs_rotations(module: nn.Module) -> bool:
+    """Return whether a criterion in a module reads features of the images' rotations."""
+    return any(isinstance(criterion, Criterion) and criterion.rotates for criterion in module.modules())
+
+
 def synchronised_buffers(module: nn.Module) -> list[str]:
     """Return the names of the buffers that the criteria in a module keep identical on all processes."""
     return [
@@ -170,7 +187,7 @@ class Objective(nn.Module):
 
     Args:
         **terms: name=(weight, criterion), or name=(weight, criterion, warmup) with the epochs over which the weight
-            rises linearly from 0. The name is used in logs.
+            rises linearly from 0. The name is used in logs, and NAME_PART for a part of a criterion.
 
     Raises:
         ValueError: There is no term, a name is not allowed for a module, or a weight or warm-up is negative or not
@@ -204,9 +221,13 @@ class Objective(nn.Module):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted losses by name, without the terms of weight 0."""
-        terms = {name: self.weights[name] * term(student, teacher, batch) for name, term in self.criteria.items()}
-        for name, epochs in self.warmups.items():
-            terms[name] = terms[name] * (self.progress / epochs).clamp(max=1.0).to(terms[name].dtype)
+        terms = {}
+        for name, criterion in self.criteria.items():
+            for part, loss in cast(Criterion, criterion).parts(student, teacher, batch).items():
+                term = self.weights[name] * loss
+                if name in self.warmups:
+                    term = term * (self.progress / self.warmups[name]).clamp(max=1.0).to(term.dtype)
+                terms[f"{name}_{part}" if part else name] = term
         return terms
 
     def set_progress(self, epochs: float) -> None:

@@ -25,6 +25,13 @@ def standardise(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     return (logits - logits.mean(1, keepdim=True)) / deviation.clamp_min(SMALLEST_SPREAD)
 
 
+def _standardised(features: Features) -> Features:
+    rotated = features.rotated
+    if rotated is not None:
+        rotated = rotated._replace(logits=standardise(rotated.logits))
+    return features._replace(logits=standardise(features.logits), rotated=rotated)
+
+
 class Standardised(Criterion):
     """Any logit criterion on standardised logits: L(Z(z_s), Z(z_t)), Z(z) = (z - mean(z)) / std(z) per sample.
 
@@ -71,13 +78,13 @@ class Standardised(Criterion):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the criterion's loss on features with standardised logits."""
-        return self.criterion(*_standardised(student, teacher), batch)
+        loss: Tensor = self.criterion(_standardised(student), _standardised(teacher), batch)
+        return loss
 
     def sample_values(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, " b"]:
         """Return the criterion's loss of each sample on features with standardised logits."""
-        return self.criterion.sample_values(*_standardised(student, teacher), batch)
+        return self.criterion.sample_values(_standardised(student), _standardised(teacher), batch)
 
-
-def _standardised(student: Features, teacher: Features) -> tuple[Features, Features]:
-    one, two = (features._replace(logits=standardise(features.logits)) for features in (student, teacher))
-    return one, two
+    def parts(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return the parts of the criterion's loss on features with standardised logits."""
+        return self.criterion.parts(_standardised(student), _standardised(teacher), batch)

@@ -147,8 +147,8 @@ class TermOptions:
 def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], options: TermOptions) -> Terms:
     """Parse --criterion and --criterion-options, with the default weights of the MGD authors' scripts.
 
-    kd alone: task 0.2, kd 0.8. Any other criterion: task 1, its own weight, and under mag and mas kd 1. With a peer in
-    place of a teacher, kd is used only if it is named.
+    kd alone: task 0.2, kd 0.8. Any other criterion: task 1, its own weight, and under mag and mas kd 1; a criterion may
+    bring other weights of both (`Criterion.beside`). With a peer in place of a teacher, kd is used only if it is named.
 
     Args:
         criterion: NAME, NAME:WEIGHT or NAME:WEIGHT:EPOCHS, several in a word separated by commas.
@@ -167,6 +167,8 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
     presets = {name: CRITERIA[name].weight for name in hosts}
     presets["ce"] = 0.2 if alone else 1.0
     presets["kd"] = CRITERIA["kd"].weight if alone else 1.0 if beside or "kd" in named else 0.0
+    for name in hosts:
+        presets |= CRITERIA[name].beside if given[name][0] != 0 else {}
     arguments = _arguments(criterion_options, options)
     by_name = {}
     for name in ("ce", "kd", *hosts):

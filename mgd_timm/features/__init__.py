@@ -2,6 +2,7 @@
 
 from mgd_timm.features.contract import Batch, Defaults, Features, Pair, Shapes
 from mgd_timm.features.maps import choose_maps, resolve_indices
+from mgd_timm.features.rotations import extract_with_rotations
 from mgd_timm.features.tap import FeatureTap, match_number_of_maps
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Pair",
     "Shapes",
     "choose_maps",
+    "extract_with_rotations",
     "match_number_of_maps",
     "resolve_indices",
 ]

@@ -26,6 +26,8 @@ class Features(NamedTuple):
         views: Logits of the granularity heads, by granularity; empty without heads.
         cam: Class activation maps: the classifier at every position of the last map. Their mean over positions is the
             logits. None unless requested.
+        rotated: Logits and embedding of each image rotated by 90, 180 and 270 degrees, 3 rows after one another for
+            each image. None unless a criterion `rotates`.
     """
 
     logits: Float[Tensor, "b k"]
@@ -34,6 +36,7 @@ class Features(NamedTuple):
     codes: dict[str, Float[Tensor, "b g"]] = {}
     views: dict[str, Float[Tensor, "b k"]] = {}
     cam: Float[Tensor, "b k h w"] | None = None
+    rotated: "Features | None" = None
 
 
 class Shapes(NamedTuple):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mgd_timm.criteria.terms import Terms
+from mgd_timm.data.dataset import Images
 from mgd_timm.distributed.sharding import fsdp_requested
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import find_class_conflict
@@ -44,6 +45,12 @@ def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
             f"{', '.join(mixing)} with teacher_store={recipe.teacher_store!r}: a store holds the teacher's outputs of "
             "single images, not of mixed or repeated ones. Leave --teacher-store out, or the other option."
         )
+    rotating = rotating_criterion(terms)
+    if mixing and rotating is not None:
+        raise ValueError(
+            f"{', '.join(mixing)} with criterion {rotating!r}, which compares each image with rotations of itself and "
+            f"reads its class: leave {rotating} out, or the other option."
+        )
     if mixing and "crd" in terms.active:
         raise ValueError(
             f"{', '.join(mixing)} with criterion 'crd', which stores one embedding of each image under its class: "
@@ -63,7 +70,8 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
             f"streaming with teacher_store={recipe.teacher_store!r}, which holds outputs by image: leave --streaming "
             "or --teacher-store out."
         )
-    if recipe.teacher is not None and recipe.method != "none" and recipe.heads.heads_protocol == "stored":
+    fitted = recipe.method != "none" or rotating_criterion(terms) is not None
+    if recipe.teacher is not None and fitted and recipe.heads.heads_protocol == "stored":
         raise ValueError(
             "streaming with heads_protocol='stored', which stores the teacher's outputs of all images: give "
             "--heads-protocol live and a few --heads-epochs, each a pass over the stream."
@@ -74,8 +82,36 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
         )
 
 
+def rotating_criterion(terms: Terms) -> str | None:
+    """Return the name of a criterion with a weight that reads features of rotated images, or None."""
+    return next((name for name, term in terms.active.items() if term.kind.rotates), None)
+
+
+def check_rotates(terms: Terms, images: Images) -> None:
+    """Raise ValueError for images that are not square, or without one class each, where a criterion rotates them."""
+    name, (_, height, width) = rotating_criterion(terms), images.input_size
+    if name is None:
+        return
+    if height != width:
+        raise ValueError(
+            f"criterion {name!r} rotates images by 90 degrees, and these are {height}x{width}: give square ones, such "
+            f"as --img-size {min(height, width)}."
+        )
+    if images.train.labels.ndim == 2:
+        raise ValueError(
+            f"criterion {name!r} asks whether the teacher finds the class of an image, and the labels are "
+            f"distributions over {images.num_classes} classes: use labels that are classes, or leave {name} out."
+        )
+
+
 def check_storable(terms: Terms) -> None:
     """Raise ValueError where a criterion with a weight reads of the teacher what a store does not hold."""
+    rotating = rotating_criterion(terms)
+    if rotating is not None:
+        raise ValueError(
+            f"criterion {rotating!r} reads the teacher's outputs of rotated images, and a teacher store holds those of "
+            "the images themselves only: leave --teacher-store out."
+        )
     for name, term in terms.active.items():
         lacking = sorted(term.kind.needs - {"logits", "embedding"})
         if lacking:
@@ -126,10 +162,12 @@ def check_teaches_without_logits(
     """
     name = model_name(model)
     views_stand_in = recipe.method == "mas" and (silent or not getattr(model, "num_classes", 0))
-    reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs]
+    # Views stand in for the logits of the images themselves.
+    reading = [term.criterion for term in terms.active.values() if "cams" in term.kind.needs or term.kind.rotates]
     if not views_stand_in:
         reading += ["--sample-weight"] if terms.sample_weight is not None else []
-        reading += [term.criterion for term in terms.active.values() if "logits" in term.kind.needs]
+        others = [term for term in terms.active.values() if term.criterion not in reading]
+        reading += [term.criterion for term in others if "logits" in term.kind.needs]
     if reading or (recipe.method == "mas" and not views_stand_in):
         has = conflict or "logits that --teacher-classes none leaves out"
         raise ValueError(

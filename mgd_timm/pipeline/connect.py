@@ -28,7 +28,12 @@ from mgd_timm.models.load import check_model_name
 from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values, read_defaults
 from mgd_timm.models.unread_pixels import check_reads_all_pixels
 from mgd_timm.objective import SeveralTeachers, build_objective
-from mgd_timm.pipeline.checks import check_several_teachers, check_teaches_without_logits, logits_conflict
+from mgd_timm.pipeline.checks import (
+    check_rotates,
+    check_several_teachers,
+    check_teaches_without_logits,
+    logits_conflict,
+)
 from mgd_timm.pipeline.fit_criteria import CriterionFit, fits_of_criteria, fits_of_student
 from mgd_timm.pipeline.plan import objective_of
 from mgd_timm.recipe.options import as_dict
@@ -99,6 +104,7 @@ def connect(
     Raises:
         ValueError: Networks, criteria and data that do not go together.
     """
+    check_rotates(terms, images)
     defaults = find_defaults(recipe, None, student)  # before the student is described
     tap = _connect_student(recipe, terms, images, accelerator, student, defaults)
     if len(teachers) > 1:

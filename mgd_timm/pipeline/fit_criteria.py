@@ -12,6 +12,7 @@ from mgd_timm.criteria import Criterion, Objective
 from mgd_timm.criteria.terms import Term, Terms, build_criterion, hyper_parameters
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
+from mgd_timm.data.sources import Source
 from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
 from mgd_timm.features import FeatureTap, Pair, match_number_of_maps
 from mgd_timm.granularity import MAG
@@ -19,9 +20,11 @@ from mgd_timm.models.build import set_memory_format
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.outputs.memory import OutputsOnce, StoredPasses
 from mgd_timm.teachers.pretraining import RunContext, epochs_text, load_or_fit
 from mgd_timm.training.evaluation import Metrics
 from mgd_timm.training.loop import fit
+from mgd_timm.training.step import Teach
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,18 @@ def fits_of_criteria(
 ) -> list[CriterionFit]:
     """Return the fits of modules of the objective's own criteria on the teacher.
 
-    Without `lr`, the learning rate is min(0.01, run_lr); 0.01 is RepDistiller's for FT's paraphraser.
+    Without `lr`, the learning rate is that of the criterion's own rule, else min(0.01, run_lr); 0.01 is RepDistiller's
+    for FT's paraphraser.
     """
     plain = objective.objective if isinstance(objective, MAG) else objective
-    lr = min(0.01, run_lr) if lr is None else lr
     fits = []
     for name, term in terms.fitted_first("teacher").items():
         trainee = cast(Criterion, cast(Objective, plain).criteria[name]).fitting()
         assert trainee is not None
         trainee.requires_grad_(False)  # its own fit trains it, the run does not
-        fits.append(CriterionFit(name, term, trainee, trainee, teacher, lr))
+        rule = term.kind.fitting_rule
+        usual = rule.lr if rule is not None else min(0.01, run_lr)
+        fits.append(CriterionFit(name, term, trainee, trainee, teacher, usual if lr is None else lr))
     return fits
 
 
@@ -98,16 +103,23 @@ def fits_of_student(
 
 
 def fit_criteria(
-    fits: Sequence[CriterionFit], optim: Optim, epochs: int, student_rates: Sequence[Any], context: RunContext
+    fits: Sequence[CriterionFit],
+    optim: Optim,
+    epochs: int,
+    student_rates: Sequence[Any],
+    context: RunContext,
+    outputs: OutputsOnce | None = None,
 ) -> dict[str, Metrics]:
     """Fit the criteria's modules or the student, in place, and log the last losses.
 
     Args:
         fits: In this order.
-        optim: The run's rule; their own learning rates are constant.
+        optim: The run's rule. Without a rule of the criterion's own, it is followed at a constant learning rate.
         epochs: Of each fit.
         student_rates: Dropout and stochastic depth of the student, which decide what is fitted of it.
         context: Of the run.
+        outputs: The teacher's, with the images' rotations, on which criteria that rotate are fitted; None fits these on
+            live images, as the others.
 
     Returns:
         The losses of each one's last epoch, by term.
@@ -125,16 +137,30 @@ def fit_criteria(
             one.trainee.requires_grad_(True)
             if isinstance(one.trainee, Distiller):
                 _freeze_unreached(one, context)
-            rule = replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
-            found[one.name] = _fit_one(one, rule, student_rates, context)
+            found[one.name] = _fit_one(one, _rule_of(one, optim, epochs), student_rates, context, outputs)
         finally:
             for parameter, value in before.items():
                 parameter.requires_grad_(value)
     return found
 
 
-def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], context: RunContext) -> Metrics:
+def _rule_of(one: CriterionFit, optim: Optim, epochs: int) -> Optim:
+    own = one.term.kind.fitting_rule
+    if own is None:
+        return replace(optim, epochs=epochs, lr=one.lr, sched="constant", warmup_epochs=0, model_ema=False)
+    of_run = {name: getattr(optim, name) for name in ("global_batch_size", "grad_accum_steps", "find_batch_size")}
+    return replace(own.with_epochs(epochs), lr=one.lr, **of_run)
+
+
+def _fit_one(
+    one: CriterionFit,
+    optim: Optim,
+    student_rates: Sequence[Any],
+    context: RunContext,
+    outputs: OutputsOnce | None,
+) -> Metrics:
     term, trainee = one.term, one.trainee
+    outputs = outputs if term.kind.rotates else None
     defaults = {name: parameter.default for name, parameter in hyper_parameters(term.kind).items()}
     trained_shapes = [list(p.shape) for p in trainee.parameters() if p.requires_grad]
     made_of = {
@@ -148,16 +174,19 @@ def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], cont
         ],
         "optim": as_dict(optim, digest_only=True),
     }
+    if outputs is not None:
+        made_of["augmentations"] = outputs.passes
 
     def fit_module() -> Metrics:
+        source, teach = _live_or_stored(one, outputs, context.images.train)
         return fit(
             trainee,
-            context.images.train,
+            source,
             optim,
             context.accelerator,
             seed=context.seed,
             batch_size=context.data.batch_size,
-            teach=LiveTeachers(one.teacher),
+            teach=teach,
             compile=context.compile,
             options=context.fit_options(f"fitting/{one.name}", made_of),
         ).losses
@@ -168,6 +197,14 @@ def _fit_one(one: CriterionFit, optim: Optim, student_rates: Sequence[Any], cont
         f"{one.name}: fitted before the run, {epochs_text(fitted, optim.epochs)}; last loss: {losses}"
     )
     return fitted.metrics
+
+
+def _live_or_stored(one: CriterionFit, outputs: OutputsOnce | None, images: Source) -> tuple[Source, Teach]:
+    """Return what a criterion is fitted on: a pass of stored outputs in each epoch, or live images."""
+    if outputs is None:
+        return images, LiveTeachers(one.teacher, rotate=one.term.kind.rotates)
+    stored = outputs()
+    return StoredPasses(stored, len(images.ids)), stored.features
 
 
 def _freeze_unreached(one: CriterionFit, context: RunContext) -> None:

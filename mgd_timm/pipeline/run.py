@@ -9,6 +9,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import nn
 
+from mgd_timm.criteria.base import needs_rotations
 from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
@@ -42,7 +43,7 @@ from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.classifier import fit_classifiers
-from mgd_timm.teachers.heads import fit_heads
+from mgd_timm.teachers.heads import fit_heads, outputs_once
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
@@ -162,17 +163,23 @@ def _pretrain(recipe: Recipe, networks: Networks, stored: StoredSource | None, c
     teachers, metrics, heads_sha256 = list(networks.teachers), dict[str, Any](), list[str]()
     if stored is not None:
         stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
+    # One pass over a teacher serves its heads and a criterion that is fitted on rotations.
+    once = [
+        outputs_once(teacher, recipe.heads, context, rotate=needs_rotations(networks.objective)) for teacher in teachers
+    ]
     if recipe.method != "none":
         for position, teacher in enumerate(teachers):
             name = "heads" if len(teachers) == 1 else f"heads_{position + 1}"
             store = stored.store if stored is not None else None
-            fitted = fit_heads(teacher, recipe.heads, context, store=store, name=name)
+            fitted = fit_heads(teacher, recipe.heads, context, store=store, outputs=once[position], name=name)
             teachers[position], metrics[name] = teacher.with_heads(fitted.heads), fitted.metrics
             heads_sha256.append(module_digest(fitted.heads))
     networks.objective.to(context.accelerator.device)
     if networks.criterion_fits:
+        rates = (recipe.drop, recipe.drop_path)
+        outputs = once[0] if recipe.heads.heads_protocol == "stored" else None
         metrics["fitted"] = fit_criteria(
-            networks.criterion_fits, recipe.optim, recipe.fitting_epochs, (recipe.drop, recipe.drop_path), context
+            networks.criterion_fits, recipe.optim, recipe.fitting_epochs, rates, context, outputs
         )
     if recipe.shard_teacher:
         teachers = [shard_teacher(teacher, context.accelerator) for teacher in teachers]
@@ -185,7 +192,9 @@ def _teach_of(networks: Networks, teachers: Sequence[Teacher], stored: StoredSou
     """Return what gives the teacher's features of a batch; None where nothing reads them."""
     if stored is not None:
         return stored_teacher(teachers[0].heads)
-    return LiveTeachers(*teachers) if teachers and networks.objective.needs else None
+    if not teachers or not networks.objective.needs:
+        return None
+    return LiveTeachers(*teachers, rotate=needs_rotations(networks.objective))
 
 
 def _train_student(

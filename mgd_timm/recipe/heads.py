@@ -30,7 +30,7 @@ class Heads:
     )
     code_reverse_weight: float = option(1.0, "bdd of the codes: weight of the reverse divergence", minimum=0)
     heads_protocol: Literal["stored", "live"] = option(
-        "stored", "fit the heads on stored teacher outputs, or on live images as the authors"
+        "stored", "fit the heads (and sskd's) on stored teacher outputs, or on live images as the authors"
     )
     heads_augmentations: int = option(
         4, "stored protocol: augmentations of each image whose teacher outputs are stored", minimum=1

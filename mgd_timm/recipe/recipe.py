@@ -134,19 +134,20 @@ class Recipe:
         None, "--sample-weight: temperature of the teacher's probabilities; default: 1", above=0
     )
     fitting_epochs: int = _method(
-        30, "epochs of pre-training before the run (ab, fsp, ft; --fit-teacher-head)", minimum=1
+        30, "epochs of pre-training before the run (ab, fsp, ft, sskd; --fit-teacher-head)", minimum=1
     )
     fitting_lr: float | None = _method(
         None,
-        "learning rate of pre-training before the run; default: --lr, 0.01 at most for ft, a tenth of --lr for a "
-        "teacher's fine-tuning, 0.001 for its probe",
+        "learning rate of pre-training before the run; default: --lr, 0.01 at most for ft, 0.05 for sskd, a tenth of "
+        "--lr for a teacher's fine-tuning, 0.001 for its probe",
         above=0,
     )
     task_weight: float | None = _method(
-        None, "weight of the labels' loss; default: 0.2 if kd is the only criterion, else 1"
+        None, "weight of the labels' loss; default: 0.2 if kd is the only criterion, 0.1 with sskd, else 1"
     )
     kd_weight: float | None = _method(
-        None, "weight of logit KD; default: 0.8 as the only criterion, 1 with others in mag and mas, else 0"
+        None,
+        "weight of logit KD; default: 0.8 as the only criterion, 0.9 with sskd, 1 with others in mag and mas, else 0",
     )
     kd_temperature: float = _method(4.0, "temperature of logit KD", above=0)
     smoothing: float = option(0.0, "label smoothing", group="optimisation", minimum=0, below=1, common=True)

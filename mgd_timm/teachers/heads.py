@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher
-from mgd_timm.features import Batch, Features
+from mgd_timm.features import Batch, Features, extract_with_rotations
 from mgd_timm.granularity import GranularityHeads, HeadFitting, stable_excitation
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import as_dict
-from mgd_timm.teachers.outputs.memory import StoredOutputs, read_outputs, store_outputs
+from mgd_timm.teachers.outputs.memory import OutputsOnce, StoredOutputs, read_outputs, store_outputs
 from mgd_timm.teachers.outputs.store import TeacherStore
 from mgd_timm.teachers.pretraining import RunContext, load_or_fit
 from mgd_timm.training.evaluation import Metrics, evaluate
@@ -32,8 +32,38 @@ class FittedHeads:
     metrics: Metrics
 
 
+def outputs_once(teacher: Teacher, options: Heads, context: RunContext, *, rotate: bool = False) -> OutputsOnce:
+    """Return the outputs of a teacher that its heads are fitted on under the "stored" protocol, as yet to be computed.
+
+    Args:
+        teacher: Without heads.
+        options: Of the heads.
+        context: Of the run.
+        rotate: Store the embeddings of the images' rotations too.
+    """
+    size = context.data.validation_batch_size
+
+    def store() -> StoredOutputs:
+        return store_outputs(
+            lambda batch: extract_with_rotations(teacher, batch.images) if rotate else teacher(batch.images),
+            context.images.train,
+            options.heads_augmentations,
+            context.accelerator,
+            max(1, size // 4) if rotate else size,
+            context.quiet,
+        )
+
+    return OutputsOnce(options.heads_augmentations, store)
+
+
 def fit_heads(
-    teacher: Teacher, options: Heads, context: RunContext, *, store: TeacherStore | None = None, name: str = "heads"
+    teacher: Teacher,
+    options: Heads,
+    context: RunContext,
+    *,
+    store: TeacherStore | None = None,
+    outputs: OutputsOnce | None = None,
+    name: str = "heads",
 ) -> FittedHeads:
     """Fit a teacher's heads, or load them from the cache where a digest of all that makes them matches.
 
@@ -45,8 +75,10 @@ def fit_heads(
         context: Of the run.
         store: A filled store of the teacher's outputs. It is read instead of showing the teacher images again where the
             protocol is "stored" and it holds enough augmentations and all logits.
+        outputs: The teacher's, which others are fitted on too; None for some of its own.
         name: What they are called in the run's folder.
     """
+    outputs = outputs or outputs_once(teacher, options, context)
     images, accelerator = context.images, context.accelerator
     if store is not None and not _store_serves(store, options):
         store = None
@@ -81,7 +113,7 @@ def fit_heads(
             advice="Lower --heads-lr, or clip more (--heads-clip-grad).",
             memory_hint="give a smaller --heads-batch-size.",
         )
-        return _fit_fresh(heads, teacher, options, context, store, fit_options)
+        return _fit_fresh(heads, teacher, options, context, _outputs_of(options, context, store, outputs), fit_options)
 
     fitted = load_or_fit("heads", heads, made_of, accelerator, fit_module)
     if fitted.from_cache:
@@ -116,11 +148,10 @@ def _fit_fresh(
     teacher: Teacher,
     options: Heads,
     context: RunContext,
-    store: TeacherStore | None,
+    stored: StoredOutputs | None,
     fit_options: FitOptions,
 ) -> Metrics:
     images = context.images
-    stored = _stored_outputs(teacher, options, context, store)
     return train_heads(
         heads,
         stored if stored is not None else images.train,
@@ -191,22 +222,13 @@ def train_heads(
     ).last
 
 
-def _stored_outputs(
-    teacher: Teacher, options: Heads, context: RunContext, store: TeacherStore | None
+def _outputs_of(
+    options: Heads, context: RunContext, store: TeacherStore | None, outputs: OutputsOnce
 ) -> StoredOutputs | None:
     """The outputs that heads are fitted on; None where they are fitted on live images."""
     if store is not None:
         return read_outputs(store, context.images.train, options.heads_augmentations, context.accelerator)
-    if options.heads_protocol != "stored":
-        return None
-    return store_outputs(
-        lambda batch: teacher(batch.images),
-        context.images.train,
-        options.heads_augmentations,
-        context.accelerator,
-        context.data.validation_batch_size,
-        context.quiet,
-    )
+    return outputs() if options.heads_protocol == "stored" else None
 
 
 class _HeadsEvaluation:

@@ -47,7 +47,8 @@ def test_needs_are_what_is_read_of_the_teacher(name):
     other = features(CASES[name].pair.teacher, 3)
     loss = value(criterion, student, teacher)
     for need, part in {"logits": "logits", "embedding": "embedding", "maps": "maps", "cams": "cam"}.items():
-        changed = value(criterion, student, teacher._replace(**{part: getattr(other, part)}))
+        rotated = teacher.rotated._replace(**{part: getattr(other.rotated, part)})  # read with the images' own, or not
+        changed = value(criterion, student, teacher._replace(**{part: getattr(other, part)}, rotated=rotated))
         assert torch.equal(changed, loss) is (need not in criterion.needs), need
 
 

@@ -27,6 +27,9 @@ def built(**options):
         ({"criterion": ("at:1000,crd:0.5",)}, {"task": 1, "kd": 1, "at": 1000, "crd": 0.5}),
         ({"criterion": ("at:500", "crd"), "kd_weight": 0.3}, {"task": 1, "kd": 0.3, "at": 500, "crd": 0.8}),
         ({"criterion": ("at", "ce:2")}, {"task": 2, "kd": 1, "at": 1000}),
+        ({"criterion": ("sskd",), "method": "none"}, {"task": 0.1, "kd": 0.9, "sskd": 1}),
+        ({"criterion": ("at,sskd",), "kd_weight": 0.5}, {"task": 0.1, "kd": 0.5, "at": 1000, "sskd": 1}),
+        ({"criterion": ("at,sskd:0",)}, {"task": 1, "kd": 1, "at": 1000, "sskd": 0}),
         ({"peer": "cifar_resnet8"}, {"task": 1, "kd": 0, "dml": 1}),
         ({"peer": "cifar_resnet8", "method": "mag"}, {"task": 1, "kd": 0, "dml": 1}),
         ({"peer": "cifar_resnet8", "teacher": "embedded"}, {"task": 1, "kd": 1, "dml": 1}),
@@ -103,6 +106,7 @@ def test_warm_up_and_options():
             {"criterion": ("dml",), "peer": "cifar_resnet8", "teacher": "embedded"},
             "the students learn nothing of the teacher. Name another criterion",
         ),
+        ({"criterion": ("dml,sskd",), "peer": "cifar_resnet8"}, "sskd is fitted on a trained teacher"),
         ({"criterion": ("at",), "method": "none", "standardise_logits": True}, "no criterion of .*'at'.* reads logits"),
     ],
 )
@@ -116,6 +120,10 @@ def test_wrong_words(options, message):
     [
         ({"criterion": ("crd",), "criterion_options": ("crd.momentum=2",)}, "criterion 'crd': momentum=2"),
         ({"criterion": ("at",), "kd_weight": 0.0}, "no term with a weight reads the teacher's logits"),
+        ({"criterion": ("sskd",), "kd_weight": 0.0}, "no term with a weight reads the teacher's logits"),
+        ({"criterion": ("sskd",), "criterion_options": ("sskd.similarity_kept=2",)}, "similarity_kept=2.0: expected a"),
+        ({"criterion": ("sskd",), "criterion_options": ("sskd.similarity_weight=0",)}, "similarity_weight=0.0: expect"),
+        ({"criterion": ("sskd",), "criterion_options": ("sskd.rotated_weight=-1",)}, "rotated_weight=-1.0: expected a"),
     ],
 )
 def test_what_does_not_go_together(options, message):
@@ -151,6 +159,7 @@ def test_a_criterion_that_fits_the_student_is_left_out_of_the_run():
     terms = terms_of(make_recipe(criterion=("ab,ft,at",), method="none"))
     assert list(terms.fitted_first("student")) == ["ab"]
     assert list(terms.fitted_first("teacher")) == ["ft"]
+    assert list(terms_of(make_recipe(criterion=("sskd",))).fitted_first("teacher")) == ["sskd"]
     assert list(built(criterion=("ab,ft,at",), method="none").criteria) == ["task", "ft", "at"]
     assert not terms_of(make_recipe(criterion=("ab",), method="none")).needs("maps")
     assert terms.needs("maps")

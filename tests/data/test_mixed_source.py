@@ -92,7 +92,11 @@ def test_what_cannot_be_mixed_repeated_or_streamed_is_refused() -> None:
         ({"mixup": 0.2, "teacher_store": "store"}, "mixup=0.2 with teacher_store='store'"),
         ({"aug_repeats": 3, "teacher_store": "store"}, "aug_repeats=3 with teacher_store"),
         ({"cutmix": 1.0, "criterion": ("crd",)}, "cutmix=1.0 with criterion 'crd'"),
+        ({"mixup": 0.2, "criterion": ("sskd",)}, "mixup=0.2 with criterion 'sskd', which compares each image with"),
+        ({"aug_repeats": 3, "criterion": ("sskd",)}, "aug_repeats=3 with criterion 'sskd'"),
+        ({"criterion": ("sskd",), "teacher_store": "store"}, "'sskd' reads the teacher's outputs of rotated images"),
         ({"streaming": True}, "--heads-protocol live"),
+        ({"streaming": True, "method": "none", "criterion": ("sskd",)}, "--heads-protocol live"),
         ({"streaming": True, "method": "none", "criterion": ("crd",)}, "streaming with criterion 'crd'"),
         ({"streaming": True, "method": "none", "teacher_store": "s"}, "streaming with teacher_store"),
     ):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mgd_timm.criteria import Criterion
 from mgd_timm.features import Batch, Features, Pair, Shapes
 
-BATCH, CLASSES = 4, 6
+BATCH, CLASSES, ROTATIONS = 4, 6, 3
 PAIR = Pair(
     student=Shapes(CLASSES, 10, ((4, 8, 8), (6, 4, 4)), cam=(4, 4)),
     teacher=Shapes(CLASSES, 14, ((5, 4, 4), (7, 4, 4)), cam=(2, 2)),
@@ -28,33 +28,43 @@ def wave(shape: tuple[int, ...], a: float, b: float, gain: float = 1.0) -> Tenso
 def features(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Features:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    def draw(*shape: int, count: int = BATCH) -> Tensor:
+        return torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
     cam = draw(shapes.num_classes, *shapes.cam) if shapes.cam is not None else None
-    return Features(draw(shapes.num_classes), draw(shapes.embed_dim), tuple(draw(*m) for m in shapes.maps), cam=cam)
+    shown = Features(draw(shapes.num_classes), draw(shapes.embed_dim), tuple(draw(*m) for m in shapes.maps), cam=cam)
+    turned = (draw(width, count=ROTATIONS * BATCH) for width in (shapes.num_classes, shapes.embed_dim))
+    return shown._replace(rotated=Features(*turned))
 
 
 def parts(shown: Features) -> dict[str, Tensor]:
-    """Every tensor that a network shows, maps one by one: logits, embedding, maps 0, maps 1, ..., cams."""
+    """Every tensor that a network shows: logits, embedding, maps 0, maps 1, ..., cams, and those of rotated images."""
     maps = {f"maps {i}": m for i, m in enumerate(shown.maps)}
     return {
         "logits": shown.logits,
         "embedding": shown.embedding,
         **maps,
         **({} if shown.cam is None else {"cams": shown.cam}),
+        **({f"{name} rotated": tensor for name, tensor in parts(shown.rotated).items()} if shown.rotated else {}),
     }
 
 
 def of_parts(tensors: dict[str, Tensor]) -> Features:
     """The inverse of `parts`."""
     maps = tuple(tensor for name, tensor in tensors.items() if name.startswith("maps "))
-    return Features(tensors["logits"], tensors["embedding"], maps, cam=tensors.get("cams"))
+    rotated = None
+    if "logits rotated" in tensors:
+        rotated = Features(tensors["logits rotated"], tensors["embedding rotated"])
+    return Features(tensors["logits"], tensors["embedding"], maps, cam=tensors.get("cams"), rotated=rotated)
 
 
 def rows(shown: Features, which: Tensor | slice) -> Features:
     """The features of some samples, in this order."""
-    return of_parts({name: tensor[which] for name, tensor in parts(shown).items()})
+
+    def choose(name: str, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, ROTATIONS))[which].flatten(0, 1) if "rotated" in name else tensor[which]
+
+    return of_parts({name: choose(name, tensor) for name, tensor in parts(shown).items()})
 
 
 def batch(labels: Tensor | None = None) -> Batch:

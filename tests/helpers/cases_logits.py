@@ -2,10 +2,12 @@
 
 import math
 
+import torch
 from cases import Case, log_softmax, loop_kl, loop_pool
 from torch import Tensor, nn
 
-from mgd_timm.criteria import OFA, SRRL, Criterion
+from mgd_timm.criteria import OFA, SRRL, SSKD, Criterion
+from mgd_timm.criteria.sskd import RotationHead
 from mgd_timm.features import Batch, Features
 
 
@@ -150,6 +152,51 @@ def loop_catkd(student: Tensor, teacher: Tensor, side: int, normalise: bool = Fa
     return sum(squares) / len(squares)
 
 
+def loop_cosines(head: RotationHead, shown: Features) -> list[list[float]]:
+    """Of every rotation with every image."""
+    first, _, second = head.layers
+
+    def project(embedding: Tensor) -> list[list[float]]:
+        hidden = [[max(0.0, v) for v in row] for row in loop_linear(first, embedding.tolist())]
+        return loop_linear(second, hidden)
+
+    def cosine(one: list[float], two: list[float]) -> float:
+        product = sum(p * q for p, q in zip(one, two, strict=True))
+        return product / math.sqrt(sum(p * p for p in one) * sum(q * q for q in two))
+
+    assert shown.rotated is not None
+    images = project(shown.embedding)
+    return [[cosine(turned, image) for image in images] for turned in project(shown.rotated.embedding)]
+
+
+def loop_kept(scores: list[list[float]], targets: list[int], share: float) -> list[int]:
+    """The numbers of the rows that are right, and of the share of the wrong ones whose target ranks highest."""
+    ranks = [sorted(row, reverse=True).index(row[y]) for row, y in zip(scores, targets, strict=True)]
+    right = [i for i, rank in enumerate(ranks) if not rank]
+    wrong = sorted((rank, i) for i, rank in enumerate(ranks) if rank)
+    return right + [i for _, i in wrong[: int(share * len(wrong))]]
+
+
+def loop_sskd(
+    criterion: SSKD, student: Features, teacher: Features, batch: Batch, share: tuple[float, float] = (1.0, 0.75)
+) -> float:
+    assert student.rotated is not None
+    assert teacher.rotated is not None
+    labels = [y for y in batch.labels.tolist() for _ in range(3)]
+    kept = loop_kept(teacher.rotated.logits.tolist(), labels, share[0])
+    total = 2.7 * loop_kl(student.rotated.logits[kept], teacher.rotated.logits[kept], 4.0) if kept else 0.0
+    ours, theirs = loop_cosines(criterion.student_head, student), loop_cosines(criterion.teacher_head, teacher)
+    kept = loop_kept(theirs, [i // 3 for i in range(len(theirs))], share[1])
+    one, two = (torch.tensor([cosines[i] for i in kept], dtype=torch.float64) for cosines in (ours, theirs))
+    return total + (10.0 * loop_kl(one, two, 0.5) if kept else 0.0)
+
+
+def zero_sskd(criterion: Criterion, student: Features) -> tuple[Features, Features]:
+    assert isinstance(criterion, SSKD)
+    criterion.student_head.load_state_dict(criterion.teacher_head.state_dict())
+    return student, student
+
+
 def zero_srrl(criterion: Criterion, student: Features) -> tuple[Features, Features]:
     assert isinstance(criterion, SRRL)
     return student, student._replace(embedding=criterion.connector(student.embedding))
@@ -160,6 +207,7 @@ CASES: dict[str, Case] = {
     "dist": Case(lambda c, s, t, b: loop_dist(s.logits, t.logits, 1.0, 1.0, 1.0), None),  # 1e-8 in the denominator
     "srrl": Case(lambda c, s, t, b: loop_srrl(c, s, t), zero_srrl),
     "ofa": Case(loop_ofa, None),  # the teacher's entropy is what is left
+    "sskd": Case(loop_sskd, zero_sskd, ordered=True),  # of wrong rows with one rank the first are kept
     "catkd": Case(lambda c, s, t, b: loop_catkd(s.cam, t.cam, 2), lambda c, s: (s, s)),
     "dml": Case(lambda c, s, t, b: loop_kl(s.logits, t.logits, 1.0), lambda c, s: (s, s)),
 }

@@ -75,6 +75,11 @@ CASES: dict[str, Case] = {
 every = pytest.mark.parametrize("name", CRITERIA)
 
 
+def term_names(name: str) -> list[str]:
+    """The names of a criterion's terms in logs."""
+    return ["sskd_rotated", "sskd_similarity"] if name == "sskd" else [name]
+
+
 def built(name: str, pair: Pair | None = None, seed: int = 0) -> Criterion:
     torch.manual_seed(seed)
     return CRITERIA[name](CASES[name].pair if pair is None else pair).double()

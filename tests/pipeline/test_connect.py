@@ -1,6 +1,9 @@
 """Teachers as they come: of other classes, without a classifier, of another size, or several; through whole runs."""
 
+import copy
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,15 +14,18 @@ from small import ONE_IMAGE
 import mgd_timm
 from mgd_timm.data.dataset import load_images
 from mgd_timm.distiller import Teacher
-from mgd_timm.features import FeatureTap
+from mgd_timm.features import FeatureTap, extract_with_rotations
 from mgd_timm.models.load import load_model
 from mgd_timm.pipeline.connect import connect, finish_teachers
 from mgd_timm.pipeline.evaluate_teachers import near_chance
+from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.load_teachers import adapt_teachers_to_data, load_teachers
 from mgd_timm.pipeline.plan import classifier_fit_of, context_of, terms_of
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.classifier import fit_classifiers
+from mgd_timm.teachers.heads import fit_heads, outputs_once
+from mgd_timm.teachers.outputs.memory import StoredPasses
 
 pytestmark = pytest.mark.slow
 
@@ -252,6 +258,51 @@ def test_as_many_other_classes_are_other_classes(small_data):
 def test_a_fit_before_the_run_holds_no_second_copy_of_the_teacher(small_data):
     networks = networks_of(None, small_data, criterion=("ft",))
     assert networks.criterion_fits[0].teacher is networks.teachers[0]
+
+
+def test_one_pass_over_the_teacher_fits_its_heads_and_the_one_of_a_criterion(small_data, tmp_path):
+    """Each image and its three rotations in each augmentation, whatever the epochs."""
+    options = {"criterion": ("sskd",), "heads_augmentations": 2, "heads_epochs": 4, "fitting_epochs": 3}
+    recipe = make_recipe(data_dir=str(small_data), output=str(tmp_path), fold_teacher=False, batch_size=32, **options)
+    accelerator = Accelerator()
+    images = replace(load_images(recipe.data, 0, log=lambda _: None), val=None, test=None)
+    networks = connect(recipe, terms_of(recipe), images, accelerator, load_teachers(recipe, ()))
+    context = context_of(recipe, images, accelerator, quiet=True)
+    teacher, count = networks.teachers[0], []
+    teacher.tap.register_forward_pre_hook(lambda _, inputs: count.append(len(inputs[0])))
+    outputs = outputs_once(teacher, recipe.heads, context, rotate=True)
+    fit_heads(teacher, recipe.heads, context, outputs=outputs)
+    metrics = fit_criteria(networks.criterion_fits, recipe.optim, 3, (0.0, None), context, outputs)
+    assert sum(count) == 4 * 2 * len(images.train.ids)
+    assert 0 < metrics["sskd"]["source"] < math.log(32)
+    first, second = (
+        next(StoredPasses(outputs(), len(images.train.ids)).batches([torch.arange(3)], epoch, accelerator.device))
+        for epoch in (0, 3)
+    )
+    for epoch, stored in ((0, first), (1, second)):
+        shown = next(iter(images.train.batches([images.train.ids[:3]], epoch, accelerator.device)))
+        expected = extract_with_rotations(teacher, shown.images)
+        torch.testing.assert_close(stored.teacher.embedding, expected.embedding, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stored.teacher.rotated.embedding, expected.rotated.embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_cannot_be_rotated_and_teachers_without_logits_of_rotations_are_refused(small_data, tmp_path):
+    def connect_to(recipe, images):
+        connect(recipe, terms_of(recipe), images, Accelerator(), [])
+
+    recipe = make_recipe(data_dir=str(small_data), criterion=("sskd",))
+    images = load_images(recipe.data, 0, log=lambda _: None)
+    with pytest.raises(ValueError, match=r"'sskd' rotates images .* these are 32x48.*--img-size 32"):
+        connect_to(recipe, replace(images, input_size=(3, 32, 48)))
+    soft = copy.copy(images.train)
+    soft.labels = torch.eye(10)[images.train.labels]
+    with pytest.raises(ValueError, match=r"'sskd' asks .* the labels are distributions over 10 classes"):
+        connect_to(recipe, replace(images, train=soft))
+    with pytest.raises(ValueError, match="sskd reads its logits"):  # views stand in for those of images alone
+        networks_of(load_model("embedded"), small_data, criterion=("sskd",), teacher_classes="none")
+    two = make_recipe(teacher=["embedded"] * 2, data_dir=str(small_data), criterion=("sskd",))
+    with pytest.raises(ValueError, match="sskd is fitted on one teacher"):
+        connect(two, terms_of(two), images, Accelerator(), [load_model("embedded") for _ in range(2)])
 
 
 def test_one_of_several_teachers_may_be_silent(small_data):

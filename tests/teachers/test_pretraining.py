@@ -196,7 +196,7 @@ def test_a_run_that_is_killed_in_a_stage_and_after_it_goes_on_to_the_same_weight
         "--method",
         "none",
         "--criterion",
-        "ab,crd:0.8:2,at",
+        "ab,crd:0.8:2,sskd",
         "--fitting-epochs",
         "3",
         "--checkpoint-interval",

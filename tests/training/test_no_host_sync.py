@@ -196,7 +196,7 @@ def test_updates_with_every_criterion_wait_for_nothing(method):
     trainee = Distiller(setup.student, setup.objective(method, tuple(CRITERIA)))
     with gpu_machine("bf16") as (gpu, accelerator):
         gpu.put(trainee)
-        teach = LiveTeachers(gpu.put(setup.teacher))
+        teach = LiveTeachers(gpu.put(setup.teacher), rotate=True)
         train(trainee, setup.mixed, accelerator, teach=teach, student=setup.student)
     decompositions = 2 * len(setup.student.indices) * (COUNT // 3)
     check(gpu, OF_FIT + MOVED_ONCE + Counter({"criteria/kdsvd.py": decompositions}))

@@ -1,8 +1,10 @@
 """Teacher outputs computed once: a few augmentations of every image, as a data set of embeddings and logits.
 
-The granularity heads read nothing else of a frozen teacher, so they are fitted on these rows instead of on live images.
+The granularity heads read nothing else of a frozen teacher, so they are fitted on these rows instead of on live images;
+with the embeddings of the images' rotations, so is the head of a criterion that `rotates`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
@@ -29,10 +31,13 @@ class StoredOutputs:
         logits: [passes * n, classes].
         labels: [n] class ids or [n, classes] distributions.
         digest: Of the images.
+        rotated: Embeddings of each image's rotations, [passes * n, 3, dim]; None for none.
     """
 
-    def __init__(self, embedding: Tensor, logits: Tensor, labels: Tensor, digest: str) -> None:
-        self.embedding, self.logits, self.digest = embedding, logits, digest
+    def __init__(
+        self, embedding: Tensor, logits: Tensor, labels: Tensor, digest: str, rotated: Tensor | None = None
+    ) -> None:
+        self.embedding, self.logits, self.rotated, self.digest = embedding, logits, rotated, digest
         passes = len(embedding) // len(labels)
         self.labels = labels.repeat(passes, *[1] * (labels.ndim - 1))
         self.ids = torch.arange(len(embedding))
@@ -47,22 +52,48 @@ class StoredOutputs:
             labels, logits, embedding = (
                 _move_without_waiting(tensor[keys], device) for tensor in (self.labels, self.logits, self.embedding)
             )
+            rotated = None
+            if self.rotated is not None:
+                turned = _move_without_waiting(self.rotated[keys], device).flatten(0, 1)
+                rotated = Features(turned[:, :0], turned)
             batch = Batch(torch.empty(len(rows), 0, 0, 0, device=device), labels, there)
-            yield StoredBatch.of(batch, Features(logits, embedding))
+            yield StoredBatch.of(batch, Features(logits, embedding, rotated=rotated))
 
     def _move(self, device: torch.device) -> None:
         """Move outputs and labels to a GPU that has room, so that no step of the fit waits for a transfer."""
         if device.type != "cuda" or self.labels.is_cuda:
             return
-        if self.logits.is_cuda or _has_room(4 * (self.embedding.numel() + self.logits.numel()), device):
+        outputs = [self.embedding, self.logits, *([self.rotated] if self.rotated is not None else [])]
+        if self.logits.is_cuda or _has_room(4 * sum(tensor.numel() for tensor in outputs), device):
             self.embedding, self.logits, self.labels = (
                 tensor.to(device) for tensor in (self.embedding, self.logits, self.labels)
             )
+            self.rotated = self.rotated.to(device) if self.rotated is not None else None
 
     def features(self, batch: Batch) -> Features:
         """Return the teacher's features of a batch of rows."""
         assert isinstance(batch, StoredBatch), "a batch of another source than StoredOutputs"
         return batch.teacher
+
+
+class StoredPasses:
+    """A Source of the same rows, of which epoch e shows those of pass e modulo the number of passes.
+
+    A batch then holds no image twice.
+
+    Args:
+        outputs: Of all passes.
+        count: Images of a pass.
+    """
+
+    def __init__(self, outputs: StoredOutputs, count: int) -> None:
+        self.outputs, self.count, self.digest = outputs, count, outputs.digest
+        self.ids, self.labels = torch.arange(count), outputs.labels[:count]
+
+    def batches(self, micro_batches: Sequence[Tensor], epoch: int, device: torch.device) -> Iterator[Batch]:
+        """Yield the batches of the epoch's pass."""
+        first = epoch % (len(self.outputs.ids) // self.count) * self.count
+        return self.outputs.batches([rows + first for rows in micro_batches], epoch, device)
 
 
 def _move_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
@@ -100,7 +131,7 @@ def store_outputs(
         ValueError: The outputs do not fit into memory.
     """
     mine = torch.arange(len(source.ids))[accelerator.process_index :: accelerator.num_processes]
-    whole: tuple[Tensor, Tensor] | None = None
+    whole: list[Tensor] | None = None
     hidden = quiet or not accelerator.is_main_process
     with (
         print_stacks_before_timeout(accelerator) as start_step,
@@ -114,22 +145,47 @@ def store_outputs(
                 batch = next(batches)
                 with accelerator.autocast():
                     features = teach(batch)
+                found = [features.embedding, features.logits]
+                if features.rotated is not None:
+                    found.append(features.rotated.embedding.unflatten(0, (len(features.logits), -1)))
                 if whole is None:
-                    widths = features.embedding.shape[1], features.logits.shape[1]
-                    whole = _zeros(passes * len(source.ids), widths, accelerator, accelerator.device)
+                    shapes = [tuple(rows.shape[1:]) for rows in found]
+                    whole = _zeros(passes * len(source.ids), shapes, accelerator, accelerator.device)
                 start = stored_pass * len(source.ids)
                 # A slice, not the positions: a GPU would wait for their transfer.
                 rows = slice(start + int(positions[0]), start + int(positions[-1]) + 1, accelerator.num_processes)
-                whole[0][rows], whole[1][rows] = features.embedding.float(), features.logits.float()
+                for kept, shown in zip(whole, found, strict=True):
+                    kept[rows] = shown.float()
                 bar.update(len(positions))
         if accelerator.num_processes > 1:  # every row was filled by one process, and is 0 on the others
-            found = [(whole[0].shape[1], whole[1].shape[1]) if whole is not None else None]
-            broadcast_object_list(found)  # the first process has an image; the last ones have none where there are few
-            assert found[0] is not None
-            whole = whole or _zeros(passes * len(source.ids), found[0], accelerator, accelerator.device)
-            whole = (_sum(whole[0], accelerator), _sum(whole[1], accelerator))
+            known = [[tuple(rows.shape[1:]) for rows in whole] if whole is not None else None]
+            broadcast_object_list(known)  # the first process has an image; the last ones have none where there are few
+            assert known[0] is not None
+            whole = whole or _zeros(passes * len(source.ids), known[0], accelerator, accelerator.device)
+            whole = [_sum(rows, accelerator) for rows in whole]
     assert whole is not None
-    return StoredOutputs(whole[0], whole[1], source.labels, source.digest)
+    return StoredOutputs(whole[0], whole[1], source.labels, source.digest, *whole[2:])
+
+
+class OutputsOnce:
+    """A teacher's outputs on the training images, which are stored when they are first asked for.
+
+    What is fitted on them before a run then shares one pass over the teacher.
+
+    Args:
+        passes: Augmentations of each image.
+        store: Stores the outputs, as `store_outputs` does.
+    """
+
+    def __init__(self, passes: int, store: Callable[[], StoredOutputs]) -> None:
+        self.passes, self._store = passes, store
+        self._stored: StoredOutputs | None = None
+
+    def __call__(self) -> StoredOutputs:
+        """Return the outputs."""
+        if self._stored is None:
+            self._stored = self._store()
+        return self._stored
 
 
 def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: Accelerator) -> StoredOutputs:
@@ -139,8 +195,8 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
         ValueError: The outputs do not fit into memory, or a shard is corrupt.
     """
     count = len(source.ids)
-    widths, cpu = (store.layout.embed_dim, store.layout.num_classes), torch.device("cpu")
-    embedding, logits = _zeros(passes * count, widths, accelerator, cpu)
+    shapes, cpu = [(store.layout.embed_dim,), (store.layout.num_classes,)], torch.device("cpu")
+    embedding, logits = _zeros(passes * count, shapes, accelerator, cpu)
     for stored_pass in range(passes):
         features = store.features(source.ids, stored_pass, cpu)
         embedding[stored_pass * count : (stored_pass + 1) * count] = features.embedding
@@ -149,22 +205,23 @@ def read_outputs(store: TeacherStore, source: Source, passes: int, accelerator: 
 
 
 def _zeros(
-    count: int, widths: tuple[int, int], accelerator: Accelerator, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return zeros for embeddings and logits, on the device if it is a GPU with room for them, else on the CPU.
+    count: int, shapes: Sequence[tuple[int, ...]], accelerator: Accelerator, device: torch.device
+) -> list[Tensor]:
+    """Return zeros for outputs of rows of these shapes, on the device if it is a GPU with room, else on the CPU.
 
     Raise ValueError where they need over half of the CPU's free memory.
     """
+    widths = [math.prod(shape) for shape in shapes]
     need, free = 4 * count * sum(widths), psutil.virtual_memory().available // accelerator.num_processes
-    if _has_room(need, device):
-        return torch.zeros(count, widths[0], device=device), torch.zeros(count, widths[1], device=device)
-    if need > free // 2:
-        raise ValueError(
-            f"stored teacher outputs of {count:,} rows x ({widths[0]} + {widths[1]}) numbers need {need / 1e9:.1f} GB "
-            f"in each process, more than half of the {free / 1e9:.1f} GB that are free: choose --heads-augmentations "
-            "1, or --heads-protocol live."
-        )
-    return torch.zeros(count, widths[0]), torch.zeros(count, widths[1])
+    if not _has_room(need, device):
+        device = torch.device("cpu")
+        if need > free // 2:
+            raise ValueError(
+                f"stored teacher outputs of {count:,} rows x ({' + '.join(map(str, widths))}) numbers need "
+                f"{need / 1e9:.1f} GB in each process, more than half of the {free / 1e9:.1f} GB that are free: choose "
+                "--heads-augmentations 1, or --heads-protocol live."
+            )
+    return [torch.zeros(count, *shape, device=device) for shape in shapes]
 
 
 def _sum(rows: Tensor, accelerator: Accelerator) -> Tensor:
