@@ -192,8 +192,8 @@ def table(connection: Connection) -> Iterator[str]:
             count = f"refused [{reasons.setdefault(rest if same else str(error), len(reasons) + 1)}]"
         needs = ", ".join(requirements(kind))
         yield f"{name:{width}} {kind.weight:8g}  {count:>16}  {needs:{needed}}  {paper(kind)}".rstrip()
-        if remark is not None:
-            yield f"{'':{width}} {remark}"
+        for line in filter(None, (remark, kind.note)):
+            yield f"{'':{width}} {line}"
     for reason, number in reasons.items():
         yield textwrap.fill(f"[{number}] {reason}", 128, subsequent_indent="    ")
 
@@ -260,6 +260,8 @@ def _section(kind: type) -> str:
         if not text.startswith(("Args:", "Raises:")):
             word = re.match(r"(Reference|Weight|Differs): ", text)
             parts.append(f"**{word[1]}:** {text[word.end() :]}" if word else text)
+    if issubclass(kind, Criterion) and kind.note is not None:
+        parts.append(f"**Note:** {_plain(kind.note)}")
     if issubclass(kind, Criterion) and hyper_parameters(kind):
         parts.append("Options:\n\n" + "\n".join(_options(kind)))
     return "\n\n".join(textwrap.fill(text, 132) if not text.startswith("Options:") else text for text in parts) + "\n"

@@ -99,6 +99,8 @@ class Criterion(nn.Module):
             criterion on the teacher's features (`fitting`); "student", the student's backbone with this criterion
             alone, which the run then does not use.
         peers: It is for two students that teach each other.
+        note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
+            "Differs" says all.
         synchronised: Buffers that the criterion keeps identical on all processes, so that they are not broadcast.
         num_classes: Number of classes of the student.
         standardised: It gets standardised logits, and has to standardise the logits that it computes.
@@ -112,6 +114,7 @@ class Criterion(nn.Module):
     preact: ClassVar[bool] = False
     fits: ClassVar[Literal["teacher", "student"] | None] = None
     peers: ClassVar[bool] = False
+    note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
     alone: bool = False

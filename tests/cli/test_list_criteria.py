@@ -84,3 +84,11 @@ def test_wrong_pairs(options, message):
         connect(
             **{"teacher": "cifar_resnet8", "student": "cifar_resnet8", "maps": "stages", "num_samples": 100, **options}
         )
+
+
+def test_what_is_not_the_papers_own_is_said(monkeypatch):
+    monkeypatch.setattr(CRITERIA["at"], "note", "inspired by a paper; constants ours")
+    lines = list(table(connection("cifar_resnet8", "cifar_resnet8x05", 32, "stages")))
+    at = next(number for number, line in enumerate(lines) if line.startswith("at "))
+    assert lines[at + 1].strip() == "inspired by a paper; constants ours"
+    assert "**Note:** inspired by a paper; constants ours" in markdown()
