@@ -224,6 +224,13 @@ Each method goes with `--method none`, `mag` or `mas`; `dml`, which takes a seco
 and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`).
 Other default weights are in the table. Only a term with `:EPOCHS` warms up.
 
+`selfkd` has no teacher: the student learns from heads on its own stages, which are not exported. `--teacher` and
+`--method` are none by default then; with `--teacher NAME`, or beside other criteria, it is one more term.
+
+```bash
+mgd-timm distill --criterion selfkd --student cifar_resnet8x05 --data-dir photos --epochs 1 --output runs/self
+```
+
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
 "Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and
 `fsp` fit the student's backbone and add no loss to the run. Maps: `--maps stages | last | mid | all | N`;

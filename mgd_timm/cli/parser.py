@@ -26,7 +26,7 @@ TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_
 _TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 
 BY_PEER = ("teacher", "criterion", "method")
-"""Options whose defaults depend on --peer; make_recipe sets them."""
+"""Options whose defaults depend on --peer or --criterion; make_recipe sets them."""
 
 GROUPS = (
     "teacher",

@@ -283,7 +283,7 @@ def _weights_tag(recipe: Recipe, terms: Terms) -> str:
     """Return timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
-    if recipe.teacher is not None or recipe.peer is not None:
+    if terms.named:  # none without distillation
         words = [*([recipe.method] if recipe.method != "none" else []), *terms.criterion_names(), place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 

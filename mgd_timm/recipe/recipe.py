@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mgd_timm.recipe.checks import check_options, check_recipe
+from mgd_timm.recipe.checks import check_options, check_recipe, needs_no_teacher
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
@@ -45,7 +45,7 @@ class Recipe:
         ("embedded",),
         "timm name, run folder, local-dir:PATH or hf-hub:ID; a timm name needs published weights or "
         "--teacher-checkpoint, and 'embedded' is in the package; given again: several teachers; default: embedded, and "
-        "none with --peer",
+        "none with --peer or --criterion selfkd",
         common=True,
         digest=False,
     )
@@ -107,7 +107,8 @@ class Recipe:
     )
     method: Literal["none", "mag", "mas"] = _method(
         "mas",
-        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer",
+        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer "
+        "or --criterion selfkd",
         common=True,
     )
     criterion: tuple[str, ...] = _method(
@@ -222,13 +223,18 @@ OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the defaults are teacher None, criterion dml and method "none".
+    With a peer, the defaults are teacher None, criterion dml and method "none"; with criterion selfkd alone, teacher
+    None and method "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
     if options.get("peer") is not None:
         options = {"teacher": None, "criterion": ("dml",), "method": "none", **options}
+    elif options.get("teacher") is None and needs_no_teacher(
+        typed("criterion", options.get("criterion", ()), tuple[str, ...])
+    ):
+        options = {"teacher": None, "method": "none", **options}
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
     homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
     homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
