@@ -33,6 +33,7 @@ from mgd_timm.pipeline.plan import objective_of
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
 
 
@@ -104,6 +105,8 @@ def connect(
         recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else [])
     )
     pairs = _pairs(tap, taught_by, peer, images)
+    if recipe.match_channels is not None:
+        pairs = [pair._replace(teacher=match_shapes(pair.student, pair.teacher)) for pair in pairs]
     set_seed(recipe.seed, 4)
     objective = objective_of(recipe, terms, pairs)
     peer_objective = None

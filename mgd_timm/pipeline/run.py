@@ -39,6 +39,7 @@ from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.versions import versions
+from mgd_timm.teachers.channel_matching import match_channels
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
@@ -148,6 +149,8 @@ def _pretrain(
         The teachers with their heads, and what of it belongs into the summary.
     """
     teachers, metrics = list(networks.teachers), dict[str, Any]()
+    if recipe.match_channels is not None:
+        teachers = [match_channels(one, networks.student, recipe.match_channels, context) for one in teachers]
     if stored is not None:
         stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
     if recipe.method != "none":

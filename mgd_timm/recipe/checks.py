@@ -181,7 +181,7 @@ def check_teachers(recipe: "Recipe") -> None:
     teachers = recipe.teacher
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
-        names += ["teacher_resize", "teacher_store", "shard_teacher"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher", "match_channels"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")

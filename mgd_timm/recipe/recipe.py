@@ -87,6 +87,12 @@ class Recipe:
     teacher_resize: Literal["images", "positions"] = _teacher(
         "images", "a teacher of a fixed input size: resize the images for it, or its position embeddings for the images"
     )
+    match_channels: int | None = _teacher(
+        None,
+        "re-order the channels of the teacher's maps to those of the student that respond alike to N training images; "
+        "inspired by arXiv 2103.16844",
+        minimum=2,
+    )
     teacher_store: str | None = _teacher(
         None,
         "folder of teacher outputs, written once and read by every later run; for criteria that read no maps",
