@@ -1,5 +1,7 @@
 """Self-distillation: both forms against loops, what learns from what, and recipes without a teacher."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import BATCH, CLASSES, PAIR, batch, features
@@ -10,6 +12,9 @@ from mgd_timm.criteria.selfkd import SelfKD
 from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.report.runs import Run
+
+ALONE = {"teacher": None, "method": "none"}
 
 
 def built(**options) -> SelfKD:
@@ -64,6 +69,11 @@ def test_alone_it_has_no_teacher_and_no_method():
     assert not terms.needs("maps")
     assert {name for name, kind in CRITERIA.items() if not kind.needs} == {"ce", "selfkd"}
     assert [name for name in CRITERIA if needs_no_teacher([name])] == ["selfkd"]
+
+
+def test_a_report_does_not_take_it_for_a_student_alone():
+    runs = [Run(Path("run"), make_recipe(**options), {}, [], {}) for options in ({"criterion": "selfkd"}, ALONE)]
+    assert [run.describe() for run in runs] == ["SELFKD", "alone"]
 
 
 def test_beside_a_teacher_it_is_one_more_term():
