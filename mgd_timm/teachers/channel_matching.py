@@ -33,7 +33,8 @@ class ChannelMatching(nn.Module):
 
     It matters only to criteria that compare channels without an adapter: afds and kdsvd, which have none where channels
     are equal, as they are after the matching, and fitnet with fitnet.adapter=false. The adapters of fitnet, vid,
-    reviewkd and masked_generative can learn any order, and at, sp and nst do not depend on it.
+    reviewkd and masked_generative can learn any order, and at, sp and nst do not depend on it; of a wider teacher they
+    read the averages.
 
     Reference: Han, Gao, Wang, Li, Li, Wang, "Fixing the Teacher-Student Knowledge Discrepancy in Distillation" (arXiv
     2103.16844).
