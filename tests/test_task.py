@@ -74,7 +74,7 @@ def step(task: MultiGranularityTask, optimizer: torch.optim.Optimizer, *batch: t
 def test_training_is_a_runs_own_step_by_step(data, criterion, method, temperature):
     """`connect` and `Updater` are what `distill` uses; the task gets the same networks and batches."""
     weighing = {} if temperature is None else {"sample_weight": "entropy", "sample_weight_temperature": temperature}
-    recipe = make_recipe(method=method, criterion=(criterion,), criterion_options=(), **weighing)
+    recipe = make_recipe(teacher="embedded", method=method, criterion=(criterion,), criterion_options=(), **weighing)
     teacher, student = load_model("embedded"), timm.create_model("cifar_resnet8x05", num_classes=10)
     accelerator = accelerator_of(recipe)
     ours = connect(recipe, terms_of(recipe), data, accelerator, [teacher], student)

@@ -24,6 +24,7 @@ from mgd_timm.criteria.pkt import PKT
 from mgd_timm.criteria.reviewkd import ReviewKD
 from mgd_timm.criteria.rkd import RKD
 from mgd_timm.criteria.sample_weight import EntropyWeight, Weighted
+from mgd_timm.criteria.selfkd import SelfKD
 from mgd_timm.criteria.sp import SP
 from mgd_timm.criteria.srrl import SRRL
 from mgd_timm.criteria.sskd import SSKD
@@ -57,6 +58,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "catkd": CATKD,
     "sskd": SSKD,
     "dml": DML,
+    "selfkd": SelfKD,
 }
 
 __all__ = [

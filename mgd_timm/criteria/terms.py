@@ -100,9 +100,7 @@ class Terms:
 
     def needs(self, part: Need, *, student: bool = False) -> bool:
         """Return whether a term of the run reads that part of the teacher's features, or of the student's."""
-        if not self.teaches:
-            return False
-        both = student or not self.teacher
+        both = student or (self.peer and not self.teacher)
         kinds = [term.kind for term in self.in_run.values()]
         return any(part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds)
 
@@ -273,6 +271,11 @@ def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
     kind, name = term.kind, term.criterion
     if not term.weight:
         return
+    if kind.needs and not options.peer and not options.teacher:
+        raise ValueError(
+            f"{name} reads the teacher's {', '.join(sorted(kind.needs))}, and there is no teacher: name one with "
+            f"--teacher NAME, or leave {name} out."
+        )
     if kind.peers and not options.peer:
         raise ValueError(
             f"{name} is for two students that teach each other: give --peer NAME in place of a teacher or "

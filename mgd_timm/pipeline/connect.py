@@ -39,6 +39,7 @@ from mgd_timm.pipeline.plan import objective_of
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
 
 
@@ -139,6 +140,8 @@ def _build_objectives(
 ) -> Networks:
     """Return the networks with the objective of each student."""
     taught = [_pairs(tap, teachers, images) for tap in ([student] if peer is None else [student, peer])]
+    if recipe.match_channels is not None:
+        taught = [[pair._replace(teacher=match_shapes(pair.student, pair.teacher)) for pair in own] for own in taught]
     set_seed(recipe.seed, 4)
     if peer is None:
         return Networks(student, objective_of(recipe, terms, taught[0]), tuple(teachers), None, None)
@@ -321,7 +324,7 @@ def _weights_tag(recipe: Recipe, terms: Terms) -> str:
     """Return timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
-    if recipe.teacher is not None or recipe.peer is not None:
+    if terms.named:  # none without distillation
         words = [*([recipe.method] if recipe.method != "none" else []), *terms.criterion_names(), place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 

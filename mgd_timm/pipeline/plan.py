@@ -13,6 +13,7 @@ from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Pair
 from mgd_timm.granularity import MAG
 from mgd_timm.objective import SeveralTeachers, build_objective, build_several
+from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.derived import num_micro_batches, with_global_batch
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.classifier import ClassifierFit
@@ -74,7 +75,7 @@ def fix_global_batch(recipe: Recipe, accelerator: Accelerator, start_steps: int 
 
 def terms_of(recipe: Recipe) -> Terms:
     """Return the terms of a recipe's loss. Raise ValueError as `parse_terms`."""
-    if recipe.teacher is None and recipe.peer is None:
+    if recipe.teacher is None and recipe.peer is None and not needs_no_teacher(recipe.criterion):
         return task_alone(recipe.smoothing)
     weighs = recipe.sample_weight == "entropy"
     options = TermOptions(

@@ -116,6 +116,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_maps(recipe)
     check_frozen_backbone(recipe)
     check_peer(recipe)
+    check_self_distillation(recipe)
     check_teachers(recipe)
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
@@ -153,6 +154,9 @@ def check_peer(recipe: "Recipe") -> None:
     if recipe.peer is None:
         return
     _refuse(recipe.optim, ("model_ema",), f"it averages one student, and with peer={recipe.peer!r} there are two")
+    _refuse(
+        recipe, ("match_channels",), f"it matches one student's channels, and with peer={recipe.peer!r} there are two"
+    )
     if recipe.method == "mas" and recipe.teacher is None:
         raise ValueError(
             f"method='mas' with peer={recipe.peer!r}: MAS needs fitted heads, and two students have none. Choose "
@@ -177,12 +181,31 @@ def check_qat(recipe: "Recipe") -> None:
         )
 
 
+def needs_no_teacher(criterion: Iterable[str]) -> bool:
+    """Return whether words of --criterion name selfkd, and no other criterion than the task beside it."""
+    names = {word.partition(":")[0].strip() for words in criterion for word in words.split(",")}
+    return "selfkd" in names and names <= {"ce", "selfkd"}
+
+
+def check_self_distillation(recipe: "Recipe") -> None:
+    """Raise ValueError for options that do not go with a student that teaches itself."""
+    if recipe.teacher is not None or recipe.peer is not None or not needs_no_teacher(recipe.criterion):
+        return
+    if recipe.method != "none":
+        raise ValueError(
+            f"method={recipe.method!r} with criterion {_list(recipe.criterion)}, which has no teacher: MAG and MAS "
+            "need one. Name it with --teacher NAME, or leave --method out."
+        )
+    why = f"criterion {_list(recipe.criterion)} trains the stages of the student"
+    _refuse(recipe, ("train_only",), why)
+
+
 def check_teachers(recipe: "Recipe") -> None:
     """Raise ValueError for options of a teacher, of one teacher, of several or of stored outputs without these."""
     teachers = recipe.teacher
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
-        names += ["teacher_resize", "teacher_store", "shard_teacher", "sample_weight"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher", "sample_weight", "match_channels"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
