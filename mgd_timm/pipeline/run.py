@@ -9,7 +9,6 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import nn
 
-from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
@@ -32,9 +31,10 @@ from mgd_timm.pipeline.plan import (
     terms_of,
 )
 from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, match_resumed_run, start_folder
+from mgd_timm.pipeline.turns import Turn, merge_fits, summarise_turns, turns_of
 from mgd_timm.recipe.data import with_absolute_folder
 from mgd_timm.recipe.derived import with_store_defaults
-from mgd_timm.recipe.options import as_dict
+from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
@@ -83,35 +83,38 @@ def run(
         recipe = match_resumed_run(folder, recipe)
     else:
         check_new_folder(folder)
-    terms = terms_of(recipe)
-    check_recipe(recipe, terms)
+    for turn in turns_of(recipe):
+        check_recipe(turn.recipe, terms_of(turn.recipe))
     accelerator = accelerator_of(recipe)
     recipe = fix_global_batch(recipe, accelerator, steps_per_update)
+    turns = turns_of(recipe)
 
-    images, networks = _load(recipe, terms, accelerator, teacher, student)
+    images, connected = _load(recipe, turns, accelerator, teacher, student)
     context = context_of(recipe, images, accelerator, quiet=quiet)
     classifier_fit = classifier_fit_of(recipe)
     if classifier_fit is None:  # otherwise the store belongs to weights that are fitted first
-        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
-        stored = _open_store(recipe, networks, images, accelerator)
+        connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=False) for one in connected]
+        stored = _open_store(recipe, connected[0], images, accelerator)
 
     run_on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps_per_update))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     before: dict[str, Any] = {}
     if classifier_fit is not None:
-        before["teacher_head"] = fit_classifiers(networks.teachers, classifier_fit, context)
-        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
-        stored = _open_store(recipe, networks, images, accelerator)
-    log_remarks(networks, accelerator)
-    before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
-    teachers, pretrained = _pretrain(recipe, networks, stored, context)
-    fitted = _train_student(recipe, networks, teachers, stored, context)
+        before["teacher_head"] = fit_classifiers(_teachers_of(connected), classifier_fit, context)
+        connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=True) for one in connected]
+        stored = _open_store(recipe, connected[0], images, accelerator)
+    for networks in connected:
+        log_remarks(networks, accelerator)
+    before |= evaluate_teachers(_teachers_of(connected), images, accelerator, recipe.data.validation_batch_size)
+    fits, pretrained = _train_in_turns(turns, connected, stored, context)
+    networks, fitted = connected[-1], merge_fits(turns, fits)
     trained = _final_model(networks, fitted)
 
     summary = _summary(fitted, trained, before | pretrained, images, recipe, accelerator)
+    summary |= summarise_turns(turns, fits)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    run_on_main(accelerator, lambda: _write_results(recipe, networks, trained, summary, images))
+    run_on_main(accelerator, lambda: _write_results(recipe, connected, trained, summary, images))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
     _log_results(summary, folder, networks.student.name, accelerator.print)
@@ -120,17 +123,56 @@ def run(
 
 def _load(
     recipe: Recipe,
-    terms: Terms,
+    turns: Sequence[Turn],
     accelerator: Accelerator,
     teacher: nn.Module | Sequence[nn.Module | None] | None,
     student: nn.Module | None,
-) -> tuple[Images, Networks]:
-    """Load the teachers and the images, and connect the networks."""
+) -> tuple[Images, list[Networks]]:
+    """Load the teachers and the images, and connect the networks of each turn, which share the student's model."""
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = find_defaults(recipe, models[0] if models else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
     adapt_teachers_to_data(models, recipe, images)
-    return images, connect(recipe, terms, images, accelerator, models, student)
+    connected: list[Networks] = []
+    for place, turn in enumerate(turns):
+        own = models if len(turns) == 1 else [models[place]]
+        one = connect(turn.recipe, terms_of(turn.recipe), images, accelerator, own, student)
+        # The student of a turn is what all earlier ones left.
+        earlier = {"earlier_turns": [digest(other.fingerprint) for other in connected]} if connected else {}
+        connected.append(replace(one, fingerprint=one.fingerprint | earlier))
+        student = one.student.model
+    return images, connected
+
+
+def _teachers_of(connected: Sequence[Networks]) -> list[Teacher]:
+    """Return the teachers of all turns, in their order."""
+    return [teacher for networks in connected for teacher in networks.teachers]
+
+
+def _train_in_turns(
+    turns: Sequence[Turn], connected: Sequence[Networks], stored: StoredSource | None, context: RunContext
+) -> tuple[list[Fitted], dict[str, Any]]:
+    """Train the student in each turn, with what is fitted before it.
+
+    Returns:
+        Each turn's results, and what of the fits before belongs into the summary.
+    """
+    fits: list[Fitted] = []
+    metrics: dict[str, Any] = {}
+    if len(turns) > 1:  # a device holds one teacher at a time
+        for teacher in _teachers_of(connected):
+            teacher.to("cpu")
+    for number, (turn, networks) in enumerate(zip(turns, connected, strict=True), start=1):
+        for teacher in networks.teachers:
+            teacher.to(context.accelerator.device)
+        own = replace(context, folder=turn.folder)
+        teachers, pretrained = _pretrain(turn.recipe, networks, stored, own)
+        fits.append(_train_student(turn, networks, teachers, stored, own, sum(fitted.updates for fitted in fits)))
+        metrics |= pretrained if len(turns) == 1 else {f"{name}_{number}": row for name, row in pretrained.items()}
+        if len(turns) > 1:
+            for teacher in networks.teachers:
+                teacher.to("cpu")
+    return fits, metrics
 
 
 def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
@@ -169,13 +211,14 @@ def _pretrain(
 
 
 def _train_student(
-    recipe: Recipe,
+    turn: Turn,
     networks: Networks,
     teachers: Sequence[Teacher],
     stored: StoredSource | None,
     context: RunContext,
+    updates_before: int,
 ) -> Fitted:
-    images, accelerator = context.images, context.accelerator
+    recipe, images, accelerator = turn.recipe, context.images, context.accelerator
     trainee = networks.trainee().to(accelerator.device)
     if networks.peer is None:
         set_memory_format(trainee, networks.student.name, recipe.channels_last, accelerator.device)
@@ -205,9 +248,12 @@ def _train_student(
         averaged=networks.student,
         compile=recipe.compile,
         options=FitOptions(
-            folder=context.folder,
+            folder=turn.folder,
+            metrics_folder=Path(recipe.output),
+            epochs_before=turn.epochs_before,
+            updates_before=updates_before,
             fingerprint=networks.fingerprint,
-            stage="train" if not teachers and networks.peer is None else "distil",
+            stage=turn.stage,
             resume=recipe.resume,
             checkpoint_interval=recipe.checkpoint_interval,
             checkpoint_hist=recipe.checkpoint_hist,
@@ -286,21 +332,21 @@ def _peer_summary(
 
 
 def _write_results(
-    recipe: Recipe, networks: Networks, trained: nn.Module, summary: dict[str, Any], images: Images
+    recipe: Recipe, connected: Sequence[Networks], trained: nn.Module, summary: dict[str, Any], images: Images
 ) -> None:
     """Write the exports and summary.json."""
-    folder = Path(recipe.output)
+    folder, peer = Path(recipe.output), connected[-1].peer
     provenance = {"recipe": without_paths(as_dict(recipe)), "data_sha256": images.train.digest, "metrics": summary}
     evaluated = images.test if images.test is not None else images.val
     if evaluated is not None:
         provenance["evaluation_sha256"] = evaluated.digest
-    if networks.teachers:
-        digests = [one.digest for one in networks.teachers]
+    digests = [one.digest for one in _teachers_of(connected)]
+    if digests:
         provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
     export_model(trained, folder / "export", provenance=provenance, overwrite=True)
-    if networks.peer is not None:
+    if peer is not None:
         of_peer = {**provenance, "metrics": summary["peer"]}
-        export_model(networks.peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
+        export_model(peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
     write_text_atomically(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
 
 

@@ -111,6 +111,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_teachers(recipe)
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
+    check_teacher_sequence(recipe)
 
 
 def check_maps(recipe: "Recipe") -> None:
@@ -161,7 +162,7 @@ def check_teachers(recipe: "Recipe") -> None:
     teachers = recipe.teacher
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
-        names += ["teacher_resize", "teacher_store", "shard_teacher"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher", "teachers_as", "teacher_epochs"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
@@ -200,6 +201,23 @@ def check_teacher_classes(recipe: "Recipe") -> None:
         raise ValueError(
             f"teacher_classes='none' with fit_teacher_head={recipe.fit_teacher_head!r}: the fitted classifier would "
             "not be used. Leave --teacher-classes or --fit-teacher-head out."
+        )
+
+
+def check_teacher_sequence(recipe: "Recipe") -> None:
+    """Raise ValueError unless teachers in sequence have one number of epochs each, and no options of a mixture."""
+    if recipe.teachers_as != "sequence":
+        why = "it is for teachers that teach one after the other"
+        _refuse(recipe, ("teacher_epochs",), why, ", or give --teachers-as sequence")
+        return
+    why = "teachers_as='sequence' shows the student one teacher at a time"
+    _refuse(recipe, ("teacher_weights",), why)
+    _refuse(recipe, ("teacher_store",), "a store holds the outputs of one teacher, and teachers_as='sequence' has more")
+    epochs, names = recipe.teacher_epochs, recipe.teacher or ()
+    if epochs is not None and len(epochs) != len(names):
+        raise ValueError(
+            f"teacher_epochs={epochs}: expected a number of epochs for each of the teachers {list(names)}, in their "
+            "order (--teacher-epochs)."
         )
 
 

@@ -52,9 +52,13 @@ class Recipe:
     teacher_weights: tuple[float, ...] | None = _teacher(
         None, "several teachers: weight of each; default: 1/N each", above=0
     )
-    teachers_as: Literal["mean", "sum"] = _teacher(
+    teachers_as: Literal["mean", "sum", "sequence"] = _teacher(
         "mean",
-        "several teachers: mean takes the mean of their probabilities as one target, sum adds the losses of each",
+        "several teachers: mean takes the mean of their probabilities as one target, sum adds the losses of each, "
+        "sequence has one teach after the other",
+    )
+    teacher_epochs: tuple[int, ...] | None = _teacher(
+        None, "teachers in sequence: epochs with each; default: --epochs with each", minimum=1
     )
     peer: str | None = _teacher(
         None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.pipeline.turns import Turn, turns_of
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
 
@@ -37,8 +38,15 @@ class Run:
 
     @property
     def is_kd(self) -> bool:
-        """Whether a teacher taught by logit KD alone."""
-        return self.recipe.teacher is not None and self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+        """Whether a teacher, no sequence of them, taught by logit KD alone."""
+        alone = self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+        return self.recipe.teacher is not None and alone and len(turns_of(self.recipe)) == 1
+
+    @property
+    def last_turn(self) -> Turn:
+        """The last teacher of a sequence, with the folder of its heads; else all teachers, with the run's."""
+        turn = turns_of(self.recipe)[-1]
+        return replace(turn, folder=self.folder / turn.folder.relative_to(self.recipe.output))
 
     def describe(self) -> str:
         """Return what the run is: "alone", or its method and criteria, such as "KD", "MAS" or "MAG + AT"."""
@@ -47,9 +55,10 @@ class Run:
         criteria = [name.upper() for name in _criteria(self.recipe)]
         if self.recipe.peer is not None:
             criteria = ["peer", *criteria]
-        if self.recipe.method == "none":
-            return " + ".join(criteria)
-        return " + ".join([self.recipe.method.upper(), *(name for name in criteria if name != "KD")])
+        if self.recipe.method != "none":
+            criteria = [self.recipe.method.upper(), *(name for name in criteria if name != "KD")]
+        count = len(turns_of(self.recipe))
+        return " + ".join(criteria) + (f", {count} teachers in sequence" if count > 1 else "")
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,8 @@ class _Loop:
             now.best, now.best_epoch = metrics["top1"], now.epoch
         row = {
             "stage": self.options.stage,
-            "epoch": now.epoch,
-            "updates": now.done,
+            "epoch": self.options.epochs_before + now.epoch,
+            "updates": self.options.updates_before + now.done,
             "lr": self.updater.lr,
             "train": train,
             "eval": metrics,
