@@ -23,10 +23,10 @@ from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, Recipe
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-_TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
+TRAIN_ONLY = {"train_only", "adapt_batchnorm", "keep_checkpoints"}
 
 BY_PEER = ("teacher", "criterion", "method")
-"""Options whose defaults depend on --peer; make_recipe sets them."""
+"""Options whose defaults depend on --peer and --teacher-trajectory; make_recipe sets them."""
 
 GROUPS = (
     "teacher",
@@ -271,7 +271,7 @@ def run_parser(
     """
     if distill:
         about = "Distil a teacher into a student."
-        elsewhere = dict.fromkeys(_TRAIN_ONLY, "only mgd-timm train takes it")
+        elsewhere = dict.fromkeys(TRAIN_ONLY, "only mgd-timm train takes it")
         elsewhere |= {theirs: f"give {flag(ours)} instead" for ours, theirs in TRAIN_NAMES.items()}
     else:
         about = "Train a model without a teacher: a future teacher, or a student as a baseline."
@@ -281,7 +281,7 @@ def run_parser(
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of flags")
     printing = next(action for action in parser._actions if action.dest == "print_config")
     printing.help = "print the flags of this call as a file for --config and exit"
-    leave_out = (_TRAIN_ONLY if distill else OF_DISTILLING) | set(without or {})
+    leave_out = (TRAIN_ONLY if distill else OF_DISTILLING) | set(without or {})
     for title in GROUPS:
         parser.group(title)
     names = {} if distill else TRAIN_NAMES

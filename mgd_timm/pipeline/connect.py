@@ -34,6 +34,7 @@ from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.classifier import check_probe
+from mgd_timm.teachers.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Networks:
         teachers: As yet without heads.
         peer: The second student, where two teach each other.
         peer_objective: Of the second student.
+        trajectory: Of the teacher's training, which the student follows.
         criterion_fits: What criteria fit before the run.
         fingerprint: What decides the weights that the run ends with.
     """
@@ -55,6 +57,7 @@ class Networks:
     teachers: tuple[Teacher, ...]
     peer: FeatureTap | None
     peer_objective: Objective | MAG | None
+    trajectory: Trajectory | None = None
     criterion_fits: list[CriterionFit] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
@@ -116,7 +119,7 @@ def connect(
         fits = fits_of_criteria(terms, objective, teacher, lr, run_lr)
         lr = run_lr if lr is None else lr
         fits += fits_of_student(terms, tap, teacher, images, pairs[0], maps=recipe.maps, seed=recipe.seed, lr=lr)
-    networks = Networks(tap, objective, tuple(taught_by), peer, peer_objective, fits)
+    networks = Networks(tap, objective, tuple(taught_by), peer, peer_objective, criterion_fits=fits)
     return replace(networks, fingerprint=_fingerprint(recipe, images, accelerator, networks))
 
 

@@ -33,7 +33,7 @@ from mgd_timm.pipeline.plan import (
 from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, match_resumed_run, start_folder
 from mgd_timm.pipeline.turns import Turn, merge_fits, summarise_turns, turns_of
 from mgd_timm.recipe.data import with_absolute_folder
-from mgd_timm.recipe.derived import with_store_defaults
+from mgd_timm.recipe.derived import with_store_defaults, with_unfolded_trajectory
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
@@ -43,6 +43,7 @@ from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
+from mgd_timm.teachers.trajectory import FollowedTeacher, SnapshotWriter, check_last_snapshot, read_trajectory
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
 from mgd_timm.training.loop import Evaluate, Fitted, fit
 from mgd_timm.training.options import FitOptions
@@ -74,6 +75,7 @@ def run(
         Stopped: A signal; the state was saved.
     """
     recipe = with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data)))
+    recipe = with_unfolded_trajectory(recipe)
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     written = {"--output": folder, "the cache (MGD_TIMM_CACHE)": cache_folder()}
     if recipe.teacher_store is not None:
@@ -129,6 +131,7 @@ def _load(
     student: nn.Module | None,
 ) -> tuple[Images, list[Networks]]:
     """Load the teachers and the images, and connect the networks of each turn, which share the student's model."""
+    trajectory = read_trajectory(Path(recipe.teacher_trajectory)) if recipe.teacher_trajectory is not None else None
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     defaults = find_defaults(recipe, models[0] if models else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
@@ -137,9 +140,13 @@ def _load(
     for place, turn in enumerate(turns):
         own = models if len(turns) == 1 else [models[place]]
         one = connect(turn.recipe, terms_of(turn.recipe), images, accelerator, own, student)
-        # The student of a turn is what all earlier ones left.
-        earlier = {"earlier_turns": [digest(other.fingerprint) for other in connected]} if connected else {}
-        connected.append(replace(one, fingerprint=one.fingerprint | earlier))
+        fingerprint = one.fingerprint
+        if connected:  # the student of a turn is what all earlier ones left
+            fingerprint = fingerprint | {"earlier_turns": [digest(other.fingerprint) for other in connected]}
+        if trajectory is not None:
+            check_last_snapshot(one.teachers[0], trajectory)
+            fingerprint = fingerprint | {"trajectory": [[shot.epoch, shot.sha256] for shot in trajectory.snapshots]}
+        connected.append(replace(one, trajectory=trajectory, fingerprint=fingerprint))
         student = one.student.model
     return images, connected
 
@@ -167,7 +174,8 @@ def _train_in_turns(
             teacher.to(context.accelerator.device)
         own = replace(context, folder=turn.folder)
         teachers, pretrained = _pretrain(turn.recipe, networks, stored, own)
-        fits.append(_train_student(turn, networks, teachers, stored, own, sum(fitted.updates for fitted in fits)))
+        updates = sum(fitted.updates for fitted in fits)
+        fits.append(_train_student(turn, networks, teachers, stored, own, updates))
         metrics |= pretrained if len(turns) == 1 else {f"{name}_{number}": row for name, row in pretrained.items()}
         if len(turns) > 1:
             for teacher in networks.teachers:
@@ -230,8 +238,15 @@ def _train_student(
     if images.evaluation is None:
         accelerator.print("no evaluation split: use --val-split 0.1 to hold one out")
     teach: Teach | None = None
+    start_epoch = end_epoch = None
+    if recipe.keep_checkpoints is not None:
+        count, epochs = recipe.keep_checkpoints, recipe.optim.epochs
+        end_epoch = SnapshotWriter(Path(recipe.output), epochs, count, networks.student, accelerator).end_epoch
     if stored is not None:
         teach = stored_teacher(teachers[0].heads)
+    elif networks.trajectory is not None:
+        teach = followed = FollowedTeacher(teachers[0], networks.trajectory, recipe.optim.epochs)
+        start_epoch = followed.start_epoch
     elif teachers and networks.objective.needs:
         teach = LiveTeachers(*teachers)
     return fit(
@@ -245,6 +260,8 @@ def _train_student(
         evaluate=_evaluation_of(networks, images.evaluation, recipe, accelerator)
         if images.evaluation is not None
         else None,
+        start_epoch=start_epoch,
+        end_epoch=end_epoch,
         averaged=networks.student,
         compile=recipe.compile,
         options=FitOptions(
@@ -335,7 +352,7 @@ def _write_results(
     recipe: Recipe, connected: Sequence[Networks], trained: nn.Module, summary: dict[str, Any], images: Images
 ) -> None:
     """Write the exports and summary.json."""
-    folder, peer = Path(recipe.output), connected[-1].peer
+    folder, peer, trajectory = Path(recipe.output), connected[-1].peer, connected[-1].trajectory
     provenance = {"recipe": without_paths(as_dict(recipe)), "data_sha256": images.train.digest, "metrics": summary}
     evaluated = images.test if images.test is not None else images.val
     if evaluated is not None:
@@ -343,6 +360,8 @@ def _write_results(
     digests = [one.digest for one in _teachers_of(connected)]
     if digests:
         provenance["teacher_sha256"] = digests[0] if len(digests) == 1 else digests
+    if trajectory is not None:
+        provenance["trajectory_sha256"] = trajectory.digests
     export_model(trained, folder / "export", provenance=provenance, overwrite=True)
     if peer is not None:
         of_peer = {**provenance, "metrics": summary["peer"]}

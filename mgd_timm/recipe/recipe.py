@@ -65,6 +65,12 @@ class Recipe:
         "a second student, initialised from the seed, in place of a teacher; both learn from the labels and from each "
         "other, and --drop is for both",
     )
+    teacher_trajectory: str | None = _teacher(
+        None,
+        "run folder of mgd-timm train --keep-checkpoints: the student follows the snapshots of this teacher's training",
+        value="RUN",
+        digest=False,
+    )
     teacher_checkpoint: str | None = _teacher(
         None,
         "safetensors file with the teacher's weights, for the name of a timm model without weights",
@@ -111,7 +117,8 @@ class Recipe:
     )
     method: Literal["none", "mag", "mas"] = _method(
         "mas",
-        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer",
+        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer "
+        "or --teacher-trajectory",
         common=True,
     )
     criterion: tuple[str, ...] = _method(
@@ -192,6 +199,13 @@ class Recipe:
         0, "updates between checkpoints; 0: at the end of each epoch only", minimum=0, digest=False
     )
     checkpoint_hist: int = _run(2, "number of checkpoints to keep", minimum=1, digest=False)
+    keep_checkpoints: int | None = _run(
+        None,
+        "evenly spaced snapshots of the model's weights to keep, for a student that follows them (distill "
+        "--teacher-trajectory); default: none",
+        minimum=1,
+        digest=False,
+    )
     log_interval: int = _run(50, "updates between checks and logs of the losses", minimum=1, digest=False)
     log_with: tuple[str, ...] = _run(
         (),
@@ -226,13 +240,16 @@ OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the defaults are teacher None, criterion dml and method "none".
+    With a peer, the defaults are teacher None, criterion dml and method "none"; with a teacher's trajectory, its run as
+    the teacher and method "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
     if options.get("peer") is not None:
         options = {"teacher": None, "criterion": ("dml",), "method": "none", **options}
+    elif options.get("teacher_trajectory") is not None:
+        options = {"teacher": options["teacher_trajectory"], "method": "none", **options}
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
     homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
     homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
@@ -261,7 +278,7 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     place = data["data_dir"] or (data["dataset"] if os.path.isabs(data["dataset"]) else None)
     if place is not None:
         data |= {"dataset": Data.dataset, "data_dir": Path(place).name}
-    files = ("student_checkpoint", "teacher_checkpoint", "teacher_store", "output")
+    files = ("student_checkpoint", "teacher_checkpoint", "teacher_trajectory", "teacher_store", "output")
     shortened: dict[str, Any] = {name: Path(values[name]).name for name in files if values[name] is not None}
     for name in ("teacher", "teacher_classes"):
         if values[name] is not None:

@@ -38,9 +38,10 @@ class Run:
 
     @property
     def is_kd(self) -> bool:
-        """Whether a teacher, no sequence of them, taught by logit KD alone."""
+        """Whether a teacher taught by logit KD alone: no sequence of teachers, and no trajectory of one."""
         alone = self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
-        return self.recipe.teacher is not None and alone and len(turns_of(self.recipe)) == 1
+        fixed = len(turns_of(self.recipe)) == 1 and self.recipe.teacher_trajectory is None
+        return self.recipe.teacher is not None and alone and fixed
 
     @property
     def last_turn(self) -> Turn:
@@ -58,7 +59,9 @@ class Run:
         if self.recipe.method != "none":
             criteria = [self.recipe.method.upper(), *(name for name in criteria if name != "KD")]
         count = len(turns_of(self.recipe))
-        return " + ".join(criteria) + (f", {count} teachers in sequence" if count > 1 else "")
+        how = f", {count} teachers in sequence" if count > 1 else ""
+        how = ", teacher's trajectory" if self.recipe.teacher_trajectory is not None else how
+        return " + ".join(criteria) + how
 
 
 @dataclass(frozen=True)
@@ -145,4 +148,5 @@ def _recipe_digest(run: Run) -> str:
     its weights."""
     options = as_dict(replace(run.recipe, seed=0), digest_only=True)
     teacher = run.provenance.get("teacher_sha256", run.recipe.teacher)
+    teacher = [teacher, *run.provenance.get("trajectory_sha256", [])]
     return digest([options, teacher, run.provenance.get("data_sha256")])

@@ -64,6 +64,8 @@ def fit(
     batch_size: int,
     teach: Teach | None = None,
     evaluate: Evaluate | None = None,
+    start_epoch: Callable[[int], None] | None = None,
+    end_epoch: Callable[[int, nn.Module | None], None] | None = None,
     averaged: nn.Module | None = None,
     compile: bool = False,
     options: FitOptions | None = None,
@@ -80,6 +82,8 @@ def fit(
             global batch. With `optim.find_batch_size`, where the search for what memory admits starts.
         teach: Returns the teacher's features of a batch, as `distiller.LiveTeachers` does; None passes no teacher.
         evaluate: Returns metrics after each epoch, given the averaged module or None; `best` follows their "top1".
+        start_epoch: Called with the number of epochs done before each epoch, also one that is resumed in its midst.
+        end_epoch: Called with the number of epochs done after each one, and with the averaged module or None.
         averaged: Part of the trainee to keep a moving average of, if `optim` asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
         options: Checkpoints and logs; by default nothing is kept.
@@ -104,7 +108,7 @@ def fit(
         batch_size = find_batch_size(
             lambda size: build_updater(size).try_update(source), trainee, accelerator, batch_size, global_batch
         )
-    loop = _Loop(build_updater(batch_size), source, evaluate, options)
+    loop = _Loop(build_updater(batch_size), source, evaluate, options, start_epoch, end_epoch)
     with catch_signals() as caught:
         try:
             return loop.run(caught)
@@ -117,8 +121,17 @@ def fit(
 class _Loop:
     """Epochs of updates, with their reports, evaluations and checkpoints."""
 
-    def __init__(self, updater: Updater, source: Source, evaluate: Evaluate | None, options: FitOptions) -> None:
+    def __init__(
+        self,
+        updater: Updater,
+        source: Source,
+        evaluate: Evaluate | None,
+        options: FitOptions,
+        start_epoch: Callable[[int], None] | None,
+        end_epoch: Callable[[int, nn.Module | None], None] | None,
+    ) -> None:
         self.updater, self.source, self.evaluate, self.options = updater, source, evaluate, options
+        self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.accelerator, self.epochs = updater.accelerator, updater.optim.epochs
         self.averaged = updater.average.module if updater.average is not None else None
         self.checkpointer = Checkpointer(options, updater)
@@ -157,6 +170,8 @@ class _Loop:
 
     def _train_epoch(self, reporter: Reporter, caught: list[int], start_step: Callable[[], None]) -> None:
         now, interval = self.progress, self.options.checkpoint_interval
+        if self.start_epoch is not None:
+            self.start_epoch(now.epoch)
         updates = self.updater.plan.updates(now.epoch)[now.update :]
         ids = [micro_batch.ids for update in updates for micro_batch in update]
         batches = self.source.batches(ids, now.epoch, self.accelerator.device)
@@ -187,9 +202,11 @@ class _Loop:
         train["top1"] = 100 * train.pop("hits")
         self.updater.broadcast_buffers()
         metrics: Metrics = {}
-        if self.evaluate is not None:
+        if self.evaluate is not None or self.end_epoch is not None:
             with self.updater.parallel.full_parameters():
-                metrics = self.evaluate(self.averaged)
+                metrics = self.evaluate(self.averaged) if self.evaluate is not None else {}
+                if self.end_epoch is not None:
+                    self.end_epoch(now.epoch + 1, self.averaged)
         now.last = metrics
         now.losses = {name: value for name, value in train.items() if name != "top1"}
         now.epoch, now.update, now.sums = now.epoch + 1, 0, {}
