@@ -1,4 +1,4 @@
-"""The command line: mgd-timm train | distill | data | evaluate | report | import | export | list."""
+"""The command line: mgd-timm train | distill | data | evaluate | report | order | import | export | list."""
 
 import codecs
 import difflib
@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "mgd_timm.cli.data",
     "evaluate": "mgd_timm.cli.evaluate",
     "report": "mgd_timm.cli.report",
+    "order": "mgd_timm.cli.order",
     "import": "mgd_timm.cli.import_checkpoint",
     "export": "mgd_timm.cli.export",
     "list": "mgd_timm.cli.list",
@@ -29,6 +30,7 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
   mgd-timm data --data-dir FOLDER                                 print what a run would train and evaluate on
   mgd-timm evaluate RUN                                           print the accuracy of a run's student
   mgd-timm report RUN RUN ...                                     write a page that compares runs and their teacher
+  mgd-timm order --teacher NAME --teacher NAME --student NAME     print an order for teachers in sequence
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
   mgd-timm export RUN FOLDER                                      write a run's student as a folder for timm
   mgd-timm list criteria | models | data                          list criteria, models or data sets

@@ -99,7 +99,7 @@ def connect(
     if len(teachers) > 1:
         check_several_teachers(terms, len(teachers), mean=recipe.teachers_as == "mean")
     taught_by = [
-        _connect_teacher(recipe, terms, accelerator, model, images, silent=recipe.classes_of(position) == "none")
+        connect_teacher(recipe, terms, accelerator, model, images, silent=recipe.classes_of(position) == "none")
         for position, model in enumerate(teachers)
     ]
     peer = _connect_peer(recipe, terms, images, defaults) if recipe.peer is not None else None
@@ -216,7 +216,7 @@ def _connect_student(
     return tap
 
 
-def _connect_teacher(
+def connect_teacher(
     recipe: Recipe, terms: Terms, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> Teacher:
     """Return a frozen teacher without heads; a silent one returns no logits."""
