@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mgd_timm.report.findings import Findings
 from mgd_timm.report.markup import escape, missing, name, note, number, section, table
@@ -70,7 +71,8 @@ def tangent_kernel(
     for image in images:
         if time.monotonic() > deadline:
             raise TimeoutError(f"its gradients take more than {seconds:g} s")
-        jacobian: dict[str, Any] = torch.func.jacrev(logits)(parameters, image)
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention whose gradients torch.func batches
+            jacobian: dict[str, Any] = torch.func.jacrev(logits)(parameters, image)
         rows.append(torch.cat([part.flatten(1).cpu() for part in jacobian.values()], 1))
     gradients = torch.cat(rows)
     kernel = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
