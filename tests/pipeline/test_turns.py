@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_by_default_each_teacher_takes_the_runs_epochs():
     for way in ("mean", "sum"):
         (turn,) = turns_of(make_recipe(teacher=("a", "b"), teachers_as=way))
         assert (turn.stage, turn.recipe.teacher) == ("distil", ("a", "b"))
+
+
+def test_one_teacher_is_the_plain_run():
+    """The same stage (it seeds dropout), folder and schedule, and nothing else of the recipe is read of a sequence."""
+    options = {"teacher": ("a",), "sched": "multistep", "decay_milestones": (0.1, 1.3), "output": "runs/x"}
+    (plain,) = turns_of(make_recipe(**options, epochs=3))
+    for epochs in ({"epochs": 3}, {"epochs": 3, "teacher_epochs": (3,)}):
+        (turn,) = turns_of(make_recipe(**options, **epochs, teachers_as="sequence"))
+        assert replace(turn, recipe=replace(turn.recipe, teachers_as="mean")) == plain
 
 
 @pytest.mark.parametrize(
@@ -100,16 +110,6 @@ def test_a_sequence_is_one_run_after_the_other_by_hand(sequence, flags, teachers
     assert main([*flags, "--teacher", teachers[1], "--epochs", "2", *start, "--output", str(second)]) == 0
     assert digest(sequence / "export" / "model.safetensors") == digest(second / "export" / "model.safetensors")
     assert digest(sequence / "export" / "config.json") == digest(second / "export" / "config.json")
-
-
-@pytest.mark.slow
-def test_one_teacher_is_the_plain_run(flags, tmp_path):
-    words = [*flags, "--method", "none", "--criterion", "fitnet", "--drop", "0.2"]
-    assert main([*words, "--epochs", "1", "--output", str(tmp_path / "plain")]) == 0
-    alone = ["--teachers-as", "sequence", "--teacher-epochs", "1"]
-    assert main([*words, *alone, "--output", str(tmp_path / "alone")]) == 0
-    digests = [digest(tmp_path / name / "export" / "model.safetensors") for name in ("plain", "alone")]
-    assert digests[0] == digests[1]
 
 
 @pytest.mark.slow

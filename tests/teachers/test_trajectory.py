@@ -168,19 +168,6 @@ def flags(data):
     return ["distill", *FAST, "--batch-size", "20", "--data-dir", str(data), "--drop", "0.2"]
 
 
-@pytest.mark.slow
-def test_of_one_epoch_is_kd_from_the_trained_teacher(run, flags, tmp_path):
-    words = [*flags, "--epochs", "1"]
-    plain = ["--teacher", str(run), "--method", "none", "--no-fold-teacher"]
-    assert main([*words, *plain, "--output", str(tmp_path / "kd")]) == 0
-    assert main([*words, "--teacher-trajectory", str(run), "--output", str(tmp_path / "followed")]) == 0
-    digests = [digest(tmp_path / name / "export" / "model.safetensors") for name in ("kd", "followed")]
-    assert digests[0] == digests[1]
-    provenance = json.loads((tmp_path / "followed" / "export" / "recipe.json").read_text())
-    assert provenance["trajectory_sha256"] == read_trajectory(run).digests
-    assert provenance["recipe"]["teacher_trajectory"] == "run"
-
-
 @pytest.fixture(scope="module")
 def hard(run, flags):
     words = [*flags, "--epochs", "3", "--teacher-trajectory", str(run), "--method", "mag", "--criterion", "dkd"]
@@ -192,6 +179,13 @@ def whole(hard, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     assert main([*hard, "--output", str(output)]) == 0
     return output
+
+
+@pytest.mark.slow
+def test_the_export_names_all_snapshots_and_no_folder(run, whole):
+    provenance = json.loads((whole / "export" / "recipe.json").read_text())
+    assert provenance["trajectory_sha256"] == read_trajectory(run).digests
+    assert provenance["recipe"]["teacher_trajectory"] == "run"
 
 
 @pytest.mark.slow
