@@ -122,7 +122,8 @@ def complexity_section(found: Findings) -> str:
             notes.append(note(f"Left out: {name(label)}: {escape(str(error).splitlines()[0])}."))
             continue
         both = [supervision_complexity(kernel, one - 1 / classes) for one in (labels, probabilities)]
-        rows.append([name(label), *(number(one.value, 3) for one in both), *(number(one.relative, 3) for one in both)])
+        values = [*(one.value for one in both), *(one.relative for one in both)]
+        rows.append([name(label), *(f"{value:.3g}" for value in values)])
     head = ["", "labels", "teacher", "labels, relative", "teacher, relative"]
     about = (
         f"A diagnostic: y'(K + rI)⁻¹y of targets y under the tangent kernel K of the trained student, on {count} "
