@@ -74,8 +74,7 @@ def run(
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
-    recipe = with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data)))
-    recipe = with_unfolded_trajectory(recipe)
+    recipe = with_unfolded_trajectory(with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data))))
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     written = {"--output": folder, "the cache (MGD_TIMM_CACHE)": cache_folder()}
     if recipe.teacher_store is not None:
@@ -105,15 +104,13 @@ def run(
         before["teacher_head"] = fit_classifiers(_teachers_of(connected), classifier_fit, context)
         connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=True) for one in connected]
         stored = _open_store(recipe, connected[0], images, accelerator)
-    for networks in connected:
-        log_remarks(networks, accelerator)
     before |= evaluate_teachers(_teachers_of(connected), images, accelerator, recipe.data.validation_batch_size)
     fits, pretrained = _train_in_turns(turns, connected, stored, context)
     networks, fitted = connected[-1], merge_fits(turns, fits)
     trained = _final_model(networks, fitted)
 
-    summary = _summary(fitted, trained, before | pretrained, images, recipe, accelerator)
-    summary |= summarise_turns(turns, fits)
+    before |= pretrained | summarise_turns(turns, fits)
+    summary = _summary(fitted, trained, before, images, recipe, accelerator)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
     run_on_main(accelerator, lambda: _write_results(recipe, connected, trained, summary, images))
@@ -172,6 +169,7 @@ def _train_in_turns(
     for number, (turn, networks) in enumerate(zip(turns, connected, strict=True), start=1):
         for teacher in networks.teachers:
             teacher.to(context.accelerator.device)
+        log_remarks(networks, context.accelerator)
         own = replace(context, folder=turn.folder)
         teachers, pretrained = _pretrain(turn.recipe, networks, stored, own)
         updates = sum(fitted.updates for fitted in fits)

@@ -82,8 +82,7 @@ def fit(
             global batch. With `optim.find_batch_size`, where the search for what memory admits starts.
         teach: Returns the teacher's features of a batch, as `distiller.LiveTeachers` does; None passes no teacher.
         evaluate: Returns metrics after each epoch, given the averaged module or None; `best` follows their "top1".
-        start_epoch: Called with the number of epochs done before each epoch, also one that is resumed in its midst.
-        end_epoch: Called with the number of epochs done after each one, and with the averaged module or None.
+        start_epoch, end_epoch: Called around each epoch with the number done; the second with the averaged module too.
         averaged: Part of the trainee to keep a moving average of, if `optim` asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
         options: Checkpoints and logs; by default nothing is kept.
@@ -97,8 +96,7 @@ def fit(
         OSError: A checkpoint could not be written; older ones are whole.
     """
     options = options or FitOptions()
-    steps = optim.grad_accum_steps or 1
-    global_batch = optim.global_batch_size or batch_size * accelerator.num_processes * steps
+    global_batch = optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
     def build_updater(size: int) -> Updater:
         plan = UpdatePlan(source, seed, options.stage, size, global_batch, accelerator)
