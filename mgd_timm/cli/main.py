@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "mgd_timm.cli.data",
     "evaluate": "mgd_timm.cli.evaluate",
     "report": "mgd_timm.cli.report",
+    "order": "mgd_timm.cli.order",
     "import": "mgd_timm.cli.import_checkpoint",
     "export": "mgd_timm.cli.export",
     "publish": "mgd_timm.cli.publish",
@@ -33,6 +34,7 @@ _HELP = f"""mgd-timm {__version__}: Multi-Granularity Distillation for timm
   mgd-timm data --data-dir FOLDER                                 print what a run would train and evaluate on
   mgd-timm evaluate RUN                                           print the accuracy of a run's student
   mgd-timm report RUN RUN ...                                     write a page that compares runs and their teacher
+  mgd-timm order --teacher NAME --teacher NAME --student NAME     print an order for teachers in sequence
   mgd-timm import FILE FOLDER --model NAME                        convert a public checkpoint, such as a teacher
   mgd-timm export RUN FOLDER --to onnx,int8                       write a run's student for timm, ONNX, OpenVINO, ...
   mgd-timm publish RUN user/name                                  upload a student to the Hugging Face hub, with a card

@@ -36,6 +36,8 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
         )
     if recipe.match_channels is not None:
         check_channels_are_matched(terms)
+    if recipe.teacher_trajectory is not None:
+        check_followable(terms)
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
@@ -143,6 +145,18 @@ def check_storable(terms: Terms) -> None:
             raise ValueError(
                 f"criterion {name!r} reads the teacher's {', '.join(lacking)}, and a teacher store holds its logits "
                 "and embedding only: leave --teacher-store out."
+            )
+
+
+def check_followable(terms: Terms) -> None:
+    """Raise ValueError where a criterion with a weight reads more of a teacher than the logits of its snapshots."""
+    for term in terms.active.values():
+        beyond = ", ".join(sorted(term.kind.needs - {"logits"}))
+        if beyond or term.kind.fits is not None:
+            why = f"reads the teacher's {beyond}" if beyond else "is fitted on one teacher before the run"
+            raise ValueError(
+                f"criterion {term.criterion!r} {why}, and a student follows a trajectory by the teacher's logits: "
+                "leave it or --teacher-trajectory out."
             )
 
 

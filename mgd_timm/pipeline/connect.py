@@ -41,6 +41,7 @@ from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
+from mgd_timm.teachers.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Networks:
         peer: The second student, where two teach each other.
         peer_objective: Of the second student.
         between: Beside a teacher, the objectives of student and peer with each other.
+        trajectory: Of the teacher's training, which the student follows.
         criterion_fits: What criteria fit before the run.
         fingerprint: What decides the weights that the run ends with.
         loaded_sha256: Of each teacher's weights as they were loaded, before the run gave them other classes or sizes.
@@ -65,6 +67,7 @@ class Networks:
     peer: FeatureTap | None
     peer_objective: Objective | MAG | SeveralTeachers | None
     between: tuple[Objective | MAG, Objective | MAG] | None = None
+    trajectory: Trajectory | None = None
     criterion_fits: list[CriterionFit] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     loaded_sha256: list[str] = field(default_factory=list)
@@ -111,7 +114,7 @@ def connect(
     if len(teachers) > 1:
         check_several_teachers(terms, len(teachers), mean=recipe.teachers_as == "mean")
     taught_by = [
-        _connect_teacher(recipe, terms, accelerator, model, images, silent=recipe.classes_of(position) == "none")
+        connect_teacher(recipe, terms, accelerator, model, images, silent=recipe.classes_of(position) == "none")
         for position, model in enumerate(teachers)
     ]
     peer = _connect_peer(recipe, terms, images, defaults) if recipe.peer is not None else None
@@ -254,7 +257,7 @@ def _connect_student(
     return tap
 
 
-def _connect_teacher(
+def connect_teacher(
     recipe: Recipe, terms: Terms, accelerator: Accelerator, model: nn.Module, images: Images, *, silent: bool
 ) -> Teacher:
     """Return a frozen teacher without heads; a silent one returns no logits."""

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd_timm.criteria.base import needs_rotations
-from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images, load_images
 from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
@@ -34,9 +33,10 @@ from mgd_timm.pipeline.plan import (
     terms_of,
 )
 from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, match_resumed_run, start_folder
+from mgd_timm.pipeline.turns import Turn, merge_fits, summarise_turns, turns_of
 from mgd_timm.recipe.data import with_absolute_folder
-from mgd_timm.recipe.derived import with_store_defaults
-from mgd_timm.recipe.options import as_dict
+from mgd_timm.recipe.derived import with_store_defaults, with_unfolded_trajectory
+from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe, without_paths
 from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
@@ -47,6 +47,7 @@ from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads, outputs_once
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
+from mgd_timm.teachers.trajectory import FollowedTeacher, SnapshotWriter, check_last_snapshot, read_trajectory
 from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
 from mgd_timm.training.loop import Evaluate, Fitted, fit
 from mgd_timm.training.options import FitOptions
@@ -70,6 +71,18 @@ class _Pretrained:
     heads_sha256: list[str]
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """Each turn's results, what of the fits before belongs into the summary, the sha256 of each teacher's heads, and
+    the last turn's source and teacher."""
+
+    fits: list[Fitted]
+    metrics: dict[str, Any]
+    heads_sha256: list[str]
+    source: Source
+    teach: Teach | None
+
+
 def run(
     recipe: Recipe,
     *,
@@ -86,7 +99,7 @@ def run(
         FileExistsError: The output folder exists and the run is not resumed.
         Stopped: A signal; the state was saved.
     """
-    recipe = with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data)))
+    recipe = with_unfolded_trajectory(with_store_defaults(replace(recipe, data=with_absolute_folder(recipe.data))))
     folder, steps_per_update = Path(recipe.output), recipe.optim.grad_accum_steps
     written = {"--output": folder, "the cache (MGD_TIMM_CACHE)": cache_folder()}
     if recipe.teacher_store is not None:
@@ -96,39 +109,38 @@ def run(
         recipe = match_resumed_run(folder, recipe)
     else:
         check_new_folder(folder)
-    terms = terms_of(recipe)
-    check_recipe(recipe, terms)
+    for turn in turns_of(recipe):
+        check_recipe(turn.recipe, terms_of(turn.recipe))
     accelerator = accelerator_of(recipe)
     recipe = fix_global_batch(recipe, accelerator, steps_per_update)
+    turns = turns_of(recipe)
 
-    images, networks = _load(recipe, terms, accelerator, teacher, student)
+    images, connected = _load(recipe, turns, accelerator, teacher, student)
     context = context_of(recipe, images, accelerator, quiet=quiet)
     classifier_fit = classifier_fit_of(recipe)
     if classifier_fit is None:  # otherwise the store belongs to weights that are fitted first
-        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=False)
-        stored = _open_store(recipe, networks, images, accelerator)
+        connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=False) for one in connected]
+        stored = _open_store(recipe, connected[0], images, accelerator)
 
     run_on_main(accelerator, lambda: start_folder(folder, recipe, images, accelerator.print, steps_per_update))
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     before: dict[str, Any] = {}
     if classifier_fit is not None:
-        before["teacher_head"] = fit_classifiers(networks.teachers, classifier_fit, context)
-        networks = finish_teachers(networks, fold=recipe.fold_teacher, fitted=True)
-        stored = _open_store(recipe, networks, images, accelerator)
-    log_remarks(networks, terms, recipe.method, accelerator)
-    before |= evaluate_teachers(networks.teachers, images, accelerator, recipe.data.validation_batch_size)
-    pretrained = _pretrain(recipe, networks, stored, context)
-    source = mixed_source(images, recipe.data, recipe.seed) if stored is None else stored
-    teach = _teach_of(networks, pretrained.teachers, stored)
-    fitted = _train_student(recipe, networks, source, teach, context)
+        before["teacher_head"] = fit_classifiers(_teachers_of(connected), classifier_fit, context)
+        connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=True) for one in connected]
+        stored = _open_store(recipe, connected[0], images, accelerator)
+    before |= evaluate_teachers(_teachers_of(connected), images, accelerator, recipe.data.validation_batch_size)
+    found = _train_in_turns(turns, connected, stored, context)
+    networks, fitted = connected[-1], merge_fits(turns, found.fits)
     if recipe.qat:
-        fitted, before["qat"] = _learn_int8(recipe, networks, fitted, source, teach, context)
+        fitted, before["qat"] = _learn_int8(turns[-1].recipe, networks, fitted, found.source, found.teach, context)
     trained = _final_model(networks, fitted)
 
-    summary = _summary(fitted, trained, before | pretrained.metrics, images, recipe, accelerator)
+    before |= found.metrics | summarise_turns(turns, found.fits)
+    summary = _summary(fitted, trained, before, images, recipe, accelerator)
     if networks.peer is not None:
         summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    provenance = _provenance(recipe, networks, pretrained.heads_sha256, images)
+    provenance = _provenance(recipe, connected, found.heads_sha256, images)
     run_on_main(accelerator, lambda: _write_results(folder, networks, trained, summary, provenance))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
@@ -138,19 +150,62 @@ def run(
 
 def _load(
     recipe: Recipe,
-    terms: Terms,
+    turns: Sequence[Turn],
     accelerator: Accelerator,
     teacher: nn.Module | Sequence[nn.Module | None] | None,
     student: nn.Module | None,
-) -> tuple[Images, Networks]:
-    """Load the teachers and the images, and connect the networks."""
+) -> tuple[Images, list[Networks]]:
+    """Load the teachers and the images, and connect the networks of each turn, which share the student's model."""
+    trajectory = read_trajectory(Path(recipe.teacher_trajectory)) if recipe.teacher_trajectory is not None else None
     models = load_teachers(recipe, [teacher] if isinstance(teacher, nn.Module) else teacher or ())
     loaded = [module_digest(model) for model in models]
     defaults = find_defaults(recipe, models[0] if models else None, student)
     images = load_images(recipe.data, recipe.seed, defaults, log=accelerator.print, accelerator=accelerator)
     adapt_teachers_to_data(models, recipe, images)
-    networks = connect(recipe, terms, images, accelerator, models, student)
-    return images, replace(networks, loaded_sha256=loaded)
+    connected: list[Networks] = []
+    for place, turn in enumerate(turns):
+        own = slice(None) if len(turns) == 1 else slice(place, place + 1)
+        one = connect(turn.recipe, terms_of(turn.recipe), images, accelerator, models[own], student)
+        fingerprint = one.fingerprint
+        if connected:  # the student of a turn is what all earlier ones left
+            fingerprint = fingerprint | {"earlier_turns": [digest(other.fingerprint) for other in connected]}
+        if trajectory is not None:
+            check_last_snapshot(one.teachers[0], trajectory)
+            fingerprint = fingerprint | {"trajectory": [[shot.epoch, shot.sha256] for shot in trajectory.snapshots]}
+        connected.append(replace(one, trajectory=trajectory, fingerprint=fingerprint, loaded_sha256=loaded[own]))
+        student = one.student.model
+    return images, connected
+
+
+def _teachers_of(connected: Sequence[Networks]) -> list[Teacher]:
+    """Return the teachers of all turns, in their order."""
+    return [teacher for networks in connected for teacher in networks.teachers]
+
+
+def _train_in_turns(
+    turns: Sequence[Turn], connected: Sequence[Networks], stored: StoredSource | None, context: RunContext
+) -> _Trained:
+    """Train the student in each turn, with what is fitted before it."""
+    fits, heads_sha256, metrics = list[Fitted](), list[str](), dict[str, Any]()
+    if len(turns) > 1:  # a device holds one teacher at a time
+        for teacher in _teachers_of(connected):
+            teacher.to("cpu")
+    for number, (turn, networks) in enumerate(zip(turns, connected, strict=True), start=1):
+        recipe, own = turn.recipe, replace(context, folder=turn.folder)
+        for teacher in networks.teachers:
+            teacher.to(context.accelerator.device)
+        log_remarks(networks, terms_of(recipe), recipe.method, context.accelerator)
+        pretrained = _pretrain(recipe, networks, stored, own)
+        source = mixed_source(context.images, recipe.data, recipe.seed) if stored is None else stored
+        teach = _teach_of(recipe, networks, pretrained.teachers, stored)
+        fits.append(_train_student(turn, networks, source, teach, own, sum(fitted.updates for fitted in fits)))
+        heads_sha256 += pretrained.heads_sha256
+        found = pretrained.metrics
+        metrics |= found if len(turns) == 1 else {f"{name}_{number}": row for name, row in found.items()}
+        if number < len(turns):
+            for teacher in networks.teachers:
+                teacher.to("cpu")
+    return _Trained(fits, metrics, heads_sha256, source, teach)
 
 
 def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator: Accelerator) -> StoredSource | None:
@@ -191,19 +246,23 @@ def _pretrain(recipe: Recipe, networks: Networks, stored: StoredSource | None, c
     return _Pretrained(teachers, metrics, heads_sha256)
 
 
-def _teach_of(networks: Networks, teachers: Sequence[Teacher], stored: StoredSource | None) -> Teach | None:
+def _teach_of(
+    recipe: Recipe, networks: Networks, teachers: Sequence[Teacher], stored: StoredSource | None
+) -> Teach | None:
     """Return what gives the teacher's features of a batch; None where nothing reads them."""
     if stored is not None:
         return stored_teacher(teachers[0].heads)
+    if networks.trajectory is not None:
+        return FollowedTeacher(teachers[0], networks.trajectory, recipe.optim.epochs)
     if not teachers or not networks.objective.needs:
         return None
     return LiveTeachers(*teachers, rotate=needs_rotations(networks.objective))
 
 
 def _train_student(
-    recipe: Recipe, networks: Networks, source: Source, teach: Teach | None, context: RunContext
+    turn: Turn, networks: Networks, source: Source, teach: Teach | None, context: RunContext, updates_before: int
 ) -> Fitted:
-    images, accelerator = context.images, context.accelerator
+    recipe, images, accelerator = turn.recipe, context.images, context.accelerator
     trainee = networks.trainee().to(accelerator.device)
     if networks.peer is None:
         set_memory_format(trainee, networks.student.name, recipe.channels_last, accelerator.device)
@@ -214,6 +273,10 @@ def _train_student(
         accelerator.print(f"{role} {tap.name}: {count:,} parameters, {size} images")
     if images.evaluation is None:
         accelerator.print("no evaluation split: use --val-split 0.1 to hold one out")
+    end_epoch = None
+    if recipe.keep_checkpoints is not None:
+        count, epochs = recipe.keep_checkpoints, recipe.optim.epochs
+        end_epoch = SnapshotWriter(Path(recipe.output), epochs, count, networks.student, accelerator).end_epoch
     return fit(
         trainee,
         source,
@@ -225,12 +288,17 @@ def _train_student(
         evaluate=_evaluation_of(networks, images.evaluation, recipe, accelerator)
         if images.evaluation is not None
         else None,
+        start_epoch=teach.start_epoch if isinstance(teach, FollowedTeacher) else None,
+        end_epoch=end_epoch,
         averaged=networks.student,
         compile=recipe.compile,
         options=FitOptions(
-            folder=context.folder,
+            folder=turn.folder,
+            metrics_folder=Path(recipe.output),
+            epochs_before=turn.epochs_before,
+            updates_before=updates_before,
             fingerprint=networks.fingerprint,
-            stage="train" if not networks.teachers and networks.peer is None else "distil",
+            stage=turn.stage,
             resume=recipe.resume,
             checkpoint_interval=recipe.checkpoint_interval,
             checkpoint_hist=recipe.checkpoint_hist,
@@ -319,13 +387,16 @@ def _peer_summary(
     return found | _test_metrics(model, last.get("top1"), images, recipe, accelerator)
 
 
-def _provenance(recipe: Recipe, networks: Networks, heads_sha256: list[str], images: Images) -> dict[str, Any]:
+def _provenance(
+    recipe: Recipe, connected: Sequence[Networks], heads_sha256: list[str], images: Images
+) -> dict[str, Any]:
     """Return what recipe.json says of the origin of the weights; of several teachers a list."""
 
     def one_or_list(values: list[str]) -> str | list[str]:
         return values[0] if len(values) == 1 else values
 
-    found = {"recipe": without_paths(as_dict(recipe)), "precision": networks.fingerprint["precision"]}
+    start, trajectory = connected[0].fingerprint, connected[-1].trajectory
+    found = {"recipe": without_paths(as_dict(recipe)), "precision": start["precision"]}
     found |= {"train_images": images.num_samples, "data_sha256": images.train.digest}
     evaluated = images.test if images.test is not None else images.val
     if evaluated is not None:
@@ -334,13 +405,16 @@ def _provenance(recipe: Recipe, networks: Networks, heads_sha256: list[str], ima
         if images.test is None or images.val is None:
             split = (images.description.get("eval") or {}).get("split", split)
         found["evaluation_split"] = split
-    found["initial_sha256"] = networks.fingerprint["student_sha256"]
-    if networks.teachers:
-        digests = [one.digest for one in networks.teachers]
-        found["teacher_architecture"] = one_or_list([one.tap.name for one in networks.teachers])
+    found["initial_sha256"] = start["student_sha256"]
+    teachers = _teachers_of(connected)
+    if teachers:
+        digests, loaded = [one.digest for one in teachers], [one for part in connected for one in part.loaded_sha256]
+        found["teacher_architecture"] = one_or_list([one.tap.name for one in teachers])
         found["teacher_sha256"] = one_or_list(digests)
-        if digests != networks.loaded_sha256:
-            found["teacher_loaded_sha256"] = one_or_list(networks.loaded_sha256)
+        if digests != loaded:
+            found["teacher_loaded_sha256"] = one_or_list(loaded)
+    if trajectory is not None:
+        found["trajectory_sha256"] = trajectory.digests
     if heads_sha256:
         found["heads_sha256"] = one_or_list(heads_sha256)
     return found

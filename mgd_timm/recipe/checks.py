@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_origin
 
-from mgd_timm.recipe.options import check_choice, flag
+from mgd_timm.recipe.options import check_choice, flag, plain_model_name
 
 if TYPE_CHECKING:
     from mgd_timm.recipe.data import Data
@@ -121,6 +121,9 @@ def check_recipe(recipe: "Recipe") -> None:
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
     check_qat(recipe)
+    check_teacher_sequence(recipe)
+    check_teacher_trajectory(recipe)
+    check_kept_checkpoints(recipe)
 
 
 def check_maps(recipe: "Recipe") -> None:
@@ -206,6 +209,7 @@ def check_teachers(recipe: "Recipe") -> None:
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
         names += ["teacher_resize", "teacher_store", "shard_teacher", "sample_weight", "match_channels"]
+        names += ["teachers_as", "teacher_epochs", "teacher_trajectory"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
@@ -247,6 +251,57 @@ def check_teacher_classes(recipe: "Recipe") -> None:
         raise ValueError(
             f"teacher_classes='none' with fit_teacher_head={recipe.fit_teacher_head!r}: the fitted classifier would "
             "not be used. Leave --teacher-classes or --fit-teacher-head out."
+        )
+
+
+def check_teacher_sequence(recipe: "Recipe") -> None:
+    """Raise ValueError unless teachers in sequence have one number of epochs each, and no options of a mixture."""
+    if recipe.teachers_as != "sequence":
+        why = "it is for teachers that teach one after the other"
+        _refuse(recipe, ("teacher_epochs",), why, ", or give --teachers-as sequence")
+        return
+    why = "teachers_as='sequence' shows the student one teacher at a time"
+    _refuse(recipe, ("teacher_weights",), why)
+    _refuse(recipe, ("teacher_store",), "a store holds the outputs of one teacher, and teachers_as='sequence' has more")
+    epochs, names = recipe.teacher_epochs, recipe.teacher or ()
+    if epochs is not None and len(epochs) != len(names):
+        raise ValueError(
+            f"teacher_epochs={epochs}: expected a number of epochs for each of the teachers {list(names)}, in their "
+            "order (--teacher-epochs)."
+        )
+
+
+def check_teacher_trajectory(recipe: "Recipe") -> None:
+    """Raise ValueError for options that need one set of a teacher's weights where its snapshots change them."""
+    run = recipe.teacher_trajectory
+    if run is None or recipe.teacher is None:
+        return
+    if recipe.teacher != (plain_model_name(run),):
+        raise ValueError(
+            f"teacher_trajectory={run!r} names the teacher, and there is also teacher {_list(recipe.teacher)}: leave "
+            "--teacher out."
+        )
+    if recipe.method == "mas":
+        raise ValueError(
+            f"method='mas' with teacher_trajectory={run!r}: its target is the mean of a teacher's logits and of views "
+            "that are fitted to that teacher alone. Choose --method none, or mag (with the trained teacher's codes)."
+        )
+    names = ["teacher_classes", "fit_teacher_head", "teacher_store", "shard_teacher"]
+    names += ["teacher_resize"] if recipe.teacher_resize == "positions" else []
+    _refuse(recipe, names, f"snapshots of teacher_trajectory={run!r} are loaded into the teacher as it was trained")
+
+
+def check_kept_checkpoints(recipe: "Recipe") -> None:
+    """Raise ValueError for more snapshots than epochs, and for snapshots of a student."""
+    count = recipe.keep_checkpoints
+    if count is None:
+        return
+    if recipe.teacher is not None or recipe.peer is not None:
+        _refuse(recipe, ("keep_checkpoints",), "only a model that trains without a teacher (mgd-timm train) keeps them")
+    if count > recipe.optim.epochs:
+        raise ValueError(
+            f"keep_checkpoints={count}: a snapshot is kept at the end of an epoch, and there are {recipe.optim.epochs} "
+            "(--keep-checkpoints, --epochs)."
         )
 
 

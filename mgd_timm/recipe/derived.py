@@ -19,6 +19,11 @@ def with_store_defaults(recipe: Recipe) -> Recipe:
     )
 
 
+def with_unfolded_trajectory(recipe: Recipe) -> Recipe:
+    """Return the recipe without folding where a teacher's snapshots are loaded: they hold its BatchNorm."""
+    return recipe if recipe.teacher_trajectory is None else dataclasses.replace(recipe, fold_teacher=False)
+
+
 def with_global_batch(recipe: Recipe, processes: int, steps: int = 1) -> Recipe:
     """Return the recipe with its global batch: its own, or batch size x processes x micro-batches per update.
 

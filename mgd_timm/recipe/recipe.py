@@ -53,14 +53,24 @@ class Recipe:
     teacher_weights: tuple[float, ...] | None = _teacher(
         None, "several teachers: weight of each; default: 1/N each", above=0
     )
-    teachers_as: Literal["mean", "sum"] = _teacher(
+    teachers_as: Literal["mean", "sum", "sequence"] = _teacher(
         "mean",
-        "several teachers: mean takes the mean of their probabilities as one target, sum adds the losses of each",
+        "several teachers: mean takes the mean of their probabilities as one target, sum adds the losses of each, "
+        "sequence has one teach after the other",
+    )
+    teacher_epochs: tuple[int, ...] | None = _teacher(
+        None, "teachers in sequence: epochs with each; default: --epochs with each", minimum=1
     )
     peer: str | None = _teacher(
         None,
         "a second student, initialised from the seed; both learn from the labels and from each other, and from the "
         "teacher if --teacher names one; --drop is for both",
+    )
+    teacher_trajectory: str | None = _teacher(
+        None,
+        "run folder of mgd-timm train --keep-checkpoints: the student follows the snapshots of this teacher's training",
+        value="RUN",
+        digest=False,
     )
     teacher_checkpoint: str | None = _teacher(
         None,
@@ -114,8 +124,8 @@ class Recipe:
     )
     method: Literal["none", "mag", "mas"] = _method(
         "mas",
-        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer "
-        "or --criterion selfkd",
+        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer, "
+        "--teacher-trajectory or --criterion selfkd",
         common=True,
     )
     criterion: tuple[str, ...] = _method(
@@ -215,6 +225,13 @@ class Recipe:
         0, "updates between checkpoints; 0: at the end of each epoch only", minimum=0, digest=False
     )
     checkpoint_hist: int = _run(2, "number of checkpoints to keep", minimum=1, digest=False)
+    keep_checkpoints: int | None = _run(
+        None,
+        "evenly spaced snapshots of the model's weights to keep, for a student that follows them (distill "
+        "--teacher-trajectory); default: none",
+        minimum=1,
+        digest=False,
+    )
     log_interval: int = _run(50, "updates between checks and logs of the losses", minimum=1, digest=False)
     log_with: tuple[str, ...] = _run(
         (),
@@ -247,14 +264,15 @@ OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
+TRAIN_ONLY = {"train_only", "adapt_batchnorm", "keep_checkpoints"}
 
 
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the defaults are teacher None, criterion dml (kd and dml beside a teacher) and method "none"; with
-    criterion selfkd alone, teacher None and method "none".
+    With a peer, the defaults are teacher None, criterion dml (kd and dml beside a teacher) and method "none"; with a
+    teacher's trajectory, its run as the teacher and method "none"; with criterion selfkd alone, teacher None and method
+    "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
@@ -262,6 +280,8 @@ def make_recipe(**options: Any) -> Recipe:
     if options.get("peer") is not None:
         criterion = ("dml",) if options.get("teacher") is None else ("kd", "dml")
         options = {"teacher": None, "criterion": criterion, "method": "none", **options}
+    elif options.get("teacher_trajectory") is not None:
+        options = {"teacher": options["teacher_trajectory"], "method": "none", **options}
     elif options.get("teacher") is None and needs_no_teacher(
         typed("criterion", options.get("criterion", ()), tuple[str, ...])
     ):
@@ -294,7 +314,7 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     place = data["data_dir"] or (data["dataset"] if os.path.isabs(data["dataset"]) else None)
     if place is not None:
         data |= {"dataset": Data.dataset, "data_dir": Path(place).name}
-    files = ("student_checkpoint", "teacher_checkpoint", "teacher_store", "output")
+    files = ("student_checkpoint", "teacher_checkpoint", "teacher_trajectory", "teacher_store", "output")
     shortened: dict[str, Any] = {name: Path(values[name]).name for name in files if values[name] is not None}
     for name in ("teacher", "teacher_classes"):
         if values[name] is not None:

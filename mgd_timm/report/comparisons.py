@@ -3,6 +3,7 @@
 import torch
 
 from mgd_timm.features import FeatureTap
+from mgd_timm.pipeline.turns import turns_of
 from mgd_timm.report.calibration import BINS, measure_calibration
 from mgd_timm.report.charts import change_bar, heat_map, reliability_diagram
 from mgd_timm.report.cka import cka_table
@@ -110,12 +111,14 @@ def heads_section(found: Findings) -> str:
     title = ("heads", "Granularity heads")
     rows: list[list[str]] = []
     for group in found.groups:
-        fitted = [run.summary[key] for run in group.runs for key in ("heads", "heads_1") if key in run.summary]
+        # Of several teachers the first's; of a sequence the last's.
+        keys = ("heads", f"heads_{len(turns_of(group.first.recipe))}")
+        fitted = [run.summary[key] for run in group.runs for key in keys if key in run.summary]
         fitted = [row for row in fitted if row]
         if not fitted:
             continue
-        keys = ("teacher", *(g.name for g in group.first.recipe.heads.granularities), "top1")
-        rows.append([name(group.label), *(with_spread([row[key] for row in fitted if key in row]) for key in keys)])
+        columns = ("teacher", *(g.name for g in group.first.recipe.heads.granularities), "top1")
+        rows.append([name(group.label), *(with_spread([row[key] for row in fitted if key in row]) for key in columns)])
     if not rows:
         return section(*title, missing("the heads: no run here has any; they come with --method mag or mas."))
     head = ["", "teacher, %", "abstract, %", "detailed, %", "stable logits, %"]

@@ -73,8 +73,11 @@ class Student:
 
     def some(self, count: int) -> tuple[Tensor, Tensor]:
         """Return evenly spaced evaluation images and their labels, at most `count` of each."""
-        places = torch.linspace(0, len(self.source.ids) - 1, min(count, len(self.source.ids))).long()
-        return self.at(places)
+        return self.at(self.places(count))
+
+    def places(self, count: int) -> Tensor:
+        """Return the places, from 0, of evenly spaced evaluation images, at most `count`."""
+        return torch.linspace(0, len(self.source.ids) - 1, min(count, len(self.source.ids))).long()
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return the evaluation images at some places (from 0), as the student sees them, and their labels."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.pipeline.turns import Turn, turns_of
 from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
@@ -39,8 +40,16 @@ class Run:
 
     @property
     def is_kd(self) -> bool:
-        """Whether a teacher taught by logit KD alone."""
-        return self.recipe.teacher is not None and self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+        """Whether a teacher taught by logit KD alone: no sequence of teachers, and no trajectory of one."""
+        alone = self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+        fixed = len(turns_of(self.recipe)) == 1 and self.recipe.teacher_trajectory is None
+        return self.recipe.teacher is not None and alone and fixed
+
+    @property
+    def last_turn(self) -> Turn:
+        """The last teacher of a sequence, with the folder of its heads; else all teachers, with the run's."""
+        turn = turns_of(self.recipe)[-1]
+        return replace(turn, folder=self.folder / turn.folder.relative_to(self.recipe.output))
 
     def describe(self) -> str:
         """Return what the run is: "alone", or its method and criteria, such as "KD", "MAS" or "MAG + AT"."""
@@ -49,9 +58,12 @@ class Run:
         criteria = [name.upper() for name in _criteria(self.recipe)]
         if self.recipe.peer is not None:
             criteria = ["peer", *criteria]
-        if self.recipe.method == "none":
-            return " + ".join(criteria)
-        return " + ".join([self.recipe.method.upper(), *(name for name in criteria if name != "KD")])
+        if self.recipe.method != "none":
+            criteria = [self.recipe.method.upper(), *(name for name in criteria if name != "KD")]
+        count = len(turns_of(self.recipe))
+        how = f", {count} teachers in sequence" if count > 1 else ""
+        how = ", teacher's trajectory" if self.recipe.teacher_trajectory is not None else how
+        return " + ".join(criteria) + how
 
 
 @dataclass(frozen=True)
@@ -138,4 +150,5 @@ def _recipe_digest(run: Run) -> str:
     its weights."""
     options = as_dict(replace(run.recipe, seed=0), digest_only=True)
     teacher = run.provenance.get("teacher_sha256", run.recipe.teacher)
+    teacher = [teacher, *run.provenance.get("trajectory_sha256", [])]
     return digest([options, teacher, run.provenance.get("data_sha256")])

@@ -34,7 +34,7 @@ class MeasuredTeacher:
 
 
 def measure_teacher(student: Student, log: Callable[[str], None]) -> MeasuredTeacher | str:
-    """Load the teacher of a student's run, the first of several, and show it the evaluation images.
+    """Load the teacher of a student's run and show it the evaluation images: the last of a sequence, else the first.
 
     Returns:
         The teacher, or why it cannot be had.
@@ -60,7 +60,7 @@ def measure_teacher(student: Student, log: Callable[[str], None]) -> MeasuredTea
 
 
 def _load(run: Run, images: Images, student: Student) -> Teacher:
-    recipe = run.recipe
+    recipe = run.last_turn.recipe
     assert recipe.teacher is not None
     model = load_named_teacher(recipe, recipe.teacher[0])
     adapt_teachers_to_data([model], recipe, images)
@@ -74,15 +74,15 @@ def _load(run: Run, images: Images, student: Student) -> Teacher:
 
 
 def load_heads(run: Run, teacher: Teacher, images: Images, log: Callable[[str], None]) -> GranularityHeads | str:
-    """Load the heads that a run fitted on its first teacher.
+    """Load the heads that a run fitted on its teacher: the last of a sequence, else the first.
 
     Returns:
         The heads, or why there are none.
     """
-    recipe = run.recipe
+    recipe, place = run.last_turn.recipe, run.last_turn.folder
     if recipe.method == "none":
         return "the run has no granularity heads: they come with --method mag or mas."
-    folder = run.folder / ("heads" if len(recipe.teacher or ()) == 1 else "heads_1") / "checkpoints"
+    folder = place / ("heads" if len(recipe.teacher or ()) == 1 else "heads_1") / "checkpoints"
     state = checkpoint.load_newest(folder, log)
     if state is None:
         return (

@@ -11,6 +11,7 @@ from mgd_timm.report.comparisons import (
     classes_section,
     heads_section,
 )
+from mgd_timm.report.complexity import complexity_section
 from mgd_timm.report.costs import Costs, measure_costs
 from mgd_timm.report.findings import NO_TEACHER, Findings, teaching_run
 from mgd_timm.report.learnt import learnt_section
@@ -51,6 +52,7 @@ def write_report(
         ("classes", "Classes", classes_section(found)),
         ("agreement", "Agreement", agreement_section(found)),
         ("calibration", "Calibration", calibration_section(found)),
+        ("complexity", "Complexity", complexity_section(found)),
         ("heads", "Heads", heads_section(found)),
         ("cka", "Stages", cka_section(found)),
         ("learnt", "Images", learnt_section(found)),

@@ -32,11 +32,12 @@ class Checkpointer:
     def __init__(self, options: FitOptions, updater: Updater) -> None:
         self.options, self.updater, self.accelerator = options, updater, updater.accelerator
         self.scaler = getattr(updater.accelerator, "scaler", None)
+        self.metrics_folder = options.metrics_folder or options.folder
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
-        if self.options.folder is not None:
-            path, line = self.options.folder / "metrics.jsonl", json.dumps(row) + "\n"
+        if self.metrics_folder is not None:
+            path, line = self.metrics_folder / "metrics.jsonl", json.dumps(row) + "\n"
             run_on_main(self.accelerator, lambda: _append(path, line))
 
     def save(self, progress: Progress) -> None:
@@ -88,14 +89,15 @@ class Checkpointer:
 
     def restore(self, state: checkpoint.State | None) -> Progress:
         """Load a state, drop later rows of metrics.jsonl, and return the progress; None stands for the beginning."""
-        folder, stage = self.options.folder, self.options.stage
+        folder, stage = self.metrics_folder, self.options.stage
         progress = Progress()
         if state is not None:
             progress = self._load(state)
             self.accelerator.print(f"{stage}: resumed after update {progress.done} (epoch {progress.epoch + 1})")
         if folder is not None:
             run_on_main(self.accelerator, lambda: remove_partial_writes(folder))  # of metrics.jsonl
-            run_on_main(self.accelerator, lambda: _drop_later_rows(folder / "metrics.jsonl", stage, progress.done))
+            done = self.options.updates_before + progress.done
+            run_on_main(self.accelerator, lambda: _drop_later_rows(folder / "metrics.jsonl", stage, done))
         return progress
 
     def _check_same(self, state: checkpoint.State | None) -> None:

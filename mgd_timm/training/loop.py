@@ -64,6 +64,8 @@ def fit(
     batch_size: int,
     teach: Teach | None = None,
     evaluate: Evaluate | None = None,
+    start_epoch: Callable[[int], None] | None = None,
+    end_epoch: Callable[[int, nn.Module | None], None] | None = None,
     averaged: nn.Module | None = None,
     compile: bool = False,
     epochs_before: int = 0,
@@ -81,6 +83,7 @@ def fit(
             global batch. With `optim.find_batch_size`, where the search for what memory admits starts.
         teach: Returns the teacher's features of a batch, as `distiller.LiveTeachers` does; None passes no teacher.
         evaluate: Returns metrics after each epoch, given the averaged module or None; `best` follows their "top1".
+        start_epoch, end_epoch: Called around each epoch with the number done; the second with the averaged module too.
         averaged: Part of the trainee to keep a moving average of, if `optim` asks for one.
         compile: Compile the trainee's forward and backward, and a live teacher (torch.compile; CUDA graphs on a GPU).
         epochs_before: Epochs that the objective has been trained for, which warm-ups of its terms count.
@@ -95,8 +98,7 @@ def fit(
         OSError: A checkpoint could not be written; older ones are whole.
     """
     options = options or FitOptions()
-    steps = optim.grad_accum_steps or 1
-    global_batch = optim.global_batch_size or batch_size * accelerator.num_processes * steps
+    global_batch = optim.global_batch_size or batch_size * accelerator.num_processes * (optim.grad_accum_steps or 1)
 
     def build_updater(size: int) -> Updater:
         plan = UpdatePlan(source, seed, options.stage, size, global_batch, accelerator)
@@ -115,7 +117,7 @@ def fit(
         batch_size = find_batch_size(
             lambda size: build_updater(size).try_update(source), trainee, accelerator, batch_size, global_batch
         )
-    loop = _Loop(build_updater(batch_size), source, evaluate, options)
+    loop = _Loop(build_updater(batch_size), source, evaluate, options, start_epoch, end_epoch)
     with catch_signals() as caught:
         try:
             return loop.run(caught)
@@ -128,8 +130,17 @@ def fit(
 class _Loop:
     """Epochs of updates, with their reports, evaluations and checkpoints."""
 
-    def __init__(self, updater: Updater, source: Source, evaluate: Evaluate | None, options: FitOptions) -> None:
+    def __init__(
+        self,
+        updater: Updater,
+        source: Source,
+        evaluate: Evaluate | None,
+        options: FitOptions,
+        start_epoch: Callable[[int], None] | None,
+        end_epoch: Callable[[int, nn.Module | None], None] | None,
+    ) -> None:
         self.updater, self.source, self.evaluate, self.options = updater, source, evaluate, options
+        self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.accelerator, self.epochs = updater.accelerator, updater.optim.epochs
         self.averaged = updater.average.module if updater.average is not None else None
         self.checkpointer = Checkpointer(options, updater)
@@ -168,6 +179,8 @@ class _Loop:
 
     def _train_epoch(self, reporter: Reporter, caught: list[int], start_step: Callable[[], None]) -> None:
         now, interval = self.progress, self.options.checkpoint_interval
+        if self.start_epoch is not None:
+            self.start_epoch(now.epoch)
         updates = self.updater.plan.updates(now.epoch)[now.update :]
         ids = [micro_batch.ids for update in updates for micro_batch in update]
         batches = self.source.batches(ids, now.epoch, self.accelerator.device)
@@ -198,17 +211,19 @@ class _Loop:
         train = {**now.losses, "top1": 100 * now.sums["hits"] / count}
         self.updater.broadcast_buffers()
         metrics: Metrics = {}
-        if self.evaluate is not None:
+        if self.evaluate is not None or self.end_epoch is not None:
             with self.updater.parallel.full_parameters():
-                metrics = self.evaluate(self.averaged)
+                metrics = self.evaluate(self.averaged) if self.evaluate is not None else {}
+                if self.end_epoch is not None:
+                    self.end_epoch(now.epoch + 1, self.averaged)
         now.last = metrics
         now.epoch, now.update, now.sums = now.epoch + 1, 0, {}
         if metrics.get("top1", -1.0) > now.best:
             now.best, now.best_epoch = metrics["top1"], now.epoch
         row = {
             "stage": self.options.stage,
-            "epoch": now.epoch,
-            "updates": now.done,
+            "epoch": self.options.epochs_before + now.epoch,
+            "updates": self.options.updates_before + now.done,
             "lr": self.updater.lr,
             "train": train,
             **({"sample_weights": weights} if weights else {}),

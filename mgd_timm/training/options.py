@@ -10,7 +10,9 @@ class FitOptions:
     """What a fit keeps and shows while it goes on.
 
     Args:
-        folder: Folder for metrics.jsonl and checkpoints/; None keeps nothing.
+        folder: Folder for checkpoints/, and for metrics.jsonl unless `metrics_folder` is given; None keeps nothing.
+        metrics_folder: Folder for metrics.jsonl, which several fits of a run may share.
+        epochs_before, updates_before: Of earlier fits of the run; metrics.jsonl and trackers count on from them.
         fingerprint: The values that decide the weights; a checkpoint with others is refused.
         stage: Name of the fit in metrics and the log; it also enters the seeds of dropout.
         resume: Continue from the newest whole checkpoint, if there is one.
@@ -24,6 +26,9 @@ class FitOptions:
     """
 
     folder: Path | None = None
+    metrics_folder: Path | None = None
+    epochs_before: int = 0
+    updates_before: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     stage: str = "distil"
     resume: bool = False

@@ -161,6 +161,7 @@ class Reporter:
         return stop
 
     def track(self, values: Metrics, step: int) -> None:
-        """Log values to the trackers, under the stage's name."""
+        """Log values to the trackers after `step` updates of this fit, under the stage's name."""
         if self.options.track:
-            self.accelerator.log({f"{self.options.stage}/{name}": value for name, value in values.items()}, step=step)
+            named = {f"{self.options.stage}/{name}": value for name, value in values.items()}
+            self.accelerator.log(named, step=self.options.updates_before + step)

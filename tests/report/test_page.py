@@ -38,7 +38,19 @@ KNOWN = {
     *("polyline", "pre", "code", "details", "summary"),
 }
 SECTIONS = [
-    *("accuracy", "costs", "curves", "classes", "agreement", "calibration", "heads", "cka", "learnt", "recipes")
+    *(
+        "accuracy",
+        "costs",
+        "curves",
+        "classes",
+        "agreement",
+        "calibration",
+        "complexity",
+        "heads",
+        "cka",
+        "learnt",
+        "recipes",
+    )
 ]
 
 
@@ -152,7 +164,7 @@ def test_what_a_run_alone_lacks_is_named_and_the_page_is_in_its_folder(
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {runs / 'alone' / 'report.html'}"
     text = (runs / "alone" / "report.html").read_text(encoding="utf-8")
     assert Page(text)
-    assert text.count("no run here has a teacher") == 6
+    assert text.count("no run here has a teacher") == 7
     assert "the heads: no run here has any" in text
 
 
