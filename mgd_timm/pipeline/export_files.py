@@ -167,6 +167,7 @@ def export_files(
     dropped = [row for row in results if not row.kept]
     if dropped:
         raise AccuracyDropError(_advice(dropped, target, max_drop), results)
+    log(f"wrote {target}")
     return results
 
 
