@@ -32,6 +32,7 @@ _WITHOUT = {
     "peer": "these are the paper's pairs of teacher and student; two students that teach each other: mgd-timm distill "
     "--peer",
     "resume": "the same command continues a stopped run, without it",
+    "teacher_epochs": "here they are those of the teacher's own training",
 }
 _OWN = ("pair", "teacher_epochs", "teacher_seed")
 _OF_BOTH = (

@@ -191,7 +191,6 @@ class Recipe:
         False,
         "after training, a short stage in which the student computes with rounded numbers, as an int8 file of it will; "
         "with --resume also for a run that has ended",
-        common=True,
     )
     qat_epochs: int | None = _int8(None, "epochs of --qat; default: a tenth of --epochs, 1 or more", minimum=1)
     qat_lr: float | None = _int8(
