@@ -1,6 +1,7 @@
 """Distil, train and evaluate from Python."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -316,6 +317,7 @@ def export_formats(
     if isinstance(network, ExportedFile):
         raise ValueError(f"{model} is an exported file: give the run or the exported folder that it is from.")
     given = {name: value for name, value in (("license", license), ("tag", tag)) if value is not None}
+    network = copy.copy(network)  # the caller's module keeps its own labels
     network.pretrained_cfg = {**network.pretrained_cfg, **given}  # type: ignore[dict-item, assignment]
     check_rebuild(network, "model")
     provenance = read_provenance(Path(model.removeprefix("local-dir:"))) if isinstance(model, str) else {}

@@ -83,7 +83,8 @@ def _check_shapes(path: Path, inputs: Sequence[Sequence[Any]], outputs: Sequence
 
 
 def _words(shapes: Sequence[Sequence[Any]]) -> str:
-    return " and ".join(str(["?" if size is None else size for size in shape]) for shape in shapes) or "nothing"
+    texts = (", ".join("?" if size is None else str(size) for size in shape) for shape in shapes)
+    return " and ".join(f"[{text}]" for text in texts) or "nothing"
 
 
 def _sizes(shape: Sequence[Any]) -> list[int | None]:

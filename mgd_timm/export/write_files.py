@@ -122,7 +122,7 @@ def refused_formats(model: nn.Module, *formats: str) -> Iterator[None]:
     """Turn any error in the body into a ValueError that says which formats a network cannot be exported to."""
     try:
         yield
-    except (OSError, KeyboardInterrupt):
+    except OSError:  # such as of a full disk
         raise
     except Exception as error:  # an exporter may raise anything
         raise ValueError(

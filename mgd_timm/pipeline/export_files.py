@@ -46,6 +46,8 @@ from mgd_timm.storage.digests import sha256
 
 CALIBRATION_IMAGES = 300
 _CALIBRATION_BATCH = 25
+_LARGEST_BATCH = 32
+"""Images per evaluation step: each runtime keeps memory for the largest batch it has seen, and all are loaded."""
 ONNXRUNTIME = "onnxruntime, static"
 Log = Callable[[str], None]
 
@@ -138,6 +140,10 @@ def export_files(
         ValueError: The network cannot be exported to a format; nothing is written.
         OSError: The folder could not be written; nothing partial is left.
     """
+    if data.accelerator.num_processes > 1:
+        raise ValueError(
+            "mgd-timm export measures latency in one process: start it without accelerate launch or torchrun."
+        )
     model = copy.deepcopy(merge_weights(model)).cpu().eval()
     model.pretrained_cfg = {  # type: ignore[assignment]
         **model.pretrained_cfg,  # type: ignore[dict-item]
@@ -161,6 +167,7 @@ def export_files(
     dropped = [row for row in results if not row.kept]
     if dropped:
         raise AccuracyDropError(_advice(dropped, target, max_drop), results)
+    log(f"wrote {target}")
     return results
 
 
@@ -250,7 +257,8 @@ def _measure(
 
 
 def _accuracy(networks: Mapping[str, Callable[[Tensor], Tensor]], data: EvaluationData) -> dict[str, Accuracy]:
-    return measure_accuracy(networks, data.source, data.accelerator, data.recipe.data.validation_batch_size)
+    batch = min(data.recipe.data.validation_batch_size, _LARGEST_BATCH)
+    return measure_accuracy(networks, data.source, data.accelerator, batch)
 
 
 def _format_of(file: str) -> str:

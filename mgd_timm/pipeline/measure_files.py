@@ -18,7 +18,7 @@ Predict = Callable[[Tensor], Tensor]
 PYTORCH = "PyTorch"
 """Name of the model itself among files."""
 BATCHES = (1, 64)
-_ROUNDS = 10
+_ROUNDS = 7
 _SECONDS = 2.0
 """Per network and batch size, after which a measurement of the latency ends, once it has three rounds."""
 

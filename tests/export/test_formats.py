@@ -9,8 +9,11 @@ from small import write_small
 
 import mgd_timm
 from mgd_timm.cli.main import main
+from mgd_timm.data.dataset import load_images
 from mgd_timm.export.load_file import load_file
 from mgd_timm.models.load import load_model
+from mgd_timm.models.pretrained_cfg import read_defaults
+from mgd_timm.recipe.data import Data
 
 FILES = {
     "onnx/model.onnx": 1e-4,
@@ -42,19 +45,20 @@ def exported(data, tmp_path_factory):
     return folder
 
 
-def images(count: int) -> torch.Tensor:
-    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(count))
-
-
-def test_every_file_gives_the_students_logits_at_any_batch(exported):
+def test_every_file_gives_the_students_logits_at_any_batch(exported, data):
     model = load_model(str(exported)).eval()
+    source = load_images(Data(data_dir=str(data)), 0, read_defaults(model.pretrained_cfg), log=lambda _: None).test
+    parts = [source.ids[:1], source.ids[1:4], source.ids[4:30]]
+    batches = [batch.images for batch in source.batches(parts, 0, torch.device("cpu"))]
     for name, bound in FILES.items():
         file = load_file(exported / name)
         assert (file.num_classes, file.pretrained_cfg["input_size"]) == (10, (3, 28, 28))
-        for count in (1, 3):
+        for images in batches:
             with torch.no_grad():
-                expected = model(images(count))
-            torch.testing.assert_close(file(images(count)), expected, atol=bound, rtol=0, msg=name)
+                expected = model(images)
+            torch.testing.assert_close(
+                file(images), expected, atol=bound, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def test_the_table_says_what_was_measured(exported, data):
@@ -82,6 +86,8 @@ def test_evaluate_takes_files(exported, data, tmp_path, capsys):
     for name in FILES:
         assert main(["evaluate", str(exported / name), "--data-dir", str(data)]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(rows[name]["top1"])
+    with pytest.raises(ValueError, match=r"takes images of 28x28 pixels, the data's are 32x32: leave --img-size out"):
+        mgd_timm.evaluate(exported / "onnx" / "model.onnx", str(data), img_size=32)
     # The run's recipe is in the folder above the file's.
     recipe = json.loads((exported / "recipe.json").read_text())
     recipe["recipe"] = {"student": "cifar_resnet20", "teacher": None, "data": {"data_dir": "photos"}}
@@ -110,14 +116,15 @@ def outliers():
     """The embedded teacher, with one channel of each block 100,000 times larger, which the next weights undo: the same
     function, but 8 bits do not hold that channel and the others."""
     model = load_model("embedded").eval()
+    images = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = model(images(8))
+        before = model(images)
         for layer in (model.layer1, model.layer2, model.layer3):
             for block in layer:
                 block.bn1.weight[0] *= 1e5
                 block.bn1.bias[0] *= 1e5
                 block.conv2.weight[:, 0] /= 1e5
-        torch.testing.assert_close(model(images(8)), before, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(images), before, atol=1e-4, rtol=0)
     return model
 
 
