@@ -13,8 +13,14 @@ ROOT = Path(__file__).parents[2]
 UV = str(Path(sys.executable).with_name("uv"))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
+_FORMATS = "tests/export/test_formats.py"
 TESTS: dict[str, tuple[str, ...]] = {
+    "executorch": ("tests/export/test_executorch.py",),
     "heic": ("tests/data/places/test_images.py",),
+    "int8": (_FORMATS,),
+    "match": ("tests/teachers/test_channel_matching.py", "-m", "not slow"),
+    "onnx": (_FORMATS, "tests/export/test_onnx_families.py"),
+    "openvino": (_FORMATS,),
     "plot": ("tests/benchmarks/test_report.py",),
 }
 """Of each extra the words that select its tests: files, or a keyword with -k."""
