@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from cases import BATCH, CLASSES
+from forked import Ranks
 from torch import Tensor
 
 from mgd_timm import models  # noqa: F401  # registers cifar_*
 from mgd_timm.criteria import KD, CrossEntropy, KRNet, Objective
 from mgd_timm.distiller import Distiller, LiveTeachers, Teacher
+from mgd_timm.distributed.collectives import leave
 from mgd_timm.features import Batch, Features, FeatureTap, Pair
 from mgd_timm.granularity import MAG, GranularityHeads
 from mgd_timm.recipe.optim import Optim
@@ -196,3 +198,35 @@ def test_without_labels_there_is_nothing_to_learn_from():
     alone = Distiller(trainee.student, Objective(kd=(1.0, KD(pair)), krnet=(1.0, KRNet(pair))))
     with pytest.raises(ValueError, match="krnet learns from the labels' loss, which has no weight"):
         updater_of(alone, teacher)
+
+
+def update_on_rank(folder: str) -> int:
+    """Three updates of 5, 5 and 2 images, of which the last one leaves a second process nothing."""
+    trainee, teacher = build(interval=1)
+    accelerator = Accelerator(cpu=True)
+    plan = UpdatePlan(Noise(), 0, "distil", 3, 5, accelerator)
+    updater = Updater(trainee.train(), Optim(epochs=1, lr=0.05), accelerator, plan, teach=LiveTeachers(teacher))
+    first, found = plan.updates(0)[0][0], {}
+    shown = next(Noise().batches([first.ids], 0, "cpu"))
+    gradient = gradients(trainee, teacher, shown)
+    found["own"], found["count"] = torch.cat([g.flatten() for g in gradient.values()]), torch.tensor(first.count)
+    for done, update in enumerate(plan.updates(0)):
+        updater.run(update, Noise().batches([m.ids for m in update], 0, "cpu"), done)
+        if not done:
+            states = [updater.own_step.optimizer.state[p] for p in updater.own_step.parameters]
+            found["mean"] = torch.cat([state["exp_avg"].flatten() for state in states]) * 10  # 1 - 0.9 of the first
+    torch.save({**found, "attention": attention_of(trainee)}, f"{folder}/{accelerator.process_index}.pt")
+    leave()
+    return 0
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients_and_keep_the_nets_equal(tmp_path):
+    ranks = Ranks([str(tmp_path)], tmp_path / "log", processes=2, target=update_on_rank)
+    assert ranks.wait(200) == [0, 0], ranks.said()
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one["attention"], two["attention"])
+    assert not torch.equal(one["attention"], attention_of(build()[0]))
+    assert torch.equal(one["mean"], two["mean"])
+    assert (one["count"], two["count"]) == (3, 2)
+    torch.testing.assert_close(one["mean"], 0.6 * one["own"] + 0.4 * two["own"], rtol=1e-4, atol=1e-9)
