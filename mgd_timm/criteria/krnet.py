@@ -113,13 +113,17 @@ class KRNet(Criterion):
         self.attention = nn.ModuleList(AttentionNet(*both, groups, hidden) for both in channels)
         self.attention.requires_grad_(False)  # the run's optimizer leaves it alone
 
-    def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
-        """Return the loss, at least float32."""
+    def forward(
+        self, student: Features, teacher: Features, batch: Batch, attended: Features | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the loss, at least float32; `attended` are the student's features that the attention nets see, by
+        default the same."""
         distances = []
-        stages = zip(self.adapters, self.attention, student.maps, teacher.maps, strict=True)
-        for adapter, net, ours, theirs in stages:
+        attended = student if attended is None else attended
+        stages = zip(self.adapters, self.attention, student.maps, attended.maps, teacher.maps, strict=True)
+        for adapter, net, ours, seen, theirs in stages:
             adapted, target = (at_least_float32(m) for m in pool_larger(adapter(ours), theirs))
-            shown, _ = pool_larger(at_least_float32(ours.detach()), target)
+            shown, _ = pool_larger(at_least_float32(seen.detach()), target)
             with torch.autocast(target.device.type, enabled=False):
                 attention = net(shown, target)
             # sum_g (a_g d)^2 = d^2 sum_g a_g^2
@@ -152,8 +156,8 @@ class KRNet(Criterion):
         weights = {name: p.detach().requires_grad_() for name, p in student.named_parameters() if p.requires_grad}
         own = {f"attention.{name}": p.detach().requires_grad_() for name, p in self.attention.named_parameters()}
 
-        def distance(seen: Features) -> Tensor:
-            return weigh(_call(self, own, seen, target, inner))
+        def distance(moving: Features) -> Tensor:
+            return weigh(_call(self, own, moving, target, inner, seen))
 
         with _differentiable_twice(batch.images.device):
             seen = _call(student, weights, inner.images)
@@ -173,8 +177,8 @@ class KRNet(Criterion):
             for step in (size, -size):
                 with torch.no_grad(), _same_random_numbers(batch.images.device):
                     near = {k: w + step * d for (k, w), d in zip(weights.items(), directions, strict=True)}
-                    seen = _call(student, near, inner.images)
-                sides.append(torch.autograd.grad(distance(seen), tuple(own.values())))
+                    moving = _call(student, near, inner.images)
+                sides.append(torch.autograd.grad(distance(moving), tuple(own.values())))
         return tuple(-self.inner_lr * (above - below) / (2 * size) for above, below in zip(*sides, strict=True))
 
 

@@ -58,5 +58,5 @@ def test_what_it_does_not_go_with_is_refused(options, message):
 def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     recipe = make_recipe(criterion=("krnet",))
-    with pytest.raises(ValueError, match="'krnet' with FSDP: .* launch without FSDP"):
+    with pytest.raises(ValueError, match=r"'krnet' with FSDP: .* launch without FSDP"):
         check_recipe(recipe, terms_of(recipe))
