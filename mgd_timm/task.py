@@ -89,7 +89,8 @@ class MultiGranularityTask(TrainingTask):
 
     Raises:
         ValueError: An unknown name or option; networks and criteria that do not fit; or a criterion that this task
-            does not take (ab, fsp, ft and sskd, which fit something first; warm-ups; crd without `labels`).
+            does not take (ab, fsp, ft and sskd, which fit something first; krnet, which takes a step of its own;
+            warm-ups; crd without `labels`).
     """
 
     def __init__(
@@ -326,6 +327,11 @@ def _check_terms(terms: Terms, labels: Tensor | None) -> None:
             raise ValueError(
                 f"criterion {name!r} fits a module or the student before training, which a task does not: use "
                 f"mgd_timm.distill(..., criterion=({name!r},)), or another criterion."
+            )
+        if term.kind.own_step:
+            raise ValueError(
+                f"criterion {name!r} takes a step of its own between the updates, for which timm's loop has no place: "
+                f"use mgd_timm.distill(..., criterion=({name!r},)), or another criterion."
             )
         if term.warmup:
             raise ValueError(

@@ -125,6 +125,8 @@ def test_what_a_loop_does_not_pass_is_refused_before_it_starts():
     for name in ("ab", "ft", "fsp", "sskd"):
         with pytest.raises(ValueError, match=rf"criterion '{name}' fits .* use mgd_timm.distill"):
             make_task(criterion=name, method="none")
+    with pytest.raises(ValueError, match="'krnet' takes a step of its own"):
+        make_task(criterion="krnet", method="none")
     with pytest.raises(ValueError, match="dml is for two students"):
         make_task(criterion="dml")
     with pytest.raises(ValueError, match=r"'crd' stores every training sample: give labels="):

@@ -54,6 +54,7 @@ def requirements(kind: type[Criterion]) -> list[str]:
     found += {"teacher": ["fitting stage"], "student": ["fitting stage of the student"]}.get(kind.fits or "", [])
     found += ["rotated images"] if kind.rotates else []
     found += ["local batch"] if kind.relational else []
+    found += ["step of its own"] if kind.own_step else []
     return [*found, "peer"] if kind.peers else found
 
 
@@ -253,6 +254,16 @@ channel. It is described at the end of this page, and needs scipy (`pip install 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --epochs 1 --method none \\
     --criterion fitnet --criterion-options fitnet.adapter=false --match-channels 100 --output runs/matched
+```
+
+`krnet` takes a step of its own before every fifth update (`krnet.interval`), in which it differentiates through a step
+of the student. It goes with one student and one teacher, not with `--find-batch-size`, `--qat`, `--amp-dtype float16`,
+FSDP or `--teacher-store`; `--compile` leaves that step as it is. Super-resolution, for which its paper is, is not
+served: only its form for classification is.
+
+```bash
+mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion krnet --method none \\
+    --criterion-options krnet.interval=10 krnet.first_order=true --epochs 1 --output runs/krnet
 ```
 
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.

@@ -17,6 +17,7 @@ from mgd_timm.criteria.fsp import FSP
 from mgd_timm.criteria.ft import FT
 from mgd_timm.criteria.kd import KD
 from mgd_timm.criteria.kdsvd import KDSVD
+from mgd_timm.criteria.krnet import KRNet
 from mgd_timm.criteria.masked_generative import MaskedGenerative
 from mgd_timm.criteria.nst import NST
 from mgd_timm.criteria.ofa import OFA
@@ -57,6 +58,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "ofa": OFA,
     "catkd": CATKD,
     "sskd": SSKD,
+    "krnet": KRNet,
     "dml": DML,
     "selfkd": SelfKD,
 }

@@ -113,6 +113,7 @@ class Criterion(nn.Module):
         rotates: It also reads logits and embedding of the images' rotations, of both networks (`Features.rotated`).
         beside: Usual weights of "ce" and "kd" beside this method, where they are its own.
         peers: It is for two students that teach each other.
+        own_step: It has modules that a step of its own trains, between the updates (training/own_step.py).
         note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
             "Differs" says all.
         synchronised: Buffers that the criterion keeps identical on all processes, so that they are not broadcast.
@@ -133,6 +134,7 @@ class Criterion(nn.Module):
     rotates: ClassVar[bool] = False
     beside: ClassVar[Mapping[str, float]] = {}
     peers: ClassVar[bool] = False
+    own_step: ClassVar[bool] = False
     note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
@@ -224,11 +226,15 @@ class Objective(nn.Module):
         terms = {}
         for name, criterion in self.criteria.items():
             for part, loss in cast(Criterion, criterion).parts(student, teacher, batch).items():
-                term = self.weights[name] * loss
-                if name in self.warmups:
-                    term = term * (self.progress / self.warmups[name]).clamp(max=1.0).to(term.dtype)
-                terms[f"{name}_{part}" if part else name] = term
+                terms[f"{name}_{part}" if part else name] = self.weigh(name, loss)
         return terms
+
+    def weigh(self, name: str, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return the loss of a term, or of its part, times the term's weight at this time of its warm-up."""
+        term = self.weights[name] * loss
+        if name in self.warmups:
+            term = term * (self.progress / self.warmups[name]).clamp(max=1.0).to(term.dtype)
+        return term
 
     def set_progress(self, epochs: float) -> None:
         """Set the number of epochs trained so far, which warm-ups depend on."""

@@ -284,6 +284,13 @@ def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
     if kind.fits is not None and options.peer:
         why = "there are two students" if options.teacher else "a peer is not trained yet"
         raise ValueError(f"{name} is fitted on a trained teacher before the run, and {why}: leave {name} out.")
+    if kind.own_step and options.peer:
+        raise ValueError(f"{name} takes a virtual step of one student, and there are two: leave {name} or --peer out.")
+    if kind.own_step and options.task_weight == 0:
+        raise ValueError(
+            f"{name} learns from the student's loss of the labels, which has weight 0: give --task-weight 1, or leave "
+            f"{name} out."
+        )
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
             f"{name} fits the student before the run, with no other loss, so a weight or warm-up has no effect: use "

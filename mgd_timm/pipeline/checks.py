@@ -23,6 +23,7 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
     """
     check_names(recipe.optim)
     check_mixed_images(recipe, terms)
+    check_own_step(recipe, terms)
     if recipe.data.streaming:
         check_streaming(recipe, terms)
     if recipe.peer is not None:
@@ -38,6 +39,26 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
         check_channels_are_matched(terms)
     if recipe.teacher_trajectory is not None:
         check_followable(terms)
+
+
+def check_own_step(recipe: Recipe, terms: Terms) -> None:
+    """Raise ValueError for options that a criterion with a step of its own does not go with."""
+    name = next((name for name, term in terms.active.items() if term.kind.own_step), None)
+    if name is None:
+        return
+    refused = {
+        "FSDP": (fsdp_requested(), "launch without FSDP (accelerate launch --multi_gpu)"),
+        "find_batch_size": (recipe.optim.find_batch_size, "give a --batch-size in place of --find-batch-size"),
+        "amp_dtype='float16'": (recipe.amp and recipe.amp_dtype == "float16", "give --amp-dtype bfloat16"),
+        "qat": (recipe.qat, "leave --qat out"),
+        "several teachers": (len(recipe.teacher or ()) > 1, "name one --teacher"),
+    }
+    for option, (given, way_out) in refused.items():
+        if given:
+            raise ValueError(
+                f"criterion {name!r} with {option}: its own step, which differentiates through a step of the student, "
+                f"does not go with it. Leave {name} out, or {way_out}."
+            )
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:

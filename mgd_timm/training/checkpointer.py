@@ -50,14 +50,16 @@ class Checkpointer:
         if self.options.folder is not None:
             folder = self.options.folder / "checkpoints"
             tensors: dict[str, dict[str, Tensor]] = {"trainee": self.updater.trainee.state_dict()}
-            tensors["optimizer"], optimizer = optimizer_state(self.updater.bare_optimizer, self.updater.trainee)
+            optimizers = {}
+            for group, optimizer in self.updater.optimizers.items():
+                tensors[group], optimizers[group] = optimizer_state(optimizer, self.updater.trainee)
             if self.updater.average is not None:
                 tensors["ema"] = self.updater.average.ema.module.state_dict()
             tensors = {group: self.updater.parallel.gather_full(named) for group, named in tensors.items()}
-            run_on_main(self.accelerator, lambda: self._save_on_main(folder, progress, tensors, optimizer))
+            run_on_main(self.accelerator, lambda: self._save_on_main(folder, progress, tensors, optimizers))
 
     def _save_on_main(
-        self, folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]], optimizer: dict[str, Any]
+        self, folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]], optimizers: dict[str, Any]
     ) -> None:
         for name, tensor in tensors["trainee"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -65,7 +67,7 @@ class Checkpointer:
                     f"{self.options.stage}: {name} is not finite after update {progress.done} (epoch "
                     f"{progress.epoch + 1}), which is not saved. {self.options.advice}"
                 )
-        values = asdict(progress) | {"fingerprint": self.options.fingerprint, "optimizer": optimizer}
+        values = asdict(progress) | {"fingerprint": self.options.fingerprint, **optimizers}
         values["scaler"] = self.scaler.state_dict() if self.scaler is not None else None
         checkpoint.save(folder, progress.done, checkpoint.State(tensors, values), keep=self.options.checkpoint_hist)
 
@@ -121,7 +123,8 @@ class Checkpointer:
     def _load(self, state: checkpoint.State) -> Progress:
         updater, tensors, values = self.updater, state.tensors, state.values
         load_full_tensors(updater.trainee, tensors["trainee"])
-        load_optimizer_state(updater.bare_optimizer, updater.trainee, tensors["optimizer"], values["optimizer"])
+        for group, optimizer in updater.optimizers.items():
+            load_optimizer_state(optimizer, updater.trainee, tensors[group], values[group])
         if updater.average is not None:
             load_full_tensors(updater.average.ema.module, tensors["ema"])
         if self.scaler is not None and values["scaler"] is not None:

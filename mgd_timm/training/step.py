@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mgd_timm.criteria import CrossEntropy
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32, synchronised_buffers
@@ -15,10 +16,11 @@ from mgd_timm.distiller import Distiller, LiveTeachers, TaughtPeers, TeacherFeat
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import broadcast_tensors
 from mgd_timm.distributed.sharding import MovingAverage, make_data_parallel
-from mgd_timm.features import Batch
+from mgd_timm.features import Batch, Features
 from mgd_timm.granularity import HeadFitting
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.training.optimizer import build_optimizer, build_schedule
+from mgd_timm.training.own_step import OwnStep, find_own_step
 from mgd_timm.training.report import sums_of
 from mgd_timm.training.update_plan import MicroBatch, UpdatePlan
 
@@ -106,6 +108,7 @@ class Updater:
         scaler = getattr(accelerator, "scaler", None)
         self.bare_optimizer = build_optimizer(trainee, optim, scaled=scaler is not None)
         self.schedule = build_schedule(self.bare_optimizer, optim, plan.updates_per_epoch)
+        self.own_step = find_own_step(trainee, accelerator)
         self.average: MovingAverage | None = None
         if optim.model_ema and averaged is not None:
             self.average = self.parallel.moving_average(
@@ -128,6 +131,12 @@ class Updater:
             scaler.load_state_dict(fresh)
 
     @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by the name of their state in a checkpoint."""
+        own = {"own_step": self.own_step.optimizer} if self.own_step is not None else {}
+        return {"optimizer": self.bare_optimizer, **own}
+
+    @property
     def lr(self) -> float:
         """The learning rate."""
         return float(self.bare_optimizer.param_groups[0]["lr"])
@@ -146,10 +155,11 @@ class Updater:
         self.schedule.step_update(done)
         for objective in self.objectives:
             objective.set_progress(self.epochs_before + done / self.plan.updates_per_epoch)
+        own_step = self.own_step if self.own_step is not None and self.own_step.is_due(done) else None
         sums: dict[str, Tensor] = {}
         for step, micro_batch in enumerate(update, start=1):
             with self.parallel.no_sync(self.model) if step < len(update) else contextlib.nullcontext():
-                found = self._run_step(micro_batch, next(batches))
+                found = self._run_step(micro_batch, next(batches), own_step if step == 1 else None)
             sums = {name: sums[name] + value for name, value in found.items()} if sums else found
         if self.optim.clip_grad is not None:
             # Unscale once: accelerate's own clipping does it on each call, and the second one is an error in fp16.
@@ -162,13 +172,19 @@ class Updater:
             self.average.ema.update(self.average.followed, step=done + 1)  # timm counts updates from 1
         return sums
 
-    def _run_step(self, micro_batch: MicroBatch, batch: Batch) -> dict[str, Tensor]:
-        """Accumulate a micro-batch's gradients, and return its sums: zeros where it is empty."""
-        _seed_generators(micro_batch.seed, self.accelerator.device)
+    def _run_step(self, micro_batch: MicroBatch, batch: Batch, own_step: OwnStep | None) -> dict[str, Tensor]:
+        """Accumulate a micro-batch's gradients, after a criterion's step of its own. Return its sums: zeros where it is
+        empty."""
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # before the teacher, whose outputs may be a graph's too
+        features = self._teach(batch)
+        if own_step is not None:
+            assert isinstance(features, Features)  # of one teacher
+            _seed_generators(micro_batch.seed, self.accelerator.device)
+            own_step.run(Batch(*batch), features, micro_batch.count)
+        _seed_generators(micro_batch.seed, self.accelerator.device)
         before = self.statistics.snapshot() if self.statistics is not None else []
-        terms, logits, weights = self._forward(self.model, batch)
+        terms, logits = self.model(Batch(*batch), features)  # without what else travels with the batch
         # Mean over the update's samples: DDP averages over processes, accelerate divides by its accumulation steps.
         count, steps = micro_batch.count, self.accelerator.gradient_accumulation_steps
         share = count * self.plan.processes * steps / micro_batch.total
@@ -176,19 +192,21 @@ class Updater:
         self.accelerator.backward(loss if share == 1 else loss * share)
         if self.statistics is not None:
             self.statistics.merge(before, micro_batch.filled, self.plan.rank)
-        sums = sums_of(terms, logits, batch, weights)
+        sums = sums_of(terms, logits, batch, self._sample_weights(features))
         return sums if count else {name: torch.zeros_like(value) for name, value in sums.items()}
 
-    def _forward(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """Return the losses by name, the student's logits, and the weights of samples by name."""
-        features: TeacherFeatures | None = None
-        if self.teach is not None:
-            with self.accelerator.autocast():  # the teacher is not in the wrapped module, and so not in its autocast
-                features = self.teach(batch)
-        terms, logits = model(Batch(*batch), features)  # without what else travels with the batch
+    def _teach(self, batch: Batch) -> TeacherFeatures | None:
+        """Return the teacher's features of a batch."""
+        if self.teach is None:
+            return None
+        with self.accelerator.autocast():  # the teacher is not in the wrapped module, and so not in its autocast
+            return self.teach(batch)
+
+    def _sample_weights(self, features: TeacherFeatures | None) -> dict[str, Tensor]:
+        """Return the weights of samples by name."""
         if features is None or not isinstance(self.trainee, Distiller | TaughtPeers):
-            return terms, logits, {}
-        return terms, logits, self.trainee.sample_weights(features)
+            return {}
+        return self.trainee.sample_weights(features)
 
     def _read(self, source: Source, micro_batch: MicroBatch) -> Batch:
         return next(iter(source.batches([micro_batch.ids], 0, self.accelerator.device)))
@@ -198,7 +216,8 @@ class Updater:
 
         def backward() -> None:
             self.trainee.train()
-            terms, *_ = self._forward(self.model, self._read(source, self.plan.updates(0)[0][0]))
+            batch = self._read(source, self.plan.updates(0)[0][0])
+            terms, _ = self.model(Batch(*batch), self._teach(batch))
             self.accelerator.backward(total_loss(terms))
             self.optimizer.zero_grad()
 
@@ -216,7 +235,7 @@ class Updater:
             for criterion in criteria:
                 criterion.alone = True
             for step in range(2):
-                terms, *_ = self._forward(model, batch)
+                terms, _ = model(Batch(*batch), self._teach(batch))
                 self.accelerator.backward(total_loss(terms))
                 if step == 0:
                     self.optimizer.step()

@@ -8,7 +8,7 @@ import torch
 from cases import Case, loop_pool
 from torch import Tensor, nn
 
-from mgd_timm.criteria import AB, AFD, AFDS, FSP, FT, VID, Criterion, MaskedGenerative, ReviewKD
+from mgd_timm.criteria import AB, AFD, AFDS, FSP, FT, VID, Criterion, KRNet, MaskedGenerative, ReviewKD
 from mgd_timm.features import Features
 
 Map = list[list[list[list[float]]]]  # of samples, channels, rows, columns
@@ -321,6 +321,34 @@ def zero_masked_generative(criterion: MaskedGenerative, student: Features) -> tu
     return student, student._replace(maps=(*student.maps[:-1], target))
 
 
+def loop_layer_norm(sample: list[list[list[float]]]) -> list[list[list[float]]]:
+    """A sample without its mean and of variance 1."""
+    values = flat(sample)
+    mean = sum(values) / len(values)
+    scale = 1 / math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + 1e-5)
+    return [[[(v - mean) * scale for v in row] for row in channel] for channel in sample]
+
+
+def loop_krnet(criterion: KRNet, student: Features, teacher: Features) -> float:
+    """Every squared difference times the sum of its squared attentions, one by one."""
+    total = 0.0
+    for adapter, net, x, y in zip(criterion.adapters, criterion.attention, lists(student), lists(teacher), strict=True):
+        side = min(side_of(x), side_of(y))
+        adapted, target, shown = (shrunk(m, side) for m in (loop_layers(x, adapter), y, x))
+        projected = loop_conv([loop_layer_norm(sample) for sample in target], net.project)
+        both = [one + loop_layer_norm(other) for one, other in zip(projected, shown, strict=True)]
+        terms = []
+        for one, other, scores in zip(adapted, target, loop_layers(both, net.layers), strict=True):
+            powers = each([scores], math.exp)[0]
+            for p, q in zip(one, other, strict=True):
+                for i in range(side):
+                    for j in range(side):
+                        whole = sum(group[i][j] for group in powers)
+                        terms.append(sum(((p[i][j] - q[i][j]) * group[i][j] / whole) ** 2 for group in powers))
+        total += sum(terms) / len(terms)
+    return total
+
+
 def same(_: Criterion, student: Features) -> tuple[Features, Features]:
     return student, student
 
@@ -333,6 +361,7 @@ CASES: dict[str, Case] = {
     "afds": Case(lambda c, s, t, b: loop_afds(c, s, t), same),
     "afd": Case(lambda c, s, t, b: loop_afd(c, s, t), zero_afd),
     "reviewkd": Case(lambda c, s, t, b: loop_reviewkd(c, s, t), zero_reviewkd),
+    "krnet": Case(lambda c, s, t, b: loop_krnet(c, s, t), same),
     "masked_generative": Case(
         lambda c, s, t, b: loop_masked_generative(c, s, t), zero_masked_generative, draws=True, rate=1e-3
     ),
