@@ -239,6 +239,16 @@ mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir ph
     --fitting-epochs 2 --epochs 1 --output runs/sskd
 ```
 
+`ekd` has no frozen teacher: the one that trains along is named with `--peer`, in place of `--teacher`, and goes with
+`--method none` and with other criteria but `dml`. It starts from the seed, or from `--peer-pretrained` or
+`--peer-checkpoint FILE`, usually with a lower rate (`--peer-lr-scale 0.1`). It is evaluated, saved and exported
+(`export_peer`) as a peer is; `--model-ema` averages the student alone. A step costs the backward pass of both networks:
+
+```bash
+mgd-timm distill --peer cifar_resnet8 --student cifar_resnet8x05 --data-dir photos --criterion ekd,at:100 --epochs 1 \\
+    --output runs/ekd
+```
+
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
 "Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and
 `fsp` fit the student's backbone and add no loss to the run. Maps: `--maps stages | last | mid | all | N`;

@@ -112,7 +112,8 @@ class Criterion(nn.Module):
             of 0.01 or less.
         rotates: It also reads logits and embedding of the images' rotations, of both networks (`Features.rotated`).
         beside: Usual weights of "ce" and "kd" beside this method, where they are its own.
-        peers: It is for two students that teach each other.
+        peers: It is for two networks that train together (`--peer`).
+        trains_teacher: The second of them is a teacher that learns from the labels alone (`teacher_parts`).
         note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
             "Differs" says all.
         synchronised: Buffers that the criterion keeps identical on all processes, so that they are not broadcast.
@@ -133,6 +134,7 @@ class Criterion(nn.Module):
     rotates: ClassVar[bool] = False
     beside: ClassVar[Mapping[str, float]] = {}
     peers: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
     note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
@@ -150,6 +152,11 @@ class Criterion(nn.Module):
     def parts(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the parts of the unweighted loss that are logged apart, by name; a loss in one piece has no name."""
         return {"": self(student, teacher, batch)}
+
+    def teacher_parts(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return what the teacher learns beside the task, by name, from its features with gradients, if
+        `trains_teacher`."""
+        return {}
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
@@ -170,6 +177,11 @@ class Criterion(nn.Module):
 def needs_rotations(module: nn.Module) -> bool:
     """Return whether a criterion in a module reads features of the images' rotations."""
     return any(isinstance(criterion, Criterion) and criterion.rotates for criterion in module.modules())
+
+
+def trains_teacher(module: nn.Module) -> bool:
+    """Return whether a criterion in a module is learnt from a teacher that trains in the run."""
+    return any(isinstance(criterion, Criterion) and criterion.trains_teacher for criterion in module.modules())
 
 
 def synchronised_buffers(module: nn.Module) -> list[str]:
@@ -223,11 +235,23 @@ class Objective(nn.Module):
         """Return the weighted losses by name, without the terms of weight 0."""
         terms = {}
         for name, criterion in self.criteria.items():
-            for part, loss in cast(Criterion, criterion).parts(student, teacher, batch).items():
-                term = self.weights[name] * loss
-                if name in self.warmups:
-                    term = term * (self.progress / self.warmups[name]).clamp(max=1.0).to(term.dtype)
-                terms[f"{name}_{part}" if part else name] = term
+            terms |= self._weigh(name, cast(Criterion, criterion).parts(student, teacher, batch))
+        return terms
+
+    def teacher_terms(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return the weighted losses by name of a teacher that trains in the run, from its features with gradients."""
+        terms = {}
+        for name, criterion in self.criteria.items():
+            terms |= self._weigh(name, cast(Criterion, criterion).teacher_parts(teacher, batch))
+        return terms
+
+    def _weigh(self, name: str, parts: dict[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, ""]]:
+        terms = {}
+        for part, loss in parts.items():
+            term = self.weights[name] * loss
+            if name in self.warmups:
+                term = term * (self.progress / self.warmups[name]).clamp(max=1.0).to(term.dtype)
+            terms[f"{name}_{part}" if part else name] = term
         return terms
 
     def set_progress(self, epochs: float) -> None:
