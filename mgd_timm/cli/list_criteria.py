@@ -223,6 +223,7 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
 
 Each method goes with `--method none`, `mag` or `mas`; `dml` is learnt from a second student (`--peer NAME`): in place
 of a teacher it goes with `none` and `mag`, [beside one](#two-students-and-a-teacher-peer-with-teacher) with all three.
+`ekd` goes with `none` alone, see below.
 The task's loss is always added (`--task-weight`). With other criteria, `mag` and `mas` also add logit KD of weight 1,
 as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). `sskd` has weights of
 its own for both, 0.1 and 0.9. Other default weights are in the table. Only a term with `:EPOCHS` warms up. A **Note**
