@@ -256,6 +256,33 @@ class MutualLearning(nn.Module):
         return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
 
 
+class EvolutionaryLearning(nn.Module):
+    """One module of a student and a teacher that trains along: the student learns from the labels and from the teacher,
+    detached; the teacher learns from the labels alone (see `criteria.ekd`).
+
+    Args:
+        student, peer: The features of the student and of the teacher.
+        objective: The student's, with a criterion that trains its teacher.
+        peer_objective: The teacher's: the task.
+    """
+
+    def __init__(self, student: FeatureTap, peer: FeatureTap, objective: Objective, peer_objective: Objective) -> None:
+        super().__init__()
+        self.student, self.peer = student, peer
+        self.objective, self.peer_objective = objective, peer_objective
+
+    def forward(
+        self,
+        batch: Batch,
+        teacher: Features | None = None,  # noqa: ARG002
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "b k"]]:
+        """Return weighted losses by name, the teacher's as peer_NAME, and the student's logits."""
+        student, peer = self.student(batch.images), self.peer(batch.images)
+        terms = self.objective(student, _detach(peer), batch)
+        peer_terms = {**self.peer_objective(peer, _detach(student), batch), **self.objective.teacher_terms(peer, batch)}
+        return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
+
+
 class TaughtPeers(nn.Module):
     """One module of two students with a teacher: each learns from the labels, the teacher, and the other student,
     detached.

@@ -225,6 +225,7 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
 
 Each method goes with `--method none`, `mag` or `mas`; `dml` is learnt from a second student (`--peer NAME`): in place
 of a teacher it goes with `none` and `mag`, [beside one](#two-students-and-a-teacher-peer-with-teacher) with all three.
+`ekd` goes with `none` alone, see below.
 The task's loss is always added (`--task-weight`). With other criteria, `mag` and `mas` also add logit KD of weight 1,
 as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). `sskd` has weights of
 its own for both, 0.1 and 0.9. Other default weights are in the table. Only a term with `:EPOCHS` warms up. A **Note**
@@ -264,6 +265,16 @@ served: only its form for classification is.
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion krnet --method none \\
     --criterion-options krnet.interval=10 krnet.first_order=true --epochs 1 --output runs/krnet
+```
+
+`ekd` has no frozen teacher: the one that trains along is named with `--peer`, in place of `--teacher`, and goes with
+`--method none` and with other criteria but `dml`. It starts from the seed, or from `--peer-pretrained` or
+`--peer-checkpoint FILE`, usually with a lower rate (`--peer-lr-scale 0.1`). It is evaluated, saved and exported
+(`export_peer`) as a peer is; `--model-ema` averages the student alone. A step costs the backward pass of both networks:
+
+```bash
+mgd-timm distill --peer cifar_resnet8 --student cifar_resnet8x05 --data-dir photos --criterion ekd,at:100 --epochs 1 \\
+    --output runs/ekd
 ```
 
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.

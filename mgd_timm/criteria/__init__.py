@@ -12,6 +12,7 @@ from mgd_timm.criteria.cross_entropy import CrossEntropy
 from mgd_timm.criteria.dist import DIST
 from mgd_timm.criteria.dkd import DKD
 from mgd_timm.criteria.dml import DML
+from mgd_timm.criteria.ekd import EKD
 from mgd_timm.criteria.fitnet import FitNet
 from mgd_timm.criteria.fsp import FSP
 from mgd_timm.criteria.ft import FT
@@ -60,6 +61,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "sskd": SSKD,
     "krnet": KRNet,
     "dml": DML,
+    "ekd": EKD,
     "selfkd": SelfKD,
 }
 

@@ -112,7 +112,8 @@ class Criterion(nn.Module):
             of 0.01 or less.
         rotates: It also reads logits and embedding of the images' rotations, of both networks (`Features.rotated`).
         beside: Usual weights of "ce" and "kd" beside this method, where they are its own.
-        peers: It is for two students that teach each other.
+        peers: It is for two networks that train together (`--peer`).
+        trains_teacher: The second of them is a teacher that learns from the labels alone (`teacher_parts`).
         own_step: It has modules that a step of its own trains, between the updates (training/own_step.py).
         note: What is not the paper's own, as "inspired by arXiv 2501.07804; constants ours"; None where the docstring's
             "Differs" says all.
@@ -135,6 +136,7 @@ class Criterion(nn.Module):
     beside: ClassVar[Mapping[str, float]] = {}
     peers: ClassVar[bool] = False
     own_step: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
     note: ClassVar[str | None] = None
     synchronised: ClassVar[tuple[str, ...]] = ()
     standardised: bool = False
@@ -152,6 +154,11 @@ class Criterion(nn.Module):
     def parts(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the parts of the unweighted loss that are logged apart, by name; a loss in one piece has no name."""
         return {"": self(student, teacher, batch)}
+
+    def teacher_parts(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return what the teacher learns beside the task, by name, from its features with gradients, if
+        `trains_teacher`."""
+        return {}
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
@@ -172,6 +179,11 @@ class Criterion(nn.Module):
 def needs_rotations(module: nn.Module) -> bool:
     """Return whether a criterion in a module reads features of the images' rotations."""
     return any(isinstance(criterion, Criterion) and criterion.rotates for criterion in module.modules())
+
+
+def trains_teacher(module: nn.Module) -> bool:
+    """Return whether a criterion in a module is learnt from a teacher that trains in the run."""
+    return any(isinstance(criterion, Criterion) and criterion.trains_teacher for criterion in module.modules())
 
 
 def synchronised_buffers(module: nn.Module) -> list[str]:
@@ -225,9 +237,18 @@ class Objective(nn.Module):
         """Return the weighted losses by name, without the terms of weight 0."""
         terms = {}
         for name, criterion in self.criteria.items():
-            for part, loss in cast(Criterion, criterion).parts(student, teacher, batch).items():
-                terms[f"{name}_{part}" if part else name] = self.weigh(name, loss)
+            terms |= self._named(name, cast(Criterion, criterion).parts(student, teacher, batch))
         return terms
+
+    def teacher_terms(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return the weighted losses by name of a teacher that trains in the run, from its features with gradients."""
+        terms = {}
+        for name, criterion in self.criteria.items():
+            terms |= self._named(name, cast(Criterion, criterion).teacher_parts(teacher, batch))
+        return terms
+
+    def _named(self, name: str, parts: dict[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, ""]]:
+        return {f"{name}_{part}" if part else name: self.weigh(name, loss) for part, loss in parts.items()}
 
     def weigh(self, name: str, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return the loss of a term, or of its part, times the term's weight at this time of its warm-up."""

@@ -88,3 +88,7 @@ class Standardised(Criterion):
     def parts(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the parts of the criterion's loss on features with standardised logits."""
         return self.criterion.parts(_standardised(student), _standardised(teacher), batch)
+
+    def teacher_parts(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Return the criterion's, which no logits of the teacher are in: only the student learns standardised ones."""
+        return self.criterion.teacher_parts(teacher, batch)

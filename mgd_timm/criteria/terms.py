@@ -64,6 +64,11 @@ class Terms:
         return self.teacher or self.peer
 
     @property
+    def trained_teacher(self) -> str | None:
+        """The criterion with a weight whose teacher trains in the run, if there is one."""
+        return next((name for name, term in self.active.items() if term.kind.trains_teacher), None)
+
+    @property
     def active(self) -> dict[str, Term]:
         """The terms with a weight, by name."""
         return {name: term for name, term in self.by_name.items() if term.weight}
@@ -85,6 +90,10 @@ class Terms:
         others = [name for name in self.in_run if name not in ("task", *weighted)]
         plain = f", not of {', '.join(others)}" if others else ""
         return f"samples are weighted in the loss of {', '.join(weighted)}{plain}"
+
+    def of_labels(self) -> "Terms":
+        """Return the task's term alone."""
+        return replace(self, by_name={"task": self.by_name["task"]})
 
     def of_teacher(self) -> "Terms":
         """Return the terms that are not of peers alone: beside a peer, what is learnt from labels and teacher."""
@@ -254,7 +263,7 @@ def _check_weights_are_used(terms: Terms, options: TermOptions) -> None:
 def _check_both_teach(terms: Terms, options: TermOptions) -> None:
     """Raise ValueError where nothing is learnt of the teacher, or of the other student, beside the other."""
     if not terms.of_peer().in_run:
-        known = ", ".join(name for name, kind in CRITERIA.items() if kind.peers)
+        known = ", ".join(name for name, kind in CRITERIA.items() if kind.peers and not kind.trains_teacher)
         raise ValueError(
             f"--peer beside a teacher: the students learn nothing of each other. Name {known} (--criterion kd,dml), or "
             "leave --peer out."
@@ -271,6 +280,11 @@ def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
     kind, name = term.kind, term.criterion
     if not term.weight:
         return
+    if kind.trains_teacher and (options.teacher or not options.peer):
+        raise ValueError(
+            f"{name} trains its teacher in the run: name the teacher with --peer NAME in place of --teacher. It starts "
+            "from random weights, or from those of --peer-pretrained or --peer-checkpoint FILE."
+        )
     if kind.needs and not options.peer and not options.teacher:
         raise ValueError(
             f"{name} reads the teacher's {', '.join(sorted(kind.needs))}, and there is no teacher: name one with "

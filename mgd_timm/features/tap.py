@@ -52,6 +52,9 @@ class FeatureTap(nn.Module):
             in an unsupported way, or it has no such map, no maps before their activation or no class activation maps.
     """
 
+    lr_scale: float = 1.0
+    """Learning rate of the model's weights where it trains, as a multiple of the optimizer's."""
+
     def __init__(
         self,
         model: nn.Module,

@@ -79,6 +79,8 @@ def _summary(student: Student) -> str:
     text += f", trained on {_data_link(student)}"
     if recipe.teacher is not None:
         text += f" and distilled from {_teachers(student, recipe)} with {_method(recipe)}"
+    elif recipe.peer is not None and terms_of(recipe).trained_teacher is not None:
+        text += f" and distilled from a `{recipe.peer}` that trained in the same run, with {_method(recipe)}"
     elif recipe.peer is not None:
         text += f" together with a `{recipe.peer}`, where both networks taught each other"
     accuracy = student.accuracy

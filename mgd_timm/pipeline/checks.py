@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
         check_streaming(recipe, terms)
     if recipe.peer is not None:
         check_model_name(recipe.peer)
+        check_two_networks(recipe, terms)
     if recipe.teacher is not None and recipe.teacher_store is not None:
         check_storable(terms)
     if recipe.qat and fsdp_requested():
@@ -59,6 +60,34 @@ def check_own_step(recipe: Recipe, terms: Terms) -> None:
                 f"criterion {name!r} with {option}: its own step, which differentiates through a step of the student, "
                 f"does not go with it. Leave {name} out, or {way_out}."
             )
+
+
+def check_two_networks(recipe: Recipe, terms: Terms) -> None:
+    """Raise ValueError for what does not go with two students, or with a teacher that trains along."""
+    name = terms.trained_teacher
+    if name is None:
+        if recipe.optim.model_ema:
+            raise ValueError(
+                f"model_ema=True: it averages one student, and with peer={recipe.peer!r} there are two. Leave "
+                "--model-ema out."
+            )
+        return
+    if recipe.method != "none":
+        raise ValueError(
+            f"method={recipe.method!r} with criterion {name!r}: the heads of MAG and MAS are fitted on a frozen "
+            f"teacher, and that of {name} trains in the run. Leave --method out, or {name}."
+        )
+    mutual = [term.criterion for term in terms.active.values() if term.kind.peers and not term.kind.trains_teacher]
+    if mutual:
+        raise ValueError(
+            f"criterion {name!r} with {', '.join(mutual)}, by which the two networks teach each other: with {name} "
+            "only the student is taught. Leave one of them out."
+        )
+    if "task" not in terms.active:
+        raise ValueError(
+            f"task_weight=0 with criterion {name!r}, whose teacher learns its logits from the task's loss: give a "
+            "positive --task-weight."
+        )
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:

@@ -11,11 +11,12 @@ from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
+from mgd_timm.criteria.base import trains_teacher
 from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
-from mgd_timm.distiller import Distiller, MutualLearning, TaughtPeers, Teacher
+from mgd_timm.distiller import Distiller, EvolutionaryLearning, MutualLearning, TaughtPeers, Teacher
 from mgd_timm.export.rebuild import check_rebuild
 from mgd_timm.features import Defaults, FeatureTap, Pair, Shapes, match_number_of_maps
 from mgd_timm.granularity import MAG
@@ -52,7 +53,7 @@ class Networks:
         student: Its features.
         objective: Of the student.
         teachers: As yet without heads.
-        peer: The second student, where two teach each other.
+        peer: The second student, where two teach each other, or the teacher that trains along.
         peer_objective: Of the second student.
         between: Beside a teacher, the objectives of student and peer with each other.
         trajectory: Of the teacher's training, which the student follows.
@@ -72,7 +73,7 @@ class Networks:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     loaded_sha256: list[str] = field(default_factory=list)
 
-    def trainee(self) -> Distiller | MutualLearning | TaughtPeers:
+    def trainee(self) -> Distiller | EvolutionaryLearning | MutualLearning | TaughtPeers:
         """The one module that trains."""
         if self.peer is None or self.peer_objective is None:
             return Distiller(self.student, self.objective)
@@ -80,6 +81,10 @@ class Networks:
             return TaughtPeers(self.student, self.peer, self.objective, self.peer_objective, *self.between)
         assert not isinstance(self.objective, SeveralTeachers)
         assert not isinstance(self.peer_objective, SeveralTeachers)
+        if trains_teacher(self.objective):
+            assert not isinstance(self.objective, MAG)
+            assert not isinstance(self.peer_objective, MAG)
+            return EvolutionaryLearning(self.student, self.peer, self.objective, self.peer_objective)
         return MutualLearning(self.student, self.peer, self.objective, self.peer_objective)
 
     def students(self) -> dict[str, FeatureTap]:
@@ -154,7 +159,11 @@ def _build_objectives(
         for own, other in ((first, second), (second, first))
     ]
     if not teachers:
-        one, two = (build_objective(terms, pair, recipe.method, recipe.heads.granularities) for pair in mutual)
+        of_peer = terms if terms.trained_teacher is None else terms.of_labels()
+        one, two = (
+            build_objective(own, pair, recipe.method, recipe.heads.granularities)
+            for own, pair in zip((terms, of_peer), mutual, strict=True)
+        )
         return Networks(student, one, (), peer, two)
     objectives = [objective_of(recipe, terms.of_teacher(), pairs) for pairs in taught]
     one, two = (build_objective(terms.of_peer(), pair) for pair in mutual)
@@ -285,10 +294,15 @@ def _size_flag(recipe: Recipe, teacher: nn.Module) -> str:
 
 
 def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaults) -> FeatureTap:
-    """Build the second student, with random weights."""
+    """Build the second student."""
     assert recipe.peer is not None
     set_seed(recipe.seed, 6)
-    as_student = replace(recipe, student=recipe.peer, student_pretrained=False, student_checkpoint=None)
+    as_student = replace(
+        recipe,
+        student=recipe.peer,
+        student_pretrained=recipe.peer_pretrained,
+        student_checkpoint=recipe.peer_checkpoint,
+    )
     try:
         peer = _build_student(as_student, images)
     except ValueError as error:
@@ -297,7 +311,9 @@ def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaul
     _describe(peer, images, recipe, terms, defaults)
     check_rebuild(peer, "peer")
     maps = recipe.maps if terms.needs("maps", student=True) else None
-    return FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
+    tap = FeatureTap(peer, maps, input_size=images.input_size, cam=terms.needs("cams"))
+    tap.lr_scale = recipe.peer_lr_scale or 1.0
+    return tap
 
 
 def _describe(model: nn.Module, images: Images, recipe: Recipe, terms: Terms, defaults: Defaults) -> None:

@@ -153,10 +153,12 @@ def check_frozen_backbone(recipe: "Recipe") -> None:
 
 
 def check_peer(recipe: "Recipe") -> None:
-    """Raise ValueError for options that do not go with a second student, or with one in place of a teacher."""
+    """Raise ValueError for options of a second student without one, or that do not go with one in place of a
+    teacher."""
     if recipe.peer is None:
+        names = ("peer_pretrained", "peer_checkpoint", "peer_lr_scale")
+        _refuse(recipe, names, "there is no peer", ", or name a --peer")
         return
-    _refuse(recipe.optim, ("model_ema",), f"it averages one student, and with peer={recipe.peer!r} there are two")
     _refuse(
         recipe, ("match_channels",), f"it matches one student's channels, and with peer={recipe.peer!r} there are two"
     )

@@ -64,7 +64,14 @@ class Recipe:
     peer: str | None = _teacher(
         None,
         "a second student, initialised from the seed; both learn from the labels and from each other, and from the "
-        "teacher if --teacher names one; --drop is for both",
+        "teacher if --teacher names one; --drop is for both; with --criterion ekd, a teacher that trains along",
+    )
+    peer_pretrained: bool = _teacher(False, "start the peer from its pretrained weights")
+    peer_checkpoint: str | None = _teacher(
+        None, "safetensors file with the peer's initial weights", value="FILE", digest=False
+    )
+    peer_lr_scale: float | None = _teacher(
+        None, "learning rate of the peer, as a multiple of --lr; default: 1", above=0
     )
     teacher_trajectory: str | None = _teacher(
         None,
@@ -313,7 +320,8 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     place = data["data_dir"] or (data["dataset"] if os.path.isabs(data["dataset"]) else None)
     if place is not None:
         data |= {"dataset": Data.dataset, "data_dir": Path(place).name}
-    files = ("student_checkpoint", "teacher_checkpoint", "teacher_trajectory", "teacher_store", "output")
+    files = ["student_checkpoint", "peer_checkpoint", "teacher_checkpoint"]
+    files += ["teacher_trajectory", "teacher_store", "output"]
     shortened: dict[str, Any] = {name: Path(values[name]).name for name in files if values[name] is not None}
     for name in ("teacher", "teacher_classes"):
         if values[name] is not None:
@@ -334,7 +342,7 @@ def config_values(recipe: Recipe) -> dict[str, Any]:
     run: the options that decide the weights, and the names of networks and data."""
     alone = recipe.teacher is None and recipe.peer is None
     decides = as_dict(recipe, digest_only=True)
-    names = ("teacher", "teacher_checkpoint", "teacher_classes", "student_checkpoint")
+    names = ("teacher", "teacher_checkpoint", "teacher_classes", "student_checkpoint", "peer_checkpoint")
     decides |= {name: getattr(recipe, name) for name in names}
     decides["data"] |= {name: getattr(recipe.data, name) for name in ("dataset", "data_dir", "batch_size")}
     if recipe.data.data_dir is not None:

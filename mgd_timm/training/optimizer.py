@@ -55,7 +55,21 @@ def build_optimizer(module: nn.Module, optim: Optim, *, scaled: bool = False) ->
     groups = param_groups_weight_decay(
         module, optim.weight_decay, weight_decay_exclude_1d=optim.filter_bias_and_bn, no_weight_decay_list=exempt
     )
+    groups = _split_by_lr_scale(groups, module)
     return create_optimizer_v2(groups, opt=optim.opt, lr=optim.lr, momentum=optim.momentum, **fused)
+
+
+def _split_by_lr_scale(groups: list[dict[str, Any]], module: nn.Module) -> list[dict[str, Any]]:
+    """Return parameter groups with timm's "lr_scale" where a network has a learning rate of its own; these are last."""
+    taps = [tap for tap in module.modules() if isinstance(tap, FeatureTap) and tap.lr_scale != 1]
+    scales = {id(parameter): tap.lr_scale for tap in taps for parameter in tap.parameters()}
+    split = []
+    for scale in (None, *sorted(set(scales.values()))):
+        for group in groups:
+            parameters = [parameter for parameter in group["params"] if scales.get(id(parameter)) == scale]
+            if parameters:
+                split.append({**group, "params": parameters, **({} if scale is None else {"lr_scale": scale})})
+    return split
 
 
 def build_schedule(optimizer: Optimizer, optim: Optim, updates_per_epoch: int) -> Scheduler:

@@ -31,6 +31,7 @@ def built(**options):
         ({"criterion": ("at,sskd",), "kd_weight": 0.5}, {"task": 0.1, "kd": 0.5, "at": 1000, "sskd": 1}),
         ({"criterion": ("at,sskd:0",)}, {"task": 1, "kd": 1, "at": 1000, "sskd": 0}),
         ({"peer": "cifar_resnet8"}, {"task": 1, "kd": 0, "dml": 1}),
+        ({"peer": "cifar_resnet8", "criterion": ("ekd",)}, {"task": 1, "kd": 0, "ekd": 1}),
         ({"peer": "cifar_resnet8", "method": "mag"}, {"task": 1, "kd": 0, "dml": 1}),
         ({"peer": "cifar_resnet8", "teacher": "embedded"}, {"task": 1, "kd": 1, "dml": 1}),
         (
@@ -92,6 +93,9 @@ def test_warm_up_and_options():
         ({"criterion": ("ab:5",)}, "ab fits the student before the run.*--fitting-lr"),
         ({"criterion": ("fsp::20",)}, "fsp fits the student before the run"),
         ({"criterion": ("dml",)}, "two students .* --peer NAME .* --criterion kd --kd-temperature 1"),
+        ({"criterion": ("ekd",)}, "ekd trains its teacher in the run: name the teacher with --peer NAME in place of"),
+        ({"criterion": ("kd,dml,ekd",), "peer": "cifar_resnet8", "teacher": "embedded"}, "ekd trains its teacher"),
+        ({"criterion": ("ekd,ft",), "peer": "cifar_resnet8"}, "a peer is not trained yet"),
         ({"criterion": ("ft",), "peer": "cifar_resnet8"}, "a peer is not trained yet"),
         ({"criterion": ("dml,ab",), "peer": "cifar_resnet8"}, "ab is fitted on a trained teacher"),
         (
@@ -135,7 +139,6 @@ def test_what_does_not_go_together(options, message):
     ("options", "message"),
     [
         ({"peer": "cifar_resnet8", "method": "mas"}, "MAS needs fitted heads, and two students have none"),
-        ({"peer": "cifar_resnet8", "model_ema": True}, "model_ema=True: it averages one student"),
         ({"peer": "cifar_resnet8", "teacher_checkpoint": "a.safetensors"}, "there is no teacher"),
         ({"peer": "cifar_resnet8", "train_only": "classifier"}, "distillation trains the backbone"),
         ({"fitting_epochs": 0}, "fitting_epochs=0"),

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from cases import Case, loop_pool
+from cases import Case, loop_ce, loop_kl, loop_pool
 from torch import Tensor, nn
 
 from mgd_timm.criteria import AB, AFD, AFDS, FSP, FT, VID, Criterion, KRNet, MaskedGenerative, ReviewKD
-from mgd_timm.features import Features
+from mgd_timm.criteria.ekd import EKD, GuidedModule
+from mgd_timm.features import Batch, Features
 
 Map = list[list[list[list[float]]]]  # of samples, channels, rows, columns
 
@@ -349,12 +350,43 @@ def loop_krnet(criterion: KRNet, student: Features, teacher: Features) -> float:
     return total
 
 
+def loop_guide(guide: GuidedModule, maps: Tensor) -> tuple[list[list[float]], list[list[float]]]:
+    """Convolution, normalisation over all of a sample with a scale per channel, ReLU and mean; then the classifier."""
+    convolution, norm, _ = guide.bottleneck
+    vectors = []
+    for sample in loop_conv(maps.tolist(), convolution):
+        values = flat(sample)
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + 1e-5)
+        vectors.append([])
+        for channel, gain, shift in zip(sample, norm.weight.tolist(), norm.bias.tolist(), strict=True):
+            rectified = [max(0.0, (v - mean) / deviation * gain + shift) for v in flat(channel)]
+            vectors[-1].append(sum(rectified) / len(rectified))
+    rows = list(zip(guide.classifier.weight.tolist(), guide.classifier.bias.tolist(), strict=True))
+    logits = [[sum(w * v for w, v in zip(row, vector, strict=True)) + b for row, b in rows] for vector in vectors]
+    return vectors, logits
+
+
+def loop_ekd(criterion: EKD, student: Features, teacher: Features, shown: Batch) -> float:
+    total = loop_kl(student.logits, teacher.logits, 3.0)
+    guides = zip(criterion.student_guides, student.maps, criterion.teacher_guides, teacher.maps, strict=True)
+    for own, own_maps, other, other_maps in guides:
+        (vectors, logits), (targets, target_logits) = loop_guide(own, own_maps), loop_guide(other, other_maps)
+        scores, target_scores = (torch.tensor(rows, dtype=torch.float64) for rows in (logits, target_logits))
+        total += loop_kl(scores, target_scores, 3.0)
+        pairs = zip(flat(vectors), flat(targets), strict=True)
+        total += 0.05 * sum((p - q) ** 2 for p, q in pairs) / len(vectors)
+        total += loop_ce(scores, torch.eye(len(logits[0]), dtype=torch.float64)[shown.labels])
+    return total
+
+
 def same(_: Criterion, student: Features) -> tuple[Features, Features]:
     return student, student
 
 
 CASES: dict[str, Case] = {
     "vid": Case(lambda c, s, t, b: loop_vid(c, s, t), zero_vid, negative=True),
+    "ekd": Case(loop_ekd, None),  # the guided modules learn the labels
     "ab": Case(lambda c, s, t, b: loop_ab(c, s, t), zero_ab),
     "ft": Case(lambda c, s, t, b: loop_ft(c, s, t), zero_ft),
     "fsp": Case(lambda c, s, t, b: loop_fsp(c, s, t), same),

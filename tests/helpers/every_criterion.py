@@ -77,7 +77,8 @@ every = pytest.mark.parametrize("name", CRITERIA)
 
 def term_names(name: str) -> list[str]:
     """The names of a criterion's terms in logs."""
-    return ["sskd_rotated", "sskd_similarity"] if name == "sskd" else [name]
+    parts = {"sskd": ("rotated", "similarity"), "ekd": ("logits", "guided", "features", "labels")}
+    return [f"{name}_{part}" for part in parts[name]] if name in parts else [name]
 
 
 def built(name: str, pair: Pair | None = None, seed: int = 0) -> Criterion:
@@ -123,7 +124,8 @@ def check_gradients(criterion: Criterion, student: Features, teacher: Features) 
     """
     dependent = depends(criterion, student, teacher)
     torch.manual_seed(5)
-    criterion(student, teacher, batch()).backward()
+    own = criterion.teacher_parts(teacher, batch())  # of modules on a teacher that trains
+    (criterion(student, teacher, batch()) + sum(own.values())).backward()
     for part, tensor in parts(student).items():
         size = 0.0 if tensor.grad is None else tensor.grad.abs().max().item()
         assert math.isfinite(size), part
