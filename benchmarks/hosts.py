@@ -49,10 +49,11 @@ def arms(host: str) -> dict[str, dict[str, Any]]:
         peer = {"peer": BUDGET["student"], "criterion": (host,)}
         return {"X": {**peer, "method": "none"}, "MAG+X": {**peer, "method": "mag"}}
     both = {"criterion": (host,), "fitting_epochs": 2}
+    taught = {**both, "teacher": "embedded"}  # selfkd has none by default
     return {
         "X": {**both, "method": "none", "kd_weight": 0.0},
-        "X+KD": {**both, "method": "none", "kd_weight": 1.0},
-        "MAS+X": {**both, "method": "mas", "kd_weight": 1.0},
+        "X+KD": {**taught, "method": "none", "kd_weight": 1.0},
+        "MAS+X": {**taught, "method": "mas", "kd_weight": 1.0},
     }
 
 

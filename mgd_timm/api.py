@@ -54,7 +54,7 @@ def distill(
     Args:
         teacher: A model with weights: 'embedded' (the default), a timm name, local-dir:PATH, hf-hub:ID, a run folder,
             or a module; a list of these for several teachers. With `peer`, None: two students then teach each other,
-            and the first is returned.
+            and the first is returned. With criterion="selfkd" alone the default is none: the student teaches itself.
         student: A timm name, or a module that timm built, which is trained in place. Teacher modules are copied. What
             torch.compile, DistributedDataParallel or peft wrap around a module is taken off.
         data: 'embedded', a hub id, a folder of parquet files or of images in class folders, or a Data, whose values

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -34,6 +35,8 @@ class Teacher(nn.Module):
         digest: sha256 of the weights, by which this teacher's caches are found; None computes it. Pass that of the
             original weights if the tap's are folded.
         logits: Return logits. False if the classes are not the data's: their width is then 0.
+        channels: Re-orders the channels of the maps (see teachers.channel_matching.ChannelMatching); None for no
+            change.
 
     Raises:
         ValueError: The heads do not fit the width of the embedding.
@@ -47,6 +50,7 @@ class Teacher(nn.Module):
         input_adapter: nn.Module | None = None,
         digest: str | None = None,
         logits: bool = True,
+        channels: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if heads is not None:
@@ -55,7 +59,7 @@ class Teacher(nn.Module):
                 raise ValueError(
                     f"heads for an embedding of {width} dims, but {tap.name} has {tap.embed_dim}: fit heads on it."
                 )
-        self.tap, self.heads = tap, heads
+        self.tap, self.heads, self.channels = tap, heads, channels
         self.input_adapter = input_adapter if input_adapter is not None else nn.Identity()
         self.has_logits = logits and tap.num_classes > 0
         self.digest = digest if digest is not None else module_digest(tap.model)
@@ -69,9 +73,16 @@ class Teacher(nn.Module):
 
     def with_heads(self, heads: GranularityHeads) -> "Teacher":
         """Return the same teacher with fitted heads, on its device."""
+        return self._copied(heads, self.channels)
+
+    def with_channels(self, channels: nn.Module) -> "Teacher":
+        """Return the same teacher with its maps' channels re-ordered, on its device."""
+        return self._copied(self.heads, channels)
+
+    def _copied(self, heads: GranularityHeads | None, channels: nn.Module | None) -> "Teacher":
         device = next(self.tap.parameters()).device
-        copied = Teacher(self.tap, heads, input_adapter=self.input_adapter, digest=self.digest, logits=self.has_logits)
-        return copied.to(device)
+        options: dict[str, Any] = {"digest": self.digest, "logits": self.has_logits, "channels": channels}
+        return Teacher(self.tap, heads, input_adapter=self.input_adapter, **options).to(device)
 
     def describe_input(self) -> object:
         """Return how the input is adapted, as JSON values for fingerprints."""
@@ -89,6 +100,8 @@ class Teacher(nn.Module):
         features: Features = self.tap(self.input_adapter(images))
         if not self.has_logits:
             features = features._replace(logits=features.logits[:, :0], cam=None)
+        if self.channels is not None:
+            features = features._replace(maps=self.channels(features.maps))
         if self.heads is None:
             return features
         codes = self.heads.encode(features.embedding)

@@ -69,7 +69,7 @@ def step(task: MultiGranularityTask, optimizer: torch.optim.Optimizer, *batch: t
 @pytest.mark.parametrize(("criterion", "method"), [("ce", "none"), ("kd", "mag"), *((name, "mas") for name in IN_LOOP)])
 def test_training_is_a_runs_own_step_by_step(data, criterion, method):
     """`connect` and `Updater` are what `distill` uses; the task gets the same networks and batches."""
-    recipe = make_recipe(method=method, criterion=(criterion,), criterion_options=())
+    recipe = make_recipe(teacher="embedded", method=method, criterion=(criterion,), criterion_options=())
     teacher, student = load_model("embedded"), timm.create_model("cifar_resnet8x05", num_classes=10)
     accelerator = accelerator_of(recipe)
     ours = connect(recipe, terms_of(recipe), data, accelerator, [teacher], student)

@@ -21,6 +21,7 @@ from mgd_timm.models.build import build_model
 from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_model
 from mgd_timm.recipe.options import flag, plain_architecture
+from mgd_timm.teachers.channel_matching import ChannelMatching
 
 
 def paragraphs(kind: type) -> list[str]:
@@ -224,6 +225,21 @@ Each method goes with `--method none`, `mag` or `mas`; `dml`, which takes a seco
 and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`).
 Other default weights are in the table. Only a term with `:EPOCHS` warms up.
 
+`selfkd` has no teacher: the student learns from heads on its own stages, which are not exported. `--teacher` and
+`--method` are none by default then; with `--teacher NAME`, or beside other criteria, it is one more term.
+
+```bash
+mgd-timm distill --criterion selfkd --student cifar_resnet8x05 --data-dir photos --epochs 1 --output runs/self
+```
+
+`--match-channels N` re-orders the channels of the teacher's maps to the student's, for criteria that compare channel by
+channel. It is described at the end of this page, and needs scipy (`pip install mgd-timm[match]`):
+
+```bash
+mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --epochs 1 --method none \\
+    --criterion fitnet --criterion-options fitnet.adapter=false --match-channels 100 --output runs/matched
+```
+
 "Local batch": the method compares the samples of a batch; with several processes, each compares its own samples only.
 "Fitting stage": it is fitted for `--fitting-epochs` before the run, and the result is stored in the cache; `ab` and
 `fsp` fit the student's backbone and add no loss to the run. Maps: `--maps stages | last | mid | all | N`;
@@ -245,6 +261,7 @@ def markdown() -> str:
     parts = [_HEAD + rows]
     parts += [f"## {name}\n\n{_section(kind)}" for name, kind in CRITERIA.items()]
     parts.append(f"## Standardised logits: `--standardise-logits`\n\n{_section(Standardised)}")
+    parts.append(f"## Matched channels: `--match-channels N`\n\n{_section(ChannelMatching)}")
     parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
     return "\n".join(parts)
 

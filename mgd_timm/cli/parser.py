@@ -22,7 +22,7 @@ from mgd_timm.recipe.options import fits, flag
 from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, TRAIN_NAMES, TRAIN_ONLY, Recipe
 
 BY_PEER = ("teacher", "criterion", "method")
-"""Options whose defaults depend on --peer; make_recipe sets them."""
+"""Options whose defaults depend on --peer or --criterion; make_recipe sets them."""
 
 GROUPS = (
     "teacher",

@@ -23,6 +23,7 @@ from mgd_timm.criteria.ofa import OFA
 from mgd_timm.criteria.pkt import PKT
 from mgd_timm.criteria.reviewkd import ReviewKD
 from mgd_timm.criteria.rkd import RKD
+from mgd_timm.criteria.selfkd import SelfKD
 from mgd_timm.criteria.sp import SP
 from mgd_timm.criteria.srrl import SRRL
 from mgd_timm.criteria.standardisation import Standardised, standardise
@@ -54,6 +55,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "ofa": OFA,
     "catkd": CATKD,
     "dml": DML,
+    "selfkd": SelfKD,
 }
 
 __all__ = ["CRITERIA", "Criterion", "Objective", "Standardised", "kl_divergence", "standardise"]

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mgd_timm.criteria.adapters import paired_maps
+from mgd_timm.criteria.adapters import paired_maps, pool_larger
 from mgd_timm.criteria.base import Criterion, at_least_float32
 from mgd_timm.features import Batch, Features, Pair
 
@@ -62,7 +62,7 @@ class FitNet(Criterion):
     height only, and is a convolution without padding for any larger student's map; here it depends on both axes, such a
     convolution reduces a side by up to 6 pixels, and other sizes are pooled or upsampled. RepDistiller's pairing of
     cifar_* networks, for all methods that follow it, is maps="mid", which recipes/cifar.py uses; maps="stages" includes
-    the stem's map if no other map has its resolution.
+    the stem's map if no other map has its resolution. adapter=False is not the paper's.
 
     Args:
         pair: Shapes of both networks, with the same number of maps. Batches have 2 or more samples if the teacher's map
@@ -70,24 +70,33 @@ class FitNet(Criterion):
         hint: Index of the tapped map, from 0. The default is the second one if there are several, which for cifar_*
             networks with maps="mid" is RepDistiller's.
         relu: End the adapter with a ReLU, as in RepDistiller.
+        adapter: False compares channel by channel, as after --match-channels; the larger map is average-pooled.
 
     Raises:
-        ValueError: A network has no maps, the numbers of maps differ, or there is no map of that index.
+        ValueError: A network has no maps, the numbers of maps differ, there is no map of that index, or channels differ
+            without an adapter.
     """
 
     weight = 100.0
     needs = frozenset({"maps"})
 
-    def __init__(self, pair: Pair, *, hint: int | None = None, relu: bool = True) -> None:
+    def __init__(self, pair: Pair, *, hint: int | None = None, relu: bool = True, adapter: bool = True) -> None:
         super().__init__(pair)
         maps = paired_maps("FitNet", pair)
         count = len(maps)
         self.hint = min(1, count - 1) if hint is None else hint
         if not 0 <= self.hint < count:
             raise ValueError(f"hint={hint}: {count} maps are tapped, choose 0 to {count - 1}.")
-        self.adapter = HintAdapter(*maps[self.hint], relu=relu)
+        (channels, *_), (theirs, *_) = maps[self.hint]
+        if not adapter and channels != theirs:
+            raise ValueError(
+                f"adapter=False compares channel by channel: the student's map has {channels} channels, the teacher's "
+                f"{theirs}. Match them (--match-channels 1000), or leave fitnet.adapter out."
+            )
+        self.adapter = HintAdapter(*maps[self.hint], relu=relu) if adapter else None
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Float[Tensor, ""]:
         """Return the loss, at least float32."""
-        adapted = self.adapter(student.maps[self.hint])
-        return F.mse_loss(at_least_float32(adapted), at_least_float32(teacher.maps[self.hint]))
+        ours, theirs = student.maps[self.hint], teacher.maps[self.hint]
+        ours, theirs = (self.adapter(ours), theirs) if self.adapter is not None else pool_larger(ours, theirs)
+        return F.mse_loss(at_least_float32(ours), at_least_float32(theirs))

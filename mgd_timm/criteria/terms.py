@@ -44,7 +44,7 @@ class Terms:
         by_name: task, kd and the other criteria, including those of weight 0.
         named: The criteria that --criterion names, in its order.
         standardise_logits: Standardise the logits of each criterion that reads them.
-        teaches: There is a teacher or a peer; without one, the task is the only loss.
+        teaches: There is a teacher or a peer; without one, no criterion reads it.
         peer: Two students teach each other: each is the other's teacher.
     """
 
@@ -70,8 +70,6 @@ class Terms:
 
     def needs(self, part: Need, *, student: bool = False) -> bool:
         """Return whether a term of the run reads that part of the teacher's features, or of the student's."""
-        if not self.teaches:
-            return False
         both = student or self.peer
         kinds = [term.kind for term in self.in_run.values()]
         return any(part in (kind.needs | kind.student_needs if both else kind.needs) for kind in kinds)
@@ -94,6 +92,7 @@ class TermOptions:
         epochs: Epochs of the run, which a warm-up must not exceed.
         method: "none", "mag" or "mas": the last two add kd with weight 1 to other criteria.
         peer: A second student replaces the teacher.
+        alone: There is no teacher, and no peer either.
         task_weight, kd_weight: Weights of ce and kd; None for the presets.
         kd_temperature: Temperature of kd.
         smoothing: Label smoothing of the task's loss.
@@ -103,6 +102,7 @@ class TermOptions:
     epochs: int
     method: str = "mas"
     peer: bool = False
+    alone: bool = False
     task_weight: float | None = None
     kd_weight: float | None = None
     kd_temperature: float = 4.0
@@ -139,8 +139,8 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
         weight, warmup = given.get(name, (None, 0.0))
         term = Term(name, presets[name] if weight is None else weight, warmup, arguments.get(name, {}))
         by_name["task" if name == "ce" else name] = term
-        _check_term(term, peer=options.peer, plain=weight is None)
-    terms = Terms(by_name, named, options.standardise_logits, peer=options.peer)
+        _check_term(term, options, plain=weight is None)
+    terms = Terms(by_name, named, options.standardise_logits, teaches=not options.alone, peer=options.peer)
     _check_options_are_used(terms, arguments, list(criterion))
     _check_something_is_learnt(terms, list(criterion), options)
     return terms
@@ -202,11 +202,16 @@ def _check_something_is_learnt(terms: Terms, criterion: list[str], options: Term
         )
 
 
-def _check_term(term: Term, *, peer: bool, plain: bool) -> None:
+def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
     """Raise ValueError for a criterion that needs a peer or a teacher and lacks it, or a weight without an effect."""
-    kind, name = term.kind, term.criterion
+    kind, name, peer = term.kind, term.criterion, options.peer
     if not term.weight:
         return
+    if kind.needs and options.alone:
+        raise ValueError(
+            f"{name} reads the teacher's {', '.join(sorted(kind.needs))}, and there is no teacher: name one with "
+            f"--teacher NAME, or leave {name} out."
+        )
     if kind.peers and not peer:
         raise ValueError(
             f"{name} is for two students that teach each other: give --peer NAME instead of a teacher. With a frozen "

@@ -10,6 +10,7 @@ from mgd_timm.features.tap import model_name
 from mgd_timm.models.checks import find_class_conflict
 from mgd_timm.models.load import check_model_name
 from mgd_timm.recipe.recipe import Recipe
+from mgd_timm.teachers.channel_matching import check_solver
 from mgd_timm.training.optimizer import check_names
 
 
@@ -32,6 +33,8 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
             "qat with FSDP: it rounds whole weights, and FSDP shards them. Leave --qat out, or launch without FSDP "
             "(accelerate launch --multi_gpu)."
         )
+    if recipe.match_channels is not None:
+        check_channels_are_matched(terms)
 
 
 def check_mixed_images(recipe: Recipe, terms: Terms) -> None:
@@ -68,10 +71,32 @@ def check_streaming(recipe: Recipe, terms: Terms) -> None:
             "streaming with heads_protocol='stored', which stores the teacher's outputs of all images: give "
             "--heads-protocol live and a few --heads-epochs, each a pass over the stream."
         )
+    if recipe.match_channels is not None:
+        raise ValueError(
+            "streaming with match_channels, which shows both networks images before the first epoch: leave --streaming "
+            "or --match-channels out."
+        )
     if "crd" in terms.active:
         raise ValueError(
             "streaming with criterion 'crd', which stores an embedding of each image: choose another --criterion."
         )
+
+
+def check_channels_are_matched(terms: Terms) -> None:
+    """Raise ValueError if no criterion reads maps whose channels could be matched, one has maps of its own, or scipy is
+    missing."""
+    fitted = [term.criterion for term in terms.active.values() if term.kind.fits is not None]
+    if fitted:
+        raise ValueError(
+            f"match_channels with {', '.join(fitted)}, fitted on the teacher's maps before the run: leave "
+            "--match-channels or the criterion out."
+        )
+    if not terms.needs("maps"):
+        raise ValueError(
+            f"match_channels: none of {', '.join(terms.active)} reads the teacher's maps. Choose a criterion that does "
+            "(--criterion afds), or leave --match-channels out."
+        )
+    check_solver()
 
 
 def check_storable(terms: Terms) -> None:

@@ -34,6 +34,7 @@ from mgd_timm.pipeline.plan import objective_of
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
+from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
 
 
@@ -107,6 +108,8 @@ def connect(
         recipe.maps, tap, *(teacher.tap for teacher in taught_by), *([peer] if peer is not None else [])
     )
     pairs = _pairs(tap, taught_by, peer, images)
+    if recipe.match_channels is not None:
+        pairs = [pair._replace(teacher=match_shapes(pair.student, pair.teacher)) for pair in pairs]
     set_seed(recipe.seed, 4)
     objective = objective_of(recipe, terms, pairs)
     peer_objective = None
@@ -288,7 +291,7 @@ def _weights_tag(recipe: Recipe, terms: Terms) -> str:
     """Return timm's tag of the weights: method, hosts and data, as in mas_kd_cifar100."""
     place = Path(recipe.data.data_dir or recipe.data.dataset).name
     words = [place]
-    if recipe.teacher is not None or recipe.peer is not None:
+    if terms.named:  # none without distillation
         words = [*([recipe.method] if recipe.method != "none" else []), *terms.criterion_names(), place]
     return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
 

@@ -13,6 +13,7 @@ from mgd_timm.distributed.launch import build_accelerator
 from mgd_timm.features import Pair
 from mgd_timm.granularity import MAG
 from mgd_timm.objective import SeveralTeachers, build_objective, build_several
+from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.derived import num_micro_batches, with_global_batch
 from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.teachers.classifier import ClassifierFit
@@ -74,12 +75,14 @@ def fix_global_batch(recipe: Recipe, accelerator: Accelerator, start_steps: int 
 
 def terms_of(recipe: Recipe) -> Terms:
     """Return the terms of a recipe's loss. Raise ValueError as `parse_terms`."""
-    if recipe.teacher is None and recipe.peer is None:
+    alone = recipe.teacher is None and recipe.peer is None
+    if alone and not needs_no_teacher(recipe.criterion):
         return task_alone(recipe.smoothing)
     options = TermOptions(
         epochs=recipe.optim.epochs,
         method=recipe.method,
         peer=recipe.peer is not None,
+        alone=alone,
         task_weight=recipe.task_weight,
         kd_weight=recipe.kd_weight,
         kd_temperature=recipe.kd_temperature,

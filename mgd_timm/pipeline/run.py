@@ -41,6 +41,7 @@ from mgd_timm.storage.atomic_write import write_text_atomically
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.storage.versions import versions
+from mgd_timm.teachers.channel_matching import match_channels
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
@@ -160,6 +161,8 @@ def _open_store(recipe: Recipe, networks: Networks, images: Images, accelerator:
 def _pretrain(recipe: Recipe, networks: Networks, stored: StoredSource | None, context: RunContext) -> _Pretrained:
     """Fill the store, fit heads where the method needs them, and what criteria fit first."""
     teachers, metrics, heads_sha256 = list(networks.teachers), dict[str, Any](), list[str]()
+    if recipe.match_channels is not None:
+        teachers = [match_channels(one, networks.student, recipe.match_channels, context) for one in teachers]
     if stored is not None:
         stored.fill(teachers[0], context.accelerator, recipe.data.validation_batch_size, quiet=context.quiet)
     if recipe.method != "none":

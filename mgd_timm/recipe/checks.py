@@ -108,6 +108,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_maps(recipe)
     check_frozen_backbone(recipe)
     check_peer(recipe)
+    check_self_distillation(recipe)
     check_teachers(recipe)
     check_teacher_weights(recipe)
     check_teacher_classes(recipe)
@@ -174,12 +175,31 @@ def check_qat(recipe: "Recipe") -> None:
         )
 
 
+def needs_no_teacher(criterion: Iterable[str]) -> bool:
+    """Return whether words of --criterion name selfkd, and no other criterion than the task beside it."""
+    names = {word.partition(":")[0].strip() for words in criterion for word in words.split(",")}
+    return "selfkd" in names and names <= {"ce", "selfkd"}
+
+
+def check_self_distillation(recipe: "Recipe") -> None:
+    """Raise ValueError for options that do not go with a student that teaches itself."""
+    if recipe.teacher is not None or recipe.peer is not None or not needs_no_teacher(recipe.criterion):
+        return
+    if recipe.method != "none":
+        raise ValueError(
+            f"method={recipe.method!r} with criterion {_list(recipe.criterion)}, which has no teacher: MAG and MAS "
+            "need one. Name it with --teacher NAME, or leave --method out."
+        )
+    why = f"criterion {_list(recipe.criterion)} trains the stages of the student"
+    _refuse(recipe, ("train_only",), why)
+
+
 def check_teachers(recipe: "Recipe") -> None:
     """Raise ValueError for options of a teacher, of one teacher, of several or of stored outputs without these."""
     teachers = recipe.teacher
     if teachers is None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
-        names += ["teacher_resize", "teacher_store", "shard_teacher"]
+        names += ["teacher_resize", "teacher_store", "shard_teacher", "match_channels"]
         _refuse(recipe, names, "there is no teacher")
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")

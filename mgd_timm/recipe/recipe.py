@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mgd_timm.recipe.checks import check_options, check_recipe
+from mgd_timm.recipe.checks import check_options, check_recipe, needs_no_teacher
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
@@ -46,7 +46,7 @@ class Recipe:
         ("embedded",),
         "timm name, run folder, local-dir:PATH or hf-hub:ID; a timm name needs published weights or "
         "--teacher-checkpoint, and 'embedded' is in the package; given again: several teachers; default: embedded, and "
-        "none with --peer",
+        "none with --peer or --criterion selfkd",
         common=True,
         digest=False,
     )
@@ -88,6 +88,12 @@ class Recipe:
     teacher_resize: Literal["images", "positions"] = _teacher(
         "images", "a teacher of a fixed input size: resize the images for it, or its position embeddings for the images"
     )
+    match_channels: int | None = _teacher(
+        None,
+        "re-order the channels of the teacher's maps to those of the student that respond alike to N training images; "
+        "inspired by arXiv 2103.16844",
+        minimum=2,
+    )
     teacher_store: str | None = _teacher(
         None,
         "folder of teacher outputs, written once and read by every later run; for criteria that read no maps",
@@ -108,7 +114,8 @@ class Recipe:
     )
     method: Literal["none", "mag", "mas"] = _method(
         "mas",
-        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer",
+        "mag (codes), mas (codes and stable logits) or none; around the criteria; default: mas, and none with --peer "
+        "or --criterion selfkd",
         common=True,
     )
     criterion: tuple[str, ...] = _method(
@@ -237,13 +244,18 @@ TRAIN_ONLY = {"train_only", "adapt_batchnorm"}
 def make_recipe(**options: Any) -> Recipe:
     """Build a Recipe from flat options, named as the command line's flags with underscores.
 
-    With a peer, the defaults are teacher None, criterion dml and method "none".
+    With a peer, the defaults are teacher None, criterion dml and method "none"; with criterion selfkd alone, teacher
+    None and method "none".
 
     Raises:
         ValueError: An unknown option, with the nearest names, a value of another type or out of range.
     """
     if options.get("peer") is not None:
         options = {"teacher": None, "criterion": ("dml",), "method": "none", **options}
+    elif options.get("teacher") is None and needs_no_teacher(
+        typed("criterion", options.get("criterion", ()), tuple[str, ...])
+    ):
+        options = {"teacher": None, "method": "none", **options}
     values: dict[str, dict[str, Any]] = {"recipe": {}, **{part: {} for part in PARTS}}
     homes = {f.name: ("recipe", f.type) for f in dataclasses.fields(Recipe) if f.name not in PARTS}
     homes |= {f.name: (part, f.type) for part, kind in PARTS.items() for f in dataclasses.fields(kind)}

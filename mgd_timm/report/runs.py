@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_timm.pipeline.run_folder import read_recipe
+from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.options import as_dict, digest
 from mgd_timm.recipe.recipe import Recipe
 
@@ -32,8 +33,9 @@ class Run:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the student had neither a teacher nor a peer."""
-        return self.recipe.teacher is None and self.recipe.peer is None
+        """Whether the student had neither a teacher nor a peer, and did not teach itself."""
+        untaught = self.recipe.teacher is None and self.recipe.peer is None
+        return untaught and not needs_no_teacher(self.recipe.criterion)
 
     @property
     def is_kd(self) -> bool:

@@ -58,7 +58,7 @@ def test_needs_and_student_needs_are_what_is_read_of_the_student(name):
     read = {part.split()[0] for part, found in depends(criterion, student, teacher).items() if found}
     declared = criterion.needs | criterion.student_needs
     assert declared <= read <= declared | {"logits"}
-    assert read == declared or name == "ce"  # the one that needs no teacher
+    assert read == declared or not CRITERIA[name].needs  # those that need no teacher
     images = batch()._replace(images=torch.ones(BATCH, 3, 8, 8))
     assert torch.equal(value(criterion, student, teacher, images), value(criterion, student, teacher))
 
@@ -158,8 +158,9 @@ def test_state_dict_round_trip(name):
 
 
 def test_a_zero_is_missing_only_where_the_maths_has_none():
-    """DIST: 1e-8 in the denominator. OFA: the teacher's entropy is left. CRD: every negative costs something."""
-    assert {name for name in CRITERIA if CASES[name].zero is None} == {"dist", "ofa", "crd"}
+    """DIST: 1e-8 in the denominator. OFA: the teacher's entropy is left. CRD: every negative costs something.
+    SelfKD: its heads learn the labels too."""
+    assert {name for name in CRITERIA if CASES[name].zero is None} == {"dist", "ofa", "crd", "selfkd"}
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if CASES[name].zero is not None])

@@ -2,10 +2,11 @@
 
 import math
 
-from cases import Case, log_softmax, loop_kl, loop_pool
+import torch
+from cases import Case, log_softmax, loop_ce, loop_kl, loop_pool
 from torch import Tensor, nn
 
-from mgd_timm.criteria import OFA, SRRL, Criterion
+from mgd_timm.criteria import OFA, SRRL, Criterion, SelfKD
 from mgd_timm.features import Batch, Features
 
 
@@ -150,6 +151,27 @@ def loop_catkd(student: Tensor, teacher: Tensor, side: int, normalise: bool = Fa
     return sum(squares) / len(squares)
 
 
+def loop_selfkd(criterion: SelfKD, student: Features, teacher: Features, batch: Batch) -> float:
+    """Either form, at its default weights: kd 1, hint 0.03, T 3."""
+    labels = batch.labels
+    target = labels if labels.is_floating_point() else torch.eye(student.logits.shape[1], dtype=torch.float64)[labels]
+    hidden, logits, total = [[] for _ in labels], [], 0.0
+    for project, head, maps in zip(criterion.projections, criterion.heads, student.maps[:-1], strict=True):
+        means = [[sum(map(sum, channel)) / maps[0, 0].numel() for channel in sample] for sample in maps.tolist()]
+        level = loop_linear(project, means)
+        total += 0.03 * loop_mean_square(level, student.embedding.tolist())
+        rectified = [[max(0.0, v) for v in row] for row in level]
+        logits.append(torch.tensor(loop_linear(head, rectified), dtype=torch.float64))
+        hidden = [before + row for before, row in zip(hidden, rectified, strict=True)]
+    teaches, taught = student.logits, list(logits)
+    if criterion.fused is not None:
+        rows = [before + row for before, row in zip(hidden, student.embedding.tolist(), strict=True)]
+        teaches = torch.tensor(loop_linear(criterion.fused, rows), dtype=torch.float64)
+        logits, taught = [*logits, teaches], [*taught, student.logits]
+    total += sum(loop_ce(one, target) for one in logits)
+    return total + sum(loop_kl(one, teaches, 3.0) for one in taught)
+
+
 def zero_srrl(criterion: Criterion, student: Features) -> tuple[Features, Features]:
     assert isinstance(criterion, SRRL)
     return student, student._replace(embedding=criterion.connector(student.embedding))
@@ -161,5 +183,6 @@ CASES: dict[str, Case] = {
     "srrl": Case(lambda c, s, t, b: loop_srrl(c, s, t), zero_srrl),
     "ofa": Case(loop_ofa, None),  # the teacher's entropy is what is left
     "catkd": Case(lambda c, s, t, b: loop_catkd(s.cam, t.cam, 2), lambda c, s: (s, s)),
+    "selfkd": Case(loop_selfkd, None),  # the heads learn the labels too
     "dml": Case(lambda c, s, t, b: loop_kl(s.logits, t.logits, 1.0), lambda c, s: (s, s)),
 }
