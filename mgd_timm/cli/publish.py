@@ -39,7 +39,7 @@ def _parser() -> Parser:
     parser.add_flag("compare", tuple[str, ...] | None, None, about, group="card", value="RUN")
     about = "write the folder and upload nothing, without network and token"
     parser.add_flag("dry_run", bool, False, about, group="upload")
-    about = "with --dry-run: folder to write; default: hub/user/name"
+    about = "folder to write with --dry-run; default: hub/user/name"
     parser.add_flag("output", str | None, None, about, group="upload", value="FOLDER")
     parser.add_flag("private", bool, False, "make a new repository private", group="upload")
     about = "branch to commit to, created if it is missing; default: main"
