@@ -13,7 +13,7 @@ from mgd_timm.recipe.data import OF_TRAINING, Data
 from mgd_timm.recipe.heads import Heads
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import flag
-from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, TRAIN_NAMES, Recipe
+from mgd_timm.recipe.recipe import OF_DISTILLING, PARTS, TRAIN_NAMES, TRAIN_ONLY, Recipe
 
 FIELDS = [
     field for kind in (Recipe, Data, Optim, Heads) for field in dataclasses.fields(kind) if field.name not in PARTS
@@ -47,7 +47,7 @@ def test_help_is_short_and_shows_flags_that_exist(command, capsys):
 @pytest.mark.parametrize("command", ["distill", "train"])
 def test_help_all_names_every_field_and_help_the_common_ones(command, capsys):
     names = TRAIN_NAMES if command == "train" else {}
-    left_out = OF_DISTILLING if command == "train" else {"train_only", "adapt_batchnorm"}
+    left_out = OF_DISTILLING if command == "train" else TRAIN_ONLY
     taken = {flag(names.get(field.name, field.name)): field for field in FIELDS if field.name not in left_out}
     own = {"--help", "--help-all", "--config", "--print_config"}
     whole = {found for found in flags_in(print_help(capsys, command, "--help-all")) if not found.startswith("--no-")}
