@@ -6,7 +6,8 @@ that add something of their own on the way (position embeddings, class tokens) h
 does not compute what the network computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ def cut_tail(tap: FeatureTap, position: int) -> Tail | None:
         The tail; None if the model does not compute its logits from the map alone.
     """
     model = tap.model
-    with eval_without_gradients(model):
+    with eval_without_gradients(model), _shift_norms(model):
         images = probe_image(model, tap.input_size)
         maps = tap(images).maps[position]
         layout, front = _find_front(model, images, maps)
@@ -131,19 +132,36 @@ def _find_front(model: nn.Module, images: Tensor, maps: Tensor) -> tuple[Layout 
     finally:
         for handle in handles:
             handle.remove()
-    last = next((i for i, (_, layout) in enumerate(ended) if layout is not None), None)
-    if last is None:
+    first = next((i for i, (_, layout) in enumerate(ended) if layout is not None), None)
+    if first is None:
         return None, []
-    layout = ended[last][1]
-    while ended[last + 1][1] is layout and ended[last][0].startswith(f"{ended[last + 1][0]}."):
-        last += 1  # the stage that ends with this block
+    name, layout = ended[first]
+    last = first
+    for i in range(first, len(ended)):
+        if ended[i][1] is not layout:
+            break
+        if name.startswith(f"{ended[i][0]}."):
+            last = i  # the block or stage that ends with this module
     front = {name for name, _ in ended[: last + 1]}
     return layout, [name for name in front if not any(name.startswith(f"{other}.") for other in front)]
 
 
+@contextmanager
+def _shift_norms(model: nn.Module) -> Iterator[None]:
+    """Change weights that are vectors until the exit: a new BatchNorm is the identity, so that a check would not see
+    whether it runs once, twice or never."""
+    vectors = [(weight, weight.clone()) for weight in model.parameters() if weight.ndim == 1]
+    try:
+        for weight, _ in vectors:
+            weight += 0.2 * torch.arange(len(weight), dtype=weight.dtype).cos()
+        yield
+    finally:
+        for weight, before in vectors:
+            weight.copy_(before)
+
+
 def _trace(model: nn.Module, inputs: Tensor) -> dict[str, Tensor | None]:
-    """Return the logits, as "", and the gradient of a sum of them in each weight: a BatchNorm that is left out changes
-    no logits while it is the identity, but has no gradient."""
+    """Return the logits, as "", and the gradient of a sum of them in each weight."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.enable_grad():
         logits = cast(Any, model)(inputs)

@@ -23,13 +23,15 @@ def tap(name: str) -> FeatureTap:
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar_resnet8", "cifar_mobilenetv2", "test_resnet", "test_convnext", "test_efficientnet"]
+    ("name", "stages"), [("cifar_resnet8", 3), ("test_resnet", 4), ("test_convnext", 4), ("test_efficientnet", 4)]
 )
-def test_an_exact_tail_computes_the_models_own_logits(name):
-    """Of a convolution stem, of stages in layer1 to layer4, `stages` and `blocks`."""
+def test_an_exact_tail_computes_the_models_own_logits(name, stages):
+    """With stages in layer1 to layer4, `stages` and `blocks`; from the first map that a branch leaves from, and the
+    last."""
     images = torch.randn(3, *SIZE)
-    for position in range(len(tap(name).indices) - 1):
+    for position in (0, stages - 2):
         model = tap(name)
+        assert len(model.indices) == stages
         with torch.no_grad():
             features = model(images)
         before = sum(weight.numel() for weight in model.parameters())
