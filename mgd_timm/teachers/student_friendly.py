@@ -35,7 +35,9 @@ class Branch(nn.Module):
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Return the branch's logits."""
         if maps.device.type == "cpu":
-            maps = maps.contiguous()  # channels-last of a cifar_* teacher is not safe in any student (set_memory_format)
+            maps = (
+                maps.contiguous()
+            )  # channels-last of a cifar_* teacher is not safe in any student (set_memory_format)
         resized = maps if maps.shape[2:] == self.size else F.adaptive_avg_pool2d(maps, self.size)
         logits: Tensor = self.tail(self.transform(resized))
         return logits

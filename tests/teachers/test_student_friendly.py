@@ -87,6 +87,11 @@ def test_a_network_with_one_map_is_refused():
         connected("test_vit", img_size=32, depth=1)
 
 
+def check(**options) -> None:
+    recipe = make_recipe(**options)
+    check_recipe(recipe, terms_of(recipe))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -104,15 +109,13 @@ def test_a_network_with_one_map_is_refused():
 )
 def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        recipe = make_recipe(**{"for_student": "cifar_resnet8x05", **options})
-        check_recipe(recipe, terms_of(recipe))
+        check(**{"for_student": "cifar_resnet8x05", **options})
 
 
 def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    recipe = make_recipe(**ALONE, for_student="cifar_resnet8x05")
     with pytest.raises(ValueError, match="for_student with FSDP"):
-        check_recipe(recipe, terms_of(recipe))
+        check(**ALONE, for_student="cifar_resnet8x05")
 
 
 def words(data: Path, output: Path, *more: str) -> list[str]:
