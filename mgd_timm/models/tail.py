@@ -88,7 +88,7 @@ def cut_tail(tap: FeatureTap, position: int) -> Tail | None:
         position: Of the map among the tap's.
 
     Returns:
-        The tail; None if the model does not compute its logits from the map alone.
+        The tail; None if the model does not compute its logits from the map alone, or changes the map in place.
     """
     model = tap.model
     with eval_without_gradients(model), _shift_norms(model):
@@ -103,14 +103,15 @@ def cut_tail(tap: FeatureTap, position: int) -> Tail | None:
             setattr(model.get_submodule(parent), child, nn.Sequential())  # the identity, of no blocks
         if isinstance(model, CifarNet):
             model.feature_info[-1]["reduction"] = 1  # by which it refuses images that are too small; a map is not one
-        tail = Tail(model, layout)
+        tail, version = Tail(model, layout), maps._version
         try:
             found = _trace(model, layout(maps))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, IndexError):
             return None  # the model's code asks more of the modules that were taken out
-    return tail if all(_equal(found[name], expected[name]) for name in found) else None
+    computes_the_same = all(_equal(found[name], expected[name]) for name in found)
+    return tail if computes_the_same and maps._version == version else None
 
 
 def _find_front(model: nn.Module, images: Tensor, maps: Tensor) -> tuple[Layout | None, list[str]]:

@@ -51,5 +51,5 @@ def test_a_model_with_position_embeddings_has_no_tail():
 def test_a_generic_tail_has_the_later_maps_channels_and_sizes():
     tail = GenericTail(((4, 8, 8), (6, 4, 4), (7, 2, 2)), 5)
     assert [layer.out_channels for layer in tail if isinstance(layer, torch.nn.Conv2d)] == [4, 6, 6, 7]
-    assert tail[:7](torch.randn(2, 4, 8, 8)).shape == (2, 6, 4, 4)
+    assert torch.nn.Sequential(*list(tail)[:7])(torch.randn(2, 4, 8, 8)).shape == (2, 6, 4, 4)
     assert tail(torch.randn(2, 4, 8, 8)).shape == (2, 5)
