@@ -23,6 +23,7 @@ from mgd_timm.models.checks import check_classifier
 from mgd_timm.models.load import check_model_name, load_model
 from mgd_timm.recipe.options import flag, plain_architecture
 from mgd_timm.teachers.channel_matching import ChannelMatching
+from mgd_timm.teachers.student_friendly import StudentFriendly
 
 
 def paragraphs(kind: type) -> list[str]:
@@ -321,6 +322,7 @@ def markdown() -> str:
     parts.append(f"## Weighted samples: `--sample-weight entropy`\n\n{_section(EntropyWeight)}{_WEIGHTED}")
     parts.append(f"## Two students and a teacher: `--peer` with `--teacher`\n\n{_section(TaughtPeers)}{_TAUGHT_PEERS}")
     parts.append(f"## Matched channels: `--match-channels N`\n\n{_section(ChannelMatching)}")
+    parts.append(f"## A teacher for its student: `mgd-timm train --for-student NAME`\n\n{_section(StudentFriendly)}")
     parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
     return "\n".join(parts)
 

@@ -40,6 +40,13 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
         check_channels_are_matched(terms)
     if recipe.teacher_trajectory is not None:
         check_followable(terms)
+    if recipe.for_student is not None:
+        check_model_name(recipe.for_student)
+        if fsdp_requested():
+            raise ValueError(
+                "for_student with FSDP: its branches are not sharded. Leave --for-student out, or launch without FSDP "
+                "(accelerate launch --multi_gpu)."
+            )
 
 
 def check_own_step(recipe: Recipe, terms: Terms) -> None:

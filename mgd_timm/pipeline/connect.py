@@ -12,7 +12,7 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.base import trains_teacher
-from mgd_timm.criteria.terms import Terms
+from mgd_timm.criteria.terms import Terms, build_criterion
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
@@ -42,6 +42,7 @@ from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
+from mgd_timm.teachers.student_friendly import StudentFriendly, build_branches
 from mgd_timm.teachers.trajectory import Trajectory
 
 
@@ -151,6 +152,8 @@ def _build_objectives(
     if recipe.match_channels is not None:
         taught = [[pair._replace(teacher=match_shapes(pair.student, pair.teacher)) for pair in own] for own in taught]
     set_seed(recipe.seed, 4)
+    if recipe.has_branches:
+        return Networks(student, _connect_branches(recipe, terms, student, taught[0][0], images), (), None, None)
     if peer is None:
         return Networks(student, objective_of(recipe, terms, taught[0]), tuple(teachers), None, None)
     (first, *_), (second, *_) = taught
@@ -205,6 +208,8 @@ def log_remarks(networks: Networks, terms: Terms, method: str, accelerator: Acce
             if isinstance(criterion, Criterion) and (remark := criterion.remark()) is not None:
                 name = next(name for name, kind in CRITERIA.items() if type(criterion) is kind)
                 accelerator.print(f"{role}{name}: {remark}")
+    if isinstance(networks.objective, StudentFriendly):
+        accelerator.print(f"for_student: {networks.objective.note}")
     if networks.teachers and not networks.criterion_fits and not networks.objective.needs:
         accelerator.print("warning: all distillation weights are 0: the teacher is not used")
 
@@ -252,7 +257,7 @@ def _connect_student(
     check_student(student, images.input_size[0], images.num_classes)
     check_reads_all_pixels(student, "student", images.input_size, "--img-size")
     _describe(student, images, recipe, terms, defaults)
-    maps = recipe.maps if terms.needs("maps", student=True) else None
+    maps = recipe.maps if terms.needs("maps", student=True) or recipe.has_branches else None
     tap = FeatureTap(student, maps, input_size=images.input_size, cam=terms.needs("cams"))
     check_rebuild(student, "student")  # after the probe of features, which names images that the student does not take
     if recipe.qat:
@@ -291,6 +296,23 @@ def _size_flag(recipe: Recipe, teacher: nn.Module) -> str:
     """Return the flag that sets the size of a teacher's images."""
     fixed = get_model_input_config(teacher)["fixed_input_size"] and recipe.teacher_resize == "images"
     return "--teacher-resize positions --teacher-img-size" if fixed else "--teacher-img-size"
+
+
+def _connect_branches(recipe: Recipe, terms: Terms, tap: FeatureTap, pair: Pair, images: Images) -> StudentFriendly:
+    """Return the objective of a teacher that is trained for a student, with branches into it."""
+    name = recipe.for_student
+    assert name is not None
+    branches, note = build_branches(
+        tap, name, lambda: build_student(name, images.input_size, images.num_classes), images.input_size
+    )
+    return StudentFriendly(
+        build_criterion(terms.by_name["task"], pair),
+        branches,
+        weights=recipe.for_student_weights,
+        temperature=recipe.for_student_temperature,
+        divergence=recipe.for_student_divergence,
+        note=note,
+    )
 
 
 def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaults) -> FeatureTap:

@@ -265,7 +265,8 @@ def _train_student(
     recipe, images, accelerator = turn.recipe, context.images, context.accelerator
     trainee = networks.trainee().to(accelerator.device)
     if networks.peer is None:
-        set_memory_format(trainee, networks.student.name, recipe.channels_last, accelerator.device)
+        layers_of = recipe.for_student or networks.student.name
+        set_memory_format(networks.objective, layers_of, recipe.channels_last, accelerator.device)
     for role, tap in networks.students().items():
         set_memory_format(tap, tap.name, recipe.channels_last, accelerator.device)
         count = sum(p.numel() for p in tap.parameters())

@@ -124,6 +124,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_teacher_sequence(recipe)
     check_teacher_trajectory(recipe)
     check_kept_checkpoints(recipe)
+    check_for_student(recipe)
 
 
 def check_maps(recipe: "Recipe") -> None:
@@ -203,6 +204,27 @@ def check_self_distillation(recipe: "Recipe") -> None:
         )
     why = f"criterion {_list(recipe.criterion)} trains the stages of the student"
     _refuse(recipe, ("train_only",), why)
+
+
+def check_for_student(recipe: "Recipe") -> None:
+    """Raise ValueError for options of training a teacher for a student without it, or where it cannot train."""
+    name, weights = recipe.for_student, recipe.for_student_weights
+    if name is None:
+        names = [f"for_student_{option}" for option in ("weights", "temperature", "divergence")]
+        _refuse(recipe, names, "it is for --for-student only", ", or give --for-student NAME")
+        return
+    if recipe.teacher is not None or recipe.peer is not None or needs_no_teacher(recipe.criterion):
+        raise ValueError(
+            f"for_student={name!r} is for a teacher that is trained with the labels alone: give it to mgd-timm train, "
+            "and the run's folder to mgd-timm distill --teacher."
+        )
+    if len(weights) != 3 or not weights[0]:
+        raise ValueError(
+            f"for_student_weights={weights}: expected 3 numbers, of the labels (more than 0), the divergence and the "
+            "branches' labels, as in --for-student-weights 1 3 1."
+        )
+    _refuse(recipe, ("train_only",), f"for_student={name!r} trains the backbone")
+    _refuse(recipe, ("qat",), f"for_student={name!r} trains a teacher, and --qat is for students")
 
 
 def check_teachers(recipe: "Recipe") -> None:

@@ -186,6 +186,21 @@ class Recipe:
         "all", "train all weights, or the classifier alone on a frozen backbone (a linear probe)"
     )
     adapt_batchnorm: bool = _model(False, "with a frozen backbone: update its BatchNorm statistics all the same")
+    for_student: str | None = _model(
+        None,
+        "train a teacher for this student: branches lead from its blocks into the student's (arXiv 2102.07650, from "
+        "memory and unverified); they are not exported",
+        common=True,
+    )
+    for_student_weights: tuple[float, ...] = _model(
+        (1.0, 3.0, 1.0),
+        "--for-student: weights of the labels, of the branches' divergence from the model and of the branches' labels",
+        minimum=0,
+    )
+    for_student_temperature: float = _model(1.0, "--for-student: temperature of the divergence", above=0)
+    for_student_divergence: Literal["reverse", "forward"] = _model(
+        "reverse", "--for-student: reverse is KL(branch || model), forward KL(model || branch)"
+    )
     amp: bool = _speed(False, "mixed precision; default: as accelerate launch sets it", common=True)
     amp_dtype: Literal["bfloat16", "float16"] = _speed("bfloat16", "type of mixed precision")
     channels_last: bool | None = _speed(
@@ -256,6 +271,11 @@ class Recipe:
         given = self.teacher_classes or (None,)
         return given[place if len(given) > 1 else 0]
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether branches into a student train along (for_student)."""
+        return self.for_student is not None and any(self.for_student_weights[1:])
+
     def __post_init__(self) -> None:
         check_options(self)
         check_recipe(self)
@@ -270,7 +290,8 @@ OF_DISTILLING |= {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("
 
 # Flags of `train`, as timm's train.py has them, that `distill` spells with the student's name.
 TRAIN_NAMES = {"student": "model", "student_pretrained": "pretrained", "student_checkpoint": "initial_checkpoint"}
-TRAIN_ONLY = {"train_only", "adapt_batchnorm", "keep_checkpoints"}
+TRAIN_ONLY = {"train_only", "adapt_batchnorm", "keep_checkpoints", "for_student"}
+TRAIN_ONLY |= {f"for_student_{name}" for name in ("weights", "temperature", "divergence")}
 
 
 def make_recipe(**options: Any) -> Recipe:
@@ -306,7 +327,7 @@ def make_recipe(**options: Any) -> Recipe:
 
 def _with_plain_names(option: str, value: Any) -> Any:
     """Return the value of an option, with plain names of models."""
-    if option in ("student", "peer") and value is not None:
+    if option in ("student", "peer", "for_student") and value is not None:
         return plain_architecture(value)
     return tuple(map(plain_model_name, value)) if option == "teacher" and value is not None else value
 

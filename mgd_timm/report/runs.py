@@ -34,8 +34,8 @@ class Run:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the student had neither a teacher nor a peer, and did not teach itself."""
-        untaught = self.recipe.teacher is None and self.recipe.peer is None
+        """Whether the student had neither a teacher nor a peer, did not teach itself, and is no teacher for another."""
+        untaught = self.recipe.teacher is None and self.recipe.peer is None and self.recipe.for_student is None
         return untaught and not needs_no_teacher(self.recipe.criterion)
 
     @property
@@ -52,7 +52,9 @@ class Run:
         return replace(turn, folder=self.folder / turn.folder.relative_to(self.recipe.output))
 
     def describe(self) -> str:
-        """Return what the run is: "alone", or its method and criteria, such as "KD", "MAS" or "MAG + AT"."""
+        """Return what the run is: "alone", "for resnet18", or its method and criteria, such as "KD" or "MAG + AT"."""
+        if self.recipe.for_student is not None:
+            return f"for {self.recipe.for_student}"
         if self.is_alone:
             return "alone"
         criteria = [name.upper() for name in _criteria(self.recipe)]
