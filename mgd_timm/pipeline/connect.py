@@ -12,7 +12,7 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, Criterion, Objective
 from mgd_timm.criteria.base import trains_teacher
-from mgd_timm.criteria.terms import Terms, build_criterion
+from mgd_timm.criteria.terms import Terms
 from mgd_timm.data.dataset import Images
 from mgd_timm.data.rng import set_seed
 from mgd_timm.data.sources import SmallImageSource
@@ -29,6 +29,7 @@ from mgd_timm.models.load import check_model_name
 from mgd_timm.models.pretrained_cfg import describe_weights, read_channel_values, read_defaults
 from mgd_timm.models.unread_pixels import check_reads_all_pixels
 from mgd_timm.objective import SeveralTeachers, build_objective
+from mgd_timm.pipeline.branches import connect_branches
 from mgd_timm.pipeline.checks import (
     check_rotates,
     check_several_teachers,
@@ -42,7 +43,7 @@ from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.digests import module_digest
 from mgd_timm.teachers.channel_matching import match_shapes
 from mgd_timm.teachers.classifier import check_probe
-from mgd_timm.teachers.student_friendly import StudentFriendly, build_branches
+from mgd_timm.teachers.student_friendly import StudentFriendly
 from mgd_timm.teachers.trajectory import Trajectory
 
 
@@ -153,7 +154,7 @@ def _build_objectives(
         taught = [[pair._replace(teacher=match_shapes(pair.student, pair.teacher)) for pair in own] for own in taught]
     set_seed(recipe.seed, 4)
     if recipe.has_branches:
-        return Networks(student, _connect_branches(recipe, terms, student, taught[0][0], images), (), None, None)
+        return Networks(student, connect_branches(recipe, terms, student, taught[0][0], images), (), None, None)
     if peer is None:
         return Networks(student, objective_of(recipe, terms, taught[0]), tuple(teachers), None, None)
     (first, *_), (second, *_) = taught
@@ -171,6 +172,11 @@ def _build_objectives(
     objectives = [objective_of(recipe, terms.of_teacher(), pairs) for pairs in taught]
     one, two = (build_objective(terms.of_peer(), pair) for pair in mutual)
     return Networks(student, objectives[0], tuple(teachers), peer, objectives[1], (one, two))
+
+
+def teachers_of(connected: Sequence[Networks]) -> list[Teacher]:
+    """Return the teachers of all turns, in their order."""
+    return [teacher for networks in connected for teacher in networks.teachers]
 
 
 def finish_teachers(networks: Networks, *, fold: bool, fitted: bool) -> Networks:
@@ -296,23 +302,6 @@ def _size_flag(recipe: Recipe, teacher: nn.Module) -> str:
     """Return the flag that sets the size of a teacher's images."""
     fixed = get_model_input_config(teacher)["fixed_input_size"] and recipe.teacher_resize == "images"
     return "--teacher-resize positions --teacher-img-size" if fixed else "--teacher-img-size"
-
-
-def _connect_branches(recipe: Recipe, terms: Terms, tap: FeatureTap, pair: Pair, images: Images) -> StudentFriendly:
-    """Return the objective of a teacher that is trained for a student, with branches into it."""
-    name = recipe.for_student
-    assert name is not None
-    branches, note = build_branches(
-        tap, name, lambda: build_student(name, images.input_size, images.num_classes), images.input_size
-    )
-    return StudentFriendly(
-        build_criterion(terms.by_name["task"], pair),
-        branches,
-        weights=recipe.for_student_weights,
-        temperature=recipe.for_student_temperature,
-        divergence=recipe.for_student_divergence,
-        note=note,
-    )
 
 
 def _connect_peer(recipe: Recipe, terms: Terms, images: Images, defaults: Defaults) -> FeatureTap:

@@ -1,7 +1,6 @@
 """A whole run: images, teacher, heads, student, export. What the command line and `mgd_timm.distill` call."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +14,10 @@ from mgd_timm.data.mixed_source import mixed_source
 from mgd_timm.data.sources import Source
 from mgd_timm.distiller import LiveTeachers, Teacher, shard_teacher
 from mgd_timm.distributed.collectives import run_on_main
-from mgd_timm.export.timm_folder import export_model
 from mgd_timm.features import FeatureTap
 from mgd_timm.models.build import set_memory_format
 from mgd_timm.pipeline.checks import check_recipe
-from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks
+from mgd_timm.pipeline.connect import Networks, connect, find_defaults, finish_teachers, log_remarks, teachers_of
 from mgd_timm.pipeline.evaluate_teachers import evaluate_teachers
 from mgd_timm.pipeline.fit_criteria import fit_criteria
 from mgd_timm.pipeline.learn_int8 import learn_int8
@@ -32,23 +30,22 @@ from mgd_timm.pipeline.plan import (
     store_options_of,
     terms_of,
 )
+from mgd_timm.pipeline.results import log_results, provenance_of, summarise, summarise_peer, write_results
 from mgd_timm.pipeline.run_folder import check_new_folder, check_outside_data, match_resumed_run, start_folder
 from mgd_timm.pipeline.turns import Turn, merge_fits, summarise_turns, turns_of
 from mgd_timm.recipe.data import with_absolute_folder
 from mgd_timm.recipe.derived import with_store_defaults, with_unfolded_trajectory
 from mgd_timm.recipe.options import as_dict, digest
-from mgd_timm.recipe.recipe import Recipe, without_paths
-from mgd_timm.storage.atomic_write import write_text_atomically
+from mgd_timm.recipe.recipe import Recipe
 from mgd_timm.storage.cache import cache_folder
 from mgd_timm.storage.digests import module_digest
-from mgd_timm.storage.versions import versions
 from mgd_timm.teachers.channel_matching import match_channels
 from mgd_timm.teachers.classifier import fit_classifiers
 from mgd_timm.teachers.heads import fit_heads, outputs_once
 from mgd_timm.teachers.outputs.stored_source import StoredSource, open_store, stored_teacher
 from mgd_timm.teachers.pretraining import RunContext
 from mgd_timm.teachers.trajectory import FollowedTeacher, SnapshotWriter, check_last_snapshot, read_trajectory
-from mgd_timm.training.evaluation import Metrics, evaluate_model, evaluate_taps
+from mgd_timm.training.evaluation import Metrics, evaluate_taps
 from mgd_timm.training.loop import Evaluate, Fitted, fit
 from mgd_timm.training.options import FitOptions
 from mgd_timm.training.step import Teach
@@ -126,10 +123,10 @@ def run(
     accelerator.init_trackers("mgd_timm", config={name: str(value) for name, value in as_dict(recipe).items()})
     before: dict[str, Any] = {}
     if classifier_fit is not None:
-        before["teacher_head"] = fit_classifiers(_teachers_of(connected), classifier_fit, context)
+        before["teacher_head"] = fit_classifiers(teachers_of(connected), classifier_fit, context)
         connected = [finish_teachers(one, fold=recipe.fold_teacher, fitted=True) for one in connected]
         stored = _open_store(recipe, connected[0], images, accelerator)
-    before |= evaluate_teachers(_teachers_of(connected), images, accelerator, recipe.data.validation_batch_size)
+    before |= evaluate_teachers(teachers_of(connected), images, accelerator, recipe.data.validation_batch_size)
     found = _train_in_turns(turns, connected, stored, context)
     networks, fitted = connected[-1], merge_fits(turns, found.fits)
     if recipe.qat:
@@ -137,14 +134,14 @@ def run(
     trained = _final_model(networks, fitted)
 
     before |= found.metrics | summarise_turns(turns, found.fits)
-    summary = _summary(fitted, trained, before, images, recipe, accelerator)
+    summary = summarise(fitted, trained, before, images, recipe, accelerator)
     if networks.peer is not None:
-        summary["peer"] = _peer_summary(networks.peer.model, fitted, images, recipe, accelerator)
-    provenance = _provenance(recipe, connected, found.heads_sha256, images)
-    run_on_main(accelerator, lambda: _write_results(folder, networks, trained, summary, provenance))
+        summary["peer"] = summarise_peer(networks.peer.model, fitted, images, recipe, accelerator)
+    provenance = provenance_of(recipe, connected, found.heads_sha256, images)
+    run_on_main(accelerator, lambda: write_results(folder, networks, trained, summary, provenance))
     for tracker in accelerator.trackers:  # not end_training, which would part the processes: another run may follow
         tracker.finish()
-    _log_results(summary, folder, networks.student.name, accelerator.print)
+    log_results(summary, folder, networks.student.name, accelerator.print)
     return Result(trained.to("cpu").eval(), summary)
 
 
@@ -177,18 +174,13 @@ def _load(
     return images, connected
 
 
-def _teachers_of(connected: Sequence[Networks]) -> list[Teacher]:
-    """Return the teachers of all turns, in their order."""
-    return [teacher for networks in connected for teacher in networks.teachers]
-
-
 def _train_in_turns(
     turns: Sequence[Turn], connected: Sequence[Networks], stored: StoredSource | None, context: RunContext
 ) -> _Trained:
     """Train the student in each turn, with what is fitted before it."""
     fits, heads_sha256, metrics = list[Fitted](), list[str](), dict[str, Any]()
     if len(turns) > 1:  # a device holds one teacher at a time
-        for teacher in _teachers_of(connected):
+        for teacher in teachers_of(connected):
             teacher.to("cpu")
     for number, (turn, networks) in enumerate(zip(turns, connected, strict=True), start=1):
         recipe, own = turn.recipe, replace(context, folder=turn.folder)
@@ -345,110 +337,3 @@ def _final_model(networks: Networks, fitted: Fitted) -> nn.Module:
         if tap is not None:
             tap.thaw()
     return (averaged or networks.student).model
-
-
-def _summary(
-    fitted: Fitted,
-    trained: nn.Module,
-    before: dict[str, Any],
-    images: Images,
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """The numbers of summary.json: the test split's where a validation split was evaluated while training."""
-    summary = {
-        "top1": fitted.last.get("top1"),
-        "best_top1": fitted.best if fitted.best_epoch else None,
-        **before,
-        "best_epoch": fitted.best_epoch,
-        "last": fitted.last,
-        "updates": fitted.updates,
-        "seconds": round(fitted.seconds, 2),
-    }
-    summary |= _test_metrics(trained, summary["top1"], images, recipe, accelerator)
-    return {**summary, "parameters": sum(p.numel() for p in trained.parameters())}
-
-
-def _test_metrics(
-    model: nn.Module, val_top1: float | None, images: Images, recipe: Recipe, accelerator: Accelerator
-) -> dict[str, Any]:
-    """The test split's metrics, which become the model's, where another split was evaluated while training."""
-    if images.val is None or images.test is None:
-        return {}
-    test = evaluate_model(model, images.test, accelerator, recipe.data.validation_batch_size)
-    return {"test": test, "val_top1": val_top1, "top1": test["top1"]}
-
-
-def _peer_summary(
-    model: nn.Module, fitted: Fitted, images: Images, recipe: Recipe, accelerator: Accelerator
-) -> dict[str, Any]:
-    """The peer's numbers, named as the student's in the summary."""
-    last = {name.removeprefix("peer_"): value for name, value in fitted.last.items() if name.startswith("peer_")}
-    found = {"top1": last.get("top1"), "last": last, "parameters": sum(p.numel() for p in model.parameters())}
-    return found | _test_metrics(model, last.get("top1"), images, recipe, accelerator)
-
-
-def _provenance(
-    recipe: Recipe, connected: Sequence[Networks], heads_sha256: list[str], images: Images
-) -> dict[str, Any]:
-    """Return what recipe.json says of the origin of the weights; of several teachers a list."""
-
-    def one_or_list(values: list[str]) -> str | list[str]:
-        return values[0] if len(values) == 1 else values
-
-    start, trajectory = connected[0].fingerprint, connected[-1].trajectory
-    found = {"recipe": without_paths(as_dict(recipe)), "precision": start["precision"]}
-    found |= {"train_images": images.num_samples, "data_sha256": images.train.digest}
-    evaluated = images.test if images.test is not None else images.val
-    if evaluated is not None:
-        found["evaluation_sha256"] = evaluated.digest
-        split = recipe.data.eval_split
-        if images.test is None or images.val is None:
-            split = (images.description.get("eval") or {}).get("split", split)
-        found["evaluation_split"] = split
-    found["initial_sha256"] = start["student_sha256"]
-    teachers = _teachers_of(connected)
-    if teachers:
-        digests, loaded = [one.digest for one in teachers], [one for part in connected for one in part.loaded_sha256]
-        found["teacher_architecture"] = one_or_list([one.tap.name for one in teachers])
-        found["teacher_sha256"] = one_or_list(digests)
-        if digests != loaded:
-            found["teacher_loaded_sha256"] = one_or_list(loaded)
-    if trajectory is not None:
-        found["trajectory_sha256"] = trajectory.digests
-    if heads_sha256:
-        found["heads_sha256"] = one_or_list(heads_sha256)
-    return found
-
-
-def _write_results(
-    folder: Path, networks: Networks, trained: nn.Module, summary: dict[str, Any], provenance: dict[str, Any]
-) -> None:
-    """Write the exports and summary.json."""
-    export_model(trained, folder / "export", provenance={**provenance, "metrics": summary}, overwrite=True)
-    if networks.peer is not None:
-        of_peer = {**provenance, "initial_sha256": networks.fingerprint["peer_sha256"], "metrics": summary["peer"]}
-        export_model(networks.peer.model, folder / "export_peer", provenance=of_peer, overwrite=True)
-    write_text_atomically(folder / "summary.json", json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
-
-
-def _log_results(summary: dict[str, Any], folder: Path, name: str, log: Callable[[str], None]) -> None:
-    top1 = summary["top1"]
-    if top1 is not None:
-        best = summary["best_top1"]
-        split = " on the validation split" if "val_top1" in summary else ""
-        of_best = f"; best{split} {best:.2f} % in epoch {summary['best_epoch']}" if best is not None else ""
-        log(f"top-1 {top1:.2f} % after the last epoch{of_best}")
-    if summary.get("qat", {}).get("before", {}).get("float"):
-        before, after = summary["qat"]["before"], summary["qat"]["after"]
-        log(
-            f"int8 (fake quantisation): top-1 {before['int8']['top1']:.2f} % before --qat and "
-            f"{after['int8']['top1']:.2f} % after it; float {before['float']['top1']:.2f} and "
-            f"{after['float']['top1']:.2f} %"
-        )
-    if summary.get("peer", {}).get("top1") is not None:
-        log(f"peer: top-1 {summary['peer']['top1']:.2f} % after the last epoch")
-    log(f"exported: {folder / 'export'}" + (f" and {folder / 'export_peer'}" if "peer" in summary else ""))
-    first = "import mgd_timm.models; " if name.startswith("cifar_") else ""
-    place = f"local-dir:{folder / 'export'}"
-    log(f"load it: {first}timm.create_model({place!r}, pretrained=True)")

@@ -34,10 +34,8 @@ class Branch(nn.Module):
 
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Return the branch's logits."""
-        if maps.device.type == "cpu":
-            maps = (
-                maps.contiguous()
-            )  # channels-last of a cifar_* teacher is not safe in any student (set_memory_format)
+        if maps.device.type == "cpu":  # channels-last of a cifar_* teacher is not safe in any student
+            maps = maps.contiguous()
         resized = maps if maps.shape[2:] == self.size else F.adaptive_avg_pool2d(maps, self.size)
         logits: Tensor = self.tail(self.transform(resized))
         return logits
