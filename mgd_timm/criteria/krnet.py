@@ -66,9 +66,9 @@ class KRNet(Criterion):
     Weight: 100, ours, as are all other constants.
 
     Differs: inspired by the paper, whose equations are not known to us; no result of it is reproduced. Served in this
-    form for classification only: there the task is the cross-entropy with the labels, in the paper the pixels of
-    super-resolution. The paper's networks generate dynamic kernels from both maps and their correlation; here they give
-    attention maps.
+    form for classification only: the task is the cross-entropy with the labels (in the paper: the difference of the
+    pixels of super-resolution). The paper's networks generate dynamic kernels from both maps and their correlation;
+    here they give attention maps.
 
     Args:
         pair: Shapes of both networks, with the same number of maps.

@@ -35,8 +35,8 @@ class OwnStep:
             )
         if accelerator.mixed_precision == "fp16":
             raise ValueError(
-                f"{name} with fp16: its own step has gradients of gradients, which do not fit a loss scale. Give "
-                "--mixed-precision bf16 or no."
+                f"{name} with fp16: its own step has gradients of gradients, which do not fit a loss scale. Launch "
+                "with --mixed_precision bf16 or no."
             )
         self.task = tasks[0]
         self.parameters = list(self.criterion.attention.parameters())
