@@ -235,14 +235,14 @@ class Objective(nn.Module):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted losses by name, without the terms of weight 0."""
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, Float[Tensor, ""]] = {}
         for name, criterion in self.criteria.items():
             terms |= self._named(name, cast(Criterion, criterion).parts(student, teacher, batch))
         return terms
 
     def teacher_terms(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted losses by name of a teacher that trains in the run, from its features with gradients."""
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, Float[Tensor, ""]] = {}
         for name, criterion in self.criteria.items():
             terms |= self._named(name, cast(Criterion, criterion).teacher_parts(teacher, batch))
         return terms

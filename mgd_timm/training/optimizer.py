@@ -63,7 +63,7 @@ def _split_by_lr_scale(groups: list[dict[str, Any]], module: nn.Module) -> list[
     """Return parameter groups with timm's "lr_scale" where a network has a learning rate of its own; these are last."""
     taps = [tap for tap in module.modules() if isinstance(tap, FeatureTap) and tap.lr_scale != 1]
     scales = {id(parameter): tap.lr_scale for tap in taps for parameter in tap.parameters()}
-    split = []
+    split: list[dict[str, Any]] = []
     for scale in (None, *sorted(set(scales.values()))):
         for group in groups:
             parameters = [parameter for parameter in group["params"] if scales.get(id(parameter)) == scale]
