@@ -29,10 +29,11 @@ from mgd_timm.training.step import Updater
 from mgd_timm.training.update_plan import UpdatePlan
 
 SIZE = (3, 32, 32)
+# Without those that fit something first, take a step of their own, or teach each other.
 IN_LOOP = [
     name
     for name, kind in CRITERIA.items()
-    if name != "ce" and kind.fits is None and not kind.peers and not kind.own_step
+    if name != "ce" and kind.fits is None and not kind.own_step and not kind.peers
 ]
 
 
