@@ -1,7 +1,9 @@
 # Every target sets up .venv itself: a fresh machine needs Python 3.11 or newer and this file.
 PYTHON ?= python3
 RUN := .venv/bin/python
-TESTS := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# One worker more than there are cores, as many tests wait for processes that they start.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick faults lint docs bench floors wheel extras clean
 
