@@ -21,6 +21,22 @@ _LONG = {
     "test_main",
     "test_store",
     "test_snippets",
+    "test_distiller",
+    "test_find_batch_size",
+    "test_formats",
+    "test_onnx_families",
+    "test_publish",
+    "test_learn_int8",
+    "test_trajectory",
+    "test_turns",
+    "test_evolutionary",
+    "test_krnet_runs",
+    "test_student_friendly",
+    "test_connect",
+    "test_page",
+    "test_fake_gpu",
+    "test_no_host_sync",
+    "test_loop",
 }
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 

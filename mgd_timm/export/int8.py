@@ -15,7 +15,7 @@ from mgd_timm.storage.atomic_write import write_atomically
 
 
 def quantize_onnx(
-    float_onnx: Path, target: Path, calibration_batches: Iterable[Float[Tensor, "batch channels height width"]]
+    float_onnx: Path, target: Path, calibration_batches: Iterable[Float[Tensor, "_ channels height width"]]
 ) -> None:
     """Quantise a float32 ONNX file with onnxruntime: QDQ, weights int8 per channel, activations uint8, min and max.
 
@@ -53,7 +53,7 @@ def quantize_onnx(
 
 
 def quantize_onnx_with_bias_correction(
-    float_onnx: Path, target: Path, calibration_batches: Iterable[Float[Tensor, "batch channels height width"]]
+    float_onnx: Path, target: Path, calibration_batches: Iterable[Float[Tensor, "_ channels height width"]]
 ) -> str:
     """Quantise a float32 ONNX file with NNCF, for networks that `quantize_onnx` breaks.
 

@@ -126,6 +126,7 @@ def eager(small_data, tmp_path_factory):
     return bf16_run(small_data, tmp_path_factory.mktemp("eager") / "run", sharded=False, flag="--no-compile")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("sharded", [True, False], ids=["fsdp", "ddp"])
 def test_a_compiled_run_in_bf16_ends_where_an_eager_one_does(sharded, eager, small_data, tmp_path):
     """Under FSDP2 by the shipped configuration, which says bf16; the eager run is of DDP."""
