@@ -18,7 +18,7 @@ quick: .venv/done  ## Before each commit: every test that is not marked slow, un
 
 faults: .venv/done  ## Kills, hangs, corruption and full disks, by the hundred: under 10 minutes on two cores.
 	$(RUN) -m pytest -o addopts=-q tests/faults  # without the checks of types, which cost each start seconds
-	$(RUN) -m pytest -m compiled tests/cli/test_main.py tests/distributed/test_sharding.py tests/test_distiller.py
+	$(RUN) -m pytest -m long tests/cli/test_main.py tests/distributed/test_sharding.py tests/test_distiller.py
 
 lint: .venv/done  ## Style, types, direction of imports, dead code, spelling, links.
 	.venv/bin/ruff check .

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.compiled
+@pytest.mark.long
 @pytest.mark.slow
 def test_teachers_compiled_on_a_cpu_are_frozen():
     """Dynamo cannot trace the type checks of the tests, so in a process without them."""

@@ -154,7 +154,7 @@ def test_a_teacher_near_chance_is_warned_of(mgd, small_data, tmp_path):
     assert "warning: the teacher is near chance (10.00 %)" in out
 
 
-@pytest.mark.compiled
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiled_run_ends_where_an_eager_one_does(small_data, tmp_path):
     """Teacher, heads, MAS over AT, an average of weights, and a last batch of another size, which is not compiled.

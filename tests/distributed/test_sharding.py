@@ -69,6 +69,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_very_same_weights(small_data, tmp_path):
     """bf16, as the shipped configuration says; all processes are killed at once after the second checkpoint."""
     flags = [
@@ -126,7 +127,7 @@ def eager(small_data, tmp_path_factory):
     return bf16_run(small_data, tmp_path_factory.mktemp("eager") / "run", sharded=False, flag="--no-compile")
 
 
-@pytest.mark.compiled
+@pytest.mark.long
 @pytest.mark.parametrize("sharded", [True, False], ids=["fsdp", "ddp"])
 def test_a_compiled_run_in_bf16_ends_where_an_eager_one_does(sharded, eager, small_data, tmp_path):
     """Under FSDP2 by the shipped configuration, which says bf16; the eager run is of DDP."""
