@@ -57,8 +57,8 @@ class KRNet(Criterion):
     leaves the student, r and all BatchNorm statistics as they are. Other criteria, and the codes of MAG and MAS, have
     no part in the virtual step.
 
-    Cost: the step differentiates twice through the student. At interval=1 an update takes up to about 3.5 times as long
-    as one of a criterion on maps (measured on whole batches, resnet34 to resnet18), at the default up to 1.5 times.
+    Cost: the step differentiates twice through the student. Its share of an update's time falls with
+    the interval, and is not measured yet (benchmarks/criteria.py times updates without it).
     With first_order=True, no graph of gradients is kept.
 
     Reference: Zhu, Chen, Liu, "Learning Knowledge Representation with Meta Knowledge Distillation for Single Image
