@@ -2,6 +2,7 @@
 
     python benchmarks/related.py --data-dir cifar100                        cifar_resnet20 teaches cifar_resnet8
     python benchmarks/related.py --data-dir cifar100 --arms KD sskd --seeds 0    some of them
+    python benchmarks/related.py --data-dir cifar100 --images 10000         the students see 10,000 of the images
     python benchmarks/related.py --data-dir cifar100 --teacher cifar_resnet32x4 --student cifar_resnet8x4 \\
         --epochs 240 --teacher-epochs 240                                   the paper's pair, at full length: a GPU
 
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from report import RESULTS, about, append_rows, gains, has_row, markdown, provenance, read_rows, spread
 
 from mgd_timm.models.load import find_weights_folder
@@ -61,6 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--teacher-epochs", type=int, default=60)
+    parser.add_argument("--images", type=int, help="for students and what is fitted for them; default: all")
     parser.add_argument("--fitting-epochs", type=int, default=10, help="of granularity heads, SSKD's head and FRIENDLY")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--results", type=Path, default=FILE)
@@ -68,9 +71,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def options_of(args: argparse.Namespace, network: str, epochs: int, classes: int) -> dict[str, Any]:
+def data_of_students(args: argparse.Namespace) -> str:
+    """The folder of the students' images: the data, or a random part of its training split beside its test split."""
+    if args.images is None:
+        return args.data_dir
+    folder = args.output / f"images-{args.images}"
+    if not folder.exists():
+        source = Path(args.data_dir)
+        whole = load_dataset("parquet", data_files=str(source / "train.parquet"), split="train")
+        folder.mkdir(parents=True)
+        whole.shuffle(seed=0).select(range(args.images)).to_parquet(str(folder / "train.parquet"))
+        (folder / "test.parquet").symlink_to((source / "test.parquet").resolve())
+    return str(folder)
+
+
+def options_of(args: argparse.Namespace, data: str, network: str, epochs: int, classes: int) -> dict[str, Any]:
     """Options of the CIFAR protocol for a network."""
-    shared = {"data_dir": args.data_dir, "amp": args.amp, "channels_last": True}
+    shared = {"data_dir": data, "amp": args.amp, "channels_last": True}
     return presets.training_options(network, epochs, classes=classes) | shared
 
 
@@ -80,16 +97,17 @@ def teachers_of(args: argparse.Namespace, arms: Sequence[str], classes: int) -> 
     named |= {"TEACHER"} if any("teacher_trajectory" in ARMS[arm] for arm in arms) or "FRIENDLY" in named else set()
     found = {}
     if "TEACHER" in named:
-        options = options_of(args, args.teacher, args.teacher_epochs, classes)
+        options = options_of(args, args.data_dir, args.teacher, args.teacher_epochs, classes)
         kept = {"keep_checkpoints": min(SNAPSHOTS, args.teacher_epochs), "seed": 1}
         found["TEACHER"] = str(cifar.teacher_stage(args.output, args.teacher, options | kept))
     if "WEAKER" in named:
-        options = options_of(args, args.weaker, args.teacher_epochs, classes) | {"seed": 1}
+        options = options_of(args, args.data_dir, args.weaker, args.teacher_epochs, classes) | {"seed": 1}
         found["WEAKER"] = str(cifar.teacher_stage(args.output, args.weaker, options))
     if "FRIENDLY" in named:
         weights = find_weights_folder(found["TEACHER"])
         assert weights is not None
-        options = options_of(args, args.teacher, args.fitting_epochs, classes) | {"lr": 0.01, "seed": 1}
+        data = data_of_students(args)
+        options = options_of(args, data, args.teacher, args.fitting_epochs, classes) | {"lr": 0.01, "seed": 1}
         options |= {"for_student": args.student, "student_checkpoint": str(weights / "model.safetensors")}
         found["FRIENDLY"] = str(cifar.teacher_stage(args.output, args.teacher, options))
     return found
@@ -115,7 +133,7 @@ def student_options(
     if arm == "sequence":
         options["teacher_epochs"] = (args.epochs // 2, args.epochs - args.epochs // 2)
     heads = {"heads_epochs": args.fitting_epochs, "fitting_epochs": args.fitting_epochs, "maps": "mid"}
-    shared = options_of(args, args.student, args.epochs, classes)
+    shared = options_of(args, data_of_students(args), args.student, args.epochs, classes)
     return shared | heads | {"student": args.student, "seed": seed} | options
 
 
@@ -162,9 +180,11 @@ def section() -> str:
     first = rows[0]
     tops = {row["teacher_top1"] for row in rows if row["arm"] == "KD"}
     taught = f"{first['teacher']} ({', '.join(f'{top:.2f}' for top in sorted(tops))} %) -> {first['student']}"
+    seen = "all" if first["images"] is None else f"{first['images']:,}"
     return (
-        f"{taught}, {first['epochs']} epochs\n\n{table(rows)}\n\nCIFAR-100, top-1 on {int(first['n_test']):,} test "
-        f"images after the last epoch; mean ± standard deviation over seeds, gains and times seed by seed. "
+        f"{taught}, {first['epochs']} epochs of {seen} training images\n\n{table(rows)}\n\nCIFAR-100, top-1 on "
+        f"{int(first['n_test']):,} test images after the last epoch; the teachers were trained on all training images "
+        f"for {first['teacher_epochs']} epochs; mean ± standard deviation over seeds, gains and times seed by seed. "
         f"`benchmarks/related.py`; {about(*rows)}."
     )
 
@@ -176,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for arm in args.arms:
             key: dict[str, Any] = {"arm": arm, "seed": seed, "teacher": args.teacher, "student": args.student}
-            key |= {"epochs": args.epochs, "teacher_epochs": args.teacher_epochs}
+            key |= {"epochs": args.epochs, "teacher_epochs": args.teacher_epochs, "images": args.images}
             if has_row(args.results, key):
                 continue
             print(f"\n== {arm}, seed {seed}", flush=True)
