@@ -81,13 +81,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def section() -> str:
     """The table of docs/results.md."""
     rows = read_rows(FILE)
-    counts = sorted({row["images"] for row in rows})
+    counts = [f"{count:,}" for count in sorted({row["images"] for row in rows})]
     return (
-        f"{table(rows)}\n\nTop-1 among Imagenette's ten classes on {' or '.join(map(str, counts))} of its validation "
+        f"{table(rows)}\n\nTop-1 among Imagenette's ten classes on {' or '.join(counts)} of its validation "
         "images, at each network's own size; int8 calibrated on 300 training images. Agree: share of images with "
         "PyTorch's prediction. Milliseconds per call at batches of 1 and 64, median of calls in turn; in brackets the "
-        f"ratio to PyTorch. {rows[0]['threads']} threads, on a machine that other work was using: the ratios count. "
-        f"`benchmarks/export.py`; {about(*rows)}."
+        f"ratio to PyTorch. {rows[0]['threads']} threads. `benchmarks/export.py`; {about(*rows)}."
     )
 
 

@@ -14,6 +14,7 @@ import any_timm
 import cifar_tables
 import criteria
 import demo
+import export
 import hosts
 import imagenette
 import loader
@@ -64,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "open": open_folder.section,
     "loader": loader.section,
     "imagenette": imagenette.section,
+    "export": export.section,
     "qat": qat.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,
