@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "selfkd, byot": {"teacher": None, "criterion": ("selfkd",), "criterion_options": ("selfkd.form=byot",)},
     "fitnet, no adapter": _FITNET,
     "fitnet, matched": {**_FITNET, "match_channels": 1000},
-    "ekd": {"criterion": ("ekd",)},
+    "ekd": {"teacher": None, "criterion": ("ekd",), "peer": "UNTRAINED"},
     "for the student": {"teacher": ("FRIENDLY",)},
     "sskd": {"criterion": ("sskd",)},
 }
@@ -121,7 +121,7 @@ def student_options(
     args: argparse.Namespace, arm: str, seed: int, teachers: dict[str, str], classes: int
 ) -> dict[str, Any]:
     """Options of one student's run."""
-    names = teachers | {"STUDENT": args.student}
+    names = teachers | {"STUDENT": args.student, "UNTRAINED": args.teacher}
     options = {"teacher": ("TEACHER",), "criterion": ("kd",), "method": "none"} | ARMS[arm]
     if options["teacher"] is not None:
         options["teacher"] = tuple(names[word] for word in options["teacher"])
