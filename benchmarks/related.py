@@ -22,6 +22,7 @@ from typing import Any
 from datasets import load_dataset
 from report import RESULTS, about, append_rows, gains, has_row, markdown, provenance, read_rows, spread
 
+import mgd_timm
 from mgd_timm.models.load import find_weights_folder
 from mgd_timm.pipeline import cifar_stages as cifar
 from mgd_timm.pipeline.run import run
@@ -31,6 +32,7 @@ from mgd_timm.training.report import NonFiniteError
 
 FILE = RESULTS / "related.jsonl"
 SNAPSHOTS = 10
+WATCHED = 500
 _FITNET = {"criterion": ("fitnet",), "criterion_options": ("fitnet.adapter=false",)}
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"teacher": None},
@@ -72,16 +74,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def data_of_students(args: argparse.Namespace) -> str:
-    """The folder of the students' images: the data, or a random part of its training split beside its test split."""
+    """The folder of the students' images: the data, or a random part of its training split, and 500 more to watch."""
     if args.images is None:
         return args.data_dir
     folder = args.output / f"images-{args.images}"
     if not folder.exists():
-        source = Path(args.data_dir)
-        whole = load_dataset("parquet", data_files=str(source / "train.parquet"), split="train")
         folder.mkdir(parents=True)
-        whole.shuffle(seed=0).select(range(args.images)).to_parquet(str(folder / "train.parquet"))
-        (folder / "test.parquet").symlink_to((source / "test.parquet").resolve())
+        source = str(Path(args.data_dir) / "train.parquet")
+        images = load_dataset("parquet", data_files=source, split="train").shuffle(seed=0)
+        images.select(range(args.images)).to_parquet(str(folder / "train.parquet"))
+        images.select(range(args.images, args.images + WATCHED)).to_parquet(str(folder / "val.parquet"))
     return str(folder)
 
 
@@ -137,8 +139,8 @@ def student_options(
     return shared | heads | {"student": args.student, "seed": seed} | options
 
 
-def run_cell(options: dict[str, Any]) -> dict[str, Any]:
-    """Train a student; what a row holds of it."""
+def run_cell(options: dict[str, Any], data: str) -> dict[str, Any]:
+    """Train a student, and evaluate it on the test images; what a row holds of it."""
     row: dict[str, Any] = {"top1": None, "seconds": None}
     made_by = provenance()
     try:
@@ -146,10 +148,11 @@ def run_cell(options: dict[str, Any]) -> dict[str, Any]:
     except NonFiniteError as error:
         print(f"diverged: {error}")
         return row | made_by
-    row |= {"top1": summary["top1"], "best_top1": summary["best_top1"], "seconds": summary["seconds"]}
-    row |= {"teacher_top1": summary.get("teacher_top1"), "n_test": summary["last"]["n"]}
+    folder = Path(options["output"])
+    found = mgd_timm.evaluate(folder / "export", data)
+    row |= {"top1": found["top1"], "n_test": found["n"], "seconds": summary["seconds"]}
     if "peer" in summary:
-        row["peer_top1"] = summary["peer"]["top1"]
+        row["peer_top1"] = mgd_timm.evaluate(folder / "export_peer", data)["top1"]
     return row | made_by
 
 
@@ -193,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     classes = cifar.images_of(make_recipe(data_dir=args.data_dir)).num_classes
     teachers = teachers_of(args, args.arms, classes)
+    top1 = mgd_timm.evaluate(teachers["TEACHER"], args.data_dir)["top1"] if "TEACHER" in teachers else None
     for seed in args.seeds:
         for arm in args.arms:
             key: dict[str, Any] = {"arm": arm, "seed": seed, "teacher": args.teacher, "student": args.student}
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = args.output / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             options = student_options(args, arm, seed, teachers, classes) | {"output": str(folder)}
-            append_rows(args.results, [key | run_cell(options)])
+            append_rows(args.results, [key | {"teacher_top1": top1} | run_cell(options, args.data_dir)])
             shutil.rmtree(folder)
     print("\n" + table(read_rows(args.results)))
 
