@@ -234,7 +234,8 @@ def check_teachers(recipe: "Recipe") -> None:
         names = ["teacher_checkpoint", "teacher_weights", "teacher_classes", "fit_teacher_head", "teacher_img_size"]
         names += ["teacher_resize", "teacher_store", "shard_teacher", "sample_weight", "match_channels"]
         names += ["teachers_as", "teacher_epochs", "teacher_trajectory"]
-        _refuse(recipe, names, "there is no teacher")
+        way_out = "" if needs_no_teacher(recipe.criterion) else ", or name one with --teacher"
+        _refuse(recipe, names, "there is no teacher", way_out)
     elif not teachers:
         raise ValueError("teacher=(): name one with --teacher, or train without one (mgd-timm train).")
     elif len(teachers) > 1:

@@ -151,7 +151,7 @@ def test_what_has_no_loss_per_sample_stays_as_it_is_and_is_named():
             "none of task, rkd has a loss per sample. Add one of kd",
         ),
         ({"teacher": None}, "sample_weight='entropy': there is no teacher"),
-        ({"peer": "test_vit"}, "sample_weight='entropy': there is no teacher"),
+        ({"peer": "test_vit"}, "there is no teacher. Leave --sample-weight out, or name one with --teacher"),
         ({"sample_weight": "none", "sample_weight_temperature": 2.0}, "or give --sample-weight entropy"),
         ({"sample_weight": "variance"}, "unknown sample_weight 'variance'"),
         ({"sample_weight_temperature": 0.0}, "sample_weight_temperature=0.0: expected a positive number"),
