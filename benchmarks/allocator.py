@@ -48,10 +48,10 @@ def section() -> str:
     row = json.loads(FILE.read_text())
     given, kept = row["given back"], row["kept"]
     return (
-        f"On a CPU with glibc a run keeps the memory that its tensors free. A step of {row['what']}, takes "
-        f"{kept['seconds']:.2f} s of processor time for {given['seconds']:.2f} s, of which {given['system']:.2f} s "
-        f"were the system's ({row['ratio_seconds']:.2f}), and {kept['peak_mib']:,.0f} MiB at the peak for "
-        f"{given['peak_mib']:,.0f} ({row['ratio_peak_mib']:.2f}); medians of n={row['n']} turns. "
+        f"On a CPU with glibc a run keeps the memory that its tensors free. With this, a step of {row['what']}, takes "
+        f"{kept['seconds']:.2f} s of processor time; without it {given['seconds']:.2f} s, {given['system']:.2f} s of "
+        f"them in the kernel (ratio {row['ratio_seconds']:.2f}). Peak memory is {kept['peak_mib']:,.0f} MiB with it "
+        f"and {given['peak_mib']:,.0f} MiB without (ratio {row['ratio_peak_mib']:.2f}); medians of n={row['n']} turns. "
         f"`benchmarks/allocator.py`; {about(row)}."
     )
 

@@ -200,7 +200,8 @@ def section() -> str:
     turns = " or ".join(f"{n} turns of {steps} steps" for n, steps in sizes)
     return (
         f"{table(rows)}\n\nStep time (median, quartiles) and peak memory of a process, over those of the task with KD "
-        f"alone; a dash: no aim is set. fp32, batches of {BATCH}, each criterion in turn with KD, n={turns}.{refused} "
+        "alone; aim: the largest ratio that we aim for, a dash where none is set. "
+        f"fp32, batches of {BATCH}, each criterion in turn with KD, n={turns}.{refused} "
         f"`benchmarks/criteria.py`; {report.about(*measured)}."
     )
 

@@ -294,8 +294,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 " / ".join(f"{row['peak_bytes'][name] / 2**20:.0f}" for name in ("ours", "other")),
             ]
         )
-    header = ["pair", "against", "ours", "its ms", "our ms", "ours / it (quartiles)", "it / ours"]
-    return report.markdown([*header, "peak MiB, ours / it"], cells)
+    header = ["pair", "against", "ours", "theirs, ms", "ours, ms", "ours / theirs (quartiles)", "theirs / ours"]
+    return report.markdown([*header, "peak MiB, ours / theirs"], cells)
 
 
 def section() -> str:

@@ -136,8 +136,8 @@ class MAG(nn.Module):
 
     `--code-divergence reverse | balanced | bdd` replaces the divergence of the codes by another one of `kd`'s.
 
-    It is called like an Objective. The student gets encoders of its own width, which are not exported, and no decoders:
-    these would never get a gradient.
+    The criteria of --criterion stay as they are. The student gets one encoder per granularity, which is trained with it
+    and not exported, and no decoders: these would never get a gradient.
 
     Args:
         pair: Shapes of both networks, with any two embedding widths.
@@ -214,6 +214,9 @@ class MAG(nn.Module):
 
 class MAS(MAG):
     """Stable excitation distillation: MAG with the stable excitation (`stable_excitation`) as the teacher's logits.
+
+    The stable excitation is the mean of the teacher's logits and the heads' views. Every criterion that reads the
+    teacher's logits reads it in their place.
 
     Args:
         pair, objective, granularities, sample_weight: As for MAG; the objective needs a weighted term that reads the

@@ -224,19 +224,22 @@ mgd-timm distill --teacher runs/teacher --student resnet10t --data-dir photos --
     --criterion-options crd.queue=65536 dkd.beta=2
 ```
 
-Each method goes with `--method none`, `mag` or `mas`; `dml` is learnt from a second student (`--peer NAME`): in place
-of a teacher it goes with `none` and `mag`, [beside one](#two-students-and-a-teacher-peer-with-teacher) with all three.
-`ekd` goes with `none` alone, see below.
-The task's loss is always added (`--task-weight`). With other criteria, `mag` and `mas` also add logit KD of weight 1,
-as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`). `sskd` has weights of
-its own for both, 0.1 and 0.9. Other default weights are in the table. Only a term with `:EPOCHS` warms up. A **Note**
-says what is not the paper's own: with one, no paper is reproduced.
+Each criterion can be combined with `--method none`, `mag` or `mas`, except: `dml` needs a second student
+(`--peer NAME`), and [without a teacher](#two-students-and-a-teacher) takes `none` or `mag`; `ekd` takes `none` alone,
+and so does `selfkd` without a teacher. The task's loss is always added (`--task-weight`). With other criteria, `mag`
+and `mas` also add logit KD of weight 1, as the MGD authors' scripts do (`--kd-weight 0` leaves it out under `mag`).
+`sskd` has weights of its own for both, 0.1 and 0.9. Other default weights are in the table. A term has a warm-up only
+if `:EPOCHS` is given.
+
+A method with a **Note** is inspired by its paper and does not reproduce it. **Differs** says what is not as in the
+paper or code that it names; "(there: ...)" is what is done there. RepDistiller is the CRD authors' repository,
+mdistiller the DKD authors'; "the MGD authors" are those of Multi-Granularity Distillation.
 
 `sskd` also reads each image rotated by 90, 180 and 270 degrees, so a step costs four times as much. It goes with one
 class per image, square images and one teacher, not with mixup, cutmix, repeated augmentation, `--teacher-store` or a
 peer. Its head on the teacher is fitted on stored outputs, which the heads of MAG and MAS share: 4 images through the
-teacher for each of the `--heads-augmentations`. With `--heads-protocol live`, as the authors, it is 4 in each of the
-`--fitting-epochs`:
+teacher for each of the `--heads-augmentations`. With `--heads-protocol live`, as in the authors' code, the teacher sees
+4 images for each image in each of the `--fitting-epochs`:
 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion sskd --method none \\
@@ -251,7 +254,7 @@ mgd-timm distill --criterion selfkd --student cifar_resnet8x05 --data-dir photos
 ```
 
 `--match-channels N` re-orders the channels of the teacher's maps to the student's, for criteria that compare channel by
-channel. It is described at the end of this page, and needs scipy (`pip install mgd-timm[match]`):
+channel. It is described at the end of this page, and needs scipy (`pip install 'mgd-timm[match]'`):
 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --epochs 1 --method none \\
@@ -260,18 +263,19 @@ mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir ph
 
 `krnet` takes a step of its own before every fifth update (`krnet.interval`), in which it differentiates through a step
 of the student. It goes with one student and one teacher, not with `--find-batch-size`, `--qat`, `--amp-dtype float16`,
-FSDP or `--teacher-store`; `--compile` leaves that step as it is. Super-resolution, for which its paper is, is not
-served: only its form for classification is.
+FSDP or `--teacher-store`; `--compile` leaves that step as it is. The paper is about super-resolution; only a form for
+classification is implemented.
 
 ```bash
 mgd-timm distill --teacher runs/teacher --student cifar_resnet8x05 --data-dir photos --criterion krnet --method none \\
     --criterion-options krnet.interval=10 krnet.first_order=true --epochs 1 --output runs/krnet
 ```
 
-`ekd` has no frozen teacher: the one that trains along is named with `--peer`, in place of `--teacher`, and goes with
-`--method none` and with other criteria but `dml`. It starts from the seed, or from `--peer-pretrained` or
-`--peer-checkpoint FILE`, usually with a lower rate (`--peer-lr-scale 0.1`). It is evaluated, saved and exported
-(`export_peer`) as a peer is; `--model-ema` averages the student alone. A step costs the backward pass of both networks:
+`ekd` has no frozen teacher: its teacher trains in the same run, and is named with `--peer` in place of `--teacher`. It
+takes `--method none`, and can be combined with other criteria, except `dml`. The teacher starts from the seed, or from
+`--peer-pretrained` or `--peer-checkpoint FILE`, usually with a lower rate (`--peer-lr-scale 0.1`). It is evaluated,
+saved and exported (`export_peer`) as a peer is; `--model-ema` averages the student alone. A step costs the backward
+pass of both networks:
 
 ```bash
 mgd-timm distill --peer cifar_resnet8 --student cifar_resnet8x05 --data-dir photos --criterion ekd,at:100 --epochs 1 \\
@@ -317,13 +321,15 @@ def markdown() -> str:
         for name, kind in CRITERIA.items()
     )
     parts = [_HEAD + rows]
+    ours = (("mag", MAG), ("mas", MAS))
+    parts += [f"## Multi-Granularity Distillation: `--method {name}`\n\n{_section(kind)}" for name, kind in ours]
     parts += [f"## {name}\n\n{_section(kind)}" for name, kind in CRITERIA.items()]
     parts.append(f"## Standardised logits: `--standardise-logits`\n\n{_section(Standardised)}")
-    parts.append(f"## Weighted samples: `--sample-weight entropy`\n\n{_section(EntropyWeight)}{_WEIGHTED}")
-    parts.append(f"## Two students and a teacher: `--peer` with `--teacher`\n\n{_section(TaughtPeers)}{_TAUGHT_PEERS}")
+    parts.append(f"## Weighted samples\n\nChosen by `--sample-weight entropy`.\n\n{_section(EntropyWeight)}{_WEIGHTED}")
+    peers = f"Chosen by `--peer` beside `--teacher`.\n\n{_section(TaughtPeers)}{_TAUGHT_PEERS}"
+    parts.append(f"## Two students and a teacher\n\n{peers}")
     parts.append(f"## Matched channels: `--match-channels N`\n\n{_section(ChannelMatching)}")
     parts.append(f"## A teacher for its student: `mgd-timm train --for-student NAME`\n\n{_section(StudentFriendly)}")
-    parts += [f"## Around them: `--method {name}`\n\n{_section(kind)}" for name, kind in (("mag", MAG), ("mas", MAS))]
     return "\n".join(parts)
 
 
