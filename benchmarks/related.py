@@ -31,6 +31,7 @@ from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.training.report import NonFiniteError
 
 FILE = RESULTS / "related.jsonl"
+WITH_HEADS = ("MAG+KD", "MAS+KD", "sskd")
 SNAPSHOTS = 10
 WATCHED = 500
 _FITNET = {"criterion": ("fitnet",), "criterion_options": ("fitnet.adapter=false",)}
@@ -66,7 +67,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--teacher-epochs", type=int, default=60)
     parser.add_argument("--images", type=int, help="for students and what is fitted for them; default: all")
-    parser.add_argument("--fitting-epochs", type=int, default=10, help="of granularity heads, SSKD's head and FRIENDLY")
+    parser.add_argument("--fitting-epochs", type=int, default=10, help="of the teacher that is tuned for the student")
+    parser.add_argument(
+        "--heads-epochs", type=int, default=60, help="of granularity heads and SSKD's; few images: more"
+    )
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--output", type=Path, default=Path("runs/related"))
@@ -134,7 +138,7 @@ def student_options(
         del options["teacher"]  # the trajectory's run is the teacher
     if arm == "sequence":
         options["teacher_epochs"] = (args.epochs // 2, args.epochs - args.epochs // 2)
-    heads = {"heads_epochs": args.fitting_epochs, "fitting_epochs": args.fitting_epochs, "maps": "mid"}
+    heads = {"heads_epochs": args.heads_epochs, "fitting_epochs": args.heads_epochs, "maps": "mid"}
     shared = options_of(args, data_of_students(args), args.student, args.epochs, classes)
     return shared | heads | {"student": args.student, "seed": seed} | options
 
@@ -201,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for arm in args.arms:
             key: dict[str, Any] = {"arm": arm, "seed": seed, "teacher": args.teacher, "student": args.student}
             key |= {"epochs": args.epochs, "teacher_epochs": args.teacher_epochs, "images": args.images}
+            key |= {"heads_epochs": args.heads_epochs} if arm in WITH_HEADS else {}
             if has_row(args.results, key):
                 continue
             print(f"\n== {arm}, seed {seed}", flush=True)
