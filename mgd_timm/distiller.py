@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mgd_timm.criteria.base import Objective, needs_rotations
+from mgd_timm.criteria.base import Criterion, Objective, needs_rotations
 from mgd_timm.distributed.sharding import fsdp_units, shard
 from mgd_timm.features import Batch, Features, FeatureTap, extract_with_rotations
 from mgd_timm.granularity import MAG, GranularityHeads
@@ -216,7 +216,39 @@ class Distiller(nn.Module):
         return _sample_weights(self.objective, teacher)
 
 
-class MutualLearning(nn.Module):
+class TwoNetworks(nn.Module):
+    """Two networks that train in one run, each with an objective of its own.
+
+    Args:
+        student, peer: Their features.
+        objective: The student's.
+        peer_objective: The peer's, with parameters of its own.
+    """
+
+    def __init__(
+        self,
+        student: FeatureTap,
+        peer: FeatureTap,
+        objective: Objective | MAG | SeveralTeachers,
+        peer_objective: Objective | MAG | SeveralTeachers,
+    ) -> None:
+        super().__init__()
+        self.student, self.peer = student, peer
+        self.objective, self.peer_objective = objective, peer_objective
+
+    def peer_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the peer, and of what trains with it."""
+        return [*self.peer.parameters(), *self.peer_objective.parameters()]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each network: gradients are clipped apart, so that neither depends on the other's
+        losses."""
+        theirs = self.peer_parameters()
+        known = {id(parameter) for parameter in theirs}
+        return [[parameter for parameter in self.parameters() if id(parameter) not in known], theirs]
+
+
+class MutualLearning(TwoNetworks):
     """One module of two students that teach each other: the teacher of each is the other student, detached.
 
     Under MAG each also learns the other's codes, computed by the encoders of both (MGD-DML).
@@ -236,12 +268,8 @@ class MutualLearning(nn.Module):
         peer_objective: The peer's, with parameters of its own.
     """
 
-    def __init__(
-        self, student: FeatureTap, peer: FeatureTap, objective: Objective | MAG, peer_objective: Objective | MAG
-    ) -> None:
-        super().__init__()
-        self.student, self.peer = student, peer
-        self.objective, self.peer_objective = objective, peer_objective
+    objective: Objective | MAG
+    peer_objective: Objective | MAG
 
     def forward(
         self,
@@ -256,7 +284,7 @@ class MutualLearning(nn.Module):
         return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
 
 
-class EvolutionaryLearning(nn.Module):
+class EvolutionaryLearning(TwoNetworks):
     """One module of a student and a teacher that trains along: the student learns from the labels and from the teacher,
     detached; the teacher learns from the labels alone (see `criteria.ekd`).
 
@@ -266,10 +294,14 @@ class EvolutionaryLearning(nn.Module):
         peer_objective: The teacher's: the task.
     """
 
-    def __init__(self, student: FeatureTap, peer: FeatureTap, objective: Objective, peer_objective: Objective) -> None:
-        super().__init__()
-        self.student, self.peer = student, peer
-        self.objective, self.peer_objective = objective, peer_objective
+    objective: Objective
+    peer_objective: Objective
+
+    def peer_parameters(self) -> list[nn.Parameter]:
+        """As of `TwoNetworks`, with the modules of criteria that learn from the labels with the teacher."""
+        criteria = [cast(Criterion, one) for one in self.objective.criteria.values()]
+        guides = [module for criterion in criteria for module in criterion.teacher_modules()]
+        return [*super().peer_parameters(), *(parameter for guide in guides for parameter in guide.parameters())]
 
     def forward(
         self,
@@ -283,7 +315,7 @@ class EvolutionaryLearning(nn.Module):
         return {**terms, **{f"peer_{name}": term for name, term in peer_terms.items()}}, student.logits
 
 
-class TaughtPeers(nn.Module):
+class TaughtPeers(TwoNetworks):
     """One module of two students with a teacher: each learns from the labels, the teacher, and the other student,
     detached.
 
@@ -314,10 +346,12 @@ class TaughtPeers(nn.Module):
         between: Objective | MAG,
         peer_between: Objective | MAG,
     ) -> None:
-        super().__init__()
-        self.student, self.peer = student, peer
-        self.objective, self.peer_objective = objective, peer_objective
+        super().__init__(student, peer, objective, peer_objective)
         self.between, self.peer_between = between, peer_between
+
+    def peer_parameters(self) -> list[nn.Parameter]:
+        """As of `TwoNetworks`."""
+        return [*super().peer_parameters(), *self.peer_between.parameters()]
 
     def forward(
         self, batch: Batch, teacher: TeacherFeatures

@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mgd_timm.criteria import Criterion, EntropyWeight
+from mgd_timm.criteria import CRITERIA, Criterion, EntropyWeight
 from mgd_timm.criteria.base import synchronised_buffers
 from mgd_timm.criteria.terms import TermOptions, Terms, parse_terms
 from mgd_timm.distiller import Distiller, Teacher
@@ -90,7 +90,7 @@ class MultiGranularityTask(TrainingTask):
     Raises:
         ValueError: An unknown name or option; networks and criteria that do not fit; or a criterion that this task
             does not take (ab, fsp, ft and sskd, which fit something first; krnet, which takes a step of its own;
-            warm-ups; crd without `labels`).
+            dml and ekd, which train two networks; warm-ups; crd without `labels`).
     """
 
     def __init__(
@@ -129,7 +129,9 @@ class MultiGranularityTask(TrainingTask):
             standardise_logits=standardise_logits,
             sample_weight=sample_weight,
         )
-        terms = parse_terms((criterion,) if isinstance(criterion, str) else criterion, criterion_options, options)
+        named = (criterion,) if isinstance(criterion, str) else criterion
+        _check_one_student(named)
+        terms = parse_terms(named, criterion_options, options)
         _check_terms(terms, labels)
         teacher = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         check_module(student_model, "student")
@@ -318,6 +320,17 @@ class MultiGranularityTask(TrainingTask):
             heads.load_state_dict(state["heads"], strict=strict)
             if self.teacher.heads is None:
                 self.teacher = self.teacher.with_heads(heads)
+
+
+def _check_one_student(criterion: Sequence[str]) -> None:
+    """Raise ValueError for a criterion of two networks that train in one run."""
+    for word in ",".join(criterion).split(","):
+        name = word.strip().split(":")[0]
+        if name in CRITERIA and CRITERIA[name].peers:
+            raise ValueError(
+                f"criterion {name!r} trains two networks in one run, and a task trains one: use "
+                f"mgd_timm.distill(..., criterion=({name!r},), peer=NAME), or another criterion."
+            )
 
 
 def _check_terms(terms: Terms, labels: Tensor | None) -> None:

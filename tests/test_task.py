@@ -132,8 +132,9 @@ def test_what_a_loop_does_not_pass_is_refused_before_it_starts():
             make_task(criterion=name, method="none")
     with pytest.raises(ValueError, match="'krnet' takes a step of its own"):
         make_task(criterion="krnet", method="none")
-    with pytest.raises(ValueError, match="dml is for two students"):
-        make_task(criterion="dml")
+    for name in ("dml", "ekd"):
+        with pytest.raises(ValueError, match=f"'{name}' trains two networks .* use mgd_timm.distill"):
+            make_task(criterion=("kd", f"{name}:1"))
     with pytest.raises(ValueError, match=r"'crd' stores every training sample: give labels="):
         make_task(criterion="crd")
     with pytest.raises(ValueError, match=r"warms up over 5 epochs.* give at:1000 alone"):

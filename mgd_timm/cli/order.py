@@ -35,7 +35,7 @@ def _parser() -> Parser:
     parser = Parser(prog="mgd-timm order", description=about, elsewhere=dict.fromkeys(OF_TRAINING, "training takes it"))
     help_teacher = "run folder, local-dir:PATH, hf-hub:ID or timm name with weights; twice or more"
     parser.add_flag("teacher", tuple[str, ...] | None, None, help_teacher, group="networks")
-    help_student = "the same, or an architecture of timm, which then has random weights"
+    help_student = "the same, or an architecture of timm without a tag, which then has random weights"
     parser.add_flag("student", str, "cifar_resnet8x05", help_student, group="networks")
     help_classes = "as of mgd-timm distill"
     parser.add_flag("teacher_classes", tuple[str, ...] | None, None, help_classes, group="networks")

@@ -160,6 +160,10 @@ class Criterion(nn.Module):
         `trains_teacher`."""
         return {}
 
+    def teacher_modules(self) -> list[nn.Module]:
+        """Return the modules that train with the teacher, if `trains_teacher`."""
+        return []
+
     def __init__(self, pair: Pair) -> None:
         super().__init__()
         self.num_classes = pair.student.num_classes

@@ -118,6 +118,10 @@ class EKD(Criterion):
             student, teacher = standardise(student), standardise(teacher)
         return kl_divergence(student, teacher, self.temperature)
 
+    def teacher_modules(self) -> list[nn.Module]:
+        """Return the teacher's guided modules."""
+        return [self.teacher_guides]
+
     def teacher_parts(self, teacher: Features, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Return the label loss of the teacher's guided modules."""
         guided = [guide(m) for guide, m in zip(self.teacher_guides, teacher.maps, strict=True)]

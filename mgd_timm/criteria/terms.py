@@ -189,8 +189,14 @@ def parse_terms(criterion: Sequence[str], criterion_options: Sequence[str], opti
     _check_options_are_used(terms, arguments, list(criterion))
     _check_something_is_learnt(terms, list(criterion), options)
     _check_weights_are_used(terms, options)
+    _check_labels_are_learnt(terms)
     if options.teacher and options.peer:
         _check_both_teach(terms, options)
+    elif options.peer and options.method == "none" and not any(term.kind.needs for term in terms.active.values()):
+        raise ValueError(
+            f"--peer: with {', '.join(terms.active)} alone, neither network learns anything of the other. Name dml or "
+            "ekd, or leave --peer out."
+        )
     return terms
 
 
@@ -246,7 +252,8 @@ def _check_something_is_learnt(terms: Terms, criterion: list[str], options: Term
         )
     if terms.standardise_logits and not any("logits" in term.kind.needs for term in terms.active.values()):
         raise ValueError(
-            f"--standardise-logits: no criterion of {criterion} reads logits. Give kd a weight with --kd-weight 1."
+            f"--standardise-logits: no criterion of {criterion} reads logits. "
+            + ("Give kd a weight with --kd-weight 1." if options.teacher else "Leave --standardise-logits out.")
         )
 
 
@@ -258,6 +265,23 @@ def _check_weights_are_used(terms: Terms, options: TermOptions) -> None:
             f"--sample-weight: none of {', '.join(terms.active)} has a loss per sample. Add one of {known}, or the "
             "codes of --method mag or mas; or leave --sample-weight out."
         )
+
+
+def _check_labels_are_learnt(terms: Terms) -> None:
+    """Raise ValueError where a criterion learns from what only the labels' loss trains, and this has weight 0."""
+    if terms.by_name["task"].weight:
+        return
+    for name, term in terms.active.items():
+        if term.kind.own_step:
+            raise ValueError(
+                f"{name} learns from the student's loss of the labels, which has weight 0: give --task-weight 1, or "
+                f"leave {name} out."
+            )
+        if name == "selfkd" and term.options.get("form") == "byot":
+            raise ValueError(
+                "selfkd.form=byot teaches with the student's classifier, which only the labels' loss trains, and this "
+                "has weight 0: give --task-weight 1, or leave selfkd.form out."
+            )
 
 
 def _check_both_teach(terms: Terms, options: TermOptions) -> None:
@@ -300,11 +324,6 @@ def _check_term(term: Term, options: TermOptions, *, plain: bool) -> None:
         raise ValueError(f"{name} is fitted on a trained teacher before the run, and {why}: leave {name} out.")
     if kind.own_step and options.peer:
         raise ValueError(f"{name} takes a virtual step of one student, and there are two: leave {name} or --peer out.")
-    if kind.own_step and options.task_weight == 0:
-        raise ValueError(
-            f"{name} learns from the student's loss of the labels, which has weight 0: give --task-weight 1, or leave "
-            f"{name} out."
-        )
     if kind.fits == "student" and (term.warmup or not plain):
         raise ValueError(
             f"{name} fits the student before the run, with no other loss, so a weight or warm-up has no effect: use "

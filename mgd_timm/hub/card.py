@@ -196,7 +196,10 @@ def _training(student: Student, recipe: Recipe) -> str:
     text = f"`recipe.yaml` has all options: `mgd-timm {command} --config recipe.yaml` trains again"
     local = recipe.data.data_dir is not None
     flags = ["`--data-dir FOLDER`"] if local else []
-    flags += ["`--teacher`"] if recipe.teacher not in (None, ("embedded",)) else []
+    if recipe.teacher_trajectory is not None:
+        flags.append("`--teacher-trajectory`")
+    elif recipe.teacher not in (None, ("embedded",)):
+        flags.append("`--teacher`")
     text += f", with {' and '.join(flags)} of your machine." if flags else "."
     return f"{training_table(student, recipe)}\n\n{text}"
 

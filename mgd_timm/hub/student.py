@@ -11,6 +11,7 @@ from torch import nn
 from mgd_timm.features.tap import model_name
 from mgd_timm.models.load import find_weights_folder, load_model
 from mgd_timm.pipeline.run_folder import is_run_folder
+from mgd_timm.recipe.checks import needs_no_teacher
 from mgd_timm.recipe.options import as_dict
 from mgd_timm.recipe.recipe import Recipe, flatten, make_recipe, without_paths
 from mgd_timm.report.runs import Run, read_run
@@ -78,8 +79,11 @@ class Student:
 
     @property
     def is_taught(self) -> bool:
-        """Whether a teacher or a peer taught it."""
-        return self.recipe is not None and (self.recipe.teacher is not None or self.recipe.peer is not None)
+        """Whether a teacher, a peer or heads of its own taught it."""
+        recipe = self.recipe
+        if recipe is None:
+            return False
+        return recipe.teacher is not None or recipe.peer is not None or needs_no_teacher(recipe.criterion)
 
 
 def read_student(place: str) -> Student:

@@ -9,6 +9,7 @@ from mgd_timm.hub.markdown import escape, pairs
 from mgd_timm.hub.metadata import base_model, dataset_name
 from mgd_timm.hub.student import Student
 from mgd_timm.pipeline.plan import terms_of
+from mgd_timm.pipeline.turns import turns_of
 from mgd_timm.recipe.data import Data
 from mgd_timm.recipe.recipe import Recipe
 
@@ -33,7 +34,7 @@ def training_table(student: Student, recipe: Recipe) -> str:
         ("data", escape(dataset_name(recipe)) + _images(student)),
         ("starting weights", _start(recipe)),
         *_taught_rows(recipe),
-        ("epochs", f"{optim.epochs}"),
+        ("epochs", _epochs(recipe)),
         ("updates", f"{metrics['updates']:,}") if "updates" in metrics else None,
         ("images per update", f"{optim.global_batch_size or data.batch_size}"),
         ("optimizer", f"{_optimizer(recipe)}, weight decay {optim.weight_decay:g}"),
@@ -71,6 +72,7 @@ def _taught_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """Return the rows of method and criteria."""
     terms = terms_of(recipe).active
     rows = [("method", f"{METHODS[recipe.method]} ([paper]({MGD}))")] if recipe.method in METHODS else []
+    rows += [("taught", text) for text in [_how_taught(recipe)] if text]
     rows += [(f"loss `{name}`", _describe_term(name, term)) for name, term in terms.items()]
     if recipe.method in METHODS:
         heads = recipe.heads
@@ -81,6 +83,33 @@ def _taught_rows(recipe: Recipe) -> list[tuple[str, str]]:
         )
         rows.append(("heads", f"fitted on the frozen teacher first: {passes}"))
     return rows
+
+
+def _epochs(recipe: Recipe) -> str:
+    counts = [turn.recipe.optim.epochs for turn in turns_of(recipe)]
+    return (
+        f"{sum(counts)}: {' + '.join(map(str, counts))}, one number per teacher" if len(counts) > 1 else f"{counts[0]}"
+    )
+
+
+def _how_taught(recipe: Recipe) -> str:
+    """Return what a run's options say of its teachers besides the losses, in words; empty where there is nothing."""
+    parts = []
+    if recipe.teachers_as == "sequence" and len(recipe.teacher or ()) > 1:
+        parts.append("by one teacher after the other")
+    if recipe.teacher_trajectory is not None:
+        parts.append("by snapshots of the teacher's own training, in their order")
+    if recipe.peer is not None:
+        parts.append(f"together with a second network, {escape(recipe.peer)}")
+    if recipe.for_student is not None:
+        parts.append(f"to be a teacher for {escape(recipe.for_student)}, with branches into its tail")
+    if recipe.match_channels is not None:
+        parts.append("with the teacher's channels re-ordered to the student's")
+    if recipe.sample_weight != "none":
+        parts.append("with samples weighted by the teacher's certainty")
+    if recipe.method != "none" and recipe.heads.code_divergence != "forward":
+        parts.append(f"with the {recipe.heads.code_divergence} divergence of the codes")
+    return "; ".join(parts)
 
 
 def _describe_term(name: str, term: Term) -> str:

@@ -36,6 +36,11 @@ def check_recipe(recipe: Recipe, terms: Terms) -> None:
             "qat with FSDP: it rounds whole weights, and FSDP shards them. Leave --qat out, or launch without FSDP "
             "(accelerate launch --multi_gpu)."
         )
+    if recipe.method == "none" and recipe.heads.code_divergence != "forward":
+        raise ValueError(
+            f"code_divergence={recipe.heads.code_divergence!r} with method='none', which has no codes: give --method "
+            "mag or mas, or leave --code-divergence out."
+        )
     if recipe.match_channels is not None:
         check_channels_are_matched(terms)
     if recipe.teacher_trajectory is not None:
@@ -206,7 +211,8 @@ def check_storable(terms: Terms) -> None:
 
 
 def check_followable(terms: Terms) -> None:
-    """Raise ValueError where a criterion with a weight reads more of a teacher than the logits of its snapshots."""
+    """Raise ValueError where a criterion with a weight reads more of a teacher than the logits of its snapshots, or
+    none reads these."""
     for term in terms.active.values():
         beyond = ", ".join(sorted(term.kind.needs - {"logits"}))
         if beyond or term.kind.fits is not None:
@@ -215,6 +221,11 @@ def check_followable(terms: Terms) -> None:
                 f"criterion {term.criterion!r} {why}, and a student follows a trajectory by the teacher's logits: "
                 "leave it or --teacher-trajectory out."
             )
+    if not any("logits" in term.kind.needs for term in terms.active.values()):
+        raise ValueError(
+            f"teacher_trajectory: none of {', '.join(terms.active)} reads the teacher's logits, which are what changes "
+            "along it. Name kd or another criterion of logits, or leave --teacher-trajectory out."
+        )
 
 
 def check_several_teachers(terms: Terms, count: int, *, mean: bool) -> None:
@@ -224,6 +235,11 @@ def check_several_teachers(terms: Terms, count: int, *, mean: bool) -> None:
         if kind.fits is not None:
             raise ValueError(f"{name} is fitted on one teacher before the run, and there are {count}: leave it out.")
         beyond = ", ".join(sorted(kind.needs - {"logits"}))
+        if not kind.needs and not mean and term is not terms.by_name["task"]:
+            raise ValueError(
+                f"{name} reads no teacher, and teachers_as='sum' has each criterion once for each of the {count}: give "
+                f"--teachers-as mean, or leave {name} out."
+            )
         if beyond and mean:
             raise ValueError(
                 f"{name} reads a teacher's {beyond}, of which several have no mean: give --teachers-as sum."

@@ -16,7 +16,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mgd_timm.criteria.terms import task_alone
 from mgd_timm.data.dataset import Images, load_images
@@ -104,27 +104,33 @@ def order_teachers(
     Args:
         teachers: As of `distill`, two or more. The last of the order is the one of the highest top-1 on the evaluation
             images; where none has a known one, the last here.
-        student: A name with weights, as of a teacher; or an architecture, which then has random weights.
+        student: A name with weights, as of a teacher; or an architecture without a tag, which then has random weights.
         images: Evenly spaced training images, augmented as in the first epoch.
         ridge: As of `ridge_residual`.
         **options: Of `distill`: data, teacher_classes, teacher_img_size, seed.
 
     Raises:
-        ValueError: Fewer than two teachers or 16 images, a name twice, or what `distill` refuses.
+        ValueError: Fewer than two teachers or 16 images, a name twice, a ridge that is not positive, or what `distill`
+            refuses.
     """
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"ridge={ridge}: expected a positive number, such as 0.001 (--ridge).")
     if len(teachers) < 2 or len(set(teachers)) < len(teachers) or student in teachers:
         raise ValueError(
             f"--teacher {list(teachers)} --student {student!r}: expected two or more teachers and a student of "
             "different names."
         )
-    recipe = make_recipe(teacher=tuple(teachers), student=student, method="none", **options)
+    untrained = timm.is_model(student) and "." not in student
+    named = {"student": student} if untrained else {}
+    recipe = make_recipe(teacher=tuple(teachers), method="none", **named, **options)
     if recipe.data.streaming:
         raise ValueError(
             "streaming: an order is of evenly spaced images, and a stream has none: leave --streaming out."
         )
     accelerator = accelerator_of(recipe)
     models = load_teachers(recipe)
-    loaded = load_images(recipe.data, recipe.seed, find_defaults(recipe, models[0], None), log=accelerator.print)
+    trained = None if untrained else load_named_teacher(recipe, student)
+    loaded = load_images(recipe.data, recipe.seed, find_defaults(recipe, models[0], trained), log=accelerator.print)
     if min(images, len(loaded.train.ids)) < 16:
         raise ValueError(
             f"images={min(images, len(loaded.train.ids))}: expected 16 or more training images (--images)."
@@ -138,7 +144,7 @@ def order_teachers(
     top1 = dict(zip(teachers, found or [None] * len(teachers), strict=True))
     known = [name for name in teachers if top1[name] is not None]
     last = max(known, key=lambda name: top1[name] or 0.0) if known else teachers[-1]
-    networks = {**dict(zip(teachers, taught_by, strict=True)), student: _student(recipe, loaded, accelerator)}
+    networks = {**dict(zip(teachers, taught_by, strict=True)), student: _student(recipe, trained, loaded, accelerator)}
     size = recipe.data.validation_batch_size
     shown = {name: _embeddings(network, loaded, images, accelerator, size) for name, network in networks.items()}
     residuals = {
@@ -150,15 +156,13 @@ def order_teachers(
     return Order(tuple(order), left_out, residuals, top1, len(shown[student]))
 
 
-def _student(recipe: Recipe, images: Images, accelerator: Accelerator) -> Teacher:
-    """Return the student's embedding, frozen: of its weights, or of random ones for a bare architecture."""
-    name = recipe.student
-    if timm.is_model(name) and not timm.is_model_pretrained(name):
+def _student(recipe: Recipe, model: nn.Module | None, images: Images, accelerator: Accelerator) -> Teacher:
+    """Return the student's embedding, frozen: of the model, or of the recipe's student with random weights."""
+    if model is None:
+        name = recipe.student
         accelerator.print(f"student {name}: random weights; those of a run or a pretrained one say more")
         set_seed(recipe.seed, 3)
         model = build_student(name, images.input_size, images.num_classes)
-    else:
-        model = load_named_teacher(recipe, name)
     return connect_teacher(recipe, task_alone(0.0), accelerator, model, images, silent=True)
 
 

@@ -326,6 +326,8 @@ def _learn_int8(
     after the stage, and the stage's part of the summary."""
     if fitted.averaged is not None:
         networks.student.load_state_dict(fitted.averaged.state_dict())
+    if isinstance(teach, FollowedTeacher):
+        teach.start_epoch(recipe.optim.epochs - 1)  # the trained teacher, also where a finished run was resumed
     found = learn_int8(recipe, networks, source, teach, context)
     return replace(fitted, last=found["after"]["float"], averaged=None), found
 

@@ -287,6 +287,7 @@ def check_teacher_sequence(recipe: "Recipe") -> None:
         return
     why = "teachers_as='sequence' shows the student one teacher at a time"
     _refuse(recipe, ("teacher_weights",), why)
+    _refuse(recipe, ("peer",), "with teachers_as='sequence' a second student would begin anew with each teacher")
     _refuse(recipe, ("teacher_store",), "a store holds the outputs of one teacher, and teachers_as='sequence' has more")
     epochs, names = recipe.teacher_epochs, recipe.teacher or ()
     if epochs is not None and len(epochs) != len(names):
@@ -323,6 +324,8 @@ def check_kept_checkpoints(recipe: "Recipe") -> None:
         return
     if recipe.teacher is not None or recipe.peer is not None:
         _refuse(recipe, ("keep_checkpoints",), "only a model that trains without a teacher (mgd-timm train) keeps them")
+    if recipe.qat:
+        _refuse(recipe, ("keep_checkpoints",), "the stage of --qat changes the weights after the last snapshot")
     if count > recipe.optim.epochs:
         raise ValueError(
             f"keep_checkpoints={count}: a snapshot is kept at the end of an epoch, and there are {recipe.optim.epochs} "

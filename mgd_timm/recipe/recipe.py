@@ -361,9 +361,10 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 def config_values(recipe: Recipe) -> dict[str, Any]:
     """Return what a --config of `mgd-timm distill`, or of `train` for a run without teacher and peer, sets to the same
     run: the options that decide the weights, and the names of networks and data."""
-    alone = recipe.teacher is None and recipe.peer is None
+    alone = recipe.teacher is None and recipe.peer is None and not needs_no_teacher(recipe.criterion)
     decides = as_dict(recipe, digest_only=True)
-    names = ("teacher", "teacher_checkpoint", "teacher_classes", "student_checkpoint", "peer_checkpoint")
+    names = ["teacher_checkpoint", "teacher_classes", "student_checkpoint", "peer_checkpoint"]
+    names += ["teacher"] if recipe.teacher_trajectory is None else ["teacher_trajectory"]
     decides |= {name: getattr(recipe, name) for name in names}
     decides["data"] |= {name: getattr(recipe.data, name) for name in ("dataset", "data_dir", "batch_size")}
     if recipe.data.data_dir is not None:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.report.findings import Findings
 from mgd_timm.report.markup import escape, missing, name, note, number, section, table
 from mgd_timm.report.measure import Student
@@ -108,7 +109,8 @@ def complexity_section(found: Findings) -> str:
     students = {group.label: found.first(group) for group in found.groups}
     sizes = {label: _most_images(student) for label, student in students.items()}
     count = min([IMAGES, *(size for size in sizes.values() if size >= FEWEST)])
-    temperature, classes = teacher.run.recipe.kd_temperature, teacher.predictions.logits.shape[1]
+    term, classes = terms_of(teacher.run.recipe).by_name["kd"], teacher.predictions.logits.shape[1]
+    temperature = float(term.options.get("temperature", 4.0))
     rows, notes = [], []
     for label, student in students.items():
         places = student.places(count)

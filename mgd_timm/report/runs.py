@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.pipeline.run_folder import read_recipe
 from mgd_timm.pipeline.turns import Turn, turns_of
 from mgd_timm.recipe.checks import needs_no_teacher
@@ -40,8 +41,9 @@ class Run:
 
     @property
     def is_kd(self) -> bool:
-        """Whether a teacher taught by logit KD alone: no sequence of teachers, and no trajectory of one."""
-        alone = self.recipe.method == "none" and _criteria(self.recipe) == ["kd"]
+        """Whether a teacher taught by plain logit KD alone: no sequence of teachers and no trajectory of one, forward
+        divergence, samples that count equally."""
+        alone = self.recipe.method == "none" and _criteria(self.recipe) == ["kd"] and not _variants(self.recipe)
         fixed = len(turns_of(self.recipe)) == 1 and self.recipe.teacher_trajectory is None
         return self.recipe.teacher is not None and alone and fixed
 
@@ -65,7 +67,17 @@ class Run:
         count = len(turns_of(self.recipe))
         how = f", {count} teachers in sequence" if count > 1 else ""
         how = ", teacher's trajectory" if self.recipe.teacher_trajectory is not None else how
-        return " + ".join(criteria) + how
+        return ", ".join([" + ".join(criteria) + how, *_variants(self.recipe)])
+
+
+def _variants(recipe: Recipe) -> list[str]:
+    """Return what makes a run's KD or its codes another than the plain one, in words."""
+    term = terms_of(recipe).active.get("kd")
+    divergence = term.options.get("divergence", "forward") if term is not None else "forward"
+    found = [f"{divergence} divergence"] if divergence != "forward" else []
+    if recipe.method != "none" and recipe.heads.code_divergence != "forward":
+        found.append(f"{recipe.heads.code_divergence} divergence of the codes")
+    return found + (["samples weighted"] if recipe.sample_weight != "none" else [])
 
 
 @dataclass(frozen=True)

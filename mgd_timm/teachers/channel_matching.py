@@ -154,7 +154,7 @@ def match_channels(teacher: Teacher, student: FeatureTap, images: int, context: 
     found = load_or_fit("channels", matching, made_of, context.accelerator, find)
     means = ", ".join(f"{value:.2f}" for value in found.metrics.values())
     context.accelerator.print(
-        f"channels of {matching.count} maps matched on {images} images"
+        f"channels of {matching.count} maps matched on {min(images, len(context.images.train.ids))} images"
         f"{' (from the cache)' if found.from_cache else ''}; mean correlation: {means}. A criterion with an adapter "
         "(fitnet, vid, reviewkd) can learn any order, and one that sums over channels (at, sp) does not depend on it."
     )

@@ -122,6 +122,11 @@ def read_trajectory(run: Path) -> Trajectory:
         ValueError: The run has kept none, has not finished, or a file is missing or corrupt.
     """
     index = run / FOLDER / "index.json"
+    if not run.is_dir():
+        raise ValueError(
+            f"teacher_trajectory={str(run)!r}: there is no such folder: expected the folder of a run of mgd-timm train "
+            "--keep-checkpoints N."
+        )
     if not index.is_file():
         raise ValueError(
             f"teacher_trajectory={str(run)!r}: {index} is missing, so the run has kept no snapshots: train the teacher "

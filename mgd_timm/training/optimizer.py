@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mgd_timm.distiller import EvolutionaryLearning
 from mgd_timm.features import FeatureTap
 from mgd_timm.recipe.optim import Optim
 from mgd_timm.recipe.options import unknown
@@ -63,6 +64,9 @@ def _split_by_lr_scale(groups: list[dict[str, Any]], module: nn.Module) -> list[
     """Return parameter groups with timm's "lr_scale" where a network has a learning rate of its own; these are last."""
     taps = [tap for tap in module.modules() if isinstance(tap, FeatureTap) and tap.lr_scale != 1]
     scales = {id(parameter): tap.lr_scale for tap in taps for parameter in tap.parameters()}
+    for pair in (one for one in module.modules() if isinstance(one, EvolutionaryLearning)):
+        if pair.peer.lr_scale != 1:
+            scales |= {id(parameter): pair.peer.lr_scale for parameter in pair.peer_parameters()}
     split: list[dict[str, Any]] = []
     for scale in (None, *sorted(set(scales.values()))):
         for group in groups:

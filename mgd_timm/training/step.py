@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from mgd_timm.criteria import CrossEntropy
 from mgd_timm.criteria.base import Criterion, Objective, at_least_float32, synchronised_buffers
 from mgd_timm.data.sources import Source
-from mgd_timm.distiller import Distiller, LiveTeachers, TaughtPeers, TeacherFeatures, is_full
+from mgd_timm.distiller import Distiller, LiveTeachers, TaughtPeers, TeacherFeatures, TwoNetworks, is_full
 from mgd_timm.distributed.batchnorm_statistics import RunningStatistics
 from mgd_timm.distributed.collectives import broadcast_tensors
 from mgd_timm.distributed.sharding import MovingAverage, make_data_parallel
@@ -103,7 +103,9 @@ class Updater:
         self.parallel = make_data_parallel(trainee, accelerator)
         self.trainee = trainee = self.parallel.trainee
         self.optim, self.accelerator, self.plan, self.compiled = optim, accelerator, plan, compile
-        self.clip_groups = trainee.clip_groups() if isinstance(trainee, HeadFitting) else [list(trainee.parameters())]
+        self.clip_groups = [list(trainee.parameters())]
+        if isinstance(trainee, HeadFitting | TwoNetworks):
+            self.clip_groups = trainee.clip_groups()
         self.objectives = [module for module in trainee.modules() if isinstance(module, Objective)]
         scaler = getattr(accelerator, "scaler", None)
         self.bare_optimizer = build_optimizer(trainee, optim, scaled=scaler is not None)

@@ -1,5 +1,6 @@
 """Self-distillation: both forms against loops, what learns from what, and recipes without a teacher."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mgd_timm.criteria import CRITERIA
 from mgd_timm.criteria.selfkd import SelfKD
 from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.checks import needs_no_teacher
-from mgd_timm.recipe.recipe import make_recipe
+from mgd_timm.recipe.recipe import config_values, make_recipe
 from mgd_timm.report.runs import Run
 
 ALONE = {"teacher": None, "method": "none"}
@@ -76,6 +77,11 @@ def test_a_report_does_not_take_it_for_a_student_alone():
     assert [run.describe() for run in runs] == ["SELFKD", "alone"]
 
 
+def test_a_published_config_trains_it_again():
+    recipe = make_recipe(criterion="selfkd", criterion_options=("selfkd.form=byot",), data_dir="photos")
+    assert make_recipe(**config_values(recipe), output="x") == replace(recipe, output="x")
+
+
 def test_beside_a_teacher_it_is_one_more_term():
     for options in ({"criterion": ("selfkd", "at")}, {"criterion": "selfkd", "teacher": "embedded"}):
         recipe = make_recipe(**options)
@@ -92,7 +98,9 @@ def test_beside_a_teacher_it_is_one_more_term():
         ({"kd_weight": 1.0}, "kd reads the teacher's logits, and there is no teacher: .* leave kd out"),
         ({"train_only": "classifier"}, "train_only='classifier': .* trains the stages"),
         ({"fit_teacher_head": "probe"}, "there is no teacher"),
-        ({"standardise_logits": True}, "no criterion of .* reads logits"),
+        ({"standardise_logits": True}, "Leave --standardise-logits out"),
+        ({"criterion_options": ("selfkd.form=byot",), "task_weight": 0.0}, "which only the labels' loss trains"),
+        ({"peer": "cifar_resnet8"}, "with task, selfkd alone, neither network learns anything of the other"),
         ({"criterion_options": ("selfkd.form=byo",)}, "unknown selfkd.form 'byo': did you mean byot"),
     ],
 )

@@ -23,6 +23,12 @@ def built(**options):
     return SSKD(PAIR, **options).double()
 
 
+def test_a_share_is_counted_as_the_official_code_counts_it():
+    scores, targets = torch.tensor([[1.0, 0.0]]).repeat(100, 1), torch.ones(100, dtype=torch.int64)
+    for share in torch.arange(0, 101).double() / 100:
+        assert select_rows(scores, targets, float(share)).sum() == int(100 * float(share))
+
+
 def test_rows_are_kept_by_the_rank_of_the_right_answer():
     """Ranks 0, 2, 1, 3, 0, 1: both right rows, then those of rank 1, the first of them first."""
     scores = torch.tensor([[4, 1, 2, 3], [9, 5, 8, 1], [5, 6, 1, 0], [3, 2, 1, 0], [0, 0, 7, 1], [1, 8, 9, 0]])

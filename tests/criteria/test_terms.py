@@ -7,6 +7,7 @@ from torch import nn
 
 from mgd_timm.criteria import CRITERIA, CrossEntropy, Objective
 from mgd_timm.criteria.kd import KD
+from mgd_timm.pipeline.checks import check_recipe, check_several_teachers
 from mgd_timm.pipeline.plan import objective_of, terms_of
 from mgd_timm.recipe.recipe import make_recipe
 
@@ -218,6 +219,7 @@ def test_every_criterion_is_built_by_its_word():
             "options of ce without effect, .* 0: {'smoothing': 0.1}.*--smoothing",
         ),
         ({"criterion": ("at:0",), "task_weight": 0.0, "method": "none"}, "all weights are 0"),
+        ({"criterion": ("ekd:0",), "peer": "cifar_resnet8"}, "with task alone, neither network learns anything"),
         (
             {"kd_weight": 0.0, "task_weight": 0.0, "method": "mag"},
             r"0: task, kd \(the codes alone do not train the classifier\)",
@@ -233,3 +235,16 @@ def test_names_in_tags_are_those_with_a_weight():
     assert terms_of(make_recipe(criterion=("dkd, at:0", "kd"))).criterion_names() == ["dkd", "kd"]
     terms = terms_of(make_recipe(criterion=("crd",), criterion_options=("crd.queue=1e5", "crd.dim=16.0"))).by_name
     assert terms["crd"].options == {"queue": 100_000, "dim": 16}
+
+
+def test_codes_that_are_not_there_have_no_divergence():
+    recipe = make_recipe(method="none", code_divergence="bdd")
+    with pytest.raises(ValueError, match="code_divergence='bdd' with method='none', which has no codes"):
+        check_recipe(recipe, terms_of(recipe))
+
+
+def test_what_reads_no_teacher_is_not_summed_over_several():
+    terms = terms_of(make_recipe(teacher=("a", "b"), criterion=("kd", "selfkd"), teachers_as="sum"))
+    with pytest.raises(ValueError, match="selfkd reads no teacher, and teachers_as='sum' has each criterion once"):
+        check_several_teachers(terms, 2, mean=False)
+    check_several_teachers(terms, 2, mean=True)

@@ -117,6 +117,27 @@ def test_a_recipe_yaml_is_a_config_of_the_same_run(hostile, capsys):
     found = config_values(alone)
     assert (found["model"], found["pretrained"], found["dataset"]) == ("resnet10t", True, "ada/photos")
     assert not {"student", "teacher", "kd_temperature"} & set(found)
+    followed = make_recipe(teacher_trajectory="runs/teacher", data_dir="photos")
+    again = make_recipe(**config_values(followed))
+    assert (again.teacher_trajectory, again.teacher) == ("runs/teacher", followed.teacher)
+    assert config_values(again) == config_values(followed)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"teacher_trajectory": "runs/teacher"}, "by snapshots of the teacher's own training"),
+        ({"criterion": ("kd", "dml"), "teacher": "embedded", "peer": "cifar_resnet8"}, "with a second network"),
+        ({"sample_weight": "entropy"}, "with samples weighted by the teacher's certainty"),
+        ({"code_divergence": "bdd"}, "with the bdd divergence of the codes"),
+        ({"criterion": "fitnet", "criterion_options": ("fitnet.adapter=false",), "match_channels": 100}, "re-ordered"),
+        ({"teacher": ("a", "b"), "teachers_as": "sequence", "teacher_epochs": (3, 6)}, "9: 3 + 6, one number per"),
+        ({"teacher": None, "method": "none", "for_student": "cifar_resnet8"}, "to be a teacher for cifar"),
+    ],
+)
+def test_a_card_says_how_the_student_was_taught(tmp_path, options, expected):
+    card = card_of(exported(tmp_path / "export", names=("cat", "dog"), **options), tmp_path)
+    assert expected in card.text.replace("\\", "")
 
 
 def test_a_card_without_images_or_with_few_classes(tmp_path):

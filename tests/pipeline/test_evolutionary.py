@@ -82,8 +82,14 @@ def test_the_teacher_has_a_learning_rate_of_its_own(together):
         rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         assert set(rates) == set(names.values())
         for name, rate in rates.items():
-            assert rate == pytest.approx(expected * (0.1 if name.startswith("peer.") else 1)), name
+            assert rate == pytest.approx(expected * (0.1 if owner(name) == "teacher" else 1)), name
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_per_network(together):
+    groups = [[id(weight) for weight in group] for group in together.clip_groups()]
+    for group, side in zip(groups, ("student", "teacher"), strict=True):
+        assert sorted(group) == sorted(id(p) for name, p in together.named_parameters() if owner(name) == side)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,10 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "A heuristic, on 60 images. To use it: --teacher " in out
     assert re.search(rf"-> embedded +{found['steps'][-1]['residual']:.3f} ", out)
+    of_run = ["order", "--teacher", "embedded", "--teacher", str(teacher), "--student", str(teacher / "export"), *words]
+    assert main([*of_run, "--images", "60", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out.splitlines()[-1])["residuals"]
+    assert steps[str(teacher / "export")]["embedded"] == steps[str(teacher)]["embedded"]  # a student may be a run
     assert main([*given, "--images", "3"]) == 1
     assert "images=3: expected 16 or more training images" in capsys.readouterr().err
 
@@ -89,3 +93,9 @@ def test_one_teacher_has_no_order():
         order_teachers(["embedded"], "cifar_resnet8")
     with pytest.raises(ValueError, match="of different names"):
         order_teachers(["embedded", "embedded"], "cifar_resnet8")
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ridge_that_is_not_positive_is_refused(ridge):
+    with pytest.raises(ValueError, match=f"ridge={ridge}: expected a positive number"):
+        order_teachers(["embedded", "runs/other"], "cifar_resnet8", ridge=ridge)

@@ -65,6 +65,7 @@ def test_one_teacher_is_the_plain_run():
         ({"teachers_as": "sequence", "teacher_epochs": (3,)}, r"expected a number of epochs for each of the teachers"),
         ({"teachers_as": "sequence", "teacher_epochs": (3, 0)}, "teacher_epochs=.3, 0.: expected 1 or more"),
         ({"teachers_as": "sequence", "teacher_weights": (0.5, 0.5)}, "one teacher at a time. Leave --teacher-weights"),
+        ({"teachers_as": "sequence", "peer": "cifar_resnet8"}, "a second student would begin anew with each teacher"),
         ({"teachers_as": "sequence", "teacher": ("a",), "teacher_store": "x"}, "a store holds the outputs of one"),
         ({"teachers_as": "sequence", "teacher": None, "method": "none"}, "there is no teacher. Leave --teachers-as"),
     ],

@@ -211,3 +211,17 @@ def test_numbers_are_shown_with_a_spread_where_there_are_several() -> None:
         "1.50 MB",
         "3,000 MB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({"criterion_options": ("kd.divergence=bdd",)}, "KD, bdd divergence"),
+        ({"sample_weight": "entropy"}, "KD, samples weighted"),
+        ({"method": "mag", "code_divergence": "reverse"}, "MAG, reverse divergence of the codes"),
+    ],
+)
+def test_a_variant_of_kd_is_not_the_baseline(options, label):
+    run = Run(Path("run"), make_recipe(**{"method": "none", **options}), {}, [], {})
+    assert (run.describe(), run.is_kd) == (label, False)
+    assert Run(Path("run"), make_recipe(method="none"), {}, [], {}).is_kd

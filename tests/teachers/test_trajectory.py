@@ -17,6 +17,8 @@ from mgd_timm.distiller import Teacher
 from mgd_timm.features import Batch, FeatureTap
 from mgd_timm.granularity import GranularityHeads
 from mgd_timm.models.load import load_model
+from mgd_timm.pipeline.checks import check_recipe
+from mgd_timm.pipeline.plan import terms_of
 from mgd_timm.recipe.recipe import make_recipe
 from mgd_timm.teachers.trajectory import FollowedTeacher, Snapshot, Trajectory, read_trajectory, snapshot_epochs
 
@@ -75,6 +77,17 @@ def test_more_snapshots_than_epochs_are_refused():
         make_recipe(teacher=None, method="none", keep_checkpoints=4, epochs=3)
 
 
+def test_snapshots_that_a_later_stage_would_leave_behind_are_refused():
+    with pytest.raises(ValueError, match=r"after the last snapshot\. Leave --keep-checkpoints out"):
+        make_recipe(teacher=None, method="none", keep_checkpoints=1, qat=True)
+
+
+def test_a_trajectory_without_a_criterion_of_logits_is_refused():
+    recipe = make_recipe(teacher_trajectory="runs/teacher", criterion=("ce", "selfkd"))
+    with pytest.raises(ValueError, match="none of task, selfkd reads the teacher's logits"):
+        check_recipe(recipe, terms_of(recipe))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("data"), train=80, test=40)
@@ -127,6 +140,8 @@ def test_a_killed_run_keeps_the_same_snapshots(run, training, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_without_snapshots_or_with_corrupt_ones_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder: expected the folder of a run of mgd-timm train"):
+        read_trajectory(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has kept no snapshots: train the teacher with mgd-timm train --keep-checkp"):
         read_trajectory(tmp_path)
     folder = tmp_path / "trajectory"
@@ -186,6 +201,16 @@ def test_the_export_names_all_snapshots_and_no_folder(run, whole):
     provenance = json.loads((whole / "export" / "recipe.json").read_text())
     assert provenance["trajectory_sha256"] == read_trajectory(run).digests
     assert provenance["recipe"]["teacher_trajectory"] == "run"
+
+
+@pytest.mark.slow
+def test_a_stage_that_a_finished_run_gets_later_has_the_trained_teacher(hard, tmp_path):
+    later, once = ([*hard, "--output", str(tmp_path / name)] for name in ("later", "once"))
+    assert main(later) == 0
+    assert main([*later, "--qat", "--resume"]) == 0
+    assert main([*once, "--qat"]) == 0
+    digests = [digest(tmp_path / name / "export" / "model.safetensors") for name in ("later", "once")]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.slow
