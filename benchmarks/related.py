@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--teacher-epochs", type=int, default=60)
-    parser.add_argument("--images", type=int, help="for students and what is fitted for them; default: all")
+    parser.add_argument("--images", type=int, help="for students and the heads; default: all")
     parser.add_argument("--fitting-epochs", type=int, default=10, help="of the teacher that is tuned for the student")
     parser.add_argument(
         "--heads-epochs", type=int, default=60, help="of granularity heads and SSKD's; few images: more"
@@ -112,8 +112,7 @@ def teachers_of(args: argparse.Namespace, arms: Sequence[str], classes: int) -> 
     if "FRIENDLY" in named:
         weights = find_weights_folder(found["TEACHER"])
         assert weights is not None
-        data = data_of_students(args)
-        options = options_of(args, data, args.teacher, args.fitting_epochs, classes) | {"lr": 0.01, "seed": 1}
+        options = options_of(args, args.data_dir, args.teacher, args.fitting_epochs, classes) | {"lr": 0.01, "seed": 1}
         options |= {"for_student": args.student, "student_checkpoint": str(weights / "model.safetensors")}
         found["FRIENDLY"] = str(cifar.teacher_stage(args.output, args.teacher, options))
     return found
@@ -206,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             key: dict[str, Any] = {"arm": arm, "seed": seed, "teacher": args.teacher, "student": args.student}
             key |= {"epochs": args.epochs, "teacher_epochs": args.teacher_epochs, "images": args.images}
             key |= {"heads_epochs": args.heads_epochs} if arm in WITH_HEADS else {}
+            key |= {"fitting_epochs": args.fitting_epochs} if arm == "for the student" else {}
             if has_row(args.results, key):
                 continue
             print(f"\n== {arm}, seed {seed}", flush=True)
