@@ -1,6 +1,7 @@
 """Distil, train and evaluate from Python."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -233,11 +234,13 @@ def export_model(
 
     Raises:
         ValueError: timm.create_model would build another network from the export.
-        FileExistsError: The folder exists.
+        FileExistsError: The folder exists; with `overwrite`, it holds files that no export has.
         OSError: The folder could not be written; nothing partial is left.
     """
     model = unwrap(model)
     check_rebuild(model, "model")
+    if overwrite:
+        timm_folder.check_replaceable(Path(expand_home(str(folder), "folder")))
     return timm_folder.export_model(model, Path(folder), provenance=provenance, overwrite=overwrite)
 
 
@@ -286,7 +289,7 @@ def export_formats(
     formats = parse_formats(to)
     check_max_drop(max_drop)
     target = Path(expand_home(str(folder), "folder"))
-    if target.exists():
+    if os.path.lexists(target):
         raise FileExistsError(f"{target} exists: choose another folder.")
     nearest = next(parent for parent in target.absolute().parents if parent.exists())
     if not nearest.is_dir():
@@ -394,7 +397,7 @@ def _evaluation_recipe(
     network: nn.Module, origin: Origin | None, data: str | PathLike[str] | Data | None, options: dict[str, Any]
 ) -> Recipe:
     """Return a recipe of the data and options of an evaluation, by default those of the model's run."""
-    channels, height, _ = get_model_input_config(network)["input_size"]
+    channels, height, width = get_model_input_config(network)["input_size"]
     shown: dict[str, Any] = {"in_chans": channels}
     if origin is not None:
         before = origin.recipe
@@ -402,7 +405,7 @@ def _evaluation_recipe(
         options = {**computed, **options}
         shown = {name: getattr(before.data, name) for name in OF_SHOWING}
         data = before.data if data is None else data
-    if isinstance(network, ExportedFile):
+    if isinstance(network, ExportedFile) and height == width:
         options = {"img_size": height, **options}
     if not isinstance(data, Data):
         options = {**shown, **options}

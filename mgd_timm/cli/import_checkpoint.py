@@ -73,12 +73,16 @@ def import_checkpoint(
 
     Raises:
         ValueError: As `load_public_checkpoint`.
-        FileExistsError: The folder exists.
+        FileExistsError: The folder exists; with `overwrite`, it holds the checkpoint or files that no export has.
     """
-    from mgd_timm.export.timm_folder import export_model  # after the flags are checked, as it loads torch
+    from mgd_timm.export.timm_folder import check_replaceable, export_model  # after the flags: it loads torch
     from mgd_timm.models.import_checkpoint import load_public_checkpoint
     from mgd_timm.storage.digests import sha256
 
+    if overwrite:
+        check_replaceable(Path(folder))
+        if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            raise FileExistsError(f"{folder} holds the checkpoint {Path(path).name} itself: choose another folder.")
     model = load_public_checkpoint(path, architecture, **options)
     origin = {"imported": {"file": Path(path).name, "sha256": sha256(Path(path))}, "architecture": architecture}
     return export_model(model, Path(folder), provenance=origin, overwrite=overwrite)

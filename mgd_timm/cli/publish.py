@@ -37,7 +37,7 @@ def _parser() -> Parser:
     parser.add_flag("license", str | None, None, about, group="card")
     about = "other runs on the same data for the card's table, such as the student alone"
     parser.add_flag("compare", tuple[str, ...] | None, None, about, group="card", value="RUN")
-    about = "write the folder and upload nothing, without network and token"
+    about = "write the folder and upload nothing, without a token"
     parser.add_flag("dry_run", bool, False, about, group="upload")
     about = "folder to write with --dry-run; default: hub/user/name"
     parser.add_flag("output", str | None, None, about, group="upload", value="FOLDER")

@@ -1,6 +1,9 @@
 """Load exported files, each in its own runtime, as modules that return logits of normalised images."""
 
+import io
 import json
+import pickle
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,22 +15,26 @@ from torch import Tensor, nn
 from mgd_timm.export.formats import FORMATS, check_libraries
 
 Predict = Callable[[Tensor], Tensor]
+METADATA = ("mean", "std", "interpolation", "crop_pct", "architecture", "label_names")
+"""What `mgd-timm export` writes into an ONNX file, of what is known of its images and classes."""
 
 
 class ExportedFile(nn.Module):
     """A network in an exported file. It runs on the CPU, and has no weights that torch knows.
 
     Args:
-        path: Of the file.
+        config: mean, std and names of classes, as far as they are known.
         predict: Returns logits of images on the CPU.
         input_size: (channels, height, width) of its images.
         num_classes: Number of its logits.
     """
 
-    def __init__(self, path: Path, predict: Predict, input_size: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self, config: dict[str, Any], predict: Predict, input_size: tuple[int, int, int], num_classes: int
+    ) -> None:
         super().__init__()
         self.predict, self.num_classes = predict, num_classes
-        self.pretrained_cfg = {**_read_config(path), "input_size": input_size, "fixed_input_size": True}
+        self.pretrained_cfg = {**config, "input_size": input_size, "fixed_input_size": True}
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Return logits, on the device of the images."""
@@ -36,31 +43,32 @@ class ExportedFile(nn.Module):
 
 def is_exported_file(name: str) -> bool:
     """Return whether a name is that of a file that `load_file` reads, by its ending."""
-    return Path(name).suffix in _LOADERS
+    return Path(name).suffix.lower() in _LOADERS and not Path(name).is_dir()
 
 
 def load_file(path: str | Path) -> ExportedFile:
     """Load an ONNX, torch.export, OpenVINO or ExecuTorch file, on the CPU with torch's number of threads.
 
-    mean, std and names of classes are read from the config.json in its folder or the one above.
+    mean, std and names of classes are read from the config.json in its folder or the one above; where there is none,
+    from what mgd-timm export has written into an ONNX file.
 
     Raises:
         ValueError: A library is missing, or the file is not of its kind, or not a classifier of a dynamic batch of
             images.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
-    extra, load = _LOADERS[path.suffix]
+    extra, load = _LOADERS[path.suffix.lower()]
     check_libraries([name for name in FORMATS[extra].libraries if name != "onnxscript"], extra, str(path))
     try:
-        predict, inputs, outputs = load(path)
+        predict, inputs, outputs, about = load(path)
     except Exception as error:  # each runtime has errors of its own
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as {extra} ({text}): export it again.") from error
     _check_shapes(path, inputs, outputs)
     (_, channels, height, width), num_classes = cast(list[int], inputs[0]), cast(int, outputs[0][1])
-    return ExportedFile(path, predict, (channels, height, width), num_classes)
+    return ExportedFile(_read_config(path) or about, predict, (channels, height, width), num_classes)
 
 
 def _check_shapes(path: Path, inputs: Sequence[Sequence[Any]], outputs: Sequence[Sequence[Any]]) -> None:
@@ -92,8 +100,8 @@ def _sizes(shape: Sequence[Any]) -> list[int | None]:
     return [size if type(size) is int else None for size in shape]
 
 
-_Loaded = tuple[Predict, list[list[int | None]], list[list[int | None]]]
-"""Function of images, shapes of the inputs and of the outputs."""
+_Loaded = tuple[Predict, list[list[int | None]], list[list[int | None]], dict[str, Any]]
+"""Function of images, shapes of the inputs and of the outputs, and what the file says of its images and classes."""
 
 
 def _load_onnx(path: Path) -> _Loaded:
@@ -104,15 +112,21 @@ def _load_onnx(path: Path) -> _Loaded:
     options.log_severity_level = 3  # errors alone
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
+    kinds = {node.type for node in session.get_inputs()} - {"tensor(float)"}
+    if kinds:
+        raise ValueError(f"its input is {', '.join(sorted(kinds))}, and images are tensor(float)")
+    written = session.get_modelmeta().custom_metadata_map
+    about = {name: json.loads(written[name]) for name in METADATA if name in written}
 
     def predict(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {names[0]: images.numpy()})[0])
 
     shapes = [[_sizes(node.shape) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())]
-    return predict, shapes[0], shapes[1]
+    return predict, shapes[0], shapes[1], about
 
 
 def _load_pt2(path: Path) -> _Loaded:
+    _check_tensors_alone(path)
     program = torch.export.load(path)
     module = program.module()
     nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
@@ -125,7 +139,25 @@ def _load_pt2(path: Path) -> _Loaded:
     def predict(images: Tensor) -> Tensor:
         return module(images)
 
-    return predict, shapes[0], shapes[1]
+    return predict, shapes[0], shapes[1], {}
+
+
+def _check_tensors_alone(path: Path) -> None:
+    """Raise ValueError for a torch.export file that holds pickled objects or compiled code: loading would run them."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            inner = name.partition("/")[2]
+            runs = inner.startswith("data/aotinductor/") or "custom_obj" in inner
+            if inner.endswith("_config.json"):
+                entries = json.loads(archive.read(name)).get("config", {}).values()
+                runs = runs or any(entry.get("use_pickle") for entry in entries)
+            if inner.startswith("data/sample_inputs/"):
+                try:
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                except pickle.UnpicklingError:
+                    runs = True
+            if runs:
+                raise ValueError(f"{inner} in it may run code, and was not loaded")
 
 
 def _load_openvino(path: Path) -> _Loaded:
@@ -142,7 +174,7 @@ def _load_openvino(path: Path) -> _Loaded:
         [[None if axis.is_dynamic else axis.get_length() for axis in node.get_partial_shape()] for node in nodes]
         for nodes in (compiled.inputs, compiled.outputs)
     ]
-    return predict, shapes[0], shapes[1]
+    return predict, shapes[0], shapes[1], {}
 
 
 def _load_executorch(path: Path) -> _Loaded:
@@ -157,7 +189,7 @@ def _load_executorch(path: Path) -> _Loaded:
         return torch.cat([method.execute([image[None]])[0].clone() for image in images])
 
     inputs = [list(about.input_tensor_meta(i).sizes()) for i in range(about.num_inputs())]
-    return predict, inputs, [list(about.output_tensor_meta(i).sizes()) for i in range(about.num_outputs())]
+    return predict, inputs, [list(about.output_tensor_meta(i).sizes()) for i in range(about.num_outputs())], {}
 
 
 _LOADERS: dict[str, tuple[str, Callable[[Path], _Loaded]]] = {

@@ -1,6 +1,7 @@
 """Export a trained student as a folder that timm loads: model.safetensors, config.json and recipe.json (its origin)."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,17 @@ from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from mgd_timm.export.formats import FORMATS
 from mgd_timm.export.merge import merge_weights
 from mgd_timm.recipe.options import expand_home
 from mgd_timm.storage.atomic_write import write_atomically
 from mgd_timm.storage.checkpoint import copy_for_safetensors
 from mgd_timm.storage.digests import sha256
 from mgd_timm.storage.versions import versions
+
+_EXPORTED = {"config.json", "model.safetensors", "recipe.json", "recipe.yaml", "README.md", "formats.json"}
+_EXPORTED |= {file.partition("/")[0] for one in FORMATS.values() for file in one.files}
+"""Names at the top of an exported or a published folder."""
 
 
 def export_model(
@@ -44,8 +50,9 @@ def export_model(
     """
     model = merge_weights(model)
     target = Path(expand_home(str(folder), "folder"))
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder.")
+    target = target.resolve()  # what a link names is replaced, not the link
 
     def write(draft: Path) -> None:
         _write_files(draft, model, provenance or {})
@@ -61,6 +68,21 @@ def export_model(
         write_atomically(target, write)
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise FileExistsError for a file, or for a folder with files that no export has: they would be lost."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file: choose another folder.")
+    paths = [path.relative_to(target) for path in target.rglob("*") if not path.is_dir()]
+    others = sorted(path.as_posix() for path in paths if path.parts[0] not in _EXPORTED)
+    if others:
+        raise FileExistsError(
+            f"{target} exists and is no export: {others[0]} is in it, and would be lost. Choose another folder, or "
+            "remove this one."
+        )
 
 
 def _write_files(folder: Path, model: nn.Module, provenance: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from mgd_timm.features.tap import model_name
 
@@ -35,7 +36,11 @@ def export_program(model: nn.Module, input_size: tuple[int, int, int], batch: in
     images = torch.zeros(batch or 2, *input_size)
     shapes = None if batch else ({0: Dim("batch")},)
     with torch.no_grad():
-        return torch.export.export(model, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it has paths of this machine, and files would keep it
+    return program
 
 
 def check_fits_onnx(model: nn.Module) -> None:
@@ -67,8 +72,22 @@ def write_onnx(program: ExportedProgram, target: Path, metadata: Mapping[str, An
             external_data=False,
         )
     assert exported is not None
+    _remove_traces(exported.model)
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     exported.save(target, external_data=False)
+
+
+def _remove_traces(model: Any) -> None:
+    """Remove what torch writes of each node for those who debug exporters, such as paths of this machine."""
+    import onnx_ir
+
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def write_half_onnx(float_onnx: Path, target: Path) -> None:

@@ -46,6 +46,7 @@ def write_folder(
         FileExistsError: The folder has files that are not those of a published student.
         OSError: The folder could not be written.
     """
+    target = target.resolve()
     check_replaceable(target)
     rows = compression_rows(student, compare, log)
     formats = read_formats(student.folder)
@@ -81,6 +82,9 @@ def write_folder(
 
 def check_replaceable(target: Path) -> None:
     """Raise FileExistsError unless a folder is missing, empty, or a published student that may be written again."""
+    target = target.resolve()
+    if target == Path.cwd():
+        raise FileExistsError("--output names the current folder: choose another one in it, such as hub/name.")
     if not target.exists():
         return
     allowed = {target / path for path in published_files(target)} if target.is_dir() else set()
@@ -102,6 +106,9 @@ def read_formats(folder: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["files"]
         found = [row for row in rows if row["file"] == "PyTorch" or row["file"] in published]
+        for row in found:
+            _ = [float(row[name]) for name in ("top1", "drop", "agreement", "megabytes")]
+            _ = [float(row["latency"][size]) for size in found[0]["latency"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error!r}): export the formats again.") from error
     return found if len(found) > 1 else []

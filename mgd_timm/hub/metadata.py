@@ -19,9 +19,9 @@ def license_of(student: Student, given: str | None) -> str:
     """Return the licence to publish under: the one that is given, else the run's.
 
     Raises:
-        ValueError: Neither names one, or it is no identifier of the hub's list.
+        ValueError: Neither names one, or it is not spelled as an identifier.
     """
-    chosen = given or str(student.config["pretrained_cfg"].get("license") or UNDECIDED)
+    chosen = given if given is not None else str(student.config["pretrained_cfg"].get("license") or UNDECIDED)
     if given is None and chosen == UNDECIDED:
         raise ValueError(
             "the run names no licence, and who downloads the weights has to know what is allowed: give one, such as "

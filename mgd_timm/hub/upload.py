@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
 from mgd_timm._version import __version__
 from mgd_timm.hub.folder import FORMATS, PATTERNS, check_replaceable, write_folder
@@ -37,7 +37,7 @@ def publish(
         repo_id: user/name; the repository is created if it is missing.
         license: Licence of the weights, as the hub spells it; by default the run's.
         compare: Other runs on the same data for the card's table, such as the student alone.
-        folder: Write the files here and upload nothing, without network and token.
+        folder: Write the files here and upload nothing, without a token.
         private: Make a new repository private.
         revision: Branch to commit to, created if it is missing; by default main.
         create_pr: Open a pull request in place of a commit.
@@ -96,17 +96,20 @@ def _upload(
     folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, log: Callable[[str], None]
 ) -> str:
     api = HfApi(library_name="mgd-timm", library_version=__version__)
-    done = "nothing was uploaded"
+    done, sending = "nothing was uploaded", False
     try:
         api.whoami()
         ModelCard.load(folder / "README.md").validate()  # before a repository is made for it
         if api.repo_exists(repo_id):
+            if private and api.repo_info(repo_id).private is False:
+                raise ValueError("--private is for a new repository, and this one is public: make it private first")
             log(f"{repo_id} exists: a commit is added, and its files of other names stay")
         else:
             api.create_repo(repo_id, private=private)
         done = f"{repo_id} is there, and its files were not changed"
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        sending = True
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -114,9 +117,11 @@ def _upload(
             revision=revision,
             create_pr=create_pr,
             allow_patterns=list(PATTERNS),
-            delete_patterns=["onnx/*", FORMATS],  # of an earlier student
+            delete_patterns=["onnx/*", FORMATS, "recipe.yaml"],  # of an earlier student
         )
     except Exception as error:  # the hub's client, and what it is built on, raise a dozen kinds
         words = " ".join(str(error).split())
+        if sending and not isinstance(error, HfHubHTTPError):  # without a reply, the commit may have been made
+            done = f"and it is not known whether its files were changed: look at https://huggingface.co/{repo_id}"
         raise OSError(f"publishing {repo_id} failed, {done} ({type(error).__name__}: {words}).") from error
     return str(commit.pr_url or commit.commit_url)

@@ -119,6 +119,10 @@ def _local_folder(place: str) -> Path:
             raise ValueError(f"{place} cannot be fetched ({type(error).__name__}: {error}).") from error
     path = Path(place.removeprefix("local-dir:"))
     if is_run_folder(path):
+        if not (path / "export").is_dir():
+            raise ValueError(
+                f"{place} is a run that has not finished and has no export yet: continue it with --resume."
+            )
         path = path / "export"
     if not path.is_dir():
         known = find_weights_folder(place) if place == "embedded" else None
@@ -225,6 +229,11 @@ def _check_run(folder: Path, origin: dict[str, Any]) -> None:
 def _check_formats(folder: Path) -> None:
     rows = _read_json(folder / FORMATS)["files"]
     known = {row["file"]: row.get("sha256") for row in rows}
+    known |= {row["file"][:-4] + ".bin": row["weights_sha256"] for row in rows if row.get("weights_sha256")}
+    if not (folder / "README.md").is_file():  # of a published folder, ONNX alone
+        kept = {row["file"] for row in rows if row.get("sha256") and row.get("kept", True)}
+        if missing := sorted(name for name in kept if not (folder / name).is_file()):
+            raise FailedError(f"missing: {', '.join(missing)}")
     changed = [name for name, digest in known.items() if digest and _is_changed(folder / name, digest)]
     unknown = sorted({path.as_posix() for path in published_files(folder) if path.suffix == ".onnx"} - set(known))
     if changed or unknown:

@@ -158,7 +158,7 @@ def _read_class_file(spec: str, class_names: Sequence[str]) -> list[str | int]:
             f"teacher_classes={spec!r}: no such file; give 'auto', 'none' or a file, {FORMS.removeprefix('expected ')}."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before the text
         listed: Any = yaml.safe_load(text) if path.suffix in (".yaml", ".yml", ".json") else text.splitlines()
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); {FORMS}.") from error

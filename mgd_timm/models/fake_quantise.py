@@ -167,7 +167,7 @@ def find_places(tap: FeatureTap) -> Places:
     follows, whose own output is rounded where it is read.
 
     Raises:
-        ValueError: The model calls no convolution and no linear layer.
+        ValueError: The model calls no convolution and no linear layer, or one with a parametrized weight.
     """
     search = _Search()
     handles = [module.register_forward_pre_hook(search.before) for module in tap.model.modules()]
@@ -177,6 +177,11 @@ def find_places(tap: FeatureTap) -> Places:
         handle.remove()
     if not search.weights:
         raise ValueError(f"{tap.name} has no convolution (Conv2d) and no linear layer to quantise: leave --qat out.")
+    if any(parametrize.is_parametrized(module) for module in search.weights):
+        raise ValueError(
+            f"{tap.name} has parametrized weights (torch.nn.utils.parametrize), which the rounding of --qat would take "
+            "off: merge them first (remove_parametrizations), or leave --qat out."
+        )
     return Places(
         list(search.inputs), list(search.read | dict.fromkeys(search.products.values())), list(search.weights)
     )

@@ -102,10 +102,15 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
+_DEEPEST = 8
+"""Dictionaries in each other; one that holds itself would have no end."""
+
+
 def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    depth = 0
     while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        if inner is None or (depth := depth + 1) > _DEEPEST:
             break
         if "pytorch-lightning_version" in content:
             inner = {name: value for name, value in inner.items() if str(name).startswith("model.")} or inner
@@ -173,6 +178,8 @@ def load_public_checkpoint(
     default = get_pretrained_cfg(architecture)
     config: Mapping[str, Any] = default.to_dict() if default is not None else {}
     classes = _count_classes(path, state, config, num_classes)
+    if in_chans is not None and in_chans < 1:
+        raise ValueError(f"in_chans={in_chans}: expected 1 or more channels (--in-chans).")
     channels = in_chans or _count_channels(state, config)
     _check_finite(path, state)
     options: dict[str, Any] = {"in_chans": channels, **({"num_classes": classes} if classes is not None else {})}
@@ -227,7 +234,7 @@ def _load_at_size(
 
 
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    wrong = [name for name, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if wrong:
         raise ValueError(
             f"{path}: {len(wrong)} of {len(state)} weights hold values that are not finite, such as {wrong[0]}: its "

@@ -252,7 +252,9 @@ def _measure(
         size = file_size(files[name]) if name in files else weights_size(model)
         digest = sha256(files[name]) if name in files else None
         common = (name, accuracy.top1, drop, accuracy.agreement, size / 1e6, latency[name])
-        rows.append(FileResult(*common, ways.get(name), kept=drop <= max_drop, sha256=digest))
+        weights = sha256(files[name].with_suffix(".bin")) if name.endswith(".xml") else None
+        row = FileResult(*common, ways.get(name), kept=drop <= max_drop, sha256=digest, weights_sha256=weights)
+        rows.append(row)
     return rows
 
 
@@ -298,6 +300,6 @@ def _advice(dropped: Sequence[FileResult], target: Path, max_drop: float) -> str
     worst = max(row.drop for row in dropped)
     return (
         f"{lost}: more than --max-drop {max_drop}, so {target} has been written without "
-        f"{'it' if len(dropped) == 1 else 'them'}. Deploy another file, or accept the loss with --max-drop "
-        f"{worst + 0.01:.2f}."
+        f"{'it' if len(dropped) == 1 else 'them'}. Deploy another file, or accept the loss: another folder, with "
+        f"--max-drop {min(worst + 0.01, 100):.2f}."
     )

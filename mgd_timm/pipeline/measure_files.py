@@ -52,6 +52,7 @@ class FileResult:
         quantised_by: The way of quantisation; None for other files.
         kept: Whether it is in the folder.
         sha256: Of the file; None for the model itself.
+        weights_sha256: Of the weights that OpenVINO keeps beside its file; else None.
     """
 
     file: str
@@ -63,6 +64,7 @@ class FileResult:
     quantised_by: str | None = None
     kept: bool = True
     sha256: str | None = None
+    weights_sha256: str | None = None
 
 
 @torch.no_grad()

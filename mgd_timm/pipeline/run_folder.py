@@ -178,7 +178,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Return the recipe.json of a run folder or exported folder, for another export of its model; empty if there is
     none."""
     path = next((one / "recipe.json" for one in (folder / "export", folder) if (one / "recipe.json").is_file()), None)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(found).__name__}: correct or remove the file.")
     # export_model writes these.
     return {name: value for name, value in found.items() if name not in ("versions", "model_sha256", "files_sha256")}
 
@@ -196,6 +198,8 @@ def read_origin(folder: Path) -> Origin | None:
     path = exported / "recipe.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(values, dict):
+            raise TypeError(f"expected a JSON object, found a {type(values).__name__}")
         recipe = make_recipe(**flatten(values["recipe"])) if "recipe" in values else None
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its recipe cannot be read ({error}): correct or remove the file.") from error

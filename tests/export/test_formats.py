@@ -1,10 +1,14 @@
 """Exports to ONNX, int8, torch.export and OpenVINO: the student's predictions, measured, or not left in the folder."""
 
 import importlib.util
+import io
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from small import write_small
 
@@ -111,6 +115,74 @@ def test_evaluate_takes_files(exported, data, tmp_path, capsys):
     (moved / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match=r"local data \(photos\).* give --data-dir FOLDER"):
         mgd_timm.evaluate(moved / "pt2" / "model.pt2")
+
+
+def test_files_name_no_path_of_this_machine(exported):
+    here = str(Path(timm.__file__).parents[1]).encode()
+    for name in FILES:
+        assert here not in (exported / name).read_bytes(), name
+    assert all(here not in path.read_bytes() for path in exported.rglob("*.bin"))
+
+
+def test_a_file_is_read_from_its_own_folder(exported, monkeypatch):
+    monkeypatch.chdir(exported / "pt2")
+    assert (
+        load_file("model.pt2").pretrained_cfg["mean"]
+        == load_file(exported / "pt2" / "model.pt2").pretrained_cfg["mean"]
+    )
+
+
+def test_code_in_a_program_is_not_run(exported, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    with zipfile.ZipFile(exported / "pt2" / "model.pt2") as old, zipfile.ZipFile(tmp_path / "x.pt2", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if "sample_inputs" in name:
+                torch.save(Payload(), buffer := io.BytesIO())
+                content = buffer.getvalue()
+            new.writestr(name, content)
+    with pytest.raises(ValueError, match=r"x.pt2 cannot be read as pt2 .*sample_inputs/model.pt in it may run code"):
+        load_file(tmp_path / "x.pt2")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif("openvino" not in INSTALLED, reason="needs the extra openvino")
+def test_changed_weights_of_openvino_and_missing_files_are_found(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "out")
+    weights = folder / "openvino" / "openvino_model.bin"
+
+    def formats() -> bool | None:
+        checks = {check.name: check.passed for check in mgd_timm.verify(str(folder))}
+        return checks["exported files are those of formats.json"]
+
+    assert formats()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert formats() is False
+    shutil.copy(exported / "openvino" / "openvino_model.bin", weights)
+    (folder / "pt2" / "model.pt2").unlink()
+    assert formats() is False
+
+
+@needs_onnx
+def test_a_file_away_from_its_folder_says_what_it_takes(exported, tmp_path):
+    import onnx
+
+    alone = load_file(shutil.copy(exported / "onnx" / "model.onnx", tmp_path / "alone.onnx"))
+    beside = load_file(exported / "onnx" / "model.onnx")
+    for name in ("mean", "std", "label_names", "architecture"):
+        assert alone.pretrained_cfg[name] == beside.pretrained_cfg[name]
+    model = onnx.load(tmp_path / "alone.onnx")
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    cast = onnx.helper.make_node("Cast", ["pixel_values"], ["wide"], to=onnx.TensorProto.FLOAT)
+    for node in model.graph.node:
+        node.input[:] = ["wide" if name == "pixel_values" else name for name in node.input]
+    model.graph.node.insert(0, cast)
+    onnx.save(model, tmp_path / "half.onnx")
+    with pytest.raises(ValueError, match=r"its input is tensor\(float16\), and images are tensor\(float\)"):
+        load_file(tmp_path / "half.onnx")
 
 
 @needs_onnx

@@ -159,9 +159,11 @@ def test_formats_beside_the_weights_are_published_with_their_table(tmp_path):
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"onnx")
     (folder / "onnx" / "model.pt").write_bytes(b"pickle")
+    (folder / "pt2").mkdir()
+    (folder / "pt2" / "model.pt2").write_bytes(b"program")
     (folder / "optimizer.bin").write_bytes(b"pickle")
     measured = {"top1": 61.25, "drop": 0.0, "agreement": 100.0, "megabytes": 1.5, "latency": {"1": 2.5, "64": 60.0}}
-    files = {"PyTorch": None, "onnx/model.onnx": sha256(folder / "onnx" / "model.onnx"), "pt2/model.pt2": "0" * 64}
+    files = {"PyTorch": None} | {name: sha256(folder / name) for name in ("onnx/model.onnx", "pt2/model.pt2")}
     rows = [{"file": name, **measured, "sha256": digest, "quantised_by": None} for name, digest in files.items()]
     (folder / "formats.json").write_text(json.dumps({"data": f"{SECRET}/photos", "images": 800, "files": rows}))
     card = card_of(folder, tmp_path)

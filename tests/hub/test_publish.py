@@ -254,6 +254,8 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(runs, co
     refuse(mgd, ["nowhere"], "publish", "nowhere", "ada/fashion", "--dry-run", "--license", "mit")
     words = ("publish", run, "ada/fashion", "--dry-run", "--license", "mit")
     refuse(mgd, ["nowhere holds no run"], *words, "--compare", "nowhere")
+    refuse(mgd, ["--output names the current folder"], *words, "--output", ".")
+    refuse(mgd, ["--license ''"], *words[:-1], "")
     assert sorted(tmp_path.rglob("*")) == before
     other.mkdir()
     (other / "mine.txt").write_text("mine")
@@ -262,6 +264,8 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(runs, co
     refuse(mgd, ["is not the file that was exported"], "publish", copied, "ada/x", "--dry-run", "--license", "mit")
     assert mgd(*words)[0] == 0
     assert mgd(*words)[0] == 0  # an earlier dry run is replaced
+    (tmp_path / "link").symlink_to(tmp_path / "hub" / "ada" / "fashion")
+    assert mgd(*words, "--output", tmp_path / "link")[0] == 0  # what it names is replaced
     assert (tmp_path / "hub" / "ada" / "fashion" / "README.md").is_file()
 
 

@@ -209,9 +209,14 @@ def test_a_program_is_no_checkpoint(tmp_path):
         read_public_checkpoint(tmp_path / "x.pt")
 
 
+_HOLDS_ITSELF: dict = {}
+_HOLDS_ITSELF["model"] = _HOLDS_ITSELF
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        (_HOLDS_ITSELF, "'model' is of type dict, expected dense real tensors"),
         ([torch.ones(1)], "holds a list, expected tensors by name"),
         (torch.ones(1), "holds a Tensor, expected tensors by name"),
         ({}, "holds no tensors"),
@@ -332,6 +337,26 @@ def test_a_folder_is_kept_unless_told(tmp_path):
     assert load_model(str(folder)).num_classes == 10
     import_checkpoint(tmp_path / "y.pt", NAME, folder, overwrite=True)
     assert load_model(str(folder)).num_classes == 4
+
+
+def test_only_an_export_is_replaced(tmp_path):
+    place = tmp_path / "mine"
+    place.mkdir()
+    torch.save(network().state_dict(), tmp_path / "x.pt")
+    (place / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"is no export: thesis.txt is in it, and would be lost"):
+        import_checkpoint(tmp_path / "x.pt", NAME, place, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"x\.pt is a file"):
+        import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "x.pt", overwrite=True)
+    (place / "thesis.txt").rename(place / "recipe.yaml")
+    torch.save(network().state_dict(), place / "model.safetensors")
+    with pytest.raises(FileExistsError, match=r"holds the checkpoint model.safetensors itself"):
+        import_checkpoint(place / "model.safetensors", NAME, place, overwrite=True)
+    folder = import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "real")
+    (tmp_path / "link").symlink_to(folder)
+    import_checkpoint(tmp_path / "x.pt", NAME, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "real", "x.pt"]
 
 
 def test_the_command(tmp_path, capsys):

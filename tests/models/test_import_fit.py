@@ -71,6 +71,12 @@ def test_weights_without_a_classifier_or_of_another_type(tmp_path):
         import_checkpoint(tmp_path / "y.pt", NAME, tmp_path / "out")
 
 
+def test_channels_are_one_or_more(tmp_path):
+    torch.save(network().state_dict(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="in_chans=0: expected 1 or more"):
+        import_checkpoint(tmp_path / "x.pt", "cifar_resnet8x05", tmp_path / "out", in_chans=0)
+
+
 def test_weights_that_are_not_finite(tmp_path):
     for value in (float("nan"), float("inf")):
         model = network()
