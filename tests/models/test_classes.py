@@ -52,6 +52,7 @@ def test_a_name_of_several_classes_and_an_unknown_one_are_refused_with_the_ways_
     ("file", "text"),
     [
         ("rows.txt", "0\n217\n482\n"),
+        ("windows.txt", "\ufefftench\r\nn02102040\r\ncassette player\r\n"),
         ("names.txt", "tench\nn02102040\ncassette player\n\n"),
         ("list.json", "[0, 217, 482]"),
         ("mapping.json", '{"c": 482, "a": "tench", "b": "217", "unused": 5}'),

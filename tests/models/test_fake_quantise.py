@@ -178,6 +178,15 @@ class Pixels(nn.Module):
         return final, [final]
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_a_parametrized_student_is_refused(norm):
+    model = timm.create_model("test_resnet", num_classes=10)
+    norm(model.fc)
+    with pytest.raises(ValueError, match="has parametrized weights .* or leave --qat out"):
+        FakeQuantisation(FeatureTap(model, input_size=(3, 32, 32)))
+    assert not [module for module in model.modules() if isinstance(module, TensorRounding)]
+
+
 def test_a_network_without_layers_to_quantise_is_refused():
     tap = FeatureTap(Pixels(), input_size=(3, 8, 8))
     with pytest.raises(ValueError, match=re.escape("no convolution (Conv2d) and no linear layer to quantise")):
