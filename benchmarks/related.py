@@ -17,6 +17,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from datasets import load_dataset
@@ -173,8 +174,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         times = [own[seed] / kd[seed] for seed in sorted(set(own) & set(kd))]
         gained = [spread(gains(top1.get(arm, {}), top1.get(base, {})), "+") if base != arm else "" for base in _BASES]
         values = list(top1.get(arm, {}).values())
-        cells.append([arm, spread(values) or "diverged", *gained, spread(times), str(len(values))])
-    return markdown(["arm", "top-1 %", "over alone", "over KD", "time over KD's", "seeds"], cells)
+        cost = f"{median(times):.2f}" if times else ""
+        cells.append([arm, spread(values) or "diverged", *gained, cost, str(len(values))])
+    return markdown(["arm", "top-1 %", "over alone", "over KD", "time / KD's", "seeds"], cells)
 
 
 _BASES = ("alone", "KD")
@@ -190,7 +192,8 @@ def section() -> str:
     return (
         f"{taught}, {first['epochs']} epochs of {seen} training images\n\n{table(rows)}\n\nCIFAR-100, top-1 on "
         f"{int(first['n_test']):,} test images after the last epoch; the teachers were trained on all training images "
-        f"for {first['teacher_epochs']} epochs; mean ± standard deviation over seeds, gains and times seed by seed. "
+        f"for {first['teacher_epochs']} epochs; mean ± standard deviation over seeds, gains seed by seed; training time "
+        "beside that of KD with the same seed (median), two runs at a time on this machine. "
         f"`benchmarks/related.py`; {about(*rows)}."
     )
 

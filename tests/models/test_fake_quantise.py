@@ -182,7 +182,7 @@ class Pixels(nn.Module):
 def test_a_parametrized_student_is_refused(norm):
     model = timm.create_model("test_resnet", num_classes=10)
     norm(model.fc)
-    with pytest.raises(ValueError, match="has parametrized weights .* or leave --qat out"):
+    with pytest.raises(ValueError, match=r"has parametrized weights .* or leave --qat out"):
         FakeQuantisation(FeatureTap(model, input_size=(3, 32, 32)))
     assert not [module for module in model.modules() if isinstance(module, TensorRounding)]
 
