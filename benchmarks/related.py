@@ -192,8 +192,8 @@ def section() -> str:
     return (
         f"{taught}, {first['epochs']} epochs of {seen} training images\n\n{table(rows)}\n\nCIFAR-100, top-1 on "
         f"{int(first['n_test']):,} test images after the last epoch; the teachers were trained on all training images "
-        f"for {first['teacher_epochs']} epochs; mean ± standard deviation over seeds, gains seed by seed; training time "
-        "beside that of KD with the same seed (median), two runs at a time on this machine. "
+        f"for {first['teacher_epochs']} epochs; mean ± standard deviation over seeds, gains seed by seed; median of "
+        "training times beside that of KD with the same seed, two runs at a time. "
         f"`benchmarks/related.py`; {about(*rows)}."
     )
 
