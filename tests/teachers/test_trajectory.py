@@ -203,7 +203,7 @@ def test_the_export_names_all_snapshots_and_no_folder(run, whole):
     assert provenance["recipe"]["teacher_trajectory"] == "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_a_finished_run_gets_later_has_the_trained_teacher(hard, tmp_path):
     later, once = ([*hard, "--output", str(tmp_path / name)] for name in ("later", "once"))
     assert main(later) == 0
