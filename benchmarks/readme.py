@@ -22,6 +22,7 @@ import memory
 import open as open_folder
 import public
 import qat
+import related
 import shortcuts
 import step
 from report import RESULTS, gains, markdown, read_rows, spread
@@ -67,6 +68,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "imagenette": imagenette.section,
     "export": export.section,
     "qat": qat.section,
+    "related": related.section,
     "any_timm": any_timm.section,
     "any_timm_reasons": any_timm.section_reasons,
     "any_timm_families": any_timm.section_families,
