@@ -52,20 +52,20 @@ def export_model(
     target = Path(expand_home(str(folder), "folder"))
     if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists: choose another folder.")
-    target = target.resolve()  # what a link names is replaced, not the link
+    place = target.resolve()  # what a link names is replaced, not the link
 
     def write(draft: Path) -> None:
         _write_files(draft, model, provenance or {})
 
-    old, new = (target.with_name(f".{word}-{target.name}") for word in ("replaced", "new"))
+    old, new = (place.with_name(f".{word}-{place.name}") for word in ("replaced", "new"))
     shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
-    if target.exists():
+    if place.exists():
         write_atomically(new, write)
         shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        new.rename(target)
+        place.rename(old)
+        new.rename(place)
     else:
-        write_atomically(target, write)
+        write_atomically(place, write)
     shutil.rmtree(old, ignore_errors=True)
     return target
 
