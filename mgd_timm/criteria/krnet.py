@@ -57,8 +57,8 @@ class KRNet(Criterion):
     leaves the student, r and all BatchNorm statistics as they are. Other criteria, and the codes of MAG and MAS, have
     no part in the virtual step.
 
-    Cost: the step differentiates twice through the student. Its share of an update's time falls with
-    the interval, and is not measured yet (benchmarks/criteria.py times updates without it).
+    Cost: the step differentiates twice through the student. Its share of an update's time falls with the interval: at
+    the default, training takes twice the time of KD's (benchmarks/related.py; benchmarks/criteria.py leaves it out).
     With first_order=True, no graph of gradients is kept.
 
     Reference: Zhu, Chen, Liu, "Learning Knowledge Representation with Meta Knowledge Distillation for Single Image

@@ -107,8 +107,9 @@ def read_formats(folder: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["files"]
         found = [row for row in rows if row["file"] == "PyTorch" or row["file"] in published]
         for row in found:
-            _ = [float(row[name]) for name in ("top1", "drop", "agreement", "megabytes")]
-            _ = [float(row["latency"][size]) for size in found[0]["latency"]]
+            numbers = [row[name] for name in ("top1", "drop", "agreement", "megabytes")]
+            for number in [*numbers, *(row["latency"][size] for size in found[0]["latency"])]:
+                float(number)  # the card prints them
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error!r}): export the formats again.") from error
     return found if len(found) > 1 else []
